@@ -1,0 +1,1 @@
+"""The transformer. The only folder that imports flax.linen."""

@@ -1,0 +1,40 @@
+"""The feed-forward layer, plain or gated."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from llm_jax.model.config import ModelConfig
+from llm_jax.model.init import normal
+from llm_jax.model.taps import tap
+from llm_jax.sharding import constrain
+
+ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,  # the tanh form, as GPT-2 has it
+    "silu": jax.nn.silu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, arXiv:2109.08668
+}
+
+
+class FeedForward(nn.Module):
+    """`act(x W_up) W_down`, or gated `(act(x W_gate) * (x W_up)) W_down` (Shazeer 2020, arXiv:2002.05202)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        c = self.config
+        act = ACTIVATIONS[c.activation]
+        up = tap(self, "mlp_pre", self._linear("up", "hidden", x, c.d_model, c.F), c.kept)
+        gate = self._linear("gate", "hidden", x, c.d_model, c.F) if c.gated else None
+        h = act(up) if gate is None else act(gate) * up
+        h = tap(self, "mlp_post", constrain(h, "BLF"), c.kept)
+        return constrain(self._linear("down", "residual", h, c.F, c.d_model), "BLD")
+
+    def _linear(self, name: str, role: str, x: Array, fan_in: int, fan_out: int) -> Array:
+        y = x @ self.param(f"w_{name}", normal(self.config, role, fan_in), (fan_in, fan_out)).astype(x.dtype)
+        if self.config.bias:
+            y = y + self.param(f"b_{name}", nn.initializers.zeros, (fan_out,)).astype(x.dtype)
+        return y

@@ -1,0 +1,1 @@
+"""Pure functions on arrays: attention, positions, losses, sampling. No parameters, no modules."""

@@ -1,0 +1,52 @@
+"""Cross-entropy over next tokens: plain, and chunked so that the logits of a batch never exist at once."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+IGNORE = -1  # a target that counts for nothing: padding, or the last token of a document
+
+
+def cross_entropy(
+    logits: Float[Array, "*T V"], targets: Int[Array, "*T"], *, z_loss: float = 0.0, label_smoothing: float = 0.0
+) -> tuple[Float[Array, "*T"], Float[Array, "*T"]]:
+    """Returns (loss, negative log-likelihood) of every token in nats, float32, 0 where the target is IGNORE.
+
+    `label_smoothing` mixes the target with the uniform distribution (Szegedy et al. 2015, arXiv:1512.00567);
+    `z_loss` adds `z_loss * logsumexp(logits)**2`, which keeps logits from drifting (PaLM, arXiv:2204.02311).
+    """
+    logits = logits.astype(jnp.float32)
+    counted = targets != IGNORE
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, jnp.where(counted, targets, 0)[..., None], axis=-1)[..., 0]
+    nll = log_z - picked
+    loss = nll
+    if label_smoothing:
+        loss = (1 - label_smoothing) * nll + label_smoothing * (log_z - logits.mean(-1))
+    if z_loss:
+        loss = loss + z_loss * jnp.square(log_z)
+    return jnp.where(counted, loss, 0), jnp.where(counted, nll, 0)
+
+
+def chunked_cross_entropy(
+    hidden: Float[Array, "B L D"], table: Float[Array, "V D"], targets: Int[Array, "B L"], chunk: int, **terms: float
+) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
+    """`cross_entropy(hidden @ table.T, targets)` with the logits of only `B * chunk` tokens in memory at a time.
+
+    The backward pass computes each chunk's logits again. Raises `ValueError` unless `chunk` divides L.
+    """
+    B, L, D = hidden.shape
+    if L % chunk:
+        raise ValueError(f"loss_chunk={chunk} does not divide the row length L={L}; use a divisor of {L}")
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def one(_: None, part: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
+        x, y = part
+        logits = jnp.einsum("BLD,VD->BLV", x, table, preferred_element_type=jnp.float32)
+        return None, cross_entropy(logits, y, **terms)
+
+    parts = (hidden.reshape(B, -1, chunk, D).swapaxes(0, 1), targets.reshape(B, -1, chunk).swapaxes(0, 1))
+    _, (loss, nll) = jax.lax.scan(one, None, parts)
+    return loss.swapaxes(0, 1).reshape(B, L), nll.swapaxes(0, 1).reshape(B, L)

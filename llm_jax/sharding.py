@@ -1,0 +1,117 @@
+"""Two small tables shard everything: path -> letters, letter -> mesh axis.
+
+The letters are the alphabet of `docs/shapes.md`. A parameter and its Adam moments end in the same path, so a whole
+train state shards by the same rows. Activations are constrained by letters too: `constrain(x, "BLD")`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from llm_jax import tree as trees
+
+Axes = str | tuple[str, ...] | None
+
+# Where a parameter stands in the tree, and the letters of its axes. First match wins; no match raises.
+LETTERS: tuple[tuple[str, str], ...] = (
+    # Adafactor's factored moments have lost an axis: they are small, and replicated.
+    (r"(^|/)(v_row|v_col|v)/", ""),
+    (r"layers\w*/(attention|feedforward)_norm/(scale|bias)$", "ND"),
+    (r"layers\w*/attention/w_q$", "NDKGH"),
+    (r"layers\w*/attention/w_[kv]$", "NDKH"),
+    (r"layers\w*/attention/w_o$", "NKGHD"),
+    (r"layers\w*/attention/b_q$", "NKGH"),
+    (r"layers\w*/attention/b_[kv]$", "NKH"),
+    (r"layers\w*/feedforward/w_(up|gate)$", "NDF"),
+    (r"layers\w*/feedforward/w_down$", "NFD"),
+    (r"layers\w*/feedforward/b_(up|gate)$", "NF"),
+    (r"layers\w*/\w+/b_(o|down)$", "ND"),
+    (r"embedding/table$", "VD"),
+    (r"positions/table$", "SD"),
+    (r"final_norm/(scale|bias)$", "D"),
+    (r"unembedding/table$", "VD"),
+)
+
+# Letter -> mesh axis. A letter that stands in neither table is never split.
+PARAMETER_AXES: Mapping[str, Axes] = {"D": "fsdp", "V": "tensor", "K": "tensor", "F": "tensor"}
+ACTIVATION_AXES: Mapping[str, Axes] = {"B": ("data", "fsdp"), "V": "tensor", "K": "tensor", "F": "tensor"}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one of them may be -1, which takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.astuple(self)
+        if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+            raise ValueError(f"mesh sizes are positive, and at most one is -1 (what is left); got {self}")
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all `devices` (default: every device of every process), axes `data, fsdp, tensor`."""
+    devices = jax.devices() if devices is None else devices
+    sizes = dataclasses.asdict(config)
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    sizes = {axis: len(devices) // fixed if size == -1 else size for axis, size in sizes.items()}
+    if math.prod(sizes.values()) != len(devices):
+        raise ValueError(
+            f"mesh {sizes} takes {math.prod(sizes.values())} devices, but there are {len(devices)}; "
+            "set one axis to -1 to use what is left"
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices
+    )
+
+
+def spec(letters: str, axes: Mapping[str, Axes]) -> PartitionSpec:
+    """`spec("NDF", PARAMETER_AXES)` is `PartitionSpec(None, "fsdp", "tensor")`."""
+    return PartitionSpec(*(axes.get(letter) for letter in letters))
+
+
+def letters_of(path: str, rank: int) -> str:
+    """The letters of the leaf at `path`, without the leading `N` where the layers are not stacked."""
+    letters = "" if rank == 0 else trees.first_match(LETTERS, path)
+    return letters[1:] if letters.startswith("N") and len(letters) == rank + 1 else letters
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """A `NamedSharding` for every leaf of `tree` (arrays or shapes): parameters, or a train state around them.
+
+    Raises `ValueError` for a leaf that no row of `LETTERS` matches, or whose axis does not divide evenly.
+    """
+
+    def one(path: str, leaf: Any) -> NamedSharding:
+        letters = letters_of(path, len(leaf.shape))
+        if letters and len(letters) != len(leaf.shape):
+            raise ValueError(f"{path} has shape {leaf.shape}, but its letters are {letters!r}")
+        partition = spec(letters, PARAMETER_AXES)
+        for letter, axis, size in zip(letters, partition, leaf.shape, strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                raise ValueError(
+                    f"{path}: axis {letter}={size} does not divide over mesh axis {axis}={mesh.shape[axis]}; "
+                    f"change mesh.{axis} or pad {letter} to {-(-size // mesh.shape[axis]) * mesh.shape[axis]}"
+                )
+        return NamedSharding(mesh, partition)
+
+    return trees.map_with_path(one, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch are split over the `data` and `fsdp` axes."""
+    return NamedSharding(mesh, spec("B", ACTIVATION_AXES))
+
+
+def constrain(x: jax.Array, letters: str) -> jax.Array:
+    """`x` with its axes, named by `letters`, laid out on the mesh of `jax.set_mesh`; without a mesh, `x`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(letters, ACTIVATION_AXES)))
