@@ -1,0 +1,99 @@
+"""The house of DESIGN: imports point down only, wherever in a file they stand."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "llm_jax"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# (module below llm_jax, floor): the first row that matches names the floor.
+FLOORS = [
+    (r"__main__", 7),
+    (r"cli", 6),
+    (r"show", 5),
+    (r"train", 4),
+    (r"infer", 3),
+    (r"model", 2),
+    (r"ops|data", 1),
+    (r"config|tree|sharding|log|__\w+__", 0),
+]
+VAGUE = {"utils", "util", "common", "base", "helpers", "helper", "manager", "misc"}
+
+
+def module(path: Path) -> str:
+    """`llm_jax/model/config.py` -> `llm_jax.model.config`; a folder's `__init__.py` is the folder."""
+    name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    return name if path.parent == PACKAGE else name.removesuffix(".__init__")
+
+
+def floor(name: str) -> int:
+    for pattern, level in FLOORS:
+        if re.fullmatch(rf"llm_jax\.({pattern})(\..*)?", name):
+            return level
+    raise ValueError(f"{name} stands on no floor; give it a row in FLOORS and in docs/architecture.md")
+
+
+def room(name: str) -> str:
+    """The folder a module stands in; files at the top of the package share one."""
+    first = name.split(".")[1]
+    return first if (PACKAGE / first).is_dir() else ""
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every name a file imports, those inside functions too; `from a import b` gives both `a` and `a.b`."""
+    package = ["llm_jax", *path.parent.relative_to(PACKAGE).parts]
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            yield source
+            yield from (f"{source}.{alias.name}" for alias in node.names)
+
+
+def may_import(name: str, other: str) -> bool:
+    return floor(other) < floor(name) or (floor(other) == floor(name) and room(other) == room(name))
+
+
+def on_jax(name: str) -> bool:
+    return name.split(".")[0] in {"jax", "flax", "optax", "chex", "orbax"}
+
+
+def test_a_file_imports_lower_floors_or_its_own_folder_only():
+    wrong = [
+        f"{module(path)} (floor {floor(module(path))}) imports {other} (floor {floor(other)})"
+        for path in FILES
+        for other in imports(path)
+        if other.startswith("llm_jax.") and not may_import(module(path), other)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_file_stands_on_a_floor():
+    assert all(floor(module(path)) >= 0 for path in FILES)
+
+
+def test_only_the_model_knows_flax_linen():
+    knowing = {room(module(path)) for path in FILES if "flax.linen" in imports(path)}
+    assert knowing <= {"model"}
+
+
+def test_only_the_loader_of_the_data_folder_imports_jax():
+    knowing = {path.name for path in PACKAGE.glob("data/*.py") for name in imports(path) if on_jax(name)}
+    assert knowing <= {"loader.py"}
+
+
+def test_text_becomes_token_shards_without_starting_jax():
+    modules = [module(path) for path in PACKAGE.glob("data/*.py") if path.name != "loader.py"]
+    program = f"import sys, {', '.join(modules)}; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent).returncode == 0
+
+
+def test_no_file_or_folder_has_a_name_that_says_nothing():
+    vague = [path for path in PACKAGE.rglob("*") if path.stem.strip("_") in VAGUE]
+    assert not vague
