@@ -1,0 +1,13 @@
+"""The smallest model whose shapes tell something: vocabulary 24, width 32. The walk that a learner does first.
+
+    llm-jax show shapes
+"""
+
+from llm_jax.data.loader import DataConfig
+from llm_jax.model.config import ModelConfig
+from llm_jax.train.run import RunConfig
+
+config = RunConfig(
+    model=ModelConfig(vocab_size=24, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=16),
+    data=DataConfig(seq_len=16, batch_size=1),
+)

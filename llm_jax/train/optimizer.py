@@ -1,0 +1,143 @@
+"""Schedules and update rules, as one optax chain: clip, update, decay, scale."""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import PyTree
+
+from llm_jax import tree as trees
+
+# Which parameters weight decay pulls to zero. First match wins; no match raises.
+DECAYED: tuple[tuple[str, bool], ...] = (
+    (r"(scale|bias)$", False),
+    (r"/b_\w+$", False),
+    (r"positions/table$", False),
+    (r"(embedding|unembedding)/table$", True),
+    (r"/w_\w+$", True),
+)
+
+# Matrices that Muon orthogonalizes, with their (input, output) axes by letter, layers apart; None: AdamW's.
+MUON_AXES: tuple[tuple[str, tuple[int | tuple[int, ...], int | tuple[int, ...]] | None], ...] = (
+    (r"layers/attention/w_q$", (1, (2, 3, 4))),
+    (r"layers/attention/w_[kv]$", (1, (2, 3))),
+    (r"layers/attention/w_o$", ((1, 2, 3), 4)),
+    (r"layers/feedforward/w_\w+$", (1, 2)),
+    (r".", None),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The update rule and its schedule, in optimizer steps.
+
+    Attributes:
+      schedule: after a linear warm-up of `warmup_steps`, `cosine` and `linear` fall to `final_fraction` of the peak at
+        the last step, `constant` stays, and `wsd` stays until the last `decay_fraction` of the run, then falls linearly.
+      clip: the largest global norm of the gradient; None: no clipping.
+    """
+
+    name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
+    learning_rate: float = 1e-3
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup_steps: int = 100
+    final_fraction: float = 0.1
+    decay_fraction: float = 0.2
+    clip: float | None = 1.0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ValueError(f"optimizer.learning_rate={self.learning_rate} must be positive")
+        for name in ("b1", "b2", "final_fraction", "decay_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must lie between 0 and 1")
+        if self.warmup_steps < 0:
+            raise ValueError(f"optimizer.warmup_steps={self.warmup_steps} is negative; 0 is no warm-up")
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"optimizer.clip={self.clip} must be positive; none is no clipping")
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Step -> learning rate, for a run of `steps`. Raises `ValueError` when warm-up and decay don't fit in the run."""
+    peak, end, warmup = config.learning_rate, config.learning_rate * config.final_fraction, config.warmup_steps
+    rest = steps - warmup
+    if rest < 1:
+        raise ValueError(f"optimizer.warmup_steps={warmup} leaves nothing of steps={steps}; use less than {steps}")
+    decay = max(1, round(steps * config.decay_fraction))
+    if config.schedule == "wsd" and decay > rest:
+        raise ValueError(f"warm-up of {warmup} and decay of {decay} steps overlap in a run of steps={steps}")
+    after = {
+        "cosine": optax.cosine_decay_schedule(peak, rest, config.final_fraction),
+        "linear": optax.linear_schedule(peak, end, rest),
+        "constant": optax.constant_schedule(peak),
+        "wsd": optax.linear_schedule(peak, end, decay, transition_begin=rest - decay),
+    }[config.schedule]
+    # Step 0 already learns: the ramp ends at the peak after `warmup` updates, not after `warmup` + 1.
+    ramp = optax.linear_schedule(peak / max(1, warmup), peak, max(1, warmup - 1))
+    return optax.join_schedules([ramp, after], [warmup]) if warmup else after
+
+
+def decay_mask(params: PyTree) -> PyTree:
+    """True where weight decay applies: matrices and token tables, not norms, biases or positions."""
+    return trees.map_with_path(lambda path, _: trees.first_match(DECAYED, path), params)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The whole chain: clip by global norm, update rule, decoupled weight decay, learning rate."""
+    schedule = make_schedule(config, steps)
+    clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
+    return optax.chain(clip, _RULES[config.name](config, schedule))
+
+
+def _adamw(c: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Loshchilov and Hutter 2017, arXiv:1711.05101."""
+    return optax.adamw(schedule, c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=decay_mask)
+
+
+def _lion(c: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Chen et al. 2023, arXiv:2302.06675."""
+    return optax.lion(schedule, c.b1, c.b2, weight_decay=c.weight_decay, mask=decay_mask)
+
+
+def _adafactor(c: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Shazeer and Stern 2018, arXiv:1804.04235, with our schedule, decay and clipping in place of its own."""
+    return optax.chain(
+        optax.scale_by_factored_rms(decay_rate=0.8),
+        optax.clip_by_block_rms(1.0),
+        optax.add_decayed_weights(c.weight_decay, decay_mask),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _muon(c: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Jordan et al. 2024 for the matrices inside blocks, AdamW for the rest.
+
+    The update is scaled by `0.2 sqrt(max(fan in, fan out))` to the size of AdamW's (Liu et al. 2025,
+    arXiv:2502.16982), so that one learning rate serves both.
+    """
+
+    def axes(params: PyTree) -> PyTree:
+        def one(path: str, _: jnp.ndarray) -> optax.contrib.MuonDimensionNumbers | None:
+            pair = trees.first_match(MUON_AXES, path)
+            return None if pair is None else optax.contrib.MuonDimensionNumbers(*pair)
+
+        return trees.map_with_path(one, params)
+
+    return optax.contrib.muon(
+        schedule,
+        weight_decay=c.weight_decay,
+        weight_decay_mask=decay_mask,
+        adam_b1=c.b1,
+        adam_b2=c.b2,
+        adam_weight_decay=c.weight_decay,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=axes,
+    )
+
+
+_RULES = {"adamw": _adamw, "lion": _lion, "adafactor": _adafactor, "muon": _muon}

@@ -1,0 +1,102 @@
+"""What a config compiles to: abstract state, shardings, and the jitted init, train step and scoring.
+
+Shapes first, then shardings, then arrays: nothing is allocated before `init` or a restore, so the same object serves
+a run, a restore onto another mesh, and the study of a model far larger than this machine.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, PyTree
+
+from llm_jax.data.loader import Batch
+from llm_jax.model.transformer import Transformer
+from llm_jax.sharding import batch_sharding, make_mesh, shardings
+from llm_jax.train.optimizer import make_optimizer, make_schedule
+from llm_jax.train.run import RunConfig
+from llm_jax.train.step import LossConfig, Metrics, TrainState, init_state, make_loss, make_train_step, token_losses
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A config on a mesh. Every method runs under that mesh."""
+
+    config: RunConfig
+    mesh: Mesh
+
+    @classmethod
+    def on(cls, config: RunConfig) -> "Program":
+        """The program on all devices there are. Raises `ValueError` where rows don't divide over them."""
+        mesh = make_mesh(config.mesh)
+        shards, rows = mesh.shape["data"] * mesh.shape["fsdp"], config.data.batch_size // config.accumulate
+        if rows % shards:
+            raise ValueError(
+                f"a microbatch of {rows} rows (data.batch_size={config.data.batch_size} / accumulate={config.accumulate}) "
+                f"does not divide over data x fsdp = {shards} devices; use a multiple of {shards}"
+            )
+        return cls(config, mesh)
+
+    @functools.cached_property
+    def model(self) -> Transformer:
+        return Transformer(self.config.model)
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """Shape, dtype and sharding of every leaf of the train state."""
+        optimizer = make_optimizer(self.config.optimizer, self.config.steps)
+        shapes = jax.eval_shape(functools.partial(init_state, self.model, optimizer), jax.random.key(0))
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            shardings(shapes, self.mesh),
+        )
+
+    def init(self) -> TrainState:
+        """A fresh state, every leaf made where it belongs."""
+        optimizer = make_optimizer(self.config.optimizer, self.config.steps)
+        layout = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        make = jax.jit(functools.partial(init_state, self.model, optimizer), out_shardings=layout)
+        with jax.set_mesh(self.mesh):
+            return make(jax.random.key(self.config.seed))
+
+    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """One optimizer step; `state` is donated. Compiles once, and says so by an error if it ever would again."""
+        with jax.set_mesh(self.mesh):
+            return self._train_step(state, self.put(batch))
+
+    def score(self, params: PyTree, batch: Batch) -> Float[np.ndarray, "B L"]:
+        """Negative log-likelihood of every target of `batch`, in nats."""
+        with jax.set_mesh(self.mesh):
+            return np.asarray(self._score(params, self.put(dataclasses.replace(batch, documents=None))))
+
+    def put(self, batch: Batch) -> Batch:
+        """`batch`, this process's rows of it, as global arrays on the mesh."""
+        rows = batch_sharding(self.mesh)
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
+
+    @functools.cached_property
+    def _train_step(self) -> Any:
+        c = self.config
+        step = make_train_step(
+            make_loss(self.model, c.loss),
+            make_optimizer(c.optimizer, c.steps),
+            make_schedule(c.optimizer, c.steps),
+            seed=c.seed,
+            accumulate=c.accumulate,
+        )
+        layout = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        return jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=0, out_shardings=(layout, replicated))
+
+    @functools.cached_property
+    def _score(self) -> Any:
+        def score(params: PyTree, batch: Batch) -> Float[Array, "B L"]:
+            return token_losses(self.model, LossConfig(chunk=self.config.loss.chunk), params, batch)[1]
+
+        return jax.jit(score)

@@ -1,0 +1,141 @@
+"""The training step: a pure function `(state, batch) -> (state, metrics)`, and the loss that it minimizes."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from llm_jax.data.loader import Batch
+from llm_jax.model.transformer import Transformer, head_table
+from llm_jax.ops.loss import IGNORE, chunked_cross_entropy, cross_entropy
+
+Metrics = dict[str, jax.Array]
+# (params, batch, key) -> (sum of the loss over counted tokens, {name: sum over counted tokens}).
+# The one seam: fine-tuning, preference tuning and distillation put their own function here.
+LossFn = Callable[[PyTree, Batch, Key[Array, ""]], tuple[Float[Array, ""], Metrics]]
+
+
+@struct.dataclass
+class TrainState:
+    """All that a run is, beside its position in the data."""
+
+    step: Int[Array, ""]
+    params: PyTree
+    opt_state: PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """What is added to cross-entropy, and how it is computed.
+
+    Attributes:
+      z_loss: weight of the squared log-partition; 1e-4 where logits drift.
+      label_smoothing: share of the target that goes to the uniform distribution.
+      chunk: tokens of a row whose logits are held at once; None: all of them.
+    """
+
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.z_loss < 0 or not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"loss.z_loss must not be negative and loss.label_smoothing lie in [0, 1), got {self}")
+
+
+def cast(params: PyTree, dtype: Any) -> PyTree:
+    """Every parameter in the dtype of the computation. Done once, before anything is gathered from other devices."""
+    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def token_losses(
+    model: Transformer, config: LossConfig, params: PyTree, batch: Batch, **apply: Any
+) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
+    """(loss, negative log-likelihood) of every target of the batch, in nats."""
+    params = cast(params, model.config.dtype)
+    terms = {"z_loss": config.z_loss, "label_smoothing": config.label_smoothing}
+    out = model.apply(
+        {"params": params},
+        batch.tokens,
+        segments=batch.segments,
+        positions=batch.positions,
+        logits=config.chunk is None,
+        **apply,
+    )
+    if out.logits is not None:
+        return cross_entropy(out.logits, batch.targets, **terms)
+    return chunked_cross_entropy(out.hidden, head_table(model.config, params), batch.targets, config.chunk, **terms)
+
+
+def make_loss(model: Transformer, config: LossConfig) -> LossFn:
+    """Next-token cross-entropy, summed over the tokens that count."""
+
+    def loss_fn(params: PyTree, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
+        loss, nll = token_losses(model, config, params, batch, train=True, rngs={"dropout": key})
+        return loss.sum(), {"nll": nll.sum()}
+
+    return loss_fn
+
+
+def init_state(model: Transformer, optimizer: optax.GradientTransformation, key: Key[Array, ""]) -> TrainState:
+    """A fresh state. Call it under `jax.eval_shape` for the shapes, under `jit` with shardings for the arrays."""
+    params = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    seed: int = 0,
+    accumulate: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """One optimizer step over a batch, in `accumulate` microbatches whose gradients are weighted by their tokens.
+
+    A loss or gradient that is not finite changes neither parameters nor optimizer state; the step still counts, so
+    that the data moves on, and `metrics["skipped"]` is 1.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        (loss, sums), gradients = accumulated(loss_fn, state.params, batch, key, accumulate)
+        tokens = jnp.maximum((batch.targets != IGNORE).sum(), 1)
+        loss, sums, gradients = jax.tree.map(lambda x: x / tokens, (loss, sums, gradients))
+        norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+        def update(state: TrainState) -> tuple[PyTree, PyTree]:
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            return optax.apply_updates(state.params, updates), opt_state
+
+        params, opt_state = jax.lax.cond(finite, update, lambda s: (s.params, s.opt_state), state)
+        metrics = {"loss": loss, **sums, "grad_norm": norm, "learning_rate": schedule(state.step)}
+        metrics |= {"tokens": tokens, "skipped": ~finite}
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return train_step
+
+
+def accumulated(
+    loss_fn: LossFn, params: PyTree, batch: Batch, key: Key[Array, ""], accumulate: int
+) -> tuple[tuple[Float[Array, ""], Metrics], PyTree]:
+    """Sums of loss, metrics and gradient over the batch, one microbatch of `B / accumulate` rows at a time."""
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    if accumulate == 1:
+        return value_and_grad(params, batch, key)
+
+    def add(total: PyTree, part: tuple[Batch, Key[Array, ""]]) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, value_and_grad(params, *part)), None
+
+    # Every accumulate-th row, so that each device keeps its own rows and nothing moves.
+    parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+    keys = jax.random.split(key, accumulate)
+    shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts), key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, zeros, (parts, keys))[0]
