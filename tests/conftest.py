@@ -4,7 +4,9 @@ This file is read before any test module, hence before JAX or llm_jax is importe
 Programs that tests start in processes of their own inherit the environment, not `jax.config`.
 """
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -12,16 +14,41 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+import beartype
 import hypothesis
 import jax
 import jaxtyping
+import optax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
-jaxtyping.install_import_hook("llm_jax", "beartype.beartype")
+
+def standard(function: Callable) -> Callable:
+    """Third-party arithmetic keeps JAX's own promotion."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args, **kwargs)
+
+    return run
+
+
+# optax mixes Python floats with its integer step count: in these three places and no other.
+optax.tree.bias_correction = standard(optax.tree.bias_correction)
+for make in (optax.linear_schedule, optax.cosine_decay_schedule):
+    setattr(optax, make.__name__, lambda *args, make=make, **kwargs: standard(make(*args, **kwargs)))
+
+
+def checked(function: Callable) -> Callable:
+    """beartype, but not for constructors: JAX rebuilds a struct around shapes and shardings too."""
+    return function if function.__name__ == "__init__" else beartype.beartype(function)
+
+
+jaxtyping.install_import_hook("llm_jax", "conftest.checked")
 
 # A deadline would time the first compile, and a random seed would make one machine red and the next green.
 hypothesis.settings.register_profile("llm_jax", deadline=None, derandomize=True)
