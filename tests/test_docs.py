@@ -1,0 +1,58 @@
+"""What the pages say is true: their Python runs, their commands parse, their links lead somewhere."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from itertools import takewhile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+RECIPES = sorted(ROOT.glob("configs/[!_]*.py"))
+FENCE = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"(?:^ *(?:\$ )?|[|&] )(?:\w+=\S+ )*llm-jax (.+)$", re.MULTILINE)
+
+
+def blocks(page: Path, *languages: str) -> Iterator[str]:
+    """The fenced blocks of a page, each moved to the line where it stands, so that errors name that line."""
+    text = page.read_text()
+    for fence in FENCE.finditer(text):
+        if fence[1] in languages:
+            yield "\n" * text.count("\n", 0, fence.start(2)) + fence[2]
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """What follows each `llm-jax` in a page's shell blocks, or in a recipe, up to a pipe or the like."""
+    shell = [page.read_text()] if page.suffix == ".py" else blocks(page, "sh", "bash", "console")
+    for command in COMMAND.finditer("".join(shell).replace("\\\n", " ")):
+        lexer = shlex.shlex(command[1], posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        yield list(takewhile(lambda word: not re.fullmatch(r"[();<>|&]+", word), lexer))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    session: dict[str, object] = {"__name__": page.stem}
+    for block in blocks(page, "python"):
+        exec(compile(block, page, "exec"), session)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *RECIPES], ids=lambda page: page.name)
+def test_the_commands_of_a_page_are_commands(page: Path):
+    from llm_jax.cli import parser
+
+    for words in commands(page):
+        try:
+            parser().parse_args(words)
+        except SystemExit as stop:
+            if stop.code != 0:
+                pytest.fail(f"no such command: llm-jax {shlex.join(words)}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_links_of_a_page_lead_to_a_file(page: Path):
+    for target in re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
