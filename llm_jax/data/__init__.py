@@ -1,1 +1,1 @@
-"""Text to batches: tokenizers, sources, token shards, packing and the loader. NumPy; only the loader knows JAX."""
+"""Text to batches: tokenizers, sources, token shards, packing, and the loader. NumPy all through."""

@@ -1,202 +1,185 @@
-"""Batches, a pure function of (seed, step, process); and every held-out token once."""
+"""Batches: for training a pure function of seed, step and process, for evaluation every token once."""
 
-from __future__ import annotations
-
+import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import flax.struct
 import grain
 import numpy as np
+from jaxtyping import Int64
 
-from llm_jax.data.packing import Packing, Windows, pack, windows
-from llm_jax.data.shards import TokenStore
+from llm_jax.data import packing
+from llm_jax.data.packing import Plan
+from llm_jax.data.shards import DataConfig, TokenStore
 
-IGNORE = -1
+__all__ = ["IGNORE", "Batch", "DataConfig", "Loader", "heldout_rows"]
 
+IGNORE = -1  # the target of a position that counts for nothing: padding, or the last token of a document
+LAST_STEP = np.iinfo(np.int64).max
 
-@dataclass(frozen=True)
-class DataConfig:
-    """What is read, how it is tokenized and split, and how it is cut into rows.
-
-    `batch_size` counts the rows of a step over all processes. `epochs=None` repeats as long as the run lasts.
-    """
-
-    uri: str = "builtin:python"
-    tokenizer: str = "train:4096"
-    separator: str | None = None
-    end_of_text: bool = True
-    heldout: float = 0.05
-    heldout_by: str = "hash"
-    packing: str = "documents"
-    seq_len: int = 256
-    batch_size: int = 16
-    epochs: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.packing not in ("documents", "windows"):
-            raise ValueError(f"packing={self.packing!r} is unknown; use 'documents' or 'windows'")
-        if self.heldout_by not in ("hash", "tail"):
-            raise ValueError(f"heldout_by={self.heldout_by!r} is unknown; use 'hash' or 'tail'")
-        if not 0 <= self.heldout < 1:
-            raise ValueError(f"heldout={self.heldout} is not a fraction; use a number from 0 to below 1, as 0.05")
-        for name in ("seq_len", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is too small; use 1 or more")
-        if self.epochs is not None and self.epochs <= 0:
-            raise ValueError(f"epochs={self.epochs} allows no step; use a positive number, or None for no limit")
+Rows = Any  # int32 [B, L] of NumPy or JAX; in a mapped-over batch whatever stands for them, a sharding say
 
 
 @flax.struct.dataclass
 class Batch:
-    """Rows of tokens, int32 [B, L] each.
+    """Rows of tokens.
 
-    `targets` is the next token, IGNORE where there is no loss. `segments` counts the documents of a row from 1, and
-    is 0 in the padding; `positions` restarts with each document; both are None for a stream without documents.
-    `documents` is the document of each target, -1 where there is none; only evaluation has it.
+    tokens: the inputs, 0 in the padding.
+    targets: the token after each, IGNORE where there is none in the same document.
+    segments: which document of its row a token belongs to, from 1; 0 in the padding.
+    positions: how far a token is from the start of its document in this row.
+    documents: the document of each target in the store, -1 where there is none; for evaluation.
+
+    A stream that is not told apart into documents has neither segments nor positions.
     """
 
-    tokens: np.ndarray
-    targets: np.ndarray
-    segments: np.ndarray | None
-    positions: np.ndarray | None
-    documents: np.ndarray | None = None
+    tokens: Rows
+    targets: Rows
+    segments: Rows = None
+    positions: Rows = None
+    documents: Rows = None
 
 
 class Loader:
-    """The training batches of a store, for one of `processes` processes."""
+    """The training batches of a split, or what one of several processes reads of them.
 
-    def __init__(self, store: TokenStore, config: DataConfig, *, process: int = 0, processes: int = 1) -> None:
-        if config.batch_size % processes:
-            raise ValueError(
-                f"batch_size={config.batch_size} does not divide among {processes} processes; "
-                f"use {-(-config.batch_size // processes) * processes}"
-            )
+    Raises `ValueError` if the split is shorter than a row, or the batch does not divide among the processes.
+    """
+
+    def __init__(
+        self, store: TokenStore, config: DataConfig, *, process: int = 0, processes: int = 1
+    ) -> None:
         if store.n_tokens <= config.seq_len:
             raise ValueError(
-                f"the corpus has {store.n_tokens} tokens, but a row of seq_len={config.seq_len} needs "
-                f"{config.seq_len + 1}; use a longer text or a shorter seq_len"
+                f"{store.n_tokens} tokens are too few for one row: seq_len={config.seq_len} needs "
+                f"{config.seq_len + 1} with the last target; use more text or a smaller seq_len"
             )
-        self.store, self.config = store, config
-        self._first = process * (config.batch_size // processes)
-        self._count = config.batch_size // processes
+        self._store, self._config = store, config
         self._plan = _plan(store, config)
+        self._share = _share(config, process, processes)
+        self._order = functools.lru_cache(maxsize=2)(self._draw_order)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps after which every row was seen at least once."""
-        return -(-self._plan.n_rows // self.config.batch_size)
+        """How many steps it takes until every row was seen."""
+        return -(-self._plan.n_rows // self._config.batch_size)
 
     def epoch(self, step: int) -> float:
-        """Epochs seen before `step`."""
-        return step * self.config.batch_size / self._plan.n_rows
+        """How many epochs lie before `step`."""
+        return step * self._config.batch_size / self._plan.n_rows
 
     def check_horizon(self, steps: int) -> None:
-        """Raises ValueError if `steps` need more rows than the allowed epochs have."""
-        epochs, n_rows, batch_size = self.config.epochs, self._plan.n_rows, self.config.batch_size
-        if epochs is not None and steps * batch_size > epochs * n_rows:
+        """Raises `ValueError` if `steps` would show rows more often than the config allows."""
+        epochs, batch_size, n_rows = self._config.epochs, self._config.batch_size, self._plan.n_rows
+        if epochs is None:
+            return
+        allowed = round(epochs * n_rows) // batch_size
+        if steps > allowed:
             raise ValueError(
-                f"{steps} steps of {batch_size} rows are {steps * batch_size / n_rows:.2f} epochs of {n_rows} rows, but "
-                f"epochs={epochs:g}; use at most {int(epochs * n_rows / batch_size)} steps, more data, or more epochs"
+                f"{steps} steps of {batch_size} rows are {self.epoch(steps):.2f} epochs of {n_rows} rows, "
+                f"but epochs={epochs:g} allows {allowed}; use steps={allowed}, more epochs or more text"
             )
 
     def batch(self, step: int) -> Batch:
-        """The rows of this process at `step`."""
-        return _batch(self.store, self.config, self._spans(step))
-
-    def documents(self, step: int) -> np.ndarray:
-        """The documents of this process's rows at `step`, as sorted indices into the store."""
-        indices = np.concatenate([_indices(spans) for spans in self._spans(step)])
-        return np.unique(_document_of(self.store, indices))
+        """The rows of this process at `step`, the same whenever and wherever it is asked for."""
+        return dataclasses.replace(self._rows(step), documents=None)
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
-        """`batch(start)`, `batch(start + 1)`, ..., read ahead on a thread."""
-        steps = grain.MapDataset.range(start, np.iinfo(np.int64).max).map(self.batch)
+        """`batch(start)`, `batch(start + 1)` and so on, read ahead on a thread."""
+        steps = grain.MapDataset.range(start, LAST_STEP).map(self.batch)
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
-    def _spans(self, step: int) -> list[list[tuple[int, int]]]:
-        begin = step * self.config.batch_size + self._first
+    def documents(self, step: int) -> list[int]:
+        """Which documents of the store stand in the rows of this process at `step`."""
+        return [document for document in np.unique(self._rows(step).documents).tolist() if document != IGNORE]
+
+    def _rows(self, step: int) -> Batch:
+        """Epochs follow each other without a gap: what does not fill a batch begins the next epoch's first."""
+        first = step * self._config.batch_size
         rows = []
-        for place in range(begin, begin + self._count):
-            epoch, index = divmod(place, self._plan.n_rows)
-            order, shift = self._epoch_order(epoch)
-            rows.append(_row_spans(self.store, self._plan, int(order[index]), shift))
-        return rows
+        for epoch, row in (divmod(first + place, self._plan.n_rows) for place in self._share):
+            order, shift = self._order(epoch)
+            rows.append(self._plan.spans(order[row], shift))
+        return _batch(self._store, self._config, rows)
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019
-    def _epoch_order(self, epoch: int) -> tuple[np.ndarray, int]:
-        """The order of the rows in an epoch, and how far its windows are shifted."""
-        digest = hashlib.sha256(f"{self.config.seed} {epoch}".encode()).digest()
-        random = np.random.Philox(key=int.from_bytes(digest[:16], "big"))
-        slack = self._plan.slack if isinstance(self._plan, Windows) else 0
-        shift = int(random.random_raw() % (slack + 1))
-        return np.argsort(random.random_raw(self._plan.n_rows), kind="stable"), shift
+    def _draw_order(self, epoch: int) -> tuple[Int64[np.ndarray, "n_rows"], int]:
+        """The order of the rows in `epoch`, and the shift of its windows.
 
-
-def heldout_rows(store: TokenStore, config: DataConfig) -> Iterator[Batch]:
-    """Every held-out token that has one before it in its row's document, once as a target, in a fixed order."""
-    plan = _plan(store, config)
-    rows = [_row_spans(store, plan, row, 0) for row in range(plan.n_rows)]
-    if isinstance(plan, Windows) and plan.slack:
-        rows.append([(plan.n_rows * plan.seq_len, plan.n_rows * plan.seq_len + plan.slack)])
-    for first in range(0, len(rows), config.batch_size):
-        spans = rows[first : first + config.batch_size]
-        yield _batch(store, config, spans + [[]] * (config.batch_size - len(spans)), with_documents=True)
+        Seed and epoch are hashed together: seed 0 in epoch 1 has nothing of seed 1 in epoch 0. The order
+        comes of Philox's raw bits, which NumPy promises not to change; its permutations may.
+        """
+        digest = hashlib.sha256(f"{self._config.seed} {epoch}".encode()).digest()
+        bits = np.random.Philox(key=int.from_bytes(digest[:16], "big"))
+        shift = int(bits.random_raw()) % (self._plan.slack + 1)
+        return np.argsort(bits.random_raw(self._plan.n_rows), kind="stable"), shift
 
 
-def _plan(store: TokenStore, config: DataConfig) -> Packing | Windows:
+def heldout_rows(
+    store: TokenStore, config: DataConfig, *, process: int = 0, processes: int = 1
+) -> Iterator[Batch]:
+    """The batches of a split, in order: every token is a target once if its row has one before it.
+
+    The batches have `documents`. The last one is filled up with empty rows.
+    """
+    plan = _plan(store, config, partial=True)
+    share = _share(config, process, processes)
+    for first in range(0, plan.n_rows, config.batch_size):
+        rows = [first + place for place in share]
+        yield _batch(store, config, [plan.spans(row) if row < plan.n_rows else [] for row in rows])
+
+
+def _plan(store: TokenStore, config: DataConfig, *, partial: bool = False) -> Plan:
     if config.packing == "documents":
-        return pack(np.diff(store.offsets), config.seq_len)
-    return windows(store.n_tokens, config.seq_len)
+        return packing.pack(np.diff(store.offsets), config.seq_len)
+    return packing.windows(store.n_tokens, config.seq_len, partial=partial)
 
 
-def _row_spans(store: TokenStore, plan: Packing | Windows, row: int, shift: int) -> list[tuple[int, int]]:
-    if isinstance(plan, Windows):
-        start = row * plan.seq_len + shift
-        return [(start, start + plan.seq_len)]
-    spans = slice(plan.rows[row], plan.rows[row + 1])
-    starts = store.offsets[plan.documents[spans]] + plan.starts[spans]
-    return list(zip(starts.tolist(), (starts + plan.lengths[spans]).tolist(), strict=True))
+def _share(config: DataConfig, process: int, processes: int) -> range:
+    """The places of this process in a batch."""
+    rows, rest = divmod(config.batch_size, processes)
+    if rest:
+        raise ValueError(
+            f"batch_size={config.batch_size} does not divide among {processes} processes; "
+            f"use batch_size={(rows + 1) * processes}"
+        )
+    return range(process * rows, (process + 1) * rows)
 
 
-def _indices(spans: list[tuple[int, int]]) -> np.ndarray:
-    return np.concatenate([np.zeros(0, np.int64), *(np.arange(start, stop) for start, stop in spans)])
+def _batch(store: TokenStore, config: DataConfig, rows: Sequence[list[tuple[int, int]]]) -> Batch:
+    """Rows of spans [start, stop) of the stream, each followed by padding."""
+    shape = len(rows), config.seq_len
+    zeros, ignored = np.zeros(shape, np.int32), np.full(shape, IGNORE, np.int32)
+    batch = Batch(zeros, ignored, zeros.copy(), zeros.copy(), ignored.copy())
+    apart = config.packing == "documents" or config.end_of_text
+    for row, spans in enumerate(rows):
+        place = 0
+        for number, (start, stop) in enumerate(spans):
+            here = row, slice(place, place + stop - start)
+            place += stop - start
+            part = _span(store, start, stop, apart)
+            batch.tokens[here] = part.tokens
+            batch.targets[here] = part.targets
+            batch.segments[here] = part.segments + number  # where spans are several, each is of one document
+            batch.positions[here] = part.positions
+            batch.documents[here] = part.documents
+    return batch if apart else dataclasses.replace(batch, segments=None, positions=None)
 
 
-def _document_of(store: TokenStore, indices: np.ndarray) -> np.ndarray:
-    return np.searchsorted(store.offsets, indices, side="right") - 1
-
-
-def _batch(
-    store: TokenStore, config: DataConfig, rows: list[list[tuple[int, int]]], with_documents: bool = False
-) -> Batch:
-    shape = (len(rows), config.seq_len)
-    tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
-    targets, documents = (np.full(shape, IGNORE, np.int32) for _ in range(2))
-    apart = config.end_of_text or config.packing == "documents"
-    for r, spans in enumerate(rows):
-        n = 0
-        for start, stop in spans:
-            span = slice(n, n + stop - start)
-            n = span.stop
-            read = store.read(start, min(stop + 1, store.n_tokens))
-            of = _document_of(store, np.arange(start, start + len(read)))
-            tokens[r, span] = read[: stop - start]
-            count = len(read) - 1
-            keep = of[1:] == of[:-1] if apart else np.ones(count, bool)
-            where = slice(span.start, span.start + count)
-            targets[r, where] = np.where(keep, read[1:], IGNORE)
-            documents[r, where] = np.where(keep, of[1:], IGNORE)
-            inside = of[: stop - start]
-            segments[r, span] = inside - inside[0] + 1 + (segments[r, span.start - 1] if span.start else 0)
-            positions[r, span] = np.arange(start, stop) - np.maximum(store.offsets[inside], start)
+def _span(store: TokenStore, start: int, stop: int, apart: bool) -> Batch:
+    """The tokens from `start` up to `stop`; every field is [stop - start]."""
+    tokens = store.read(start, stop + 1)
+    documents = store.documents_of(start, start + len(tokens))
+    if len(tokens) == stop - start:  # the last token of all has no target
+        tokens, documents = np.append(tokens, IGNORE), np.append(documents, IGNORE)
+    inputs, targets = documents[:-1], documents[1:]
+    counted = targets == inputs if apart else targets != IGNORE
     return Batch(
-        tokens=tokens,
-        targets=targets,
-        segments=segments if apart else None,
-        positions=positions if apart else None,
-        documents=documents if with_documents else None,
+        tokens=tokens[:-1],
+        targets=np.where(counted, tokens[1:], IGNORE),
+        segments=inputs - inputs[0] + 1,
+        positions=np.arange(start, stop) - np.maximum(store.offsets[inputs], start),
+        documents=np.where(counted, targets, IGNORE),
     )

@@ -1,79 +1,83 @@
-"""Which tokens stand in which row: whole documents packed into rows, or windows of one long stream.
+"""Which tokens stand in which row: whole documents packed together, or windows of one long stream.
 
-Index arithmetic on the token stream, no tokens. A row is a list of spans [start, stop) of the stream.
+Arithmetic on lengths; no token is read here. A row is made of spans [start, stop) of the token stream, the
+documents of a split one after the other.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Int64
 
 
 @dataclass(frozen=True)
-class Packing:
-    """Rows of spans in compressed form: row `r` holds spans `rows[r]` to `rows[r + 1]`.
+class Plan:
+    """The rows of an epoch. Row r is made of the spans `rows[r]` up to `rows[r + 1]`.
 
-    `rows`: int64 [n_rows + 1]; `documents`, `starts`, `lengths`: int64 [n_spans], where `starts` counts from the
-    beginning of the document.
+    All spans may be shifted right together by up to `slack` tokens.
     """
 
-    rows: np.ndarray
-    documents: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
+    rows: Int64[np.ndarray, "n_rows+1"]
+    starts: Int64[np.ndarray, "n_spans"]
+    stops: Int64[np.ndarray, "n_spans"]
+    slack: int = 0
 
     @property
     def n_rows(self) -> int:
         return len(self.rows) - 1
 
+    def spans(self, row: int, shift: int = 0) -> list[tuple[int, int]]:
+        """The (start, stop) of every span in `row`."""
+        spans = slice(self.rows[row], self.rows[row + 1])
+        starts, stops = self.starts[spans] + shift, self.stops[spans] + shift
+        return list(zip(starts.tolist(), stops.tolist(), strict=True))
 
-@dataclass(frozen=True)
-class Windows:
-    """Windows of `seq_len` inputs, side by side; `slack` tokens at the end are in no window.
 
-    A window reads one token more than it has inputs: the target of its last.
+def windows(n_tokens: int, seq_len: int, *, partial: bool = False) -> Plan:
+    """Windows of `seq_len` tokens side by side, each with a token behind it: the target of its last.
+
+    `partial` adds the shorter window that may be left at the end; otherwise what is left is slack.
     """
+    n_targets = max(n_tokens - 1, 0)
+    n_rows, slack = divmod(n_targets, seq_len)
+    if partial and slack:
+        n_rows, slack = n_rows + 1, 0
+    starts = np.arange(n_rows) * seq_len
+    return Plan(np.arange(n_rows + 1), starts, np.minimum(starts + seq_len, n_targets), slack)
 
-    n_rows: int
-    seq_len: int
-    slack: int
 
+def pack(lengths: Int64[np.ndarray, "n_documents"], seq_len: int) -> Plan:
+    """Documents of `lengths` tokens in rows of at most `seq_len`: best fit, the longest first.
 
-def pack(lengths: np.ndarray, seq_len: int) -> Packing:
-    """Best-fit-decreasing: the longest document first, each into the fullest row that still has room.
-
-    Only documents longer than `seq_len` are cut, into pieces of `seq_len` and a rest. Documents of one length are
-    placed together: where the fullest fitting row has space for q of them, best fit would put all q there.
+    Each document goes into the fullest row that can take it, or into a new one (Johnson, 1973). Only one that
+    is longer than `seq_len` is cut, into full rows and a rest that is packed like a document.
     """
-    documents, starts, sizes = _cut(np.asarray(lengths, np.int64), seq_len)
-    order = np.argsort(-sizes, kind="stable")
-    row_of = np.empty(len(sizes), np.int64)
-    row_of[order] = _best_fit(np.bincount(sizes, minlength=seq_len + 1), seq_len)
+    starts, sizes = _pieces(lengths, seq_len)
+    row_of = np.empty_like(sizes)
+    row_of[np.argsort(-sizes, kind="stable")] = _best_fit(np.bincount(sizes, minlength=seq_len + 1), seq_len)
     by_row = np.argsort(row_of, kind="stable")
-    rows = np.concatenate([[0], np.cumsum(np.bincount(row_of))])
-    return Packing(rows, documents[by_row], starts[by_row], sizes[by_row])
+    starts, sizes = starts[by_row], sizes[by_row]
+    return Plan(np.append(0, np.cumsum(np.bincount(row_of))), starts, starts + sizes)
 
 
-def windows(n_tokens: int, seq_len: int) -> Windows:
-    """As many whole windows of `seq_len` inputs and their targets as `n_tokens` hold."""
-    n_rows, slack = divmod(max(n_tokens - 1, 0), seq_len)
-    return Windows(n_rows, seq_len, slack)
-
-
-def _cut(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pieces of at most `seq_len`: their document, start in the document and size."""
+def _pieces(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the pieces of every document start in the stream, and their sizes, none above `seq_len`."""
     counts = -(-lengths // seq_len)
-    documents = np.repeat(np.arange(len(lengths)), counts)
-    first = np.cumsum(counts) - counts
-    starts = (np.arange(len(documents)) - first[documents]) * seq_len
-    return documents, starts, np.minimum(lengths[documents] - starts, seq_len)
+    number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # within its document
+    start = number * seq_len
+    sizes = np.minimum(np.repeat(lengths, counts) - start, seq_len)
+    return np.repeat(np.cumsum(lengths) - lengths, counts) + start, sizes
 
 
 def _best_fit(counts: np.ndarray, seq_len: int) -> np.ndarray:
-    """The row of every piece, pieces in decreasing size; `counts[size]` pieces have that size."""
-    open_rows: list[list[int]] = [[] for _ in range(seq_len + 1)]  # by the space they have left
-    spaces, n_rows, placed = 0, 0, []  # bit s of `spaces`: some row has s left
+    """The row of every piece, largest pieces first, where `counts[size]` pieces have a size.
+
+    Pieces of one size are placed together: the row that takes one is then the fullest that can take the next,
+    so it takes as many as fit. The work grows with the number of sizes, not of pieces.
+    """
+    rows: list[list[int]] = [[] for _ in range(seq_len + 1)]  # the rows that have so much space left
+    spaces = 0  # bit s is set where rows[s] is not empty
+    n_rows, placed = 0, [np.zeros(0, np.int64)]
     for size in range(seq_len, 0, -1):
         left = int(counts[size])
         while left:
@@ -81,18 +85,16 @@ def _best_fit(counts: np.ndarray, seq_len: int) -> np.ndarray:
             space = size + (fitting & -fitting).bit_length() - 1 if fitting else seq_len
             each = space // size
             wanted = -(-left // each)
-            if fitting:
-                taken, open_rows[space] = open_rows[space][:wanted], open_rows[space][wanted:]
-                spaces ^= 0 if open_rows[space] else 1 << space
-            else:
-                taken = list(range(n_rows, n_rows + wanted))
+            if not fitting:
+                rows[space] = list(range(n_rows, n_rows + wanted))
                 n_rows += wanted
+            taken = rows[space][-wanted:]
+            del rows[space][-wanted:]
             placed.append(np.repeat(taken, each)[:left])
-            used = np.full(len(taken), each)
-            used[-1] = len(placed[-1]) - each * (len(taken) - 1)
-            for row, many in zip(taken, used.tolist(), strict=True):
-                rest = space - many * size
-                open_rows[rest].append(row)
-                spaces |= 1 << rest
+            in_last = len(placed[-1]) - each * (len(taken) - 1)
+            rows[space - each * size] += taken[:-1]
+            rows[space - in_last * size] += taken[-1:]
+            for changed in (space, space - each * size, space - in_last * size):
+                spaces = spaces | 1 << changed if rows[changed] else spaces & ~(1 << changed)
             left -= len(placed[-1])
-    return np.concatenate(placed) if placed else np.zeros(0, np.int64)
+    return np.concatenate(placed)

@@ -1,39 +1,80 @@
-"""Token shards on disk: a corpus tokenized once, verified when opened, read through memory maps.
+"""Token shards: a corpus tokenized once, verified when it is opened, read through memory maps.
 
-A folder holds, for each split, `<split>_00000.npy` ... (token ids), `<split>_offsets.npy` (where each document
-starts), `<split>_bytes.npy` (its size as UTF-8), `<split>_origins.txt`; and `tokenizer/`, and `meta.json`.
+meta.json              the manifest: what this is, how it was made, a checksum of every other file
+tokenizer/             what made the tokens
+train_00000.npy ...    the documents of a split one after the other, as uint16 or uint32
+train_offsets.npy      where each document starts, and where the last one ends
+train_bytes.npy        how long each document is as UTF-8
+train_origins.txt      where each document came from, a line each
+heldout_...            likewise
 """
 
-from __future__ import annotations
-
+import contextlib
 import functools
 import hashlib
+import itertools
 import json
-import os
+import re
+import shutil
 import tempfile
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Int32, Int64
 
+from llm_jax.config import nearest
 from llm_jax.data import sources
 from llm_jax.data.sources import Document
-from llm_jax.data.tokenizer import Tokenizer, build, load
+from llm_jax.data.tokenizer import Tokenizer, build, encode_all, load
 
-if TYPE_CHECKING:
-    from llm_jax.data.loader import DataConfig
-
+FORMAT = 1
 SPLITS = ("train", "heldout")
-_FORMAT = 1
-_SHARD_TOKENS = 1 << 25
+SETTINGS = ("tokenizer", "separator", "end_of_text", "heldout", "heldout_by")
+SHARD_TOKENS = 1 << 25
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, how it becomes tokens, what is held out, and how the rest is cut into rows.
+
+    Every field up to `heldout_by` is an argument of `prepare`; `packing` and the rest concern the loader.
+    packing: "documents" puts whole documents into rows, "windows" cuts the stream of tokens evenly.
+    seq_len: tokens in a row.
+    batch_size: rows in a step, over all processes.
+    epochs: how often a run may see each row; None for as often as its steps need.
+    """
+
+    uri: str = sources.BUILTIN
+    tokenizer: str = "train:4096"
+    separator: str | None = None
+    end_of_text: bool = True
+    heldout: float = 0.05
+    heldout_by: Literal["hash", "tail"] = "hash"
+    packing: Literal["documents", "windows"] = "documents"
+    seq_len: int = 256
+    batch_size: int = 16
+    epochs: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_heldout(self.heldout, self.heldout_by)
+        _check_choice("packing", self.packing, ("documents", "windows"))
+        for name in ("seq_len", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} leaves no tokens; use 1 or more")
+        if self.epochs is not None and self.epochs <= 0:
+            raise ValueError(
+                f"epochs={self.epochs:g} allows no step; use a positive number, or none for no limit"
+            )
 
 
 @dataclass(frozen=True)
 class Split:
-    """What one split holds, and the sha256 of each of its files."""
+    """How much a split holds, and the sha256 of each of its files."""
 
     documents: int
     tokens: int
@@ -43,14 +84,14 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of shards holds and how it was made: `meta.json`."""
+    """What a folder of shards holds, and how it was made."""
 
     format: int
     source: str
+    separator: str | None
     tokenizer: str
     tokenizer_fingerprint: str
     vocab_size: int
-    separator: str | None
     end_of_text: bool
     heldout: float
     heldout_by: str
@@ -58,24 +99,41 @@ class Manifest:
 
 
 class TokenStore:
-    """The tokens of one split, one stream through all its shard files."""
+    """The tokens of one split, its documents one after the other, in memory maps.
+
+    offsets: where in the stream each document starts, and where the last ends, int64 [n_documents + 1].
+    document_bytes: how long each document is as UTF-8, int64 [n_documents].
+    """
 
     def __init__(self, folder: Path, name: str, split: Split) -> None:
         self.n_documents, self.n_tokens, self.n_bytes = split.documents, split.tokens, split.bytes
-        self.offsets: np.ndarray = np.load(folder / f"{name}_offsets.npy", mmap_mode="r")
-        self.document_bytes: np.ndarray = np.load(folder / f"{name}_bytes.npy", mmap_mode="r")
-        self._shards = [np.load(folder / file, mmap_mode="r") for file in _token_files(name, split)]
-        self._starts = np.cumsum([0, *(len(shard) for shard in self._shards)])
+        self.offsets = _map(folder / f"{name}_offsets.npy")
+        self.document_bytes = _map(folder / f"{name}_bytes.npy")
+        self._origins = folder / f"{name}_origins.txt"
+        self._shards = [_map(folder / file) for file in _token_files(name, split)]
+        self._starts = np.cumsum([0, *map(len, self._shards)])
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens `start` to `stop` of the stream, int32 [stop - start]."""
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
-        parts = []
-        for shard, begin in zip(self._shards[first:], self._starts[first:], strict=False):
+    def read(self, start: int, stop: int) -> Int32[np.ndarray, "n"]:
+        """The tokens from `start` up to `stop`, or up to the end of the stream."""
+        first = np.searchsorted(self._starts, start, side="right") - 1
+        parts = [np.zeros(0, np.int32)]
+        for begin, shard in zip(self._starts[first:].tolist(), self._shards[first:], strict=False):
             if begin >= stop:
                 break
             parts.append(shard[max(start - begin, 0) : stop - begin])
-        return np.concatenate(parts).astype(np.int32)
+        return np.concatenate(parts, dtype=np.int32, casting="unsafe")
+
+    def documents_of(self, start: int, stop: int) -> Int64[np.ndarray, "n"]:
+        """Which document each token from `start` up to `stop` belongs to."""
+        first, last = np.searchsorted(self.offsets, [start, stop - 1], side="right") - 1
+        ends = np.minimum(self.offsets[first + 1 : last + 2], stop)
+        return np.repeat(np.arange(first, last + 1), np.diff(ends, prepend=start))
+
+    def origins(self, documents: Collection[int]) -> list[str]:
+        """Where `documents` came from, in their order in the corpus."""
+        wanted = set(documents)
+        with open(self._origins, encoding="utf-8") as lines:
+            return [line.rstrip("\n") for number, line in enumerate(lines) if number in wanted]
 
 
 class Shards:
@@ -87,10 +145,12 @@ class Shards:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        return load(self.folder / "tokenizer")
+        tokenizer = load(self.folder / "tokenizer")
+        if tokenizer.fingerprint != self.manifest.tokenizer_fingerprint:
+            raise ValueError(f"{self.folder / 'tokenizer'} did not make these tokens; prepare the data again")
+        return tokenizer
 
-    def split(self, name: str) -> TokenStore:
-        """The tokens of `train` or `heldout`."""
+    def split(self, name: Literal["train", "heldout"]) -> TokenStore:
         return TokenStore(self.folder, name, self.manifest.splits[name])
 
 
@@ -102,135 +162,224 @@ def prepare(
     separator: str | None = None,
     end_of_text: bool = True,
     heldout: float = 0.05,
-    heldout_by: str = "hash",
-    report: Callable[[str], None] = lambda line: None,
+    heldout_by: Literal["hash", "tail"] = "hash",
+    report: Callable[[str], object] = lambda line: None,
 ) -> Manifest:
-    """Tokenizes the documents of `uri` once, into the folder `out`."""
-    out = Path(out)
-    if out.exists():
-        raise ValueError(f"{out} exists already; delete it, or choose another folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
-        folder = Path(name) / "shards"
-        report(f"building the tokenizer {tokenizer} on {uri}")
-        encoder = build(tokenizer, lambda: (d.text for d in sources.documents(uri, separator)))
+    """Tokenizes the documents of `uri` into the folder `out`, which appears whole or not at all.
+
+    tokenizer: as `tokenizer.build` takes it; what it learns from text, it learns from all documents.
+    separator: as `sources.documents` takes it.
+    end_of_text: whether the token of that name follows every document.
+    heldout: the fraction held out for evaluation, of whole documents. "hash" chooses them by content, so that
+    a document stays on its side as the corpus grows, on one side with its copies; "tail" takes the last.
+
+    Raises `ValueError` if `out` exists, a side of the split stays empty, or the disk is full.
+    """
+    _check_heldout(heldout, heldout_by)
+    read = functools.partial(sources.documents, uri, separator)
+    with _new_folder(Path(out)) as folder:
+        report(f"building the tokenizer {tokenizer} for {uri}")
+        encoder = build(tokenizer, lambda: (document.text for document in read()))
         encoder.save(folder / "tokenizer")
-        side = _hash_side(heldout) if heldout_by == "hash" else _tail_side(uri, separator, heldout)
-        writers = {name: _SplitWriter(folder, name, encoder.vocab_size) for name in SPLITS}
-        for document in sources.documents(uri, separator):
-            tokens = encoder.encode(document.text)
-            if end_of_text:
-                tokens = np.append(tokens, np.int32(encoder.end_of_text))
-            writers[side(document)].add(document, tokens)
-        splits = {name: writer.close() for name, writer in writers.items()}
+        side = _by_hash(heldout) if heldout_by == "hash" else _by_tail(heldout, read())
+        writers = {name: _SplitWriter(folder, name, encoder, end_of_text, report) for name in SPLITS}
+        documents, again = itertools.tee(read())
+        encoded = encode_all(folder / "tokenizer", (document.text for document in again))
+        for document, tokens in zip(documents, encoded, strict=True):
+            data = document.text.encode()
+            writers[side(data)].add(document, len(data), tokens)
         manifest = Manifest(
-            format=_FORMAT,
+            format=FORMAT,
             source=uri,
+            separator=separator,
             tokenizer=tokenizer,
             tokenizer_fingerprint=encoder.fingerprint,
             vocab_size=encoder.vocab_size,
-            separator=separator,
             end_of_text=end_of_text,
             heldout=heldout,
             heldout_by=heldout_by,
-            splits=splits,
+            splits={name: writer.close() for name, writer in writers.items()},
         )
+        _check_sides(manifest)
         (folder / "meta.json").write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
-        os.rename(folder, out)
-    report(f"wrote {splits['train'].tokens:,} training and {splits['heldout'].tokens:,} held-out tokens")
     return manifest
 
 
-def cached(config: DataConfig, cache_dir: str | Path, report: Callable[[str], None] = lambda line: None) -> Path:
-    """The shards that `config` asks for, prepared into `cache_dir` if they are not there yet."""
-    settings = {
-        "tokenizer": config.tokenizer,
-        "separator": config.separator,
-        "end_of_text": config.end_of_text,
-        "heldout": config.heldout,
-        "heldout_by": config.heldout_by,
-    }
-    content = [_FORMAT, sources.fingerprint(config.uri), settings]
-    folder = Path(cache_dir) / hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-    if not (folder / "meta.json").exists():
-        prepare(config.uri, folder, **settings, report=report)
+def cached(
+    config: DataConfig, cache_dir: str | Path, report: Callable[[str], object] = lambda line: None
+) -> Path:
+    """The folder of the shards that `config` asks for, prepared into `cache_dir` if they are not there.
+
+    The folder's name is a digest of content and settings. A `uri` that is itself a folder of shards is the
+    answer, but raises `ValueError` if it was prepared with other settings.
+    """
+    settings: dict[str, Any] = {name: getattr(config, name) for name in SETTINGS}
+    given = Path(config.uri)
+    if (given / "meta.json").is_file():
+        _check_agreement(settings, _read_manifest(given))
+        return given
+    learnt = load(config.tokenizer).fingerprint if Path(config.tokenizer).is_dir() else None
+    key = json.dumps([FORMAT, sources.fingerprint(config.uri), settings, learnt])
+    folder = Path(cache_dir) / hashlib.sha256(key.encode()).hexdigest()[:16]
+    if not folder.exists():
+        try:
+            prepare(config.uri, folder, **settings, report=report)
+        except ValueError:
+            if not folder.exists():  # else another process was faster
+                raise
     return folder
 
 
 def open_shards(folder: str | Path) -> Shards:
-    """Opens what `prepare` wrote, after a look at every file's checksum."""
+    """Opens what `prepare` wrote. Raises `ValueError` that names a missing or damaged file."""
     folder = Path(folder)
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    splits = {name: Split(**split) for name, split in meta.pop("splits").items()}
-    manifest = Manifest(**meta, splits=splits)
-    for split in splits.values():
-        for name, expected in split.files.items():
-            if _sha256(folder / name) != expected:
-                raise ValueError(f"{folder / name} is damaged: its checksum differs; delete {folder} and prepare again")
+    manifest = _read_manifest(folder)
+    for split in manifest.splits.values():
+        for file, checksum in split.files.items():
+            if not (folder / file).is_file() or _sha256(folder / file) != checksum:
+                raise ValueError(
+                    f"{folder / file} is damaged or missing; delete {folder} and prepare it again"
+                )
     return Shards(folder, manifest)
 
 
 class _SplitWriter:
-    """Writes one split: tokens as they come, one shard at a time; offsets and sizes at the end."""
+    """Writes one split. Holds one shard of tokens, and two numbers a document."""
 
-    def __init__(self, folder: Path, name: str, vocab_size: int) -> None:
-        self.folder, self.name = folder, name
-        self.dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
-        self.offsets, self.bytes = array("q", [0]), array("q")
-        self.pending: list[np.ndarray] = []
-        self.n_pending = 0
-        self.files: dict[str, str] = {}
-        self.n_shards = 0
+    def __init__(
+        self, folder: Path, name: str, encoder: Tokenizer, end_of_text: bool, report: Callable[[str], object]
+    ) -> None:
+        self._folder, self._name, self._report = folder, name, report
+        self._dtype = np.uint16 if encoder.vocab_size <= 1 << 16 else np.uint32
+        self._end = np.array([encoder.end_of_text] if end_of_text else [], self._dtype)
+        self._offsets, self._bytes = array("q", [0]), array("q")
+        self._tokens: list[np.ndarray] = []
+        self._origins: list[str] = []
+        self._flushed = 0
+        self._files: dict[str, str] = {}
 
-    def add(self, document: Document, tokens: np.ndarray) -> None:
-        self.pending.append(tokens.astype(self.dtype))
-        self.n_pending += len(tokens)
-        self.offsets.append(self.offsets[-1] + len(tokens))
-        self.bytes.append(len(document.text.encode()))
-        if self.n_pending >= _SHARD_TOKENS:
-            self.flush()
-
-    def flush(self) -> None:
-        self.save(f"{self.name}_{self.n_shards:05d}.npy", np.concatenate(self.pending))
-        self.n_shards += 1
-        self.pending, self.n_pending = [], 0
-
-    def save(self, file: str, values: np.ndarray) -> None:
-        np.save(self.folder / file, values)
-        self.files[file] = _sha256(self.folder / file)
+    def add(self, document: Document, n_bytes: int, tokens: np.ndarray) -> None:
+        self._tokens += [tokens.astype(self._dtype), self._end]
+        self._origins.append(" ".join(document.origin.splitlines()))
+        self._offsets.append(self._offsets[-1] + len(tokens) + len(self._end))
+        self._bytes.append(n_bytes)
+        if self._offsets[-1] - self._flushed >= SHARD_TOKENS:
+            self._flush()
 
     def close(self) -> Split:
-        if self.pending:
-            self.flush()
-        self.save(f"{self.name}_offsets.npy", np.array(self.offsets, np.int64))
-        self.save(f"{self.name}_bytes.npy", np.array(self.bytes, np.int64))
-        return Split(len(self.bytes), self.offsets[-1], sum(self.bytes), self.files)
+        self._flush()
+        self._save("offsets", np.array(self._offsets, np.int64))
+        self._save("bytes", np.array(self._bytes, np.int64))
+        origins = f"{self._name}_origins.txt"
+        self._files[origins] = _sha256(self._folder / origins)
+        return Split(len(self._bytes), self._offsets[-1], sum(self._bytes), self._files)
+
+    def _flush(self) -> None:
+        with open(self._folder / f"{self._name}_origins.txt", "a", encoding="utf-8") as file:
+            file.writelines(f"{origin}\n" for origin in self._origins)
+        if self._tokens:
+            self._save(f"{len(self._files):05d}", np.concatenate(self._tokens))
+        self._report(f"{self._name}: {self._offsets[-1]:,} tokens of {len(self._bytes):,} documents")
+        self._tokens, self._origins, self._flushed = [], [], self._offsets[-1]
+
+    def _save(self, what: str, values: np.ndarray) -> None:
+        file = f"{self._name}_{what}.npy"
+        np.save(self._folder / file, values)
+        self._files[file] = _sha256(self._folder / file)
 
 
-def _hash_side(heldout: float) -> Callable[[Document], str]:
-    def side(document: Document) -> str:
-        digest = hashlib.sha256(document.text.encode()).digest()
+@contextlib.contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` at the end, or vanishes with an error."""
+    if out.exists():
+        raise ValueError(f"{out} exists already, and shards go into a new folder; delete it or name another")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+            folder = Path(scratch) / "shards"
+            folder.mkdir()
+            yield folder
+            folder.rename(out)
+    except OSError as error:  # what goes wrong in reading is a ValueError
+        there = next(parent for parent in out.absolute().parents if parent.exists())
+        raise ValueError(
+            f"cannot write {out}: {error.strerror or error}, with {shutil.disk_usage(there).free:,} bytes free; "
+            "make room or name another folder"
+        ) from error
+
+
+def _by_hash(heldout: float) -> Callable[[bytes], str]:
+    def side(document: bytes) -> str:
+        digest = hashlib.sha256(document).digest()
         return "heldout" if int.from_bytes(digest[:8], "big") < heldout * 2**64 else "train"
 
     return side
 
 
-def _tail_side(uri: str, separator: str | None, heldout: float) -> Callable[[Document], str]:
-    total = sum(len(document.text.encode()) for document in sources.documents(uri, separator))
-    position = 0
+def _by_tail(heldout: float, documents: Iterable[Document]) -> Callable[[bytes], str]:
+    first = (1 - heldout) * sum(len(document.text.encode()) for document in documents)
+    seen = 0
 
-    def side(document: Document) -> str:
-        nonlocal position
-        start, position = position, position + len(document.text.encode())
-        return "heldout" if start >= (1 - heldout) * total else "train"
+    def side(document: bytes) -> str:
+        nonlocal seen
+        start, seen = seen, seen + len(document)
+        return "heldout" if start >= first else "train"
 
     return side
 
 
-def _token_files(name: str, split: Split) -> Iterator[str]:
-    return (file for file in sorted(split.files) if file[len(name) + 1].isdigit())
+def _read_manifest(folder: Path) -> Manifest:
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"no shards in {folder}: expected a meta.json; write them with llm-jax prepare"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{folder / 'meta.json'} is damaged ({error}); prepare the data again") from None
+    if meta["format"] != FORMAT:
+        raise ValueError(
+            f"{folder} has the format {meta['format']}, expected {FORMAT}; prepare the data again"
+        )
+    return Manifest(**meta | {"splits": {name: Split(**split) for name, split in meta["splits"].items()}})
+
+
+def _check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; {nearest(value, choices)}")
+
+
+def _check_heldout(heldout: float, heldout_by: str) -> None:
+    _check_choice("heldout_by", heldout_by, ("hash", "tail"))
+    if not 0 <= heldout < 1:
+        raise ValueError(f"heldout={heldout:g} is not a fraction of the documents; use 0.05, or 0 for none")
+
+
+def _check_sides(manifest: Manifest) -> None:
+    train, heldout = (manifest.splits[name].documents for name in SPLITS)
+    if not train or (manifest.heldout and not heldout):
+        raise ValueError(
+            f"heldout={manifest.heldout:g} by {manifest.heldout_by} leaves {train} documents to train on and "
+            f"{heldout} held out; cut the text into more with a separator, change heldout, or use heldout=0"
+        )
+
+
+def _check_agreement(settings: Mapping[str, Any], manifest: Manifest) -> None:
+    made = {name: getattr(manifest, name) for name in settings}
+    differ = [name for name in settings if made[name] != settings[name]]
+    if differ:
+        was, asked = (", ".join(f"{name}={of[name]!r}" for name in differ) for of in (made, settings))
+        raise ValueError(f"the shards were prepared with {was}, and the config has {asked}; make them agree")
+
+
+def _token_files(name: str, split: Split) -> list[str]:
+    return sorted(file for file in split.files if re.fullmatch(rf"{name}_\d+\.npy", file))
+
+
+def _map(path: Path) -> np.ndarray:
+    return np.load(path, mmap_mode="r")
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
