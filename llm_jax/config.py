@@ -1,11 +1,14 @@
 """Frozen dataclasses to JSON and back, and `key=value` overrides from the command line.
 
 A config is a frozen dataclass, possibly of frozen dataclasses, whose leaves are numbers, strings, booleans,
-`None`, or tuples of these. The annotations are the schema: nothing is declared twice.
+`None`, or tuples `tuple[X, ...]` of these. The annotations are the schema: nothing is declared twice.
+As text, `none` is None, and a tuple is its items with commas between, after the last one too if you like.
 """
 
 import dataclasses
 import difflib
+import math
+import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -13,6 +16,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 Config = TypeVar("Config")
 
 TRUTH = {"true": True, "false": False}
+NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "none"}
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -27,14 +31,18 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[Config], values: Mapping[str, Any], where: str = "") -> Config:
-    """The inverse of `to_dict`. Raises `ValueError` for an unknown key or a wrong type; absent keys take defaults."""
+    """The inverse of `to_dict`; absent keys take their defaults.
+
+    Raises `ValueError` for an unknown key, a wrong type, or an absent key without a default.
+    """
     hints = get_type_hints(cls)
     _check_known(values, hints, where)
+    _check_complete(values, cls, where)
     return cls(**{key: _coerce(value, hints[key], where + key) for key, value in values.items()})
 
 
 def override(config: Config, assignments: Sequence[str]) -> Config:
-    """`config` with each `"a.b=value"` applied in order, checked by type and by every `__post_init__` on the way.
+    """`config` with each `"a.b=value"` applied in order, checked by type and by every `__post_init__`.
 
     All assignments take effect together, so that two fields which must agree can change in one call.
     """
@@ -45,16 +53,18 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
             raise ValueError(f"expected key=value, got {assignment!r}; for example model.n_layers=8")
         *groups, leaf = key.split(".")
         branch = values
-        for group in groups:
+        for depth, group in enumerate(groups, 1):
             branch = branch.setdefault(group, {})
-        if not isinstance(branch, dict) or isinstance(branch.get(leaf), dict):
-            raise ValueError(f"{key} is set both as a value and as a group of values; keep one of them")
+            if not isinstance(branch, dict):
+                raise _twice(".".join(groups[:depth]))
+        if isinstance(branch.get(leaf), dict):
+            raise _twice(key)
         branch[leaf] = text
     return _replace(config, values, "")
 
 
 def checked(config: Config) -> Config:
-    """`config`, once every leaf is known to have its annotated type: a recipe is Python and could hold anything."""
+    """`config`, every leaf known to have its annotated type: a recipe is Python, and could hold anything."""
     return from_dict(type(config), to_dict(config))
 
 
@@ -84,60 +94,88 @@ def _check_known(values: Mapping[str, Any], known: Mapping[str, Any], where: str
             raise ValueError(f"unknown config key {where + key!r}; {nearest(key, known)}")
 
 
+def _check_complete(values: Mapping[str, Any], cls: Any, where: str) -> None:
+    for field in dataclasses.fields(cls):
+        optional = (field.default, field.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
+        if field.name not in values and not optional:
+            raise ValueError(f"config key {where + field.name!r} is missing; it has no default, so set it")
+
+
+def _twice(key: str) -> ValueError:
+    return ValueError(f"{key} is set both as a value and as a group of values; keep one of them")
+
+
 def _coerce(value: Any, kind: Any, where: str) -> Any:
     """`value`, from JSON or as text from the command line, as the annotated type `kind`."""
     origin, arguments = get_origin(kind), get_args(kind)
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type) and isinstance(value, Mapping):
-        return from_dict(kind, value, where + ".")
     if origin in (Union, types.UnionType):
         return _coerce_union(value, arguments, where)
-    if origin is Literal:
-        if value in arguments:
-            return value
-        raise ValueError(f"{where}={value!r} is not one of {', '.join(map(str, arguments))}")
-    if origin is tuple:
-        items = value.split(",") if isinstance(value, str) else value
-        if isinstance(items, Sequence):
-            return tuple(_coerce(item, arguments[0], where) for item in items if item != "")
-    elif (leaf := _leaf(value, kind)) is not None:
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type) and isinstance(value, Mapping):
+        return from_dict(kind, value, where + ".")
+    if origin is Literal and value in arguments:
+        return value
+    if origin is tuple and (items := _items(value)) is not None:
+        return tuple(_coerce(item, arguments[0], where) for item in items)
+    if (leaf := _leaf(value, kind)) is not None:
         return leaf
-    raise ValueError(f"{where} takes {_describe(kind)}, got {value!r}")
+    raise _wrong_type(value, (kind,), where)
 
 
-def _coerce_union(value: Any, arguments: Sequence[Any], where: str) -> Any:
-    if type(None) in arguments and (value is None or value == "none"):
+def _coerce_union(value: Any, kinds: Sequence[Any], where: str) -> Any:
+    if types.NoneType in kinds and (value is None or value == "none"):
         return None
-    *others, last = [kind for kind in arguments if kind is not type(None)]
-    for kind in others:
+    for kind in kinds:
         try:
             return _coerce(value, kind, where)
         except ValueError:
-            continue
-    return _coerce(value, last, where)
+            if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+                raise  # the mistake is inside the group, and says where
+    raise _wrong_type(value, kinds, where)
+
+
+def _items(value: Any) -> Sequence[Any] | None:
+    """The items of a JSON list, or of text; None for anything else."""
+    if isinstance(value, str):
+        items = value.split(",")
+        return items if items[-1] else items[:-1]
+    return value if isinstance(value, Sequence) else None
 
 
 def _leaf(value: Any, kind: Any) -> Any:
-    """`value` as a bool, int, float or str, or None where it is not one. `1e6` is an int, `3` is a float."""
-    if kind is bool:
-        return TRUTH.get(value.lower()) if isinstance(value, str) else value if isinstance(value, bool) else None
-    if kind is str:
-        return value if isinstance(value, str) else None
+    """`value` as a bool, int, float or str, or None where it is not one."""
+    if kind is bool and isinstance(value, str):
+        return TRUTH.get(value.lower())
+    if kind in (bool, str):
+        return value if isinstance(value, kind) else None
     if kind not in (int, float) or isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
+    return _number(value, kind)
+
+
+def _number(value: str | int | float, kind: type) -> int | float | None:
+    """`1e6` is an int and `3` is a float; infinity and nan are neither."""
+    if kind is int and re.fullmatch("[+-]?[0-9]+", str(value)):
+        return int(value)  # not by way of float, which has 53 bits
     try:
         number = float(value)
-        return number if kind is float else int(value) if str(value).isdigit() else _integral(number)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
+    if not math.isfinite(number) or (kind is int and not number.is_integer()):
+        return None
+    return kind(number)
 
 
-def _integral(number: float) -> int | None:
-    return int(number) if number.is_integer() else None
+def _wrong_type(value: Any, kinds: Sequence[Any], where: str) -> ValueError:
+    got = f"a group of values ({', '.join(value)})" if isinstance(value, Mapping) else repr(value)
+    return ValueError(f"{where} takes {' or '.join(_describe(kind, where) for kind in kinds)}, got {got}")
 
 
-def _describe(kind: Any) -> str:
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return f"a group of values (set one of {', '.join(field.name for field in dataclasses.fields(kind))})"
+def _describe(kind: Any, where: str) -> str:
+    if dataclasses.is_dataclass(kind):
+        fields = ", ".join(f"{where}.{field.name}" for field in dataclasses.fields(kind))
+        return f"a group of values (set one of {fields})"
     if get_origin(kind) is tuple:
-        return f"values of type {_describe(get_args(kind)[0])} separated by commas"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, str(kind))
+        return f"values of type {_describe(get_args(kind)[0], where)} separated by commas"
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    return NAMES.get(kind, str(kind))

@@ -1,0 +1,180 @@
+"""Configs survive JSON and the command line; every mistake gets one line that says what to do."""
+
+import dataclasses
+import json
+import math
+import re
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_jax.config import checked, from_dict, nearest, override, to_dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    power: int = 1
+    rate: float = 0.5
+    fuel: Literal["coal", "oil"] = "coal"
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    wagons: int
+    engine: Engine = Engine()
+    spare: Engine | None = None
+    name: str = ""
+    express: bool = False
+    limit: int | None = None
+    speed: float | None = None
+    stops: tuple[str, ...] = ()
+    gauges: tuple[int, ...] = (1435,)
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.wagons > self.limit:
+            raise ValueError(f"wagons={self.wagons} exceeds limit={self.limit}")
+
+
+# On the command line the word none is None, and a comma ends an item of a tuple.
+words = st.text(st.characters(exclude_characters=",", codec="utf-8")).filter(lambda text: text != "none")
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+engines = st.builds(Engine, st.integers(), numbers, st.sampled_from(["coal", "oil"]))
+trains = st.builds(
+    Train,
+    wagons=st.integers(),
+    engine=engines,
+    spare=st.none() | engines,
+    name=words,
+    express=st.booleans(),
+    speed=st.none() | numbers,
+    stops=st.lists(words).map(tuple),
+    gauges=st.lists(st.integers()).map(tuple),
+)
+
+
+@given(trains)
+def test_a_config_survives_json(config: Train):
+    assert from_dict(Train, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def assignments(config: Any, prefix: str = "") -> list[str]:
+    """`config` as a user would type it."""
+    lines = []
+    for field in dataclasses.fields(config):
+        value, key = getattr(config, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            lines += assignments(value, f"{key}.")
+        elif isinstance(value, tuple):
+            lines.append(f"{key}=" + "".join(f"{item}," for item in value))
+        else:
+            lines.append(f"{key}={'none' if value is None else value}")
+    return lines
+
+
+@given(trains)
+def test_a_config_survives_the_command_line(config: Train):
+    assert override(Train(wagons=0), assignments(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("wagons=1e6", {"wagons": 1_000_000}),
+        ("wagons=-3", {"wagons": -3}),
+        ("speed=3", {"speed": 3.0}),
+        ("speed=none", {"speed": None}),
+        ("express=True", {"express": True}),
+        ("name=a=b", {"name": "a=b"}),
+        ("stops=", {"stops": ()}),
+        ("stops=Ulm", {"stops": ("Ulm",)}),
+        ("stops=Ulm,Bern", {"stops": ("Ulm", "Bern")}),
+        ("stops=,", {"stops": ("",)}),
+        ("gauges=1000,1435", {"gauges": (1000, 1435)}),
+        ("engine.fuel=oil", {"engine": Engine(fuel="oil")}),
+        ("spare.power=2", {"spare": Engine(power=2)}),
+    ],
+)
+def test_text_becomes_a_value_of_the_annotated_type(assignment: str, expected: dict[str, Any]):
+    assert override(Train(wagons=1), [assignment]) == dataclasses.replace(Train(wagons=1), **expected)
+
+
+ERRORS = {
+    "wagon=3": "unknown config key 'wagon'; did you mean 'wagons'?",
+    "engine.fule=oil": "unknown config key 'engine.fule'; did you mean 'fuel'?",
+    "spare.pwer=2": "unknown config key 'spare.pwer'; did you mean 'power'?",
+    "engine.zzz=1": "unknown config key 'engine.zzz'; known: fuel, power, rate",
+    "wagons=three": "wagons takes a whole number, got 'three'",
+    "wagons=1.5": "wagons takes a whole number, got '1.5'",
+    "wagons=1e400": "wagons takes a whole number, got '1e400'",
+    "wagons=²": "wagons takes a whole number, got '²'",
+    "wagons=none": "wagons takes a whole number, got 'none'",
+    "limit=few": "limit takes a whole number or none, got 'few'",
+    "speed=fast": "speed takes a number or none, got 'fast'",
+    "engine.rate=nan": "engine.rate takes a number, got 'nan'",
+    "express=yes": "express takes true or false, got 'yes'",
+    "engine.fuel=peat": "engine.fuel takes one of coal, oil, got 'peat'",
+    "gauges=1000,wide": "gauges takes a whole number, got 'wide'",
+    "engine=big": (
+        "engine takes a group of values (set one of engine.power, engine.rate, engine.fuel), got 'big'"
+    ),
+    "wagons.first=1": "wagons takes a whole number, got a group of values (first)",
+    "wagons": "expected key=value, got 'wagons'; for example model.n_layers=8",
+}
+
+
+@pytest.mark.parametrize(("assignment", "message"), ERRORS.items())
+def test_a_mistake_on_the_command_line_is_named_in_one_line(assignment: str, message: str):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        override(Train(wagons=1), [assignment])
+
+
+@pytest.mark.parametrize("pair", [("engine=1", "engine.power=2"), ("engine.power=2", "engine=1")])
+def test_a_key_cannot_be_a_value_and_a_group(pair: tuple[str, str]):
+    with pytest.raises(ValueError, match="engine is set both as a value and as a group of values; keep one"):
+        override(Train(wagons=1), list(pair))
+
+
+def test_a_group_below_a_value_is_named_too():
+    with pytest.raises(ValueError, match="engine is set both as a value and as a group"):
+        override(Train(wagons=1), ["engine=1", "engine.power.more=2"])
+
+
+def test_json_of_a_wrong_type_is_refused():
+    for values in ({"wagons": True}, {"wagons": None}, {"wagons": [1]}, {"wagons": 1, "express": 1}):
+        with pytest.raises(ValueError, match="takes"):
+            from_dict(Train, values)
+    with pytest.raises(ValueError, match="express takes true or false, got 'ja'"):
+        checked(Train(wagons=1, express="ja"))  # pyright: ignore[reportArgumentType]
+
+
+def test_json_without_a_required_key_names_it():
+    with pytest.raises(ValueError, match="config key 'wagons' is missing; it has no default"):
+        from_dict(Train, {})
+
+
+def test_whole_numbers_keep_every_digit():
+    for number in (2**63 + 1, -(2**63) - 1, 10**400):
+        assert from_dict(Train, {"wagons": number}).wagons == number
+        assert override(Train(wagons=0), [f"wagons={number}"]).wagons == number
+    with pytest.raises(ValueError, match="speed takes a number"):
+        from_dict(Train, {"wagons": 1, "speed": 10**400})
+
+
+def test_overrides_take_effect_together_and_the_last_one_wins():
+    config = Train(wagons=5, limit=6)
+    assert override(config, ["wagons=9", "limit=10", "wagons=8"]) == Train(wagons=8, limit=10)
+    with pytest.raises(ValueError, match="wagons=9 exceeds limit=6"):
+        override(config, ["wagons=9"])
+
+
+def test_checking_gives_floats_where_a_recipe_wrote_whole_numbers():
+    speed = checked(Train(wagons=1, speed=3)).speed
+    assert isinstance(speed, float)
+    assert math.isclose(speed, 3)
+
+
+def test_the_nearest_name_is_offered_and_otherwise_all_names():
+    assert nearest("d_modle", ["n_heads", "d_model"]) == "did you mean 'd_model'?"
+    assert nearest("q", ["n_heads", "d_model"]) == "known: d_model, n_heads"
