@@ -97,7 +97,7 @@ class Loader:
         return [document for document in np.unique(self._rows(step).documents).tolist() if document != IGNORE]
 
     def _rows(self, step: int) -> Batch:
-        """Epochs follow each other without a gap: what does not fill a batch begins the next epoch's first."""
+        """Epochs follow each other without a gap: rows that fill no batch begin the next epoch's first."""
         first = step * self._config.batch_size
         rows = []
         for epoch, row in (divmod(first + place, self._plan.n_rows) for place in self._share):

@@ -218,9 +218,10 @@ def cached(
     if (given / "meta.json").is_file():
         _check_agreement(settings, _read_manifest(given))
         return given
-    learnt = load(config.tokenizer).fingerprint if Path(config.tokenizer).is_dir() else None
-    key = json.dumps([FORMAT, sources.fingerprint(config.uri), settings, learnt])
-    folder = Path(cache_dir) / hashlib.sha256(key.encode()).hexdigest()[:16]
+    key = settings | {"format": FORMAT, "content": sources.fingerprint(config.uri)}
+    if Path(config.tokenizer).is_dir():
+        key["tokenizer"] = load(config.tokenizer).fingerprint
+    folder = Path(cache_dir) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     if not folder.exists():
         try:
             prepare(config.uri, folder, **settings, report=report)
@@ -301,10 +302,10 @@ def _new_folder(out: Path) -> Iterator[Path]:
             yield folder
             folder.rename(out)
     except OSError as error:  # what goes wrong in reading is a ValueError
-        there = next(parent for parent in out.absolute().parents if parent.exists())
+        free = shutil.disk_usage(next(parent for parent in out.absolute().parents if parent.exists())).free
         raise ValueError(
-            f"cannot write {out}: {error.strerror or error}, with {shutil.disk_usage(there).free:,} bytes free; "
-            "make room or name another folder"
+            f"cannot write {out}: {error.strerror or error}, with {free:,} bytes free; make room, or name "
+            "another folder"
         ) from error
 
 

@@ -213,14 +213,14 @@ def load(folder: str | Path) -> Tokenizer:
     folder = Path(folder)
     try:
         meta = json.loads((folder / "encoding.json").read_text(encoding="utf-8"))
+        name, fingerprint, description = meta["name"], meta["fingerprint"], meta["encoding"]
         ranks = (folder / "ranks.tiktoken").read_bytes()
     except FileNotFoundError as error:
         missing = Path(error.filename).name
         raise ValueError(f"no tokenizer in {folder}: {missing} is missing; name the folder of one") from None
-    except ValueError as error:
+    except (ValueError, KeyError) as error:
         raise ValueError(f"{folder / 'encoding.json'} is damaged ({error}); prepare the data again") from None
-    description = meta["encoding"]
-    if _digest(description, ranks) != meta["fingerprint"]:
+    if _digest(description, ranks) != fingerprint:
         raise ValueError(
             f"{folder} is damaged: the tokenizer has another fingerprint; prepare the data again"
         )
@@ -231,7 +231,7 @@ def load(folder: str | Path) -> Tokenizer:
             return CharTokenizer(description["alphabet"])
         case _:
             pattern, specials = description["pattern"], description["special_tokens"]
-            return _bpe(meta["name"], pattern, _from_lines(ranks), specials)
+            return _bpe(name, pattern, _from_lines(ranks), specials)
 
 
 def encode_all(folder: str | Path, texts: Iterable[str]) -> Iterator[np.ndarray]:
