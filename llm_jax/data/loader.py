@@ -102,7 +102,7 @@ class Loader:
         rows = []
         for epoch, row in (divmod(first + place, self._plan.n_rows) for place in self._share):
             order, shift = self._order(epoch)
-            rows.append(self._plan.spans(order[row], shift))
+            rows.append(self._plan.spans(int(order[row]), shift))
         return _batch(self._store, self._config, rows)
 
     def _draw_order(self, epoch: int) -> tuple[Int64[np.ndarray, "n_rows"], int]:
