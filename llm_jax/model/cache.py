@@ -16,11 +16,14 @@ class KVCache:
     v: Float[Array, "N B S K H"]
     length: Int[Array, " B"]
 
-    def write(self, layer: Int[Array, ""] | int, k: Float[Array, "B L K H"], v: Float[Array, "B L K H"]) -> "KVCache":
-        """Puts the keys and values of L new tokens behind those of `layer`. `length` moves on only in `advance`."""
+    def write(
+        self, layer: Int[Array, ""] | int, k: Float[Array, "B L K H"], v: Float[Array, "B L K H"]
+    ) -> "KVCache":
+        """Puts the keys and values of L new tokens behind those of `layer`; only `advance` moves `length` on."""
 
         def put(buffer: Array, new: Array) -> Array:
-            rows, columns = jnp.arange(new.shape[0])[:, None], self.length[:, None] + jnp.arange(new.shape[1])
+            rows = jnp.arange(new.shape[0])[:, None]
+            columns = self.length[:, None] + jnp.arange(new.shape[1])[None]
             return buffer.at[layer, rows, columns].set(new.astype(buffer.dtype), mode="drop")
 
         return self.replace(k=put(self.k, k), v=put(self.v, v))

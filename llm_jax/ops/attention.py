@@ -45,7 +45,7 @@ class Mask:
         `start` and `rows` pick a block of `rows` queries out of the L, for implementations that work block by block.
         """
         rows = L if rows is None else rows
-        keys = jnp.arange(S)
+        keys = jnp.arange(S)[None, None]
         queries = start + jnp.arange(rows)[None]
         if self.kv_length is not None:
             queries = queries + (self.kv_length - L)[:, None]

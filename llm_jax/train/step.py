@@ -106,7 +106,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         (loss, sums), gradients = accumulated(loss_fn, state.params, batch, key, accumulate)
         tokens = jnp.maximum((batch.targets != IGNORE).sum(), 1)
-        loss, sums, gradients = jax.tree.map(lambda x: x / tokens, (loss, sums, gradients))
+        loss, sums, gradients = jax.tree.map(lambda x: x / tokens.astype(x.dtype), (loss, sums, gradients))
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
