@@ -19,7 +19,7 @@ class KVCache:
     def write(
         self, layer: Int[Array, ""] | int, k: Float[Array, "B L K H"], v: Float[Array, "B L K H"]
     ) -> "KVCache":
-        """Puts the keys and values of L new tokens behind those of `layer`; only `advance` moves `length` on."""
+        """Puts keys and values of L new tokens behind those of `layer`; `advance` counts them in `length`."""
 
         def put(buffer: Array, new: Array) -> Array:
             rows = jnp.arange(new.shape[0])[:, None]

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 def rotary(
     x: Float[Array, "B L *heads H"], positions: Int[Array, "#B L"], theta: float
 ) -> Float[Array, "B L *heads H"]:
-    """Turns the pairs `(x[i], x[i + H/2])` by `positions * theta**(-2i/H)` (Su et al. 2021, arXiv:2104.09864).
+    """Turns pairs `(x[i], x[i + H/2])` by `positions * theta**(-2i/H)` (Su et al. 2021, arXiv:2104.09864).
 
     Angles are computed in float32 whatever the dtype of `x`: at position 4096 bfloat16 is off by whole turns.
     """
