@@ -85,7 +85,8 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """The rows of this process at `step`, the same whenever and wherever it is asked for."""
-        return dataclasses.replace(self._rows(step), documents=None)
+        batch = _batch(self._store, self._config, self._spans(step))
+        return dataclasses.replace(batch, documents=None)
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """`batch(start)`, `batch(start + 1)` and so on, read ahead on a thread."""
@@ -94,16 +95,17 @@ class Loader:
 
     def documents(self, step: int) -> list[int]:
         """Which documents of the store stand in the rows of this process at `step`."""
-        return [document for document in np.unique(self._rows(step).documents).tolist() if document != IGNORE]
+        spans = [span for row in self._spans(step) for span in row]
+        return np.unique(np.concatenate([self._store.documents_of(*span) for span in spans])).tolist()
 
-    def _rows(self, step: int) -> Batch:
+    def _spans(self, step: int) -> list[list[tuple[int, int]]]:
         """Epochs follow each other without a gap: rows that fill no batch begin the next epoch's first."""
         first = step * self._config.batch_size
         rows = []
         for epoch, row in (divmod(first + place, self._plan.n_rows) for place in self._share):
             order, shift = self._order(epoch)
             rows.append(self._plan.spans(int(order[row]), shift))
-        return _batch(self._store, self._config, rows)
+        return rows
 
     def _draw_order(self, epoch: int) -> tuple[Int64[np.ndarray, "n_rows"], int]:
         """The order of the rows in `epoch`, and the shift of its windows.

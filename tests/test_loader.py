@@ -1,0 +1,270 @@
+"""A batch is a function of seed, step and process; an epoch is each row once, evaluation each token once."""
+
+import collections
+import itertools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from llm_jax.data import loader, shards
+from llm_jax.data.loader import IGNORE, Batch, DataConfig, Loader, heldout_rows
+from llm_jax.ops import loss
+
+LENGTHS = np.random.default_rng(0).integers(1, 40, size=160).tolist()
+LENGTHS[0] += -(sum(LENGTHS) - 1) % 16  # windows of 16 have no slack, with ends of text and without
+KINDS = ["documents", "windows", "stream"]  # a stream is windows over text without ends
+
+
+def config(kind: str, **settings: Any) -> DataConfig:
+    packing: Any = "documents" if kind == "documents" else "windows"
+    small: dict[str, Any] = {"seq_len": 16, "batch_size": 6}
+    return DataConfig(packing=packing, end_of_text=kind != "stream", **small | settings)
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory) -> dict[str, shards.TokenStore]:
+    """Documents of LENGTHS tokens, each of a character of its own: a token tells which document it is in."""
+    folder: Path = tmp_path_factory.mktemp("shards")
+    text = "".join(chr(0x4E00 + number) * length for number, length in enumerate(LENGTHS))
+    lines = "\n".join(f'{{"text": "{"".join(run)}"}}' for _, run in itertools.groupby(text))
+    (folder / "a.jsonl").write_text(lines)
+    made = {}
+    for kind in KINDS:
+        out = folder / kind
+        shards.prepare(
+            str(folder / "a.jsonl"), out, tokenizer="char", heldout=0.0, end_of_text=kind != "stream"
+        )
+        made[kind] = shards.open_shards(out).split("train")
+    return made
+
+
+def equal(a: Batch, b: Batch) -> bool:
+    return jax.tree.all(jax.tree.map(np.array_equal, a, b))
+
+
+def joined(parts: list[Batch]) -> Batch:
+    return jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
+
+
+def row_keys(batches: list[Batch]) -> list[bytes]:
+    """What is written in every row."""
+    return [
+        np.stack([batch.tokens[row], batch.targets[row]]).tobytes()
+        for batch in batches
+        for row in range(len(batch.tokens))
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_is_the_same_whenever_it_is_asked_for(kind: str, stores):
+    first, second = Loader(stores[kind], config(kind)), Loader(stores[kind], config(kind))
+    steps = [0, 1, 2 * first.steps_per_epoch, 7]
+    batches = {step: first.batch(step) for step in steps}
+    assert all(equal(batches[step], second.batch(step)) for step in reversed(steps))
+    assert not equal(batches[0], batches[1])
+    assert not equal(batches[0], Loader(stores[kind], config(kind, seed=1)).batch(0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("processes", [2, 3, 6])
+def test_the_batch_is_the_same_however_many_processes_read_it(kind: str, processes: int, stores):
+    whole = Loader(stores[kind], config(kind))
+    parts = [Loader(stores[kind], config(kind), process=i, processes=processes) for i in range(processes)]
+    for step in (0, whole.steps_per_epoch - 1, 3 * whole.steps_per_epoch):
+        assert equal(joined([part.batch(step) for part in parts]), whole.batch(step))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_epoch_shows_every_row_once_in_another_order(kind: str, stores):
+    ours = Loader(stores[kind], config(kind, batch_size=1))
+    n_rows = ours.steps_per_epoch
+    in_order = row_keys(list(heldout_rows(stores[kind], config(kind, batch_size=1))))
+    epochs = [row_keys([ours.batch(step) for step in range(e * n_rows, (e + 1) * n_rows)]) for e in range(3)]
+    assert all(collections.Counter(epoch) == collections.Counter(in_order) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in [*epochs, in_order]}) == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_fill_no_batch_begin_the_next_epoch(kind: str, stores):
+    singles, sevens = (Loader(stores[kind], config(kind, batch_size=size)) for size in (1, 7))
+    n_rows = singles.steps_per_epoch
+    assert n_rows % 7
+    assert sevens.steps_per_epoch == n_rows // 7 + 1
+    rows = row_keys([sevens.batch(step) for step in range(3 * n_rows // 7)])
+    assert rows == row_keys([singles.batch(step) for step in range(len(rows))])
+
+
+def test_an_epoch_of_packed_rows_shows_every_token_once(stores):
+    store = stores["documents"]
+    ours = Loader(store, config("documents", batch_size=1))
+    batches = [ours.batch(step) for step in range(ours.steps_per_epoch)]
+    seen = np.concatenate([batch.tokens[batch.segments > 0] for batch in batches])
+    assert sorted(seen.tolist()) == sorted(store.read(0, store.n_tokens).tolist())
+
+
+def test_windows_shift_from_epoch_to_epoch_and_never_overlap(stores):
+    store, seq_len = stores["stream"], 21
+    ours = Loader(store, config("stream", batch_size=1, seq_len=seq_len))
+    steps, shifts = ours.steps_per_epoch, set()
+    for epoch in range(8):
+        starts = sorted(start for step in range(steps) for start, _ in spans(ours, epoch * steps + step))
+        assert set(np.diff(starts).tolist()) == {seq_len}
+        assert starts[-1] + seq_len < store.n_tokens
+        shifts.add(starts[0])
+    assert len(shifts) > 3
+
+
+def spans(ours: Loader, step: int) -> list[tuple[int, int]]:
+    epoch, row = divmod(step, ours.steps_per_epoch)
+    order, shift = ours._order(epoch)
+    return ours._plan.spans(int(order[row]), shift)
+
+
+def test_a_seed_in_its_second_epoch_is_not_the_next_seed_in_its_first(stores):
+    a, b = (Loader(stores["documents"], config("documents", batch_size=1, seed=seed)) for seed in (0, 1))
+    assert not np.array_equal(a._order(1)[0], b._order(0)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_targets_are_the_next_tokens_of_the_same_document(kind: str, stores):
+    store = stores[kind]
+    whole = store.read(0, store.n_tokens).tolist()
+    following = collections.Counter(itertools.pairwise(whole))
+    ours = Loader(store, config(kind))
+    for batch in (ours.batch(step) for step in range(ours.steps_per_epoch)):
+        assert batch.documents is None
+        assert {batch.tokens.dtype, batch.targets.dtype} == {np.dtype(np.int32)}
+        if kind == "stream":
+            assert batch.segments is None
+            assert batch.positions is None
+            assert (batch.targets != IGNORE).all()
+            assert all(pair in following for pair in zip(batch.tokens.flat, batch.targets.flat, strict=True))
+            np.testing.assert_array_equal(batch.tokens[:, 1:], batch.targets[:, :-1])
+        else:
+            check_documents(batch, end=max(whole))
+
+
+def check_documents(batch: Batch, end: int) -> None:
+    """Row by row, token by token: what a batch of documents must look like."""
+    for tokens, targets, segments, positions in zip(
+        batch.tokens, batch.targets, batch.segments, batch.positions, strict=True
+    ):
+        documents = [
+            list(group) for _, group in itertools.groupby(range(len(tokens)), key=lambda i: segments[i])
+        ]
+        numbers = [segments[group[0]] for group in documents]
+        assert numbers in (list(range(1, len(numbers) + 1)), [*range(1, len(numbers)), 0])
+        for number, group in zip(numbers, documents, strict=True):
+            if number == 0:
+                assert (targets[group] == IGNORE).all()
+                assert (tokens[group] == 0).all()
+                continue
+            assert positions[group].tolist() == list(range(len(group)))
+            character = {token for token in tokens[group].tolist() if token != end}
+            assert len(character) <= 1
+            assert targets[group[:-1]].tolist() == tokens[group[1:]].tolist()
+            assert (targets[group[-1]] == IGNORE) == (tokens[group[-1]] == end)
+
+
+def test_only_the_padding_and_the_ends_of_documents_have_no_target(stores):
+    store = stores["documents"]
+    ours = Loader(store, config("documents", batch_size=1))
+    counted = sum(int((ours.batch(step).targets != IGNORE).sum()) for step in range(ours.steps_per_epoch))
+    assert counted == store.n_tokens - store.n_documents
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reading_ahead_gives_the_same_batches_from_any_step(kind: str, stores):
+    ours = Loader(stores[kind], config(kind))
+    for start in (0, 5):
+        ahead = itertools.islice(ours.batches(start), 12)
+        assert all(equal(batch, ours.batch(start + i)) for i, batch in enumerate(ahead))
+
+
+def test_an_error_in_reading_ahead_is_raised(stores, monkeypatch):
+    ours = Loader(stores["stream"], config("stream"))
+
+    def fail(start: int, stop: int):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(ours._store, "read", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(ours.batches())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_names_the_documents_in_it(kind: str, stores):
+    store = stores[kind]
+    ours = Loader(store, config(kind, batch_size=2))
+    batch = ours.batch(3)
+    tokens = batch.tokens if batch.segments is None else batch.tokens[batch.segments > 0]
+    seen = set(tokens.flat) - {len(LENGTHS)}  # the id after the characters ends a text, any of them
+    assert set(ours.documents(3)) == seen if kind != "windows" else set(ours.documents(3)) >= seen
+    assert ours.documents(3) != ours.documents(4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_held_out_token_is_scored_once_and_knows_its_document(kind: str, processes: int, stores):
+    store = stores[kind]
+    parts = [heldout_rows(store, config(kind), process=i, processes=processes) for i in range(processes)]
+    batches = [joined(list(rows)) for rows in zip(*parts, strict=True)]
+    assert {batch.tokens.shape for batch in batches} == {(6, 16)}
+    scored = collections.Counter()
+    for batch in batches:
+        assert ((batch.documents == IGNORE) == (batch.targets == IGNORE)).all()
+        scored.update(zip(batch.documents.flat, batch.targets.flat, strict=True))
+    scored.pop((IGNORE, IGNORE), None)
+    offsets = store.offsets.tolist()
+    first = 0 if kind == "stream" else 1
+    expected = collections.Counter(
+        (document, token)
+        for document, (start, stop) in enumerate(itertools.pairwise(offsets))
+        for token in store.read(start + first, stop).tolist()
+    )
+    if kind == "stream":
+        expected[0, store.read(0, 1)[0]] -= 1  # nothing comes before the first token of all
+    assert scored == +expected
+
+
+def test_a_split_without_documents_has_no_batches(tmp_path):
+    (tmp_path / "a.txt").write_text("text enough for one row")
+    shards.prepare(str(tmp_path / "a.txt"), tmp_path / "out", tokenizer="byte", heldout=0.0)
+    empty = shards.open_shards(tmp_path / "out").split("heldout")
+    assert [list(heldout_rows(empty, config(kind))) for kind in KINDS] == [[], [], []]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_horizon_beyond_the_allowed_epochs_is_refused_with_the_numbers(kind: str, stores):
+    n_rows = Loader(stores[kind], config(kind, batch_size=1)).steps_per_epoch
+    ours = Loader(stores[kind], config(kind, epochs=2.5, batch_size=4))
+    allowed = round(2.5 * n_rows) // 4
+    ours.check_horizon(allowed)
+    message = rf"{allowed + 1} steps of 4 rows are 2\.\d\d epochs of {n_rows} rows, .* allows {allowed};"
+    with pytest.raises(ValueError, match=message):
+        ours.check_horizon(allowed + 1)
+    Loader(stores[kind], config(kind)).check_horizon(10**9)
+    assert ours.epoch(0) == 0
+    assert ours.epoch(n_rows) == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_corpus_shorter_than_a_row_is_refused_with_both_numbers(kind: str, stores):
+    n_tokens = stores[kind].n_tokens
+    with pytest.raises(
+        ValueError, match=rf"{n_tokens} tokens are too few .* seq_len={n_tokens} needs {n_tokens + 1}"
+    ):
+        Loader(stores[kind], config(kind, seq_len=n_tokens))
+    assert Loader(stores[kind], config(kind, seq_len=n_tokens - 1)).batch(0).tokens.shape == (6, n_tokens - 1)
+
+
+def test_a_batch_that_does_not_divide_among_processes_is_refused(stores):
+    with pytest.raises(ValueError, match="batch_size=6 does not divide among 4 processes; use batch_size=8"):
+        Loader(stores["stream"], config("stream"), processes=4)
+
+
+def test_the_loss_ignores_what_the_loader_marks():
+    assert loader.IGNORE == loss.IGNORE

@@ -1,0 +1,301 @@
+"""What goes into shards comes out of them; whole folders or none; damage is named."""
+
+import errno
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llm_jax.data import shards, tokenizer
+from llm_jax.data.shards import DataConfig, cached, open_shards, prepare
+from llm_jax.data.sources import documents
+from llm_jax.data.tokenizer import END_OF_TEXT
+
+STORIES = [f"Story {number} of é and 🐈. " * (number % 7 + 1) for number in range(200)]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> str:
+    return write(tmp_path / "corpus.txt", STORIES)
+
+
+def write(path: Path, stories: list[str]) -> str:
+    path.write_text(END_OF_TEXT.join(stories))
+    return str(path)
+
+
+def stories(folder: Path, split: str) -> list[str]:
+    """The documents of a split, decoded, with the end of text that follows each."""
+    opened = open_shards(folder)
+    store = opened.split(split)  # pyright: ignore[reportArgumentType]
+    bounds = zip(store.offsets[:-1].tolist(), store.offsets[1:].tolist(), strict=True)
+    return [opened.tokenizer.decode(store.read(start, stop)) for start, stop in bounds]
+
+
+@pytest.mark.parametrize("spec", ["byte", "char", "train:300"])
+def test_every_document_comes_back_on_one_side(spec: str, corpus: str, tmp_path: Path):
+    prepare(corpus, tmp_path / "out", tokenizer=spec, heldout=0.2)
+    train, heldout = (stories(tmp_path / "out", split) for split in shards.SPLITS)
+    assert sorted(train + heldout) == sorted(story + END_OF_TEXT for story in STORIES)
+    assert 20 < len(heldout) < 60
+    assert [story for story in STORIES if story + END_OF_TEXT in train] == [
+        story.removesuffix(END_OF_TEXT) for story in train
+    ]
+
+
+def test_without_end_of_text_the_stream_is_the_text(corpus: str, tmp_path: Path):
+    prepare(corpus, tmp_path / "out", tokenizer="byte", end_of_text=False, heldout=0.0)
+    opened = open_shards(tmp_path / "out")
+    store = opened.split("train")
+    assert opened.tokenizer.decode(store.read(0, store.n_tokens)) == "".join(STORIES)
+    assert opened.split("heldout").n_tokens == 0
+
+
+def test_the_manifest_counts_what_is_there(corpus: str, tmp_path: Path):
+    manifest = prepare(corpus, tmp_path / "out", tokenizer="byte", heldout=0.2)
+    assert open_shards(tmp_path / "out").manifest == manifest
+    assert sum(split.documents for split in manifest.splits.values()) == len(STORIES)
+    assert sum(split.bytes for split in manifest.splits.values()) == sum(
+        len(story.encode()) for story in STORIES
+    )
+    for name, split in manifest.splits.items():
+        store = open_shards(tmp_path / "out").split(name)  # pyright: ignore[reportArgumentType]
+        assert split.tokens == split.bytes + split.documents  # of bytes, each document has one token more
+        assert (store.n_tokens, store.n_documents, store.n_bytes) == (
+            split.tokens,
+            split.documents,
+            split.bytes,
+        )
+        assert store.document_bytes.tolist() == (np.diff(store.offsets) - 1).tolist()
+
+
+def test_copies_of_a_document_never_stand_on_both_sides(tmp_path: Path):
+    prepare(write(tmp_path / "a.txt", STORIES * 3), tmp_path / "out", tokenizer="byte", heldout=0.3)
+    train, heldout = (set(stories(tmp_path / "out", split)) for split in shards.SPLITS)
+    assert not train & heldout
+    assert len(heldout) > 30
+
+
+def test_a_document_stays_on_its_side_as_the_corpus_grows(tmp_path: Path):
+    for name, part in (("small", STORIES[:100]), ("large", STORIES[::-1])):
+        prepare(write(tmp_path / f"{name}.txt", part), tmp_path / name, tokenizer="byte", heldout=0.3)
+    for split in shards.SPLITS:
+        assert set(stories(tmp_path / "small", split)) < set(stories(tmp_path / "large", split))
+
+
+def test_the_tail_is_the_last_documents_by_bytes(corpus: str, tmp_path: Path):
+    prepare(corpus, tmp_path / "out", tokenizer="byte", heldout=0.25, heldout_by="tail")
+    train, heldout = (stories(tmp_path / "out", split) for split in shards.SPLITS)
+    assert [story.removesuffix(END_OF_TEXT) for story in train + heldout] == STORIES
+    size, last = (sum(len(story.encode()) for story in part) for part in (STORIES, STORIES[-len(heldout) :]))
+    assert 0.24 * size < last <= 0.25 * size
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(1 << 16, "uint16"), ((1 << 16) + 1, "uint32")])
+def test_tokens_take_two_bytes_where_every_id_fits(vocab_size: int, dtype: str, tmp_path: Path):
+    alphabet = "".join(map(chr, range(0x20000, 0x20000 + vocab_size - 1)))
+    text = write(tmp_path / "a.txt", [alphabet])
+    prepare(text, tmp_path / "out", tokenizer="char", heldout=0.0)
+    assert np.load(tmp_path / "out" / "train_00000.npy").dtype == dtype
+    assert open_shards(tmp_path / "out").split("train").read(0, vocab_size).tolist() == list(
+        range(vocab_size)
+    )
+
+
+def test_reading_crosses_shards_and_ends_with_the_stream(corpus: str, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 500)
+    prepare(corpus, tmp_path / "out", tokenizer="byte", heldout=0.0)
+    store = open_shards(tmp_path / "out").split("train")
+    assert len(list((tmp_path / "out").glob("train_0*.npy"))) > 10
+    whole = store.read(0, store.n_tokens)
+    assert tokenizer.ByteTokenizer().decode(whole) == "".join(story + END_OF_TEXT for story in STORIES)
+    for start, stop in [(0, 1), (490, 2600), (5, 5), (store.n_tokens - 3, store.n_tokens + 9)]:
+        assert store.read(start, stop).tolist() == whole[start:stop].tolist()
+    assert whole.dtype == np.int32
+
+
+def test_every_token_knows_its_document(corpus: str, tmp_path: Path):
+    prepare(corpus, tmp_path / "out", tokenizer="byte", heldout=0.0)
+    store = open_shards(tmp_path / "out").split("train")
+    of = np.repeat(np.arange(len(STORIES)), [len(story.encode()) + 1 for story in STORIES])
+    for start, stop in [(0, len(of)), (0, 1), (100, 500), (len(of) - 1, len(of))]:
+        assert store.documents_of(start, stop).tolist() == of[start:stop].tolist()
+
+
+def test_a_document_names_where_it_came_from(corpus: str, tmp_path: Path):
+    prepare(corpus, tmp_path / "out", tokenizer="byte", heldout=0.2)
+    store = open_shards(tmp_path / "out").split("heldout")
+    (origin,) = store.origins([3])
+    (document,) = [document for document in documents(corpus) if document.origin == origin]
+    assert document.text + END_OF_TEXT == stories(tmp_path / "out", "heldout")[3]
+
+
+def test_preparing_twice_gives_the_same_bytes(corpus: str, tmp_path: Path):
+    first, second = (
+        prepare(corpus, tmp_path / out, tokenizer="train:300", heldout=0.2) for out in ("a", "b")
+    )
+    assert first == second
+
+
+FILES = [
+    "train_00000.npy",
+    "heldout_00000.npy",
+    "train_offsets.npy",
+    "heldout_bytes.npy",
+    "train_origins.txt",
+]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damage_names_the_file(name: str, corpus: str, tmp_path: Path):
+    prepare(corpus, tmp_path / "out", tokenizer="byte", heldout=0.2)
+    path = tmp_path / "out" / name
+    data = path.read_bytes()
+    for damaged in (data[:-1], data[:-1] + bytes([data[-1] ^ 1])):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"{name} is damaged or missing; delete"):
+            open_shards(tmp_path / "out")
+    path.unlink()
+    with pytest.raises(ValueError, match=rf"{name} is damaged or missing; delete"):
+        open_shards(tmp_path / "out")
+
+
+def test_a_tokenizer_that_did_not_make_the_tokens_is_refused(corpus: str, tmp_path: Path):
+    prepare(corpus, tmp_path / "out", tokenizer="byte", heldout=0.2)
+    tokenizer.CharTokenizer("ab").save(tmp_path / "out" / "tokenizer")
+    with pytest.raises(ValueError, match="did not make these tokens"):
+        _ = open_shards(tmp_path / "out").tokenizer
+
+
+@pytest.mark.parametrize(
+    ("meta", "message"),
+    [
+        (None, "no shards in .* expected a meta.json"),
+        ("{", "is damaged"),
+        ('{"format": 0}', "format 0, expected 1"),
+    ],
+)
+def test_a_folder_that_is_no_shards_says_what_is_wrong(meta: str | None, message: str, tmp_path: Path):
+    if meta is not None:
+        (tmp_path / "meta.json").write_text(meta)
+    with pytest.raises(ValueError, match=message):
+        open_shards(tmp_path)
+
+
+def test_an_existing_folder_is_left_alone(corpus: str, tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="exists already"):
+        prepare(corpus, tmp_path / "out", tokenizer="byte")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_full_disk_leaves_nothing_behind(corpus: str, tmp_path: Path, monkeypatch):
+    save, room = np.save, iter([True, False])
+
+    def until_full(path: Path, values: np.ndarray) -> None:
+        if not next(room):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(path, values)
+
+    monkeypatch.setattr(np, "save", until_full)
+    with pytest.raises(
+        ValueError, match=r"cannot write .*out: No space left on device, with [\d,]+ bytes free"
+    ):
+        prepare(corpus, tmp_path / "deep" / "out", tokenizer="byte")
+    assert not list((tmp_path / "deep").iterdir())
+
+
+def test_a_source_that_breaks_off_leaves_nothing_behind(corpus: str, tmp_path: Path):
+    with open(corpus, "ab") as file:
+        file.write(b"\xff")
+    with pytest.raises(ValueError, match="is not text"):
+        prepare(corpus, tmp_path / "out", tokenizer="byte")
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.txt"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"heldout": 0.05}, "leaves 1 documents to train on and 0 held out; cut .* separator"),
+        ({"heldout": 0.05, "heldout_by": "tail"}, "leaves 1 documents to train on and 0 held out"),
+        ({"heldout": 0.999999999}, "leaves 0 documents to train on and 1 held out"),
+        ({"heldout": 1.0}, "heldout=1 is not a fraction"),
+    ],
+)
+def test_a_split_without_two_sides_is_refused(settings: dict, message: str, tmp_path: Path):
+    text = write(tmp_path / "one.txt", ["one story"])
+    with pytest.raises(ValueError, match=message):
+        prepare(text, tmp_path / "out", tokenizer="byte", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_misspelt_choice_names_the_nearest():
+    with pytest.raises(ValueError, match="heldout_by='tial' is not known; did you mean 'tail'"):
+        shards._check_heldout(0.1, "tial")
+
+
+def config(uri: str, **settings) -> DataConfig:
+    return DataConfig(uri=uri, tokenizer="byte", heldout=0.2, **settings)
+
+
+def test_a_cached_corpus_is_prepared_once(corpus: str, tmp_path: Path):
+    lines: list[str] = []
+    folder = cached(config(corpus), tmp_path / "cache", lines.append)
+    assert lines
+    told = len(lines)
+    other_rows = config(corpus, seq_len=9, batch_size=1, packing="windows", seed=1)
+    assert cached(other_rows, tmp_path / "cache", lines.append) == folder
+    assert len(lines) == told
+    assert open_shards(folder).manifest.source == corpus
+
+
+def test_another_content_or_setting_is_cached_apart(corpus: str, tmp_path: Path):
+    cache = tmp_path / "cache"
+    settings = [{}, {"end_of_text": False}, {"separator": " 1"}, {"heldout_by": "tail"}]
+    folders = [cached(config(corpus, **other), cache) for other in settings]
+    write(Path(corpus), [*STORIES, "one more"])
+    folders.append(cached(config(corpus), cache))
+    assert len(set(folders)) == 5
+
+
+def test_a_folder_of_shards_is_its_own_cache(corpus: str, tmp_path: Path):
+    out = tmp_path / "out"
+    prepare(corpus, out, tokenizer="byte", heldout=0.2)
+    assert cached(config(str(out)), tmp_path / "cache") == out
+    with pytest.raises(
+        ValueError, match=r"prepared with end_of_text=True, and the config has end_of_text=False"
+    ):
+        cached(config(str(out), end_of_text=False), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_whoever_prepares_a_cached_corpus_first_is_believed(corpus: str, tmp_path: Path, monkeypatch):
+    def slower(uri: str, out: Path, **settings):
+        prepare(uri, out, **settings)  # another process
+        return prepare(uri, out, **settings)
+
+    monkeypatch.setattr(shards, "prepare", slower)
+    assert open_shards(cached(config(corpus), tmp_path / "cache")).manifest.source == corpus
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seq_len": 0}, "seq_len=0 leaves no tokens"),
+        ({"batch_size": 0}, "batch_size=0 leaves no tokens"),
+        ({"epochs": 0.0}, "epochs=0 allows no step"),
+        ({"heldout": -0.1}, "heldout=-0.1 is not a fraction"),
+    ],
+)
+def test_a_config_that_leaves_nothing_is_refused(settings: dict, message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        DataConfig(**settings)
+
+
+def test_the_manifest_is_plain_json(corpus: str, tmp_path: Path):
+    prepare(corpus, tmp_path / "out", tokenizer="byte", heldout=0.2)
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert meta["splits"]["train"]["files"].keys() >= {"train_00000.npy", "train_offsets.npy"}
+    assert not list((tmp_path / "out").rglob("*.pkl"))
