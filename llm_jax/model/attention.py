@@ -10,6 +10,7 @@ from llm_jax.model.config import ModelConfig
 from llm_jax.model.init import normal
 from llm_jax.model.taps import tap, tapped
 from llm_jax.ops.attention import Mask, attention
+from llm_jax.ops.norm import add_bias
 from llm_jax.ops.position import rotary
 from llm_jax.sharding import constrain
 
@@ -51,7 +52,7 @@ class Attention(nn.Module):
         w_o = self.param("w_o", normal(c, "residual", K * G * H), (K, G, H, D)).astype(x.dtype)
         out = jnp.einsum("BLKGH,KGHD->BLD", z, w_o)
         if c.bias:
-            out = out + self.param("b_o", nn.initializers.zeros, (D,)).astype(x.dtype)
+            out = add_bias(out, self.param("b_o", nn.initializers.zeros, (D,)).astype(x.dtype))
         return constrain(out, "BLD"), cache
 
     def _project(self, name: str, x: Float[Array, "B L D"], heads: tuple[int, ...]) -> Array:
@@ -59,5 +60,5 @@ class Attention(nn.Module):
         w = self.param(f"w_{name}", normal(self.config, "hidden", x.shape[-1]), (x.shape[-1], *heads)).astype(x.dtype)
         y = jnp.einsum(f"BLD,D{letters}->BL{letters}", x, w)
         if self.config.bias:
-            y = y + self.param(f"b_{name}", nn.initializers.zeros, heads).astype(x.dtype)
+            y = add_bias(y, self.param(f"b_{name}", nn.initializers.zeros, heads).astype(x.dtype))
         return y

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.init import normal
 from llm_jax.model.taps import tap
+from llm_jax.ops.norm import add_bias
 from llm_jax.sharding import constrain
 
 ACTIVATIONS = {
@@ -36,5 +37,5 @@ class FeedForward(nn.Module):
     def _linear(self, name: str, role: str, x: Array, fan_in: int, fan_out: int) -> Array:
         y = x @ self.param(f"w_{name}", normal(self.config, role, fan_in), (fan_in, fan_out)).astype(x.dtype)
         if self.config.bias:
-            y = y + self.param(f"b_{name}", nn.initializers.zeros, (fan_out,)).astype(x.dtype)
+            y = add_bias(y, self.param(f"b_{name}", nn.initializers.zeros, (fan_out,)).astype(x.dtype))
         return y

@@ -24,6 +24,7 @@ from llm_jax.model.feedforward import FeedForward
 from llm_jax.model.init import normal
 from llm_jax.model.taps import tap
 from llm_jax.ops.attention import Mask
+from llm_jax.ops.norm import layer_norm, rms_norm
 from llm_jax.ops.position import sinusoidal
 from llm_jax.sharding import constrain
 
@@ -38,20 +39,18 @@ class Output:
 
 
 class Norm(nn.Module):
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019); statistics in float32."""
+    """LayerNorm or RMSNorm, with its parameters."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        y = x.astype(jnp.float32)
-        if self.config.norm == "layernorm":
-            y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.config.norm_eps)
-        y = y.astype(x.dtype) * self.param("scale", nn.initializers.ones, x.shape[-1:]).astype(x.dtype)
-        if self.config.norm == "layernorm":
-            y = y + self.param("bias", nn.initializers.zeros, x.shape[-1:]).astype(x.dtype)
-        return y
+        c = self.config
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:]).astype(x.dtype)
+        if c.norm == "rmsnorm":
+            return rms_norm(x, scale, c.norm_eps)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:]).astype(x.dtype)
+        return layer_norm(x, scale, bias, c.norm_eps)
 
 
 class Block(nn.Module):
@@ -70,10 +69,10 @@ class Block(nn.Module):
 
         x = tap(self, "resid_pre", x, c.kept)
         y, cache = attention(attention_norm(x) if pre else x, context, layer, cache)
-        x = x + dropout(self, tap(self, "attn_out", y, c.kept), context)
+        x = settle(x + dropout(self, tap(self, "attn_out", y, c.kept), context))
         x = tap(self, "resid_mid", x if pre else attention_norm(x), c.kept)
         y = feedforward(feedforward_norm(x) if pre else x)
-        x = x + dropout(self, tap(self, "mlp_out", y, c.kept), context)
+        x = settle(x + dropout(self, tap(self, "mlp_out", y, c.kept), context))
         x = tap(self, "resid_post", x if pre else feedforward_norm(x), c.kept)
         return (constrain(x, "BLD"), cache), None
 
@@ -160,6 +159,14 @@ def dropout(module: nn.Module, x: Array, context: Context) -> Array:
         return x
     keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+
+
+def settle(x: Array) -> Array:
+    """`x`, computed once: on CPU a barrier keeps XLA from deriving the residual stream anew in every consumer.
+
+    Without it a gradient of the residual stream pulls the whole chain above it into its fusion, once for each use.
+    """
+    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda y: y)
 
 
 def remat_policy(config: ModelConfig) -> Any:
