@@ -1,7 +1,7 @@
 """Two small tables shard everything: path -> letters, letter -> mesh axis.
 
-The letters are the alphabet of `docs/shapes.md`. A parameter and its Adam moments end in the same path, so a whole
-train state shards by the same rows. Activations are constrained by letters too: `constrain(x, "BLD")`.
+The letters are the alphabet of `docs/shapes.md`. A parameter and its Adam moments end in the same path, so a
+whole train state shards by the same rows. Activations are constrained by letters too: `constrain(x, "BLD")`.
 """
 
 import dataclasses
@@ -19,7 +19,8 @@ Axes = str | tuple[str, ...] | None
 # Where a parameter stands in the tree, and the letters of its axes. First match wins; no match raises.
 LETTERS: tuple[tuple[str, str], ...] = (
     # Adafactor's factored moments have lost an axis: they are small, and replicated.
-    (r"(^|/)(v_row|v_col|v)/", ""),
+    (r"(^|/)v_(row|col)/", ""),
+    (r"/ns_coeffs$", ""),  # Muon's three numbers
     (r"layers\w*/(attention|feedforward)_norm/(scale|bias)$", "ND"),
     (r"layers\w*/attention/w_q$", "NDKGH"),
     (r"layers\w*/attention/w_[kv]$", "NDKH"),
@@ -55,17 +56,17 @@ class MeshConfig:
             raise ValueError(f"mesh sizes are positive, and at most one is -1 (what is left); got {self}")
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all `devices` (default: every device of every process), axes `data, fsdp, tensor`."""
     devices = jax.devices() if devices is None else devices
     sizes = dataclasses.asdict(config)
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    sizes = {axis: len(devices) // fixed if size == -1 else size for axis, size in sizes.items()}
-    if math.prod(sizes.values()) != len(devices):
+    if len(devices) % fixed or (-1 not in sizes.values() and len(devices) != fixed):
         raise ValueError(
-            f"mesh {sizes} takes {math.prod(sizes.values())} devices, but there are {len(devices)}; "
-            "set one axis to -1 to use what is left"
+            f"mesh {sizes} takes {'a multiple of ' * (-1 in sizes.values())}{fixed} devices, but there are "
+            f"{len(devices)}; choose sizes whose product divides {len(devices)}, and -1 for what is left"
         )
+    sizes = {axis: len(devices) // fixed if size == -1 else size for axis, size in sizes.items()}
     return jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices
     )
@@ -76,20 +77,23 @@ def spec(letters: str, axes: Mapping[str, Axes]) -> PartitionSpec:
     return PartitionSpec(*(axes.get(letter) for letter in letters))
 
 
-def letters_of(path: str, rank: int) -> str:
-    """The letters of the leaf at `path`, without the leading `N` where the layers are not stacked."""
-    letters = "" if rank == 0 else trees.first_match(LETTERS, path)
-    return letters[1:] if letters.startswith("N") and len(letters) == rank + 1 else letters
+def letters_of(path: str, shape: Sequence[int]) -> str:
+    """The letters of the leaf at `path`, without the leading `N` where the layers are not stacked.
+
+    A single number has none: step counts, and what optax keeps in place of a moment that it does not need.
+    """
+    letters = "" if math.prod(shape) == 1 else trees.first_match(LETTERS, path)
+    return letters[1:] if letters.startswith("N") and len(letters) == len(shape) + 1 else letters
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """A `NamedSharding` for every leaf of `tree` (arrays or shapes): parameters, or a train state around them.
+    """A `NamedSharding` for every leaf of `tree` (arrays or shapes): parameters, or a train state of them.
 
     Raises `ValueError` for a leaf that no row of `LETTERS` matches, or whose axis does not divide evenly.
     """
 
     def one(path: str, leaf: Any) -> NamedSharding:
-        letters = letters_of(path, len(leaf.shape))
+        letters = letters_of(path, leaf.shape)
         if letters and len(letters) != len(leaf.shape):
             raise ValueError(f"{path} has shape {leaf.shape}, but its letters are {letters!r}")
         partition = spec(letters, PARAMETER_AXES)

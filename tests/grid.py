@@ -1,0 +1,69 @@
+"""Small models over every option: one to start from, and a set in which every pair of options meets."""
+
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from llm_jax.model.config import ModelConfig
+from llm_jax.model.transformer import Transformer
+
+# All sizes differ, so that no two letters can be mistaken for each other.
+TINY = ModelConfig(vocab_size=14, d_model=24, n_layers=2, n_heads=6, max_seq_len=10, n_kv_heads=3, d_ff=20)
+
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "n_kv_heads": (None, 3, 1),
+    "head_dim": (None, 8),
+    "d_ff": (None, 20),
+    "positions": ("rotary", "learned", "sinusoidal", "none"),
+    "rope_theta": (10_000.0, 100.0),
+    "norm": ("rmsnorm", "layernorm"),
+    "norm_position": ("pre", "post"),
+    "norm_eps": (1e-5, 1e-6),
+    "activation": ("relu", "gelu", "silu", "relu2"),
+    "gated": (True, False),
+    "bias": (False, True),
+    "window": (None, 3),
+    "dropout": (0.0, 0.1),
+    "tied": (True, False),
+    "init": ("gpt2", "scaled", "mup"),
+    "dtype": ("float32", "bfloat16"),
+    "remat": ("none", "full", "dots", "resid_mid,mlp_post"),
+    "unroll": (1, 2),
+    "attention": (None, "reference"),
+}
+
+
+def tiny(**changes: Any) -> ModelConfig:
+    return dataclasses.replace(TINY, **changes)
+
+
+def pairwise(options: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """Few rows of a value for every option, such that any two values of two options meet in one of them."""
+    chosen = [(name, value) for name, values in options.items() for value in values]
+    pairs = itertools.combinations(chosen, 2)
+    missing = {frozenset(pair): pair for pair in pairs if pair[0][0] != pair[1][0]}
+    rows = []
+    while missing:
+        row = dict(next(iter(missing.values())))
+        for name, values in options.items():
+            if name not in row:
+                met = [sum(frozenset({(name, v), item}) in missing for item in row.items()) for v in values]
+                row[name] = values[met.index(max(met))]
+        for pair in itertools.combinations(row.items(), 2):
+            missing.pop(frozenset(pair), None)
+        rows.append(row)
+    return rows
+
+
+GRID = [tiny(**row) for row in pairwise(OPTIONS)]
+
+
+@functools.cache
+def shapes(config: ModelConfig) -> PyTree:
+    """The parameters of `config`, shapes only."""
+    return jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]

@@ -1,0 +1,149 @@
+"""Two tables shard everything: every leaf has a row, and what the tables say is what the compiler is told."""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from grid import GRID, TINY, shapes, tiny
+from jax.sharding import Mesh, PartitionSpec
+
+from llm_jax.model.config import ModelConfig
+from llm_jax.model.transformer import Transformer, unstack
+from llm_jax.sharding import MeshConfig, batch_sharding, constrain, letters_of, make_mesh, shardings
+from llm_jax.train.optimizer import OptimizerConfig, make_optimizer
+from llm_jax.train.step import init_state
+from llm_jax.tree import leaves
+
+# Sizes that split over two of everything.
+EVEN = tiny(vocab_size=16, n_kv_heads=2)
+OPTIMIZERS = ("adamw", "lion", "adafactor", "muon")
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Mesh:
+    return make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+
+
+def sizes(c: ModelConfig) -> dict[str, int]:
+    return {"D": c.d_model, "V": c.vocab_size, "S": c.max_seq_len, "N": c.n_layers} | {
+        letter: getattr(c, letter) for letter in "KGHF"
+    }
+
+
+@pytest.mark.parametrize("config", GRID, ids=range(len(GRID)))
+def test_every_parameter_has_a_row_whose_letters_are_its_axes(config: ModelConfig):
+    for path, leaf in leaves(shapes(config)).items():
+        assert leaf.shape == tuple(sizes(config)[letter] for letter in letters_of(path, leaf.shape)), path
+
+
+def test_unstacked_layers_have_the_letters_without_the_first():
+    flat = jax.eval_shape(lambda tree: unstack(TINY, tree), shapes(TINY))
+    found = {path: letters_of(path, leaf.shape) for path, leaf in leaves(flat).items()}
+    assert found["layers_0/attention/w_q"] == "DKGH"
+    assert all(len(found[path]) == leaf.ndim for path, leaf in leaves(flat).items())
+
+
+def state(config: ModelConfig, optimizer: str) -> Any:
+    """The shapes of a train state."""
+    rule = make_optimizer(OptimizerConfig(name=optimizer, warmup_steps=1), 10)  # pyright: ignore[reportArgumentType]
+    return jax.eval_shape(lambda key: init_state(Transformer(config), rule, key), jax.random.key(0))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_moment_lies_where_its_parameter_lies(optimizer: str, mesh: Mesh):
+    tree = state(EVEN, optimizer)
+    shape = {path: leaf.shape for path, leaf in leaves(tree).items()}
+    found = leaves(shardings(tree, mesh))
+    parameters = [path.removeprefix("params/") for path in found if path.startswith("params/")]
+    for parameter in parameters:
+        of_parameter = found[f"params/{parameter}"].spec
+        moments = [path for path in found if path.startswith("opt_state/") and path.endswith(parameter)]
+        alike = [path for path in moments if shape[path] == shape[f"params/{parameter}"]]
+        assert alike, parameter
+        assert all(found[path].spec == of_parameter for path in alike)
+        assert all(found[path].spec == PartitionSpec() for path in set(moments) - set(alike))
+
+
+def test_factored_moments_of_a_large_model_are_replicated(mesh: Mesh):
+    large = ModelConfig(vocab_size=512, d_model=256, n_layers=2, n_heads=2, max_seq_len=512)
+    found = leaves(shardings(state(large, "adafactor"), mesh))
+    factored = [path for path in found if re.search("v_(row|col)/", path)]
+    assert factored
+    assert all(found[path].spec == PartitionSpec() for path in factored)
+
+
+def test_weights_are_split_over_fsdp_and_tensor(mesh: Mesh):
+    found = {path: sharding.spec for path, sharding in leaves(shardings(shapes(EVEN), mesh)).items()}
+    assert found["layers/attention/w_q"] == PartitionSpec(None, "fsdp", "tensor", None, None)
+    assert found["layers/feedforward/w_down"] == PartitionSpec(None, "tensor", "fsdp")
+    assert found["embedding/table"] == PartitionSpec("tensor", "fsdp")
+    assert found["layers/attention_norm/scale"] == PartitionSpec(None, "fsdp")
+
+
+def test_a_leaf_without_a_row_raises(mesh: Mesh):
+    with pytest.raises(ValueError, match="no row matches 'layers/mixer/w_new'"):
+        shardings({"layers": {"mixer": {"w_new": jnp.zeros((2, 3))}}}, mesh)
+
+
+def test_a_leaf_of_another_rank_than_its_row_raises(mesh: Mesh):
+    with pytest.raises(ValueError, match=r"embedding/table has shape \(2, 3, 4\), but its letters are 'VD'"):
+        shardings({"embedding": {"table": jnp.zeros((2, 3, 4))}}, mesh)
+
+
+def test_an_axis_that_does_not_divide_is_named_with_the_next_size_that_does(mesh: Mesh):
+    message = "V=15 does not divide over mesh axis tensor=2; change mesh.tensor or pad V to 16"
+    with pytest.raises(ValueError, match=f"embedding/table: axis {message}"):
+        shardings(shapes(tiny(vocab_size=15)), mesh)
+
+
+def test_a_mesh_takes_what_is_left():
+    shape = dict(make_mesh(MeshConfig(fsdp=2, tensor=2)).shape)
+    assert shape == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(MeshConfig(), jax.devices()[:3]).shape) == {"data": 3, "fsdp": 1, "tensor": 1}
+
+
+def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_the_numbers():
+    with pytest.raises(
+        ValueError, match="'tensor': 3} takes a multiple of 3 devices, but there are 8; choose"
+    ):
+        make_mesh(MeshConfig(tensor=3))
+    with pytest.raises(ValueError, match="takes 2 devices, but there are 8; choose"):
+        make_mesh(MeshConfig(data=2))
+    with pytest.raises(ValueError, match="takes a multiple of 16 devices, but there are 8"):
+        make_mesh(MeshConfig(tensor=16))
+    for wrong in ({"data": 0}, {"tensor": -2}, {"data": -1, "fsdp": -1}):
+        with pytest.raises(ValueError, match="mesh sizes are positive, and at most one is -1"):
+            MeshConfig(**wrong)
+
+
+def test_rows_of_a_batch_are_split_over_data_and_fsdp(mesh: Mesh):
+    assert batch_sharding(mesh).spec == PartitionSpec(("data", "fsdp"))
+
+
+def test_without_a_mesh_a_constraint_is_nothing():
+    x = jnp.zeros((4, 2, 2))
+    assert constrain(x, "BLD") is x
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+        assert constrain(x, "BLD") is x
+
+
+def constraints(config: ModelConfig, mesh: Mesh) -> set[str]:
+    """The layouts that the lowered forward pass demands of its activations."""
+    tokens = jax.ShapeDtypeStruct((4, 6), jnp.int32)
+    forward = jax.jit(lambda params, tokens: Transformer(config).apply({"params": params}, tokens))
+    with jax.set_mesh(mesh):
+        text = forward.lower(shapes(config), tokens).as_text()
+    return set(re.findall(r"sdy\.sharding_constraint %\S+ <@mesh, (\[.*?\])> : tensor<", text))
+
+
+def test_the_constraints_of_the_model_stand_in_the_lowered_program(mesh: Mesh):
+    rows = '{"data", "fsdp"}'
+    assert constraints(dataclasses.replace(EVEN, n_layers=1), mesh) == {
+        f"[{rows}, {{}}, {{}}]",  # BLD, the residual stream
+        f'[{rows}, {{}}, {{"tensor"}}, {{}}, {{}}]',  # BLKGH, the queries
+        f'[{rows}, {{}}, {{"tensor"}}, {{}}]',  # BLKH, keys and values
+        f'[{rows}, {{}}, {{"tensor"}}]',  # BLF inside the feed-forward, BLV the logits
+    }
