@@ -10,7 +10,7 @@ from llm_jax.model.config import ModelConfig
 from llm_jax.model.init import normal
 from llm_jax.model.taps import tap, tapped
 from llm_jax.ops.attention import Mask, attention
-from llm_jax.ops.norm import add_bias
+from llm_jax.ops.gradient import add_bias
 from llm_jax.ops.position import rotary
 from llm_jax.sharding import constrain
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.init import normal
 from llm_jax.model.taps import tap
-from llm_jax.ops.norm import add_bias
+from llm_jax.ops.gradient import add_bias, settle
 from llm_jax.sharding import constrain
 
 ACTIVATIONS = {
@@ -28,10 +28,12 @@ class FeedForward(nn.Module):
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         c = self.config
         act = ACTIVATIONS[c.activation]
-        up = tap(self, "mlp_pre", self._linear("up", "hidden", x, c.d_model, c.F), c.kept)
-        gate = self._linear("gate", "hidden", x, c.d_model, c.F) if c.gated else None
-        h = act(up) if gate is None else act(gate) * up
-        h = tap(self, "mlp_post", constrain(h, "BLF"), c.kept)
+        up = tap(self, "mlp_pre", settle(self._linear("up", "hidden", x, c.d_model, c.F)), c.kept)
+        if c.gated:
+            h = act(settle(self._linear("gate", "hidden", x, c.d_model, c.F))) * up
+        else:
+            h = act(up)
+        h = tap(self, "mlp_post", constrain(settle(h), "BLF"), c.kept)
         return constrain(self._linear("down", "residual", h, c.F, c.d_model), "BLD")
 
     def _linear(self, name: str, role: str, x: Array, fan_in: int, fan_out: int) -> Array:

@@ -24,6 +24,7 @@ from llm_jax.model.feedforward import FeedForward
 from llm_jax.model.init import normal
 from llm_jax.model.taps import tap
 from llm_jax.ops.attention import Mask
+from llm_jax.ops.gradient import settle
 from llm_jax.ops.norm import layer_norm, rms_norm
 from llm_jax.ops.position import sinusoidal
 from llm_jax.sharding import constrain
@@ -159,14 +160,6 @@ def dropout(module: nn.Module, x: Array, context: Context) -> Array:
         return x
     keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
-
-
-def settle(x: Array) -> Array:
-    """`x`, computed once: on CPU a barrier keeps XLA from deriving the residual stream anew in every consumer.
-
-    Without it a gradient of the residual stream pulls the whole chain above it into its fusion, once for each use.
-    """
-    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda y: y)
 
 
 def remat_policy(config: ModelConfig) -> Any:

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from llm_jax.ops.gradient import add_bias, over_tokens
+
 
 def rms_norm(x: Float[Array, "B L D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "B L D"]:
     """`scale * x / sqrt(mean(x^2) + eps)` (Zhang and Sennrich 2019, arXiv:1910.07467); statistics in float32."""
@@ -47,21 +49,3 @@ def _norm_backward(eps: float, center: bool, saved: tuple[Array, ...], g: Array)
 
 
 _norm.defvjp(_norm_forward, _norm_backward)
-
-
-@jax.custom_vjp
-def add_bias(x: Float[Array, "B L *O"], bias: Float[Array, "*O"]) -> Float[Array, "B L *O"]:
-    """`x + bias`, whose bias gradient is a matrix product rather than a reduction."""
-    return x + jnp.broadcast_to(bias, x.shape)
-
-
-def _add_bias_backward(bias: Array, g: Array) -> tuple[Array, Array]:
-    return g, over_tokens(g).astype(bias.dtype)
-
-
-add_bias.defvjp(lambda x, bias: (add_bias(x, bias), bias), _add_bias_backward)
-
-
-def over_tokens(x: Float[Array, "B L *O"]) -> Float[Array, "*O"]:
-    """The sum over B and L as a product with ones: a CPU has fast matrix products and slow column sums."""
-    return jnp.tensordot(jnp.ones(x.shape[:2], x.dtype), x, axes=2, preferred_element_type=jnp.float32)
