@@ -1,0 +1,250 @@
+"""report.html: a run on one page, with nothing to load and no script, from what its folder holds."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm_jax import log
+from llm_jax.train.chart import ORANGE, Series, line_chart
+
+Rows = Sequence[Mapping[str, Any]]
+Columns = Mapping[str, tuple[np.ndarray, np.ndarray]]
+NUMBERS = (
+    "loss",
+    "heldout_loss",
+    "bits_per_byte",
+    "learning_rate",
+    "grad_norm",
+    "tokens",
+    "tokens_per_second",
+)
+NUMBERS += ("peak_fraction", "step_seconds", "skipped")
+SHOWN_SAMPLES = 12  # steps whose samples the page shows
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{name}</title>
+<style>{style}</style>
+<header>
+<h1>{name}</h1>
+<p>{summary}</p>
+</header>
+<main>
+{headline}
+{charts}
+{samples}
+{config}
+{environment}
+</main>
+</html>
+"""
+
+STYLE = """
+:root { color-scheme: light dark;
+  --paper: #fff; --panel: #f6f7f9; --line: #e3e6ea; --ink: #1c2127; --soft: #5e6873; --blue: #1d63d8;
+  --mono: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+@media (prefers-color-scheme: dark) { :root {
+  --paper: #111418; --panel: #191d23; --line: #2a3038; --ink: #e4e7eb; --soft: #98a2ad; --blue: #7db1ff; } }
+* { box-sizing: border-box; }
+body { max-width: 62rem; margin: 0 auto; padding: 3rem 1.5rem 5rem; color: var(--ink);
+  background: var(--paper); font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif;
+  font-variant-numeric: tabular-nums; -webkit-text-size-adjust: 100%; overflow-wrap: anywhere; }
+h1 { margin: 0; font-size: 2.1rem; line-height: 1.2; letter-spacing: -.02em; }
+h2 { margin: 3.5rem 0 1rem; font-size: 1.2rem; letter-spacing: -.01em; }
+header p, .note { margin: .3rem 0 0; color: var(--soft); }
+code, pre, td { font-family: var(--mono); font-size: .85rem; }
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: 1.6rem 1.25rem;
+  margin: 2.2rem 0; }
+dt { color: var(--soft); font-size: .85rem; }
+dd { margin: 0; }
+dd b { display: block; font-size: 1.75rem; font-weight: 600; line-height: 1.25; letter-spacing: -.02em; }
+dd span { color: var(--soft); font-size: .8rem; }
+figure { margin: 0; min-width: 0; }
+figure > svg { display: block; width: 100%; height: auto; }
+figure > svg text { fill: var(--soft); }
+figure > svg .title { fill: var(--ink); }
+.phone { display: none; }
+.small { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 2rem;
+  margin-top: 2.5rem; }
+details { border-top: 1px solid var(--line); }
+details:last-of-type { border-bottom: 1px solid var(--line); }
+summary { display: flex; gap: 1rem; padding: .55rem 0; cursor: pointer; list-style: none; }
+summary::-webkit-details-marker { display: none; }
+summary::before { content: "›"; width: .6rem; color: var(--soft); }
+details[open] > summary::before { rotate: 90deg; }
+summary b { flex: none; font-weight: 600; }
+summary span { align-self: center; overflow: hidden; color: var(--soft); font: .8rem var(--mono);
+  white-space: nowrap; text-overflow: ellipsis; }
+details[open] > summary span { visibility: hidden; }
+pre { margin: 0 0 1rem; padding: .9rem 1.1rem; border-radius: .5rem; background: var(--panel);
+  white-space: pre-wrap; tab-size: 4; }
+mark { background: none; color: var(--blue); font-weight: 600; }
+table { margin: 0 0 .8rem 1.6rem; border-collapse: collapse; }
+td { padding: .12rem 2rem .12rem 0; vertical-align: top; white-space: pre-wrap; }
+td:first-child { color: var(--soft); white-space: nowrap; }
+@media (max-width: 40rem) { body { padding: 1.75rem 1.1rem 3rem; } dl { grid-template-columns: 1fr 1fr; }
+  td { padding-right: 1rem; } .phone { display: block; } .desk { display: none; } }
+"""
+
+
+def write_report(folder: str | Path) -> Path:
+    """Writes `folder`/report.html, all or nothing, from its config.json, environment.json and metrics.jsonl.
+
+    Any of the three may be absent: a run that has only begun gets a page with what there is.
+    """
+    folder = Path(folder).resolve()
+    config, environment = _load(folder / "config.json"), _load(folder / "environment.json")
+    rows = log.read(folder)
+    numbers = columns(rows)
+    parts = {
+        "name": _text(folder.name),
+        "style": STYLE,
+        "summary": _summary(rows, config, environment),
+        "headline": _headline(numbers),
+        "charts": _charts(numbers) if rows else "",
+        "samples": _section("Samples", _samples([row for row in rows if row.get("samples")])),
+        "config": _section("Configuration", _tree("run", config)),
+        "environment": _section("Environment", _tree("machine", environment, unfolded=True)),
+    }
+    log.write_whole(folder / "report.html", PAGE.format(**parts))
+    return folder / "report.html"
+
+
+def columns(rows: Rows) -> Columns:
+    """The steps and the values of each number in the rows of `log.read(folder)`; empty if there are none."""
+    having = {name: [row for row in rows if name in row] for name in NUMBERS}
+    return {
+        name: (np.array([row["step"] for row in some], float), np.array([row[name] for row in some], float))
+        for name, some in having.items()
+    }
+
+
+def loss_chart(numbers: Columns, *, title: str = "Loss", width: int = 960, height: int = 360) -> str:
+    """The training and held-out loss of a run as SVG."""
+    curves = [
+        Series("training", *numbers["loss"], mark="faint"),
+        Series("smoothed", *smooth(*numbers["loss"])),
+        Series("held out", *numbers["heldout_loss"], mark="points", color=ORANGE),
+    ]
+    axes = {"x_label": "step", "y_label": "nats a token, logarithmic", "log_y": True}
+    return line_chart(curves, title=title, width=width, height=height, **axes)
+
+
+def smooth(steps: np.ndarray, values: np.ndarray, points: int = 600) -> tuple[np.ndarray, np.ndarray]:
+    """A running median at up to `points` places, over 4 % of the run, or less near its fast beginning.
+
+    A few wild steps don't move it, and where a whole window is not finite it is NaN.
+    """
+    n = len(values)
+    centers = np.unique(np.linspace(0, n - 1, min(n, points)).round().astype(int))
+    windows = [values[i - half : i + half + 1] for i in centers for half in [min(i // 4, n // 50)]]
+    finite = [window[np.isfinite(window)] for window in windows]
+    return steps[centers], np.array([np.median(window) if len(window) else np.nan for window in finite])
+
+
+def _load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _summary(rows: Rows, config: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
+    total = f" of {config['steps']:,}" if "steps" in config else ""
+    step = f"step {rows[-1]['step']:,}{total}" if rows else "no step yet"
+    date, commit, command = (environment.get(name) for name in ("date", "commit", "command"))
+    line = " · ".join(_text(fact) for fact in (step, date, commit and f"commit {commit}") if fact)
+    return line + (f"<br><code>{_text(command)}</code>" if command else "")
+
+
+def _headline(numbers: Columns) -> str:
+    cell = "<div><dt>{}</dt><dd><b>{}</b><span>{}</span></dd></div>"
+    return f"<dl>{''.join(cell.format(*fact) for fact in _facts(numbers))}</dl>"
+
+
+def _facts(numbers: Columns) -> Iterator[tuple[str, str, str]]:
+    """What came out of a run and what it took: name, value, note."""
+    loss, heldout, bits = (numbers[name] for name in ("loss", "heldout_loss", "bits_per_byte"))
+    finite = {name: values[np.isfinite(values)] for name, (_, values) in numbers.items()}
+    if len(loss[1]):
+        yield "training loss", f"{smooth(*loss)[1][-1]:.4f}", "smoothed"
+    if len(heldout[1]):
+        yield "held-out loss", f"{heldout[1][-1]:.4f}", _best(*heldout)
+    if len(bits[1]):
+        yield "bits per byte", f"{bits[1][-1]:.4f}", "held out"
+    if len(tokens := finite["tokens"]):
+        yield "tokens seen", log.quantity(tokens[-1]), f"{tokens[-1]:,.0f}"
+    if len(rate := finite["tokens_per_second"]):
+        peak = finite["peak_fraction"]
+        note = f"{np.median(peak):.0%} of peak" if len(peak) else "median"
+        yield "tokens a second", log.quantity(float(np.median(rate))), note
+    if len(seconds := finite["step_seconds"]):
+        yield "time", log.duration(seconds.sum()), "in training steps"
+    if (skipped := finite["skipped"]).any():
+        yield "skipped steps", f"{skipped[-1]:,.0f}", "loss or gradient not finite"
+
+
+def _best(steps: np.ndarray, loss: np.ndarray) -> str:
+    best = int(np.argmin(np.where(np.isfinite(loss), loss, np.inf)))
+    return "its best" if best == len(loss) - 1 else f"best {loss[best]:.4f} at step {steps[best]:,.0f}"
+
+
+def _charts(numbers: Columns) -> str:
+    return f"""<figure class="desk">{loss_chart(numbers)}</figure>
+<figure class="phone">{loss_chart(numbers, width=360, height=280)}</figure>
+<div class="small">
+{_small(numbers["learning_rate"], "Learning rate", "", from_zero=True)}
+{_small(numbers["grad_norm"], "Gradient norm", "before clipping, logarithmic", log_y=True)}
+{_small(numbers["tokens_per_second"], "Throughput", "tokens a second", from_zero=True)}
+</div>"""
+
+
+def _small(column: tuple[np.ndarray, np.ndarray], title: str, unit: str, **axis: bool) -> str:
+    curves = [Series(title, *column, mark="faint"), Series(title, *smooth(*column))]
+    chart = line_chart(curves, title=title, x_label="step", y_label=unit, width=320, height=230, **axis)
+    return f"<figure>{chart}</figure>"
+
+
+def _samples(rows: Rows) -> str:
+    """What the model wrote, from the first step to the last, which stands open."""
+    picked = sorted({round(index) for index in np.linspace(0, len(rows) - 1, SHOWN_SAMPLES)}) if rows else []
+    parts = []
+    for index in picked:
+        texts = [(sample["prompt"], sample["text"]) for sample in rows[index]["samples"]]
+        beginning = " ".join(texts[0][1].split())[:200]
+        body = "".join(f"<pre><mark>{_text(prompt)}</mark>{_text(text)}</pre>" for prompt, text in texts)
+        parts.append(_fold(f"step {rows[index]['step']:,}", beginning, body, unfolded=index == len(rows) - 1))
+    left_out = f'<p class="note">{len(picked)} of {len(rows)} steps; all are in metrics.jsonl.</p>'
+    return "".join(parts) + left_out * (len(picked) < len(rows))
+
+
+def _tree(name: str, values: Mapping[str, Any], unfolded: bool = False) -> str:
+    """A fold with a table of `values`, followed by a fold for each of them that is a mapping itself."""
+    leaves = {key: _plain(value) for key, value in values.items() if not isinstance(value, Mapping)}
+    cells = "".join(f"<tr><td>{_text(key)}</td><td>{_text(value)}</td></tr>" for key, value in leaves.items())
+    preview = "  ".join(f"{key}={value}" for key, value in leaves.items())
+    branches = [_tree(key, value) for key, value in values.items() if isinstance(value, Mapping)]
+    return "".join([_fold(name, preview, f"<table>{cells}</table>", unfolded) if leaves else "", *branches])
+
+
+def _plain(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, list):
+        return ",".join(map(_plain, value))
+    return value if isinstance(value, str) else json.dumps(value) if value is not None else "none"
+
+
+def _fold(name: str, preview: str, body: str, unfolded: bool = False) -> str:
+    summary = f"<summary><b>{_text(name)}</b><span>{_text(preview)}</span></summary>"
+    return f"<details{' open' * unfolded}>{summary}{body}</details>"
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{title}</h2>{body}</section>" if body else ""
+
+
+def _text(text: str) -> str:
+    return escape(log.visible(text))
