@@ -27,12 +27,10 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         c = self.config
-        act = ACTIVATIONS[c.activation]
-        up = tap(self, "mlp_pre", settle(self._linear("up", "hidden", x, c.d_model, c.F)), c.kept)
+        pre = settle(self._linear("gate" if c.gated else "up", "hidden", x, c.d_model, c.F))
+        h = ACTIVATIONS[c.activation](tap(self, "mlp_pre", pre, c.kept))
         if c.gated:
-            h = act(settle(self._linear("gate", "hidden", x, c.d_model, c.F))) * up
-        else:
-            h = act(up)
+            h = h * settle(self._linear("up", "hidden", x, c.d_model, c.F))
         h = tap(self, "mlp_post", constrain(settle(h), "BLF"), c.kept)
         return constrain(self._linear("down", "residual", h, c.F, c.d_model), "BLD")
 
