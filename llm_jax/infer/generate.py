@@ -1,8 +1,10 @@
-"""Text from a model: one prefill over all prompts, then a token a row a step."""
+"""Text from a model: its prompts in one pass, then a token a row a step."""
 
+import codecs
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,100 +15,101 @@ from jaxtyping import Array, Bool, Int, Key, PyTree
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.model.cache import KVCache, init_cache
 from llm_jax.model.config import ModelConfig
-from llm_jax.model.transformer import Transformer, unstack
+from llm_jax.model.transformer import Transformer, head_table, unstack
 from llm_jax.ops.sampling import Sampling, sample
+
+BATCH = 32  # rows that grow together; further prompts wait for their turn
 
 
 @struct.dataclass
 class Decoding:
-    """The state between two tokens: the cache, each row's newest token and what each row has seen."""
+    """What is carried from token to token: the cache, which tokens each row has had, and a key a row."""
 
     cache: KVCache
-    token: Int[Array, " B"]
     seen: Bool[Array, "B V"]
+    keys: Key[Array, " B"]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
-def prefill(
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def begin_rows(config: ModelConfig, size: int, vocab_size: int, keys: Key[Array, " B"]) -> Decoding:
+    """Rows that have read nothing, with room for `size` tokens each."""
+    rows = keys.shape[0]
+    return Decoding(init_cache(config, rows, size), jnp.zeros((rows, vocab_size), bool), keys)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def next_token(
     config: ModelConfig,
+    sampling: Sampling,
     params: PyTree,
+    state: Decoding,
     tokens: Int[Array, "B L"],
     lengths: Int[Array, " B"],
-    keys: Key[Array, " B"],
-    sampling: Sampling,
-) -> Decoding:
-    """Reads all prompts at once, right-padded to L, and draws the first token of each.
+) -> tuple[Decoding, Int[Array, " B"]]:
+    """Reads the first `lengths` tokens of each row, and draws the one behind them.
 
-    What the padding writes to the cache lies behind `lengths`, is masked, and is overwritten as the row grows.
+    Whole prompts, padded on the right, and single tokens take the same road. What padding writes to the cache
+    lies behind the row's end, where nobody looks, and is overwritten as the row grows.
     """
-    cache = init_cache(config, tokens.shape[0], config.max_seq_len)
     model = Transformer(config, stacked=False)
-    out = model.apply({"params": params}, tokens, cache=cache)
+    out = model.apply({"params": params}, tokens, cache=state.cache, logits=False)
     rows = jnp.arange(tokens.shape[0])
-    real = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    seen = jnp.zeros((len(rows), config.vocab_size), bool).at[rows[:, None], tokens].max(real)
-    token = sample(out.logits[rows, lengths - 1], keys, seen, sampling)
-    return Decoding(out.cache.replace(length=lengths), token, seen.at[rows, token].set(True))
+    cache = state.cache.replace(k=out.cache.k, v=out.cache.v).advance(lengths)
+    read = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
+    seen = state.seen.at[rows[:, None], tokens].max(read)
+
+    head = head_table(config, params)[: seen.shape[-1]]
+    last = out.hidden[rows, lengths - 1]
+    logits = jnp.einsum("BD,VD->BV", last, head.astype(last.dtype), preferred_element_type=jnp.float32)
+    keys = jax.vmap(jax.random.fold_in)(state.keys, cache.length)
+    return Decoding(cache, seen, state.keys), sample(logits, keys, seen, sampling)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
-def decode(
-    config: ModelConfig, params: PyTree, state: Decoding, keys: Key[Array, " B"], sampling: Sampling
-) -> Decoding:
-    """One more token for every row."""
-    model = Transformer(config, stacked=False)
-    out = model.apply({"params": params}, state.token[:, None], cache=state.cache)
-    token = sample(out.logits[:, 0], keys, state.seen, sampling)
-    return Decoding(out.cache, token, state.seen.at[jnp.arange(len(token)), token].set(True))
-
-
-def stream(
+def continuations(
     config: ModelConfig,
     params: PyTree,
-    prompts: Sequence[Int[np.ndarray, " L"]],
-    sampling: Sampling,
+    prompts: Sequence[Int[np.ndarray, " _"]],
+    keys: Key[Array, " B"],
     *,
+    vocab_size: int,
+    sampling: Sampling,
     max_tokens: int,
-    seed: int = 0,
 ) -> Iterator[Int[np.ndarray, " B"]]:
-    """Yields one new token for every prompt, at most `max_tokens` times, and no further than `max_seq_len`.
+    """Yields one new token a row, `max_tokens` times. Past `max_seq_len` a row's tokens mean nothing.
 
-    A row's tokens depend on its own prompt, its place in `prompts` and `seed`, not on the other prompts.
-    Raises `ValueError` for an empty prompt or one that leaves no room for a token.
+    `params` are `unstack`ed; ids from `vocab_size` on are never drawn. A row depends on its prompt and key.
     """
-    lengths = np.array([len(prompt) for prompt in prompts])
-    longest = int(lengths.max())
-    if lengths.min() < 1:
-        raise ValueError("a prompt without tokens; start from the end-of-text token instead")
-    if longest >= config.max_seq_len:
-        raise ValueError(
-            f"a prompt of {longest} tokens leaves no room in max_seq_len={config.max_seq_len}; "
-            f"use at most {config.max_seq_len - 1}"
-        )
-    # A few lengths, so that prompts of other sizes don't compile anew.
-    width = min(config.max_seq_len, 1 << (longest - 1).bit_length())
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    # Sizes come in few steps, so that other prompts seldom need another program.
+    width = _step_up(int(lengths.max()), config.max_seq_len)
+    size = _step_up(width + max_tokens, config.max_seq_len)
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    params = unstack(config, params)
-    row_keys = jax.random.split(jax.random.key(seed), len(prompts))
-    keys = jax.vmap(jax.random.fold_in, (0, None))
-    state = prefill(config, params, tokens, lengths, keys(row_keys, 0), sampling)
-    yield np.asarray(state.token)
-    for step in range(1, min(max_tokens, config.max_seq_len - longest)):
-        state = decode(config, params, state, keys(row_keys, step), sampling)
-        yield np.asarray(state.token)
+    state, ones = begin_rows(config, size, vocab_size, keys), np.ones_like(lengths)
+    state, token = next_token(config, sampling, params, state, tokens, lengths)
+    for _ in range(max_tokens - 1):
+        newest = token
+        state, token = next_token(config, sampling, params, state, newest[:, None], ones)
+        yield np.asarray(newest)  # read while the device is at the next one
+    yield np.asarray(token)
 
 
-@dataclasses.dataclass
-class Row:
-    """One text as it grows."""
-
-    tokens: list[int]
-    done: bool = False
+def _step_up(length: int, most: int) -> int:
+    """The next power of two from 16 on, but `most` at most."""
+    return min(max(16, 1 << (length - 1).bit_length()), most)
 
 
-def generate(
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """New text of one row. `finish`, in a row's last piece, says why it ends."""
+
+    row: int
+    text: str
+    finish: Literal["end_of_text", "stop", "length"] | None
+
+
+def stream(
     config: ModelConfig,
     params: PyTree,
     tokenizer: Tokenizer,
@@ -117,47 +120,92 @@ def generate(
     stop: Sequence[str] = (),
     seed: int = 0,
     begin: bool = True,
-    show: Callable[[int, str], None] = lambda row, text: None,
-) -> list[str]:
-    """What the model writes behind each prompt, until end of text, a `stop` string or `max_tokens`.
+) -> Iterator[Piece]:
+    """What the model writes behind each prompt, in pieces: whole characters, each as soon as it is certain.
 
-    `begin` puts the end-of-text token before each prompt, as a document began in training. `show(row, text)` gets
-    each row's new text as it comes; characters of several tokens come whole.
+    A row ends with the end-of-text token, before the first `stop` text, after `max_tokens`, or where prompt
+    and text fill `max_seq_len`. `begin` puts the end-of-text token before each prompt, as a document began in
+    training. A row depends on its prompt, its place among `prompts` and `seed`; at temperature 0, on its
+    prompt alone. Raises `ValueError` for a prompt that is empty or too long.
     """
+    if max_tokens < 1 or "" in stop:
+        raise ValueError(
+            f"max_tokens={max_tokens} must be 1 or more, and no stop text empty, got {list(stop)}"
+        )
     start = [tokenizer.end_of_text] if begin else []
     ids = [np.array([*start, *tokenizer.encode(prompt)], np.int32) for prompt in prompts]
-    rows, shown = [Row([]) for _ in prompts], [""] * len(prompts)
-    for tokens in stream(config, params, ids, sampling, max_tokens=max_tokens, seed=seed):
-        for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
-            if row.done:
-                continue
-            row.done = token == tokenizer.end_of_text
-            if not row.done:
-                row.tokens.append(token)
-            text, row.done = cut(tokenizer.decode(row.tokens), stop, row.done)
-            if text.startswith(shown[i]):
-                show(i, text[len(shown[i]) :])
-                shown[i] = text
-        if all(row.done for row in rows):
-            break
-    for i, row in enumerate(rows):
-        text, _ = cut(tokenizer.decode(row.tokens), stop, True)
-        show(i, text[len(shown[i]) :])
-        shown[i] = text
-    return shown
+    rooms = [min(max_tokens, _room(config, tokens)) for tokens in ids]
+    # What was chosen for rows of training length may decline a single query.
+    config = dataclasses.replace(config, attention=None)
+    params = unstack(config, params)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(ids)))
+    for first in range(0, len(ids), BATCH):
+        batch = slice(first, first + BATCH)
+        rows = [Row(tokenizer, stop, room) for room in rooms[batch]]
+        for tokens in continuations(
+            config,
+            params,
+            ids[batch],
+            keys[batch],
+            vocab_size=tokenizer.vocab_size,
+            sampling=sampling,
+            max_tokens=max(rooms[batch]),
+        ):
+            for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True), start=first):
+                if row.finish is None and ((text := row.add(token)) or row.finish):
+                    yield Piece(i, text, row.finish)
+            if all(row.finish for row in rows):
+                break
 
 
-def cut(text: str, stop: Sequence[str], done: bool) -> tuple[str, bool]:
-    """The part of `text` that is certain, and whether it is finished.
+def generate(
+    config: ModelConfig, params: PyTree, tokenizer: Tokenizer, prompts: Sequence[str], **options: Any
+) -> list[str]:
+    """What the model writes behind each prompt, once it is complete; `options` are those of `stream`."""
+    texts = [""] * len(prompts)
+    for piece in stream(config, params, tokenizer, prompts, **options):
+        texts[piece.row] += piece.text
+    return texts
 
-    Ends before the first `stop` string. Until it is done, a last character that may be half of one, and an end that
-    may be the start of a `stop` string, are held back.
-    """
-    found = [at for at in (text.find(end) for end in stop) if at >= 0]
-    if found:
-        return text[: min(found)], True
-    if done:
-        return text, True
-    held = max((n for end in stop for n in range(1, len(end)) if text.endswith(end[:n])), default=0)
-    text = text[: len(text) - held]
-    return text.rstrip("\N{REPLACEMENT CHARACTER}"), False
+
+def _room(config: ModelConfig, prompt: Int[np.ndarray, " L"]) -> int:
+    """How many tokens may follow `prompt`."""
+    if len(prompt) == 0:
+        raise ValueError(
+            "a prompt without tokens says nothing to go on from; give it some text, if only a line break"
+        )
+    if len(prompt) >= config.max_seq_len:
+        raise ValueError(
+            f"a prompt of {len(prompt)} tokens leaves no room in max_seq_len={config.max_seq_len}; "
+            f"use at most {config.max_seq_len - 1}"
+        )
+    return config.max_seq_len - len(prompt)
+
+
+class Row:
+    """One text as it grows. Each token's bytes are looked at once, whatever the length of the text."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], room: int) -> None:
+        self.finish: Literal["end_of_text", "stop", "length"] | None = None
+        self._tokenizer, self._stop, self._room = tokenizer, stop, room
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""  # what may turn out to be the start of a stop text
+
+    def add(self, token: int) -> str:
+        """The text that `token` makes certain: characters of several tokens come whole, stop texts never."""
+        ends = token == self._tokenizer.end_of_text
+        self._room -= 1
+        if ends or self._room == 0:
+            self.finish = "end_of_text" if ends else "length"
+        new = b"" if ends else self._tokenizer.token_bytes(token)
+        text = self._held + self._characters.decode(new, final=self.finish is not None)
+        found = [at for at in map(text.find, self._stop) if at >= 0]
+        if found:
+            self.finish = "stop"
+            return text[: min(found)]
+        if self.finish:
+            return text
+        held = max((n for end in self._stop for n in range(1, len(end)) if text.endswith(end[:n])), default=0)
+        certain = len(text) - held
+        self._held = text[certain:]
+        return text[:certain]

@@ -9,7 +9,13 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. The defaults draw from the model's own distribution; temperature 0 is greedy."""
+    """How the next token is drawn. The defaults draw from the model's own distribution.
+
+    Attributes:
+      temperature: divides the logits; below 1 the likely becomes likelier, and 0 always takes the likeliest.
+      top_k, top_p, min_p: which tokens may be drawn at all, by the filters below, in this order.
+      repetition_penalty: above 1, tokens that stand in the text already become less likely.
+    """
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -25,24 +31,36 @@ class Sampling:
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
-                raise ValueError(f"{name}={value} is a probability; use a number above 0 and up to 1")
+                raise ValueError(f"{name}={value} is not a probability; use a number above 0 and up to 1")
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive; 1 is none")
 
 
 def top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
-    """Keeps the `k` largest logits (and those equal to the k-th)."""
+    """Keeps the `k` largest logits, and those equal to the k-th (Fan et al. 2018, arXiv:1805.04833)."""
     threshold = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][:, -1:]
     return jnp.where(logits < threshold, -jnp.inf, logits)
 
 
 def top_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
-    """Keeps the smallest set of tokens with probability `p` or more (Holtzman et al. 2019, arXiv:1904.09751)."""
-    descending = -jnp.sort(-logits, axis=-1)
-    probabilities = jax.nn.softmax(descending, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    threshold = jnp.min(jnp.where(before < p, descending, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits < threshold, -jnp.inf, logits)
+    """Keeps the fewest tokens that have probability `p` together (Holtzman et al. 2019, arXiv:1904.09751).
+
+    Nothing is sorted, which would cost more than a small model on a CPU: floats that are not negative have
+    the order of the integers of their bits, so thirty halvings find the largest probability to cut at, exactly.
+    """
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    bits = jax.lax.bitcast_convert_type(probabilities, jnp.int32)
+
+    def halve(_: Int[Array, ""], bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds  # a cut at `low` keeps p or more, a cut at `high` less
+        middle = (low + high) // 2
+        enough = jnp.where(bits >= middle, probabilities, 0).sum(-1, keepdims=True) >= p
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    nothing = jnp.zeros_like(bits[:, :1])
+    everything = bits.max(-1, keepdims=True) + 1
+    cut, _ = jax.lax.fori_loop(0, 30, halve, (nothing, everything))
+    return jnp.where(bits < cut, -jnp.inf, logits)
 
 
 def min_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
@@ -50,8 +68,10 @@ def min_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
     return jnp.where(logits < logits.max(-1, keepdims=True) + jnp.log(p), -jnp.inf, logits)
 
 
-def repetition_penalty(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: float) -> Float[Array, "B V"]:
-    """Divides positive and multiplies negative logits of seen tokens (Keskar et al. 2019, arXiv:1909.05858)."""
+def repetition_penalty(
+    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: float
+) -> Float[Array, "B V"]:
+    """Divides positive and multiplies negative logits of `seen` (Keskar et al. 2019, arXiv:1909.05858)."""
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
@@ -64,7 +84,8 @@ def sample(
         logits = repetition_penalty(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1)
-    logits = logits / sampling.temperature
+    # From the largest down: a temperature near 0 gives minus infinities, never two infinities to compare.
+    logits = (logits - logits.max(-1, keepdims=True)) / sampling.temperature
     if sampling.top_k is not None:
         logits = top_k(logits, sampling.top_k)
     if sampling.top_p is not None:

@@ -1,0 +1,228 @@
+"""Text comes out as the full forward pass would have it, whoever else is in the batch, and whole."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jaxtyping import PyTree
+
+from llm_jax.data.tokenizer import ByteTokenizer
+from llm_jax.infer import generate as module
+from llm_jax.infer.generate import Piece, Row, continuations, generate, next_token, stream
+from llm_jax.model.cache import init_cache
+from llm_jax.model.config import ModelConfig
+from llm_jax.model.transformer import Transformer, unstack
+from llm_jax.ops.sampling import Sampling
+
+# More ids than the tokenizer has, as in a vocabulary padded to a round number.
+CONFIG = ModelConfig(vocab_size=272, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=48)
+PROMPTS = ["def f(x):", "a", "import os, sys", ""]
+GREEDY = Sampling(temperature=0)
+TEXT = ByteTokenizer()
+
+
+@functools.cache
+def weights(config: ModelConfig = CONFIG) -> PyTree:
+    """Random weights, away from the initialization, where a tied head mostly repeats what it reads."""
+    start = jax.jit(Transformer(config).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    random = np.random.default_rng(1)
+    return jax.tree.map(lambda x: x + 0.3 * random.standard_normal(x.shape, np.float32), start)
+
+
+@functools.cache
+def forward() -> Callable:
+    return jax.jit(lambda tokens: Transformer(CONFIG).apply({"params": weights()}, tokens).logits)
+
+
+def full_forward_greedy(prompt: str, max_tokens: int) -> str:
+    """The specification: no cache, no batch, the whole text read again for every token."""
+    ids = [TEXT.end_of_text, *TEXT.encode(prompt).tolist()]
+    start = len(ids)
+    for _ in range(max_tokens):
+        padded = np.zeros((1, CONFIG.max_seq_len), np.int32)
+        padded[0, : len(ids)] = ids
+        token = int(forward()(padded)[0, len(ids) - 1, : TEXT.vocab_size].argmax())
+        if token == TEXT.end_of_text:
+            break
+        ids.append(token)
+    return TEXT.decode(ids[start:])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        dataclasses.replace(CONFIG, n_layers=1, positions="learned", window=4),
+        dataclasses.replace(CONFIG, n_layers=1, positions="sinusoidal", bias=True),
+    ],
+    ids=lambda config: config.positions,
+)
+def test_cached_decode_gives_the_logits_of_the_full_forward_at_every_position_of_ragged_rows(config):
+    params, L = weights(config), 12
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (3, L), np.int32)
+    full = jax.jit(Transformer(config).apply)({"params": params}, tokens).logits
+    unstacked = {"params": unstack(config, params)}
+    cached = functools.partial(jax.jit(Transformer(config, stacked=False).apply), unstacked)
+
+    lengths, rows = np.array([1, 7, 4], np.int32), np.arange(3)
+    padded = np.where(np.arange(8) < lengths[:, None], tokens[:, :8], 5)
+    out = cached(padded, cache=init_cache(config, 3, L))
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(out.logits[row, :length], full[row, :length], atol=2e-5)
+    cache = out.cache
+    while lengths.min() < L:
+        at = np.minimum(lengths, L - 1)  # a row that is complete reads its last token again
+        out = cached(tokens[rows, at][:, None], cache=cache.replace(length=at))
+        np.testing.assert_allclose(out.logits[:, 0], full[rows, at], atol=2e-5)
+        cache, lengths = out.cache, lengths + 1
+
+
+def test_a_greedy_batch_gives_each_prompt_what_the_full_forward_gives_it_alone():
+    together = generate(CONFIG, weights(), TEXT, PROMPTS, sampling=GREEDY, max_tokens=12)
+    assert together == [full_forward_greedy(prompt, 12) for prompt in PROMPTS]
+    assert len(set(together)) == len(together)  # or the comparison would say little
+
+
+def test_prompts_beyond_one_batch_get_what_they_would_get_in_it(monkeypatch: pytest.MonkeyPatch):
+    together = generate(CONFIG, weights(), TEXT, PROMPTS, max_tokens=12)
+    monkeypatch.setattr(module, "BATCH", 2)
+    assert generate(CONFIG, weights(), TEXT, PROMPTS, max_tokens=12) == together
+
+
+def test_a_sampled_row_does_not_depend_on_its_neighbours():
+    one, other = (
+        generate(CONFIG, weights(), TEXT, ["a", b], max_tokens=12)[0] for b in ("b", "a longer one")
+    )
+    assert one == other == generate(CONFIG, weights(), TEXT, ["a"], max_tokens=12)[0]
+
+
+def test_samples_of_one_prompt_differ_and_come_again_with_the_same_seed():
+    options = {"prompts": ["a", "a"], "max_tokens": 12}
+    one, other, again = (generate(CONFIG, weights(), TEXT, **options, seed=seed) for seed in (1, 2, 1))
+    assert one[0] != one[1]
+    assert one != other
+    assert one == again
+
+
+def test_each_row_may_fill_the_context_whatever_the_others_have_used():
+    endless = ByteTokenizer()
+    endless.end_of_text = -1  # no token ends a row
+    options = {"sampling": GREEDY, "max_tokens": 99, "begin": False}
+    pieces = list(stream(CONFIG, weights(), endless, ["ab", "x" * 40], **options))
+    texts = ["".join(piece.text for piece in pieces if piece.row == row) for row in (0, 1)]
+    assert texts[:1] == generate(CONFIG, weights(), endless, ["ab"], **options)
+    assert len(texts[0]) > len(texts[1])
+    assert [piece.finish for piece in pieces if piece.finish] == ["length", "length"]
+
+
+def test_the_end_of_text_token_ends_a_row_and_leaves_the_others_writing():
+    ids = [TEXT.encode(prompt) for prompt in PROMPTS[:3]]
+    keys = jax.random.split(jax.random.key(0), 3)
+    options = {"vocab_size": TEXT.vocab_size, "sampling": GREEDY, "max_tokens": 8}
+    written = np.stack([*continuations(CONFIG, unstack(CONFIG, weights()), ids, keys, **options)], axis=1)
+    ender = ByteTokenizer()
+    ender.end_of_text = int(written[0, 2])  # what the first row writes third
+    texts = generate(CONFIG, weights(), ender, PROMPTS[:3], sampling=GREEDY, max_tokens=8, begin=False)
+    until_then = [list(itertools.takewhile(lambda token: token != ender.end_of_text, row)) for row in written]
+    assert texts == [TEXT.decode(np.array(tokens)) for tokens in until_then]
+    assert len(until_then[0]) <= 2 < max(map(len, until_then))
+
+
+def test_ids_that_the_tokenizer_lacks_are_never_drawn():
+    table = weights()["embedding"]["table"].at[TEXT.vocab_size :].multiply(100.0)  # else the likeliest by far
+    texts = generate(CONFIG, weights() | {"embedding": {"table": table}}, TEXT, PROMPTS, max_tokens=12)
+    assert all(texts)
+
+
+def test_prompts_of_many_lengths_share_two_programs():
+    before = next_token._cache_size()
+    for length in (1, 5, 9, 14):
+        generate(CONFIG, weights(), TEXT, ["y" * length, "z"], sampling=Sampling(top_k=3), max_tokens=3)
+    assert next_token._cache_size() == before + 2
+
+
+def test_generation_leaves_the_weights_as_they_were():
+    before = jax.tree.map(np.asarray, weights())
+    generate(CONFIG, weights(), TEXT, ["a"], max_tokens=2)
+    jax.tree.map(np.testing.assert_array_equal, before, weights())
+
+
+def test_an_attention_that_declines_single_queries_still_generates():
+    config = dataclasses.replace(CONFIG, attention="chunked")
+    assert generate(config, weights(), TEXT, PROMPTS, max_tokens=12) == generate(
+        CONFIG, weights(), TEXT, PROMPTS, max_tokens=12
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "says"),
+    [
+        ("x" * 48, {}, "49 tokens.*max_seq_len=48.*at most 47"),
+        ("", {"begin": False}, "without tokens"),
+        ("a", {"max_tokens": 0}, "max_tokens=0"),
+        ("a", {"stop": [""]}, "no stop text empty"),
+    ],
+    ids=["too long", "empty", "no tokens wanted", "empty stop"],
+)
+def test_what_cannot_be_written_is_refused(prompt: str, options: dict, says: str):
+    with pytest.raises(ValueError, match=says):
+        generate(CONFIG, weights(), TEXT, [prompt], **options)
+
+
+def grown(data: bytes, stop: list[str], room: int = 1000) -> list[str]:
+    """The text of a row that gets `data` byte by byte and then the end of text."""
+    row, texts = Row(TEXT, stop, room), []
+    for token in [*data, TEXT.end_of_text]:
+        texts.append(row.add(token))
+        if row.finish:
+            break
+    return texts
+
+
+@given(st.text(max_size=30))
+def test_characters_of_several_tokens_come_whole(text: str):
+    ends = [[""] * (len(character.encode()) - 1) + [character] for character in text]
+    assert grown(text.encode(), []) == [*itertools.chain(*ends), ""]
+
+
+@given(st.binary(max_size=30))
+def test_bytes_that_are_no_text_are_shown_as_the_tokenizer_shows_them(data: bytes):
+    assert "".join(grown(data, [])) == TEXT.decode(list(data))
+
+
+@given(st.text("ab\n", max_size=20), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3))
+def test_a_stop_text_ends_a_row_just_before_it_wherever_tokens_are_cut(text: str, stop: list[str]):
+    # The specification reads the whole text again after every token.
+    read = [text[:n] for n in range(len(text) + 1)]
+    cuts = (
+        min(part.find(end) for end in stop if end in part)
+        for part in read
+        if any(end in part for end in stop)
+    )
+    assert "".join(grown(text.encode(), stop)) == text[: next(cuts, None)]
+
+
+def test_text_is_shown_as_soon_as_no_stop_text_can_begin_in_it():
+    assert grown(b"one\n\ntwo", ["\n\n"]) == ["o", "n", "e", "", ""]
+    assert grown(b"a\nb", ["\n\n"]) == ["a", "", "\nb", ""]
+
+
+def test_a_row_out_of_room_gives_up_what_it_held_back():
+    assert grown("aé".encode(), [], room=2) == ["a", "\N{REPLACEMENT CHARACTER}"]
+    assert grown(b"a\nb", ["\n\n"], room=2) == ["a", "\n"]
+
+
+def test_the_pieces_of_a_stream_are_the_texts_of_generate():
+    options = {"max_tokens": 12, "stop": ["e", "x"], "seed": 3}
+    pieces = list(stream(CONFIG, weights(), TEXT, PROMPTS, **options))
+    texts = ["".join(piece.text for piece in pieces if piece.row == row) for row in range(len(PROMPTS))]
+    assert texts == generate(CONFIG, weights(), TEXT, PROMPTS, **options)
+    assert all(isinstance(piece, Piece) for piece in pieces)
+    assert sorted(piece.row for piece in pieces if piece.finish) == list(range(len(PROMPTS)))
