@@ -52,9 +52,9 @@ def next_token(
     lies behind the row's end, where nobody looks, and is overwritten as the row grows.
     """
     model = Transformer(config, stacked=False)
-    out = model.apply({"params": params}, tokens, cache=state.cache, logits=False)
+    out: Any = model.apply({"params": params}, tokens, cache=state.cache, logits=False)
+    cache = dataclasses.replace(out.cache, length=state.cache.length + lengths)
     rows = jnp.arange(tokens.shape[0])
-    cache = state.cache.replace(k=out.cache.k, v=out.cache.v).advance(lengths)
     read = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
     seen = state.seen.at[rows[:, None], tokens].max(read)
 

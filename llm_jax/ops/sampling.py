@@ -46,7 +46,7 @@ def top_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
     """Keeps the fewest tokens that have probability `p` together (Holtzman et al. 2019, arXiv:1904.09751).
 
     Nothing is sorted, which would cost more than a small model on a CPU: floats that are not negative have
-    the order of the integers of their bits, so thirty halvings find the largest probability to cut at, exactly.
+    the order of the integers of their bits, so thirty halvings find exactly where to cut.
     """
     probabilities = jax.nn.softmax(logits, axis=-1)
     bits = jax.lax.bitcast_convert_type(probabilities, jnp.int32)
