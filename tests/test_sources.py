@@ -14,6 +14,7 @@ import hypothesis.strategies as st
 import pyarrow
 import pyarrow.parquet
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from llm_jax.data import sources
 from llm_jax.data.sources import documents, fingerprint
@@ -105,6 +106,12 @@ def corpus(folder):
 def test_a_folder_gives_every_file_but_the_hidden(tmp_path):
     assert texts(corpus(tmp_path)) == ["a/c.py", "a/d.md", "b.txt"]
     assert origins(tmp_path) == ["a/c.py#0", "a/d.md#0", "b.txt#0"]
+
+
+def test_the_order_is_not_that_of_the_file_system(tmp_path, monkeypatch):
+    found = LocalFileSystem().find(str(corpus(tmp_path)))
+    monkeypatch.setattr(LocalFileSystem, "find", lambda self, path: found[::-1])
+    assert texts(tmp_path) == ["a/c.py", "a/d.md", "b.txt"]
 
 
 def test_a_folder_inside_a_hidden_one_is_not_hidden(tmp_path):
