@@ -1,0 +1,111 @@
+"""Cross-entropy equals float64 arithmetic; the chunked form equals it too, and never holds all logits."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxprs import equations
+
+from llm_jax.ops.loss import IGNORE, chunked_cross_entropy, cross_entropy
+
+B, L, D, V = 2, 6, 3, 7
+HIDDEN_KEY, TABLE_KEY, WEIGHT_KEY = jax.random.split(jax.random.key(0), 3)
+HIDDEN = jax.random.normal(HIDDEN_KEY, (B, L, D))
+TABLE = jax.random.normal(TABLE_KEY, (V, D))
+WEIGHTS = jax.random.uniform(WEIGHT_KEY, (B, L))
+TARGETS = jnp.array([[0, 6, IGNORE, 3, 3, 1], [IGNORE, 2, 5, 0, 4, IGNORE]])
+TERMS = [{}, {"label_smoothing": 0.1}, {"z_loss": 1e-2}, {"label_smoothing": 0.2, "z_loss": 1e-3}]
+
+
+def oracle(
+    logits: np.ndarray, targets: np.ndarray, z_loss: float = 0.0, label_smoothing: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """(loss, negative log-likelihood) token by token, as the papers write it."""
+    loss, nll = np.zeros(targets.shape), np.zeros(targets.shape)
+    for place in np.argwhere(targets != IGNORE):
+        row, target = logits[*place].astype(np.float64), targets[*place]
+        partition = np.exp(row).sum()
+        log_probability = np.log(np.exp(row) / partition)
+        wanted = np.full(V, label_smoothing / V)
+        wanted[target] += 1 - label_smoothing
+        nll[*place] = -log_probability[target]
+        loss[*place] = -(wanted * log_probability).sum() + z_loss * np.log(partition) ** 2
+    return loss, nll
+
+
+@pytest.mark.parametrize("terms", TERMS)
+def test_cross_entropy_equals_float64_arithmetic(terms: dict[str, float]):
+    logits = 3 * jnp.einsum("BLD,VD->BLV", HIDDEN, TABLE)
+    expected = oracle(np.asarray(logits), np.asarray(TARGETS), **terms)
+    for found, exact in zip(cross_entropy(logits, TARGETS, **terms), expected, strict=True):
+        np.testing.assert_allclose(found, exact, rtol=2e-6, atol=1e-6)
+
+
+def test_large_logits_neither_overflow_nor_lose_the_loss():
+    logits = jnp.array([[1e4, 0.0, -1e4]])
+    assert cross_entropy(logits, jnp.array([0]))[0] == 0
+    assert cross_entropy(logits, jnp.array([1]))[0] == 1e4
+
+
+def test_bfloat16_logits_give_a_float32_loss():
+    logits = jnp.einsum("BLD,VD->BLV", HIDDEN, TABLE).astype(jnp.bfloat16)
+    loss, nll = cross_entropy(logits, TARGETS)
+    assert (loss.dtype, nll.dtype) == (jnp.float32, jnp.float32)
+    expected, _ = oracle(np.asarray(logits.astype(jnp.float32)), np.asarray(TARGETS))
+    np.testing.assert_allclose(loss, expected, rtol=2e-6, atol=1e-6)
+
+
+def test_an_ignored_token_counts_for_nothing():
+    logits = jax.random.normal(HIDDEN_KEY, (B, L, V))
+
+    def total(logits: jax.Array) -> jax.Array:
+        loss, _ = cross_entropy(logits, TARGETS, z_loss=1e-2, label_smoothing=0.1)
+        return (WEIGHTS * loss).sum()
+
+    touched = (jax.grad(total)(logits) != 0).any(-1)
+    assert (touched == (TARGETS != IGNORE)).all()
+
+
+def plain(hidden: jax.Array, table: jax.Array, **terms: float) -> tuple[jax.Array, jax.Array]:
+    return cross_entropy(jnp.einsum("BLD,VD->BLV", hidden, table), TARGETS, **terms)
+
+
+def chunked(hidden: jax.Array, table: jax.Array, **terms: float) -> tuple[jax.Array, jax.Array]:
+    return chunked_cross_entropy(hidden, table, TARGETS, 2, **terms)
+
+
+def weighted(form: Any, terms: dict[str, float]) -> Any:
+    """The sum of the loss, each token with its own weight, as a function of (hidden, table)."""
+    return lambda hidden, table: (WEIGHTS * form(hidden, table, **terms)[0]).sum()
+
+
+@pytest.mark.parametrize("terms", TERMS)
+def test_chunks_give_the_loss_of_the_whole(terms: dict[str, float]):
+    for mine, theirs in zip(chunked(HIDDEN, TABLE, **terms), plain(HIDDEN, TABLE, **terms), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("terms", [TERMS[0], TERMS[-1]])
+def test_chunks_give_the_gradient_of_the_whole(terms: dict[str, float]):
+    gradients = [
+        jax.jit(jax.grad(weighted(form, terms), argnums=(0, 1)))(HIDDEN, TABLE) for form in (chunked, plain)
+    ]
+    for mine, theirs in zip(*gradients, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_chunks_never_hold_all_logits():
+    def largest(form: Any) -> int:
+        gradient = jax.grad(weighted(form, TERMS[-1]), argnums=(0, 1))
+        program = equations(gradient, HIDDEN, TABLE)
+        return max(array.aval.size for _, equation in program for array in equation.outvars)
+
+    assert largest(plain) >= B * L * V
+    assert largest(chunked) < B * L * V
+
+
+def test_a_chunk_that_does_not_divide_the_row_is_refused():
+    with pytest.raises(ValueError, match="chunk=4 does not divide the row length L=6; use a divisor of 6"):
+        chunked_cross_entropy(HIDDEN, TABLE, TARGETS, 4)
