@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from llm_jax.config import nearest
+
 # The named activations, in the order in which a token meets them, and where each lives in the module tree.
 # `model/taps.py` says how to look at them and how to edit them.
 TAPS = {
@@ -25,6 +27,12 @@ TAPS = {
 }
 
 REMAT = ("none", "full", "dots")
+# What rematerialization can keep besides: the taps inside a block, but those that fast attention never holds.
+KEEPABLE = tuple(
+    name
+    for name, place in TAPS.items()
+    if place.startswith("layers/") and name not in ("attn_scores", "pattern")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,16 +40,16 @@ class ModelConfig:
     """A decoder-only transformer.
 
     Attributes:
-      n_kv_heads: key/value heads; fewer than `n_heads` is grouped-query attention. None: as many as `n_heads`.
+      n_kv_heads: key/value heads; fewer than `n_heads` is grouped-query attention. None: `n_heads`.
       head_dim: None: `d_model / n_heads`.
       d_ff: None: `4 * d_model`, or where gated 8/3 of it rounded up to a multiple of 64, the same cost.
-      positions: how the model knows where a token stands. `learned` and `sinusoidal` are added to the embedding.
+      positions: how the model knows where a token stands; `learned`, `sinusoidal` are added to the embedding.
       window: attention sees only the last `window` positions. None: all of them.
       tied: the output head is the embedding table.
       init: a row of `model/init.py`.
       dtype: of the computation. Parameters and optimizer are float32 always.
-      remat: what the backward pass computes again: `none`, `full` (all of a block), `dots` (all but matrix products),
-        or the taps to keep, as `resid_mid,mlp_post`.
+      remat: what the backward pass computes again: `none`, `full` (all of a block), `dots` (all but matrix
+        products), or all but the taps to keep, as `resid_mid,mlp_post`.
       unroll: layers a step of the scan; `n_layers` unrolls the loop, faster on CPU and slower to compile.
       attention: an implementation of `ops/attention.py`. None: the fastest that accepts.
     """
@@ -72,14 +80,29 @@ class ModelConfig:
     attention: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "max_seq_len", "K", "H", "F", "unroll"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
+        for name, value in dataclasses.asdict(self).items():
+            if type(value) is int and value < 1:
+                raise ValueError(f"model.{name}={value} must be at least 1")
+        for name in ("rope_theta", "norm_eps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be positive")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout={self.dropout} must lie in [0, 1)")
+        self._check_widths()
+        for name in self.kept:
+            if name not in KEEPABLE:
+                raise ValueError(
+                    f"model.remat={self.remat!r} can't keep {name!r}; {nearest(name, KEEPABLE)} "
+                    f"Or use {', '.join(REMAT)}"
+                )
+
+    def _check_widths(self) -> None:
         if self.head_dim is None and self.d_model % self.n_heads:
             below = self.d_model // self.n_heads * self.n_heads
+            widths = " or ".join(str(width) for width in (below, below + self.n_heads) if width)
             raise ValueError(
                 f"model.n_heads={self.n_heads} does not divide model.d_model={self.d_model}; "
-                f"set model.head_dim, or use d_model={below or self.n_heads} or {below + self.n_heads}"
+                f"set model.head_dim, or use d_model={widths}"
             )
         if self.n_heads % self.K:
             raise ValueError(
@@ -87,15 +110,15 @@ class ModelConfig:
                 f"{[k for k in range(1, self.n_heads + 1) if self.n_heads % k == 0]}"
             )
         if self.positions == "rotary" and self.H % 2:
-            raise ValueError(f"rotary positions turn pairs: head_dim={self.H} must be even")
+            raise ValueError(
+                f"rotary positions turn pairs: head_dim={self.H} must be even; "
+                f"set model.head_dim={self.H + 1}"
+            )
         if self.positions == "sinusoidal" and self.d_model % 2:
-            raise ValueError(f"sinusoidal positions come in pairs: model.d_model={self.d_model} must be even")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout={self.dropout} is a probability below 1")
-        if self.remat not in REMAT:
-            unknown = set(self.kept) - set(TAPS)
-            if unknown:
-                raise ValueError(f"model.remat={self.remat!r}: expected {', '.join(REMAT)}, or taps out of {', '.join(TAPS)}")
+            raise ValueError(
+                f"sinusoidal positions come in pairs: model.d_model={self.d_model} must be even; "
+                f"use {self.d_model + 1}"
+            )
 
     @property
     def K(self) -> int:
@@ -152,4 +175,6 @@ def flops_per_token(c: ModelConfig, seq_len: int) -> int:
     matrices = 2 * c.d_model * c.H * (c.n_heads + c.K) + (3 if c.gated else 2) * c.d_model * c.F
     window = seq_len if c.window is None else min(c.window, seq_len)
     keys = window - window * (window - 1) / (2 * seq_len)
-    return int(6 * (c.n_layers * matrices + c.vocab_size * c.d_model) + 12 * c.n_layers * c.n_heads * c.H * keys)
+    return int(
+        6 * (c.n_layers * matrices + c.vocab_size * c.d_model) + 12 * c.n_layers * c.n_heads * c.H * keys
+    )

@@ -1,0 +1,145 @@
+"""A model's arithmetic: its sizes fit together, and its counts equal what the program really has and does."""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from grid import GRID, OPTIONS, shapes, tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from jaxprs import equations
+
+from llm_jax.model.config import REMAT, TAPS, ModelConfig, flops_per_token, parameter_counts
+from llm_jax.model.init import SCHEMES
+from llm_jax.model.transformer import Transformer
+from llm_jax.ops.attention import IMPLEMENTATIONS
+from llm_jax.tree import count, leaves
+
+SIZES = {"vocab_size", "d_model", "n_layers", "n_heads", "max_seq_len"}
+
+ERRORS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"d_model": 100, "n_heads": 6, "n_kv_heads": None},
+        "model.n_heads=6 does not divide model.d_model=100; set model.head_dim, or use d_model=96 or 102",
+    ),
+    (
+        {"d_model": 4, "n_heads": 6, "n_kv_heads": None},
+        "model.n_heads=6 does not divide model.d_model=4; set model.head_dim, or use d_model=6",
+    ),
+    ({"n_kv_heads": 4}, "model.n_kv_heads=4 does not divide model.n_heads=6; use one of [1, 2, 3, 6]"),
+    ({"n_kv_heads": 12}, "model.n_kv_heads=12 does not divide model.n_heads=6; use one of [1, 2, 3, 6]"),
+    ({"head_dim": 3}, "rotary positions turn pairs: head_dim=3 must be even; set model.head_dim=4"),
+    (
+        {"d_model": 25, "head_dim": 4, "positions": "sinusoidal"},
+        "sinusoidal positions come in pairs: model.d_model=25 must be even; use 26",
+    ),
+    ({"vocab_size": 0}, "model.vocab_size=0 must be at least 1"),
+    ({"n_layers": -1}, "model.n_layers=-1 must be at least 1"),
+    ({"n_heads": 0}, "model.n_heads=0 must be at least 1"),
+    ({"n_kv_heads": 0}, "model.n_kv_heads=0 must be at least 1"),
+    ({"head_dim": 0}, "model.head_dim=0 must be at least 1"),
+    ({"d_ff": 0}, "model.d_ff=0 must be at least 1"),
+    ({"unroll": 0}, "model.unroll=0 must be at least 1"),
+    ({"window": 0}, "model.window=0 must be at least 1"),
+    ({"norm_eps": 0.0}, "model.norm_eps=0.0 must be positive"),
+    ({"rope_theta": 0.0}, "model.rope_theta=0.0 must be positive"),
+    ({"dropout": 1.0}, "model.dropout=1.0 must lie in [0, 1)"),
+    ({"dropout": -0.1}, "model.dropout=-0.1 must lie in [0, 1)"),
+    (
+        {"remat": "resid_mdi"},
+        "model.remat='resid_mdi' can't keep 'resid_mdi'; did you mean 'resid_mid'? Or use none, full, dots",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), ERRORS, ids=[message.split(";")[0] for _, message in ERRORS])
+def test_sizes_that_do_not_fit_are_refused_with_the_numbers_and_a_way_out(changes: dict, message: str):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        tiny(**changes)
+
+
+@given(st.integers(1, 64), st.integers(1, 12))
+def test_the_widths_that_an_error_offers_are_accepted(d_model: int, n_heads: int):
+    try:
+        tiny(d_model=d_model, n_heads=n_heads, n_kv_heads=None, positions="none")
+    except ValueError as error:
+        offered = [int(width) for width in str(error).split("d_model=")[-1].split(" or ")]
+        assert all(tiny(d_model=d, n_heads=n_heads, n_kv_heads=None, positions="none") for d in offered)
+
+
+def test_every_option_stands_in_the_grid():
+    assert set(OPTIONS) | SIZES == {field.name for field in dataclasses.fields(ModelConfig)}
+    assert set(OPTIONS["init"]) == set(SCHEMES)
+    assert set(REMAT) < set(OPTIONS["remat"])
+    assert {name for name in OPTIONS["attention"] if name} < set(IMPLEMENTATIONS)
+
+
+@pytest.mark.parametrize("config", GRID, ids=range(len(GRID)))
+def test_the_counted_parameters_are_those_of_the_tree(config: ModelConfig):
+    counts = parameter_counts(config)
+    assert sum(counts.values()) == count(shapes(config))
+    for component in counts:
+        of_component = {
+            path: leaf for path, leaf in leaves(shapes(config)).items() if component in path.split("/")
+        }
+        if component != "norms":
+            assert counts[component] == count(of_component), component
+
+
+def test_the_default_feedforward_costs_the_same_gated_or_not():
+    for d_model in (192, 768, 3000):
+        plain, gated = (tiny(d_model=d_model, d_ff=None, gated=gated).F for gated in (False, True))
+        assert plain == 4 * d_model
+        assert gated % 64 == 0
+        assert 0 <= 3 * gated - 2 * plain < 3 * 64
+
+
+def dot_flops(equation: Any) -> int:
+    """Two for each multiply-add of a matrix product."""
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    shape = equation.invars[0].aval.shape
+    return 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"gated": False, "n_kv_heads": None}, {"tied": False, "head_dim": 8, "n_kv_heads": 1}],
+    ids=str,
+)
+def test_the_counted_flops_are_three_times_the_matrix_products_of_the_forward_pass(changes: dict):
+    """A program multiplies by every key; the count takes those in view, the causal half and the diagonal."""
+    config, L = tiny(max_seq_len=16, attention="reference", positions="none", **changes), 16
+    tokens = jax.ShapeDtypeStruct((1, L), jnp.int32)
+    program = equations(lambda p, t: Transformer(config).apply({"params": p}, t), shapes(config), tokens)
+    products = [(times, e) for times, e in program if e.primitive.name == "dot_general"]
+    forward = sum(times * dot_flops(equation) for times, equation in products)
+    unseen = 4 * config.n_layers * config.n_heads * config.H * L * (L - 1) // 2
+    assert flops_per_token(config, L) * L == 3 * (forward - unseen)
+
+
+@given(st.integers(1, 40), st.none() | st.integers(1, 50))
+def test_the_counted_keys_are_those_that_the_mask_shows(L: int, window: int | None):
+    config = tiny(window=window)
+    distance = np.arange(L)[:, None] - np.arange(L)
+    seen = ((distance >= 0) & (distance < (window or L))).sum()
+    without = flops_per_token(config, 1) - 12 * config.n_layers * config.n_heads * config.H
+    expected = without + 12 * config.n_layers * config.n_heads * config.H * seen / L
+    assert abs(flops_per_token(config, L) - expected) <= 1
+
+
+@pytest.mark.parametrize("name", ["pattern", "attn_scores", "embed", "logits"])
+def test_a_tap_that_a_block_does_not_hold_cannot_be_kept(name: str):
+    with pytest.raises(ValueError, match=f"can't keep '{name}'"):
+        tiny(remat=name)
+
+
+def test_taps_are_listed_in_the_order_of_the_forward_pass():
+    names = list(TAPS)
+    assert names[0] == "embed"
+    assert names[-1] == "logits"
+    assert all(place.split("/")[-1] == name for name, place in TAPS.items())
