@@ -1,6 +1,6 @@
 """A small Llama that tells fairy tales, with a vocabulary of its own, trained on Grimm or TinyStories.
 
-    llm-jax train fairytales data.uri=grimm_tales.txt
+llm-jax train fairytales data.uri=grimm_tales.txt
 """
 
 from llm_jax.data.loader import DataConfig

@@ -1,6 +1,6 @@
 """nanoGPT's CPU setting: a character-level GPT on Shakespeare, 0.8 M parameters, a few minutes on a laptop.
 
-    llm-jax train shakespeare_char data.uri=tinyshakespeare.txt
+llm-jax train shakespeare_char data.uri=tinyshakespeare.txt
 """
 
 from llm_jax.data.loader import DataConfig

@@ -1,6 +1,6 @@
 """The smallest model whose shapes tell something: vocabulary 24, width 32. The walk that a learner does first.
 
-    llm-jax show shapes
+llm-jax show shapes
 """
 
 from llm_jax.data.loader import DataConfig

@@ -53,7 +53,7 @@ def reuse_freed_memory() -> None:
     A train step on CPU takes and frees one large temporary buffer; fetching its pages anew each time costs up to a
     third of a small model's step. Memory stays at its peak. Does nothing where the C library is not glibc.
     """
-    if not platform.libc_ver()[0] == "glibc":
+    if platform.libc_ver()[0] != "glibc":
         return
     mallopt = ctypes.CDLL(None).mallopt
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h

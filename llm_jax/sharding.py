@@ -67,9 +67,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"{len(devices)}; choose sizes whose product divides {len(devices)}, and -1 for what is left"
         )
     sizes = {axis: len(devices) // fixed if size == -1 else size for axis, size in sizes.items()}
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices
-    )
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 
 def spec(letters: str, axes: Mapping[str, Axes]) -> PartitionSpec:

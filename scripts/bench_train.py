@@ -12,6 +12,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
+from typing import SupportsFloat
 
 import numpy as np
 
@@ -21,9 +22,16 @@ from llm_jax.model.config import ModelConfig, flops_per_token
 from llm_jax.train.program import Program
 from llm_jax.train.run import RunConfig, load_recipe
 
-Step = Callable[[], float]
+Step = Callable[[], SupportsFloat]
 
-GPT = {"positions": "learned", "norm": "layernorm", "activation": "gelu", "gated": False, "bias": True, "init": "gpt2"}
+GPT = {
+    "positions": "learned",
+    "norm": "layernorm",
+    "activation": "gelu",
+    "gated": False,
+    "bias": True,
+    "init": "gpt2",
+}
 
 
 def medium() -> RunConfig:
@@ -58,10 +66,10 @@ def ours(config: RunConfig, batch: Batch) -> Step:
     program = Program.on(config)
     state = program.init()
 
-    def step() -> float:
+    def step() -> SupportsFloat:
         nonlocal state
         state, metrics = program.train_step(state, batch)
-        return metrics["loss"]
+        return metrics["loss"]  # on the device still: the caller waits for it
 
     return step
 
@@ -81,8 +89,14 @@ def theirs(config: RunConfig, batch: Batch) -> Step | None:
         def __init__(self) -> None:
             super().__init__()
             self.norm_1, self.norm_2 = nn.LayerNorm(c.d_model), nn.LayerNorm(c.d_model)
-            self.qkv, self.out = nn.Linear(c.d_model, 3 * c.d_model, bias=c.bias), nn.Linear(c.d_model, c.d_model, bias=c.bias)
-            self.up, self.down = nn.Linear(c.d_model, c.F, bias=c.bias), nn.Linear(c.F, c.d_model, bias=c.bias)
+            self.qkv, self.out = (
+                nn.Linear(c.d_model, 3 * c.d_model, bias=c.bias),
+                nn.Linear(c.d_model, c.d_model, bias=c.bias),
+            )
+            self.up, self.down = (
+                nn.Linear(c.d_model, c.F, bias=c.bias),
+                nn.Linear(c.F, c.d_model, bias=c.bias),
+            )
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             B, L, D = x.shape
@@ -94,8 +108,14 @@ def theirs(config: RunConfig, batch: Batch) -> Step | None:
     class GPT2(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.tokens, self.places = nn.Embedding(c.vocab_size, c.d_model), nn.Embedding(c.max_seq_len, c.d_model)
-            self.blocks, self.norm = nn.ModuleList(Block() for _ in range(c.n_layers)), nn.LayerNorm(c.d_model)
+            self.tokens, self.places = (
+                nn.Embedding(c.vocab_size, c.d_model),
+                nn.Embedding(c.max_seq_len, c.d_model),
+            )
+            self.blocks, self.norm = (
+                nn.ModuleList(Block() for _ in range(c.n_layers)),
+                nn.LayerNorm(c.d_model),
+            )
 
         def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             x = self.tokens(tokens) + self.places(torch.arange(tokens.shape[1]))

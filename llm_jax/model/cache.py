@@ -1,5 +1,7 @@
 """The KV cache: an argument and a result of the forward pass, like every other state."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -16,9 +18,7 @@ class KVCache:
     v: Float[Array, "N B S K H"]
     length: Int[Array, " B"]
 
-    def write(
-        self, layer: Int[Array, ""] | int, k: Float[Array, "B L K H"], v: Float[Array, "B L K H"]
-    ) -> "KVCache":
+    def write(self, layer: Int[Array, ""] | int, k: Float[Array, "B L K H"], v: Float[Array, "B L K H"]) -> "KVCache":
         """Puts keys and values of L new tokens behind those of `layer`; `advance` counts them in `length`."""
 
         def put(buffer: Array, new: Array) -> Array:
@@ -26,7 +26,7 @@ class KVCache:
             columns = self.length[:, None] + jnp.arange(new.shape[1])[None]
             return buffer.at[layer, rows, columns].set(new.astype(buffer.dtype), mode="drop")
 
-        return self.replace(k=put(self.k, k), v=put(self.v, v))
+        return dataclasses.replace(self, k=put(self.k, k), v=put(self.v, v))
 
     def view(self, layer: Int[Array, ""] | int) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         """All keys and values of `layer`, valid up to `length` (and the tokens just written)."""
@@ -37,7 +37,7 @@ class KVCache:
 
     def advance(self, tokens: int | Int[Array, " B"]) -> "KVCache":
         """The cache with `tokens` more of what was written counted in every row."""
-        return self.replace(length=self.length + tokens)
+        return dataclasses.replace(self, length=self.length + tokens)
 
 
 def init_cache(config: ModelConfig, batch: int, max_len: int) -> KVCache:

@@ -29,9 +29,7 @@ TAPS = {
 REMAT = ("none", "full", "dots")
 # What rematerialization can keep besides: the taps inside a block, but those that fast attention never holds.
 KEEPABLE = tuple(
-    name
-    for name, place in TAPS.items()
-    if place.startswith("layers/") and name not in ("attn_scores", "pattern")
+    name for name, place in TAPS.items() if place.startswith("layers/") and name not in ("attn_scores", "pattern")
 )
 
 
@@ -111,13 +109,11 @@ class ModelConfig:
             )
         if self.positions == "rotary" and self.H % 2:
             raise ValueError(
-                f"rotary positions turn pairs: head_dim={self.H} must be even; "
-                f"set model.head_dim={self.H + 1}"
+                f"rotary positions turn pairs: head_dim={self.H} must be even; set model.head_dim={self.H + 1}"
             )
         if self.positions == "sinusoidal" and self.d_model % 2:
             raise ValueError(
-                f"sinusoidal positions come in pairs: model.d_model={self.d_model} must be even; "
-                f"use {self.d_model + 1}"
+                f"sinusoidal positions come in pairs: model.d_model={self.d_model} must be even; use {self.d_model + 1}"
             )
 
     @property
@@ -175,6 +171,4 @@ def flops_per_token(c: ModelConfig, seq_len: int) -> int:
     matrices = 2 * c.d_model * c.H * (c.n_heads + c.K) + (3 if c.gated else 2) * c.d_model * c.F
     window = seq_len if c.window is None else min(c.window, seq_len)
     keys = window - window * (window - 1) / (2 * seq_len)
-    return int(
-        6 * (c.n_layers * matrices + c.vocab_size * c.d_model) + 12 * c.n_layers * c.n_heads * c.H * keys
-    )
+    return int(6 * (c.n_layers * matrices + c.vocab_size * c.d_model) + 12 * c.n_layers * c.n_heads * c.H * keys)

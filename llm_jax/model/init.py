@@ -14,10 +14,10 @@ from llm_jax.model.config import ModelConfig
 SCHEMES: dict[str, Callable[[str, int, float], float]] = {
     # Radford et al. 2019: 0.02 everywhere, smaller by depth where a sublayer writes to the residual stream.
     "gpt2": lambda role, fan_in, depth: 0.02 * (depth if role == "residual" else 1),
-    # By fan-in, so that activations keep their scale at any width; the tied table is a head too.
-    "scaled": lambda role, fan_in, depth: 0.02 if role == "embed" else fan_in**-0.5 * (depth if role == "residual" else 1),
+    # By fan-in, so that activations keep their scale at any width; a table may be a head too, and starts small.
+    "scaled": lambda role, fan_in, depth: {"embed": 0.02, "residual": depth * fan_in**-0.5}.get(role) or fan_in**-0.5,
     # Yang et al. 2022 (arXiv:2203.03466), table 3: the head shrinks with width itself, not with its root.
-    "mup": lambda role, fan_in, depth: {"embed": 1.0, "unembed": 1 / fan_in}.get(role, fan_in**-0.5),
+    "mup": lambda role, fan_in, depth: {"embed": 1.0, "unembed": 1 / fan_in}.get(role) or fan_in**-0.5,
 }
 
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
@@ -26,7 +25,7 @@ def tap(module: nn.Module, name: str, x: Array, kept: tuple[str, ...] = ()) -> A
     """
     if module.has_variable("edits", name):
         x = module.get_variable("edits", name).astype(x.dtype)
-    module.sow("taps", name, x, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+    module.sow("taps", name, x, init_fn=lambda: None, reduce_fn=lambda _, new: new)  # pyright: ignore[reportArgumentType]  (the newest, not a tuple)
     return checkpoint_name(x, name) if name in kept else x
 
 
@@ -58,4 +57,5 @@ def edit(model: nn.Module, params: Any, tokens: Array, edits: Mapping[str, Array
         for module in modules:
             branch = branch.setdefault(module, {})
         branch[leaf] = value
-    return model.apply({"params": params, "edits": nested}, tokens, **inputs).logits
+    out: Any = model.apply({"params": params, "edits": nested}, tokens, **inputs)
+    return out.logits

@@ -9,13 +9,13 @@ does not grow with depth. `Transformer(config, stacked=False)` reads the same tr
 layers_{N-1}` by `unstack`, which spares a decoder on CPU a copy of every layer for every token.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from llm_jax.model.attention import Attention, Context
 from llm_jax.model.cache import KVCache
@@ -61,7 +61,10 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[Float[Array, "B L D"], KVCache | None], layer: Int[Array, ""] | int, context: Context
+        self,
+        carry: tuple[Float[Array, "B L D"], KVCache | None],
+        layer: Int[Array, ""] | int,
+        context: Context,
     ) -> tuple[tuple[Float[Array, "B L D"], KVCache | None], None]:
         c, (x, cache) = self.config, carry
         pre = c.norm_position == "pre"
@@ -135,12 +138,17 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0, "taps": 0, "edits": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  (annotated as an int, takes a tree)
             length=c.n_layers,
             unroll=c.unroll,
         )
         (x, cache), _ = layers(c, name="layers")((x, cache), jnp.arange(c.n_layers), context)
         return x, cache
+
+
+def forward(model: Transformer, params: PyTree, tokens: Int[Array, "B L"], **inputs: Any) -> Output:
+    """`model.apply` on a parameter tree, with the type of what it returns; `inputs` as `Transformer.__call__`."""
+    return cast(Output, model.apply({"params": params}, tokens, **inputs))
 
 
 def table_of(role: str, rows: int) -> Any:

@@ -39,7 +39,9 @@ class Mask:
     segments: Int[Array, "B S"] | None = None
     kv_length: Int[Array, " B"] | None = None
 
-    def materialise(self, L: int, S: int, start: int | Int[Array, ""] = 0, rows: int | None = None) -> Bool[Array, "#B L S"]:
+    def materialise(
+        self, L: int, S: int, start: int | Int[Array, ""] = 0, rows: int | None = None
+    ) -> Bool[Array, "#B L S"]:
         """The mask as booleans, True where query l may see key s.
 
         `start` and `rows` pick a block of `rows` queries out of the L, for implementations that work block by block.
@@ -116,7 +118,11 @@ def dot_product(q: Array, k: Array, v: Array, mask: Mask) -> Array:
     return jax.nn.dot_product_attention(q.reshape(B, L, K * G, H), k, v, mask=booleans).reshape(q.shape)
 
 
-IMPLEMENTATIONS: dict[str, Implementation] = {"reference": reference, "chunked": chunked, "dot_product": dot_product}
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "reference": reference,
+    "chunked": chunked,
+    "dot_product": dot_product,
+}
 
 # Above this many queries the scores no longer fit the caches of a CPU, and memory, not speed, sets the limit.
 LONG = 1024

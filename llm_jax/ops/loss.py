@@ -10,7 +10,11 @@ IGNORE = -1  # a target that counts for nothing: padding, or the last token of a
 
 
 def cross_entropy(
-    logits: Float[Array, "*T V"], targets: Int[Array, "*T"], *, z_loss: float = 0.0, label_smoothing: float = 0.0
+    logits: Float[Array, "*T V"],
+    targets: Int[Array, "*T"],
+    *,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> tuple[Float[Array, "*T"], Float[Array, "*T"]]:
     """Returns (loss, negative log-likelihood) of every token in nats, float32, 0 where the target is IGNORE.
 
@@ -31,7 +35,11 @@ def cross_entropy(
 
 
 def chunked_cross_entropy(
-    hidden: Float[Array, "B L D"], table: Float[Array, "V D"], targets: Int[Array, "B L"], chunk: int, **terms: float
+    hidden: Float[Array, "B L D"],
+    table: Float[Array, "V D"],
+    targets: Int[Array, "B L"],
+    chunk: int,
+    **terms: float,
 ) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
     """`cross_entropy(hidden @ table.T, targets)` with the logits of only `B * chunk` tokens in memory at a time.
 

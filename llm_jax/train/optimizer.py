@@ -64,7 +64,11 @@ class OptimizerConfig:
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Step -> learning rate, for a run of `steps`. Raises `ValueError` when warm-up and decay don't fit in the run."""
-    peak, end, warmup = config.learning_rate, config.learning_rate * config.final_fraction, config.warmup_steps
+    peak, end, warmup = (
+        config.learning_rate,
+        config.learning_rate * config.final_fraction,
+        config.warmup_steps,
+    )
     rest = steps - warmup
     if rest < 1:
         raise ValueError(f"optimizer.warmup_steps={warmup} leaves nothing of steps={steps}; use less than {steps}")

@@ -11,7 +11,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from llm_jax.data.loader import Batch
-from llm_jax.model.transformer import Transformer, head_table
+from llm_jax.model.transformer import Transformer, forward, head_table
 from llm_jax.ops.loss import IGNORE, chunked_cross_entropy, cross_entropy
 
 Metrics = dict[str, jax.Array]
@@ -54,21 +54,23 @@ def cast(params: PyTree, dtype: Any) -> PyTree:
 
 
 def token_losses(
-    model: Transformer, config: LossConfig, params: PyTree, batch: Batch, **apply: Any
+    model: Transformer, config: LossConfig, params: PyTree, batch: Batch, **inputs: Any
 ) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
     """(loss, negative log-likelihood) of every target of the batch, in nats."""
     params = cast(params, model.config.dtype)
     terms = {"z_loss": config.z_loss, "label_smoothing": config.label_smoothing}
-    out = model.apply(
-        {"params": params},
+    out = forward(
+        model,
+        params,
         batch.tokens,
         segments=batch.segments,
         positions=batch.positions,
         logits=config.chunk is None,
-        **apply,
+        **inputs,
     )
     if out.logits is not None:
         return cross_entropy(out.logits, batch.targets, **terms)
+    assert config.chunk is not None
     return chunked_cross_entropy(out.hidden, head_table(model.config, params), batch.targets, config.chunk, **terms)
 
 
