@@ -34,9 +34,7 @@ def by_hand(lengths: list[int], seq_len: int) -> list[list[int]]:
 def test_packing_is_best_fit_with_the_longest_first(lengths: list[int], seq_len: int):
     packed = rows(pack(np.array(lengths, np.int64), seq_len))
     filled = [sum(stop - start for start, stop in row) for row in packed]
-    assert sorted(filled) == sorted(
-        map(sum, by_hand(lengths, seq_len))
-    )  # which of two equal rows does not matter
+    assert sorted(filled) == sorted(map(sum, by_hand(lengths, seq_len)))  # which of two equal rows does not matter
 
 
 @hypothesis.given(LENGTHS, SEQ_LENS)
@@ -61,9 +59,7 @@ def test_windows_make_every_token_but_the_first_a_target_once(n_tokens: int, seq
     whole, all_of_it = windows(n_tokens, seq_len), windows(n_tokens, seq_len, partial=True)
     targets = [token + 1 for row in rows(all_of_it) for start, stop in row for token in range(start, stop)]
     assert targets == list(range(1, n_tokens))
-    assert rows(whole) == [
-        [(start, stop)] for row in rows(all_of_it) for start, stop in row if stop - start == seq_len
-    ]
+    assert rows(whole) == [[(start, stop)] for row in rows(all_of_it) for start, stop in row if stop - start == seq_len]
 
 
 @hypothesis.given(st.integers(0, 200), SEQ_LENS)

@@ -43,9 +43,7 @@ def test_a_python_without_its_source_is_refused_with_the_size(monkeypatch, tmp_p
     (tmp_path / "site-packages").mkdir()
     (tmp_path / "site-packages" / "big.py").write_bytes(b"x" * 3_000_000)
     monkeypatch.setattr(sysconfig, "get_path", {"stdlib": str(tmp_path)}.__getitem__)
-    with pytest.raises(
-        ValueError, match=r"builtin:python expected 2,000,000 bytes .* found 1,234; use a Python"
-    ):
+    with pytest.raises(ValueError, match=r"builtin:python expected 2,000,000 bytes .* found 1,234; use a Python"):
         texts("builtin:python")
 
 
@@ -62,16 +60,12 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 
 
 def test_text_is_cut_where_a_text_ends(tmp_path):
-    (tmp_path / "a.txt").write_text(
-        f"{END_OF_TEXT}\none\ntwo\n\n{END_OF_TEXT}\nthree\n{END_OF_TEXT}{END_OF_TEXT}\n"
-    )
+    (tmp_path / "a.txt").write_text(f"{END_OF_TEXT}\none\ntwo\n\n{END_OF_TEXT}\nthree\n{END_OF_TEXT}{END_OF_TEXT}\n")
     assert texts(tmp_path / "a.txt") == ["one\ntwo", "three"]
     assert origins(tmp_path / "a.txt") == ["a.txt#0", "a.txt#1"]
 
 
-PARTS = st.lists(st.sampled_from(["a", "b\n", "\n", "\n\n", "aa", END_OF_TEXT, "<|end"]), min_size=1).map(
-    "".join
-)
+PARTS = st.lists(st.sampled_from(["a", "b\n", "\n", "\n\n", "aa", END_OF_TEXT, "<|end"]), min_size=1).map("".join)
 
 
 @hypothesis.given(PARTS, st.sampled_from(["\n\n", "a", "aa", "aba", END_OF_TEXT]), st.integers(1, 7))
@@ -245,9 +239,7 @@ def test_what_is_empty_is_named(tmp_path):
         texts(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("data", "found"), [(b"a\0b", "a zero byte"), (b"\x89PNG\r\n", "the byte 0x89, not UTF-8")]
-)
+@pytest.mark.parametrize(("data", "found"), [(b"a\0b", "a zero byte"), (b"\x89PNG\r\n", "the byte 0x89, not UTF-8")])
 def test_what_is_binary_is_named_with_the_byte(data: bytes, found: str, tmp_path):
     (tmp_path / "a.txt").write_bytes(data)
     with pytest.raises(ValueError, match=rf"a.txt is not text: found {found}; choose by a pattern"):

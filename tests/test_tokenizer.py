@@ -18,12 +18,10 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from llm_jax.data import tokenizer
 from llm_jax.data.tokenizer import END_OF_TEXT
 
-TEXT = (
-    "The cat sat on the mat; the cats' mat's flat. 123 4567\n\n    def sit(mat):\n        return mat\n" * 20
+TEXT = "The cat sat on the mat; the cats' mat's flat. 123 4567\n\n    def sit(mat):\n        return mat\n" * 20
+TEXTS = st.text(max_size=200) | st.lists(st.sampled_from(["the", " cat", "\n", "  ", END_OF_TEXT, "ß", "🐈"])).map(
+    "".join
 )
-TEXTS = st.text(max_size=200) | st.lists(
-    st.sampled_from(["the", " cat", "\n", "  ", END_OF_TEXT, "ß", "🐈"])
-).map("".join)
 
 
 @functools.cache
@@ -65,9 +63,7 @@ def merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
     return out
 
 
-@hypothesis.given(
-    st.lists(st.text(alphabet="ab c\n1é", max_size=60), min_size=1, max_size=4), st.integers(257, 290)
-)
+@hypothesis.given(st.lists(st.text(alphabet="ab c\n1é", max_size=60), min_size=1, max_size=4), st.integers(257, 290))
 def test_training_merges_what_a_plain_trainer_merges(texts: list[str], vocab_size: int):
     ours = tokenizer.train(vocab_size, texts)
     assert list(ours.table[:-1]) == plain_trainer(ours._encoding._pat_str, texts, vocab_size - 257)
@@ -114,9 +110,7 @@ def test_utf8_bytes_encode_as_their_text(text: str):
     np.testing.assert_array_equal(trained().encode_bytes(text.encode()), trained().encode(text))
 
 
-@pytest.mark.parametrize(
-    "make", [trained, tokenizer.ByteTokenizer, lambda: tokenizer.CharTokenizer(END_OF_TEXT)]
-)
+@pytest.mark.parametrize("make", [trained, tokenizer.ByteTokenizer, lambda: tokenizer.CharTokenizer(END_OF_TEXT)])
 def test_text_never_makes_a_special_token_unless_asked(make):
     ours, text = make(), f"{END_OF_TEXT}e{END_OF_TEXT}{END_OF_TEXT}"
     assert ours.end_of_text not in ours.encode(text)
@@ -128,9 +122,9 @@ def test_text_never_makes_a_special_token_unless_asked(make):
 def test_ids_are_int32_and_an_empty_text_has_none():
     for ours in (trained(), tokenizer.ByteTokenizer(), tokenizer.CharTokenizer("x")):
         assert ours.encode("").shape == (0,)
-        assert {
-            ours.encode(text, special=special).dtype for text in ("", "x") for special in (False, True)
-        } == {np.dtype(np.int32)}
+        assert {ours.encode(text, special=special).dtype for text in ("", "x") for special in (False, True)} == {
+            np.dtype(np.int32)
+        }
         assert ours.decode([]) == ""
 
 
@@ -179,15 +173,11 @@ def test_a_saved_tokenizer_is_the_same_when_loaded(spec: str, tmp_path):
 
 def test_fingerprints_differ_where_ids_do():
     texts = (TEXT, TEXT.upper())
-    made = [
-        tokenizer.build(spec, lambda text=text: [text]) for spec in ("char", "train:290") for text in texts
-    ]
+    made = [tokenizer.build(spec, lambda text=text: [text]) for spec in ("char", "train:290") for text in texts]
     assert len({ours.fingerprint for ours in [*made, tokenizer.ByteTokenizer()]}) == 5
 
 
-@hypothesis.given(
-    st.sampled_from(["encoding.json", "ranks.tiktoken"]), st.integers(0, 10_000), st.integers(1, 255)
-)
+@hypothesis.given(st.sampled_from(["encoding.json", "ranks.tiktoken"]), st.integers(0, 10_000), st.integers(1, 255))
 def test_one_changed_byte_in_a_saved_tokenizer_never_changes_an_id(name: str, where: int, flip: int):
     ours = trained(260)
     with tempfile.TemporaryDirectory() as folder:
@@ -225,9 +215,7 @@ def test_a_spec_that_names_nothing_raises(spec: str, message: str):
 
 def test_a_character_outside_the_alphabet_is_named():
     for text in ("xxé", "xx\U0010ffff", "xx!"):
-        with pytest.raises(
-            ValueError, match=r"character .* at position 2 is not among the 1 .* tokenizer=byte"
-        ):
+        with pytest.raises(ValueError, match=r"character .* at position 2 is not among the 1 .* tokenizer=byte"):
             tokenizer.CharTokenizer("x").encode(text)
 
 

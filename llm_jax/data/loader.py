@@ -18,6 +18,7 @@ from llm_jax.data.shards import DataConfig, TokenStore
 __all__ = ["IGNORE", "Batch", "DataConfig", "Loader", "heldout_rows"]
 
 IGNORE = -1  # the target of a position that counts for nothing: padding, or the last token of a document
+PADDING = -1  # where in the stream a position stands that has no token
 LAST_STEP = np.iinfo(np.int64).max
 
 Rows = Any  # int32 [B, L] of NumPy or JAX; in a mapped-over batch whatever stands for them, a sharding say
@@ -49,9 +50,7 @@ class Loader:
     Raises `ValueError` if the split is shorter than a row, or the batch does not divide among the processes.
     """
 
-    def __init__(
-        self, store: TokenStore, config: DataConfig, *, process: int = 0, processes: int = 1
-    ) -> None:
+    def __init__(self, store: TokenStore, config: DataConfig, *, process: int = 0, processes: int = 1) -> None:
         if store.n_tokens <= config.seq_len:
             raise ValueError(
                 f"{store.n_tokens} tokens are too few for one row: seq_len={config.seq_len} needs "
@@ -85,7 +84,7 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """The rows of this process at `step`, the same whenever and wherever it is asked for."""
-        batch = _batch(self._store, self._config, self._spans(step))
+        batch = _batch(self._store, self._config, self._index(step))
         return dataclasses.replace(batch, documents=None)
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
@@ -95,17 +94,17 @@ class Loader:
 
     def documents(self, step: int) -> list[int]:
         """Which documents of the store stand in the rows of this process at `step`."""
-        spans = [span for row in self._spans(step) for span in row]
-        return np.unique(np.concatenate([self._store.documents_of(*span) for span in spans])).tolist()
+        index = self._index(step)
+        return np.unique(self._store.documents_of(index[index != PADDING])).tolist()
 
-    def _spans(self, step: int) -> list[list[tuple[int, int]]]:
+    def _index(self, step: int) -> Int64[np.ndarray, "B L"]:
         """Epochs follow each other without a gap: rows that fill no batch begin the next epoch's first."""
         first = step * self._config.batch_size
         rows = []
         for epoch, row in (divmod(first + place, self._plan.n_rows) for place in self._share):
             order, shift = self._order(epoch)
             rows.append(self._plan.spans(int(order[row]), shift))
-        return rows
+        return _index(self._config, rows)
 
     def _draw_order(self, epoch: int) -> tuple[Int64[np.ndarray, "n_rows"], int]:
         """The order of the rows in `epoch`, and the shift of its windows.
@@ -119,9 +118,7 @@ class Loader:
         return np.argsort(bits.random_raw(self._plan.n_rows), kind="stable"), shift
 
 
-def heldout_rows(
-    store: TokenStore, config: DataConfig, *, process: int = 0, processes: int = 1
-) -> Iterator[Batch]:
+def heldout_rows(store: TokenStore, config: DataConfig, *, process: int = 0, processes: int = 1) -> Iterator[Batch]:
     """The batches of a split, in order: every token is a target once if its row has one before it.
 
     The batches have `documents`. The last one is filled up with empty rows.
@@ -130,7 +127,8 @@ def heldout_rows(
     share = _share(config, process, processes)
     for first in range(0, plan.n_rows, config.batch_size):
         rows = [first + place for place in share]
-        yield _batch(store, config, [plan.spans(row) if row < plan.n_rows else [] for row in rows])
+        spans = [plan.spans(row) if row < plan.n_rows else [] for row in rows]
+        yield _batch(store, config, _index(config, spans))
 
 
 def _plan(store: TokenStore, config: DataConfig, *, partial: bool = False) -> Plan:
@@ -150,38 +148,34 @@ def _share(config: DataConfig, process: int, processes: int) -> range:
     return range(process * rows, (process + 1) * rows)
 
 
-def _batch(store: TokenStore, config: DataConfig, rows: Sequence[list[tuple[int, int]]]) -> Batch:
-    """Rows of spans [start, stop) of the stream, each followed by padding."""
-    shape = len(rows), config.seq_len
-    zeros, ignored = np.zeros(shape, np.int32), np.full(shape, IGNORE, np.int32)
-    batch = Batch(zeros, ignored, zeros.copy(), zeros.copy(), ignored.copy())
-    apart = config.packing == "documents" or config.end_of_text
-    for row, spans in enumerate(rows):
+def _index(config: DataConfig, rows: Sequence[list[tuple[int, int]]]) -> Int64[np.ndarray, "B L"]:
+    """Where in the stream each token of a batch stands: the spans of its row in turn, then padding."""
+    index = np.full((len(rows), config.seq_len), PADDING)
+    for row, spans in zip(index, rows, strict=True):
         place = 0
-        for number, (start, stop) in enumerate(spans):
-            here = row, slice(place, place + stop - start)
+        for start, stop in spans:
+            row[place : place + stop - start] = np.arange(start, stop)
             place += stop - start
-            part = _span(store, start, stop, apart)
-            batch.tokens[here] = part.tokens
-            batch.targets[here] = part.targets
-            batch.segments[here] = part.segments + number  # where spans are several, each is of one document
-            batch.positions[here] = part.positions
-            batch.documents[here] = part.documents
-    return batch if apart else dataclasses.replace(batch, segments=None, positions=None)
+    return index
 
 
-def _span(store: TokenStore, start: int, stop: int, apart: bool) -> Batch:
-    """The tokens from `start` up to `stop`; every field is [stop - start]."""
-    tokens = store.read(start, stop + 1)
-    documents = store.documents_of(start, start + len(tokens))
-    if len(tokens) == stop - start:  # the last token of all has no target
-        tokens, documents = np.append(tokens, IGNORE), np.append(documents, IGNORE)
-    inputs, targets = documents[:-1], documents[1:]
-    counted = targets == inputs if apart else targets != IGNORE
-    return Batch(
-        tokens=tokens[:-1],
-        targets=np.where(counted, tokens[1:], IGNORE),
-        segments=inputs - inputs[0] + 1,
-        positions=np.arange(start, stop) - np.maximum(store.offsets[inputs], start),
-        documents=np.where(counted, targets, IGNORE),
+def _batch(store: TokenStore, config: DataConfig, index: Int64[np.ndarray, "B L"]) -> Batch:
+    filled = index != PADDING
+    document, next_document = store.documents_of(index), store.documents_of(index + 1)
+    apart = config.packing == "documents" or config.end_of_text
+    counted = next_document == document if apart else filled
+    batch = Batch(
+        tokens=store.take(index),
+        targets=np.where(counted, store.take(index + 1), IGNORE).astype(np.int32),
+        documents=np.where(counted, next_document, IGNORE).astype(np.int32),
+    )
+    if not apart:
+        return batch
+    place = np.broadcast_to(np.arange(config.seq_len), index.shape)
+    first = np.diff(document, axis=1, prepend=-2) != 0
+    start = np.maximum.accumulate(np.where(first, place, 0), axis=1)
+    return dataclasses.replace(
+        batch,
+        segments=np.where(filled, np.cumsum(first, axis=1), 0).astype(np.int32),
+        positions=(place - start).astype(np.int32),
     )

@@ -67,9 +67,7 @@ class DataConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} leaves no tokens; use 1 or more")
         if self.epochs is not None and self.epochs <= 0:
-            raise ValueError(
-                f"epochs={self.epochs:g} allows no step; use a positive number, or none for no limit"
-            )
+            raise ValueError(f"epochs={self.epochs:g} allows no step; use a positive number, or none for no limit")
 
 
 @dataclass(frozen=True)
@@ -115,19 +113,20 @@ class TokenStore:
 
     def read(self, start: int, stop: int) -> Int32[np.ndarray, "n"]:
         """The tokens from `start` up to `stop`, or up to the end of the stream."""
-        first = np.searchsorted(self._starts, start, side="right") - 1
-        parts = [np.zeros(0, np.int32)]
-        for begin, shard in zip(self._starts[first:].tolist(), self._shards[first:], strict=False):
-            if begin >= stop:
-                break
-            parts.append(shard[max(start - begin, 0) : stop - begin])
-        return np.concatenate(parts, dtype=np.int32, casting="unsafe")
+        return self.take(np.arange(start, min(stop, self.n_tokens)))
 
-    def documents_of(self, start: int, stop: int) -> Int64[np.ndarray, "n"]:
-        """Which document each token from `start` up to `stop` belongs to."""
-        first, last = np.searchsorted(self.offsets, [start, stop - 1], side="right") - 1
-        ends = np.minimum(self.offsets[first + 1 : last + 2], stop)
-        return np.repeat(np.arange(first, last + 1), np.diff(ends, prepend=start))
+    def take(self, index: Int64[np.ndarray, "*shape"]) -> Int32[np.ndarray, "*shape"]:
+        """The tokens at `index` of the stream, 0 outside of it."""
+        tokens = np.zeros(index.shape, np.int32)
+        shard_of = np.searchsorted(self._starts, index, side="right") - 1
+        for number in np.intersect1d(shard_of, np.arange(len(self._shards))):
+            here = shard_of == number
+            tokens[here] = self._shards[number][index[here] - self._starts[number]]
+        return tokens
+
+    def documents_of(self, index: Int64[np.ndarray, "*shape"]) -> Int64[np.ndarray, "*shape"]:
+        """The document of each token at `index`, -1 before the stream and `n_documents` after it."""
+        return np.searchsorted(self.offsets, index, side="right") - 1
 
     def origins(self, documents: Collection[int]) -> list[str]:
         """Where `documents` came from, in their order in the corpus."""
@@ -205,9 +204,7 @@ def prepare(
     return manifest
 
 
-def cached(
-    config: DataConfig, cache_dir: str | Path, report: Callable[[str], object] = lambda line: None
-) -> Path:
+def cached(config: DataConfig, cache_dir: str | Path, report: Callable[[str], object] = lambda line: None) -> Path:
     """The folder of the shards that `config` asks for, prepared into `cache_dir` if they are not there.
 
     The folder's name is a digest of content and settings. A `uri` that is itself a folder of shards is the
@@ -238,9 +235,7 @@ def open_shards(folder: str | Path) -> Shards:
     for split in manifest.splits.values():
         for file, checksum in split.files.items():
             if not (folder / file).is_file() or _sha256(folder / file) != checksum:
-                raise ValueError(
-                    f"{folder / file} is damaged or missing; delete {folder} and prepare it again"
-                )
+                raise ValueError(f"{folder / file} is damaged or missing; delete {folder} and prepare it again")
     return Shards(folder, manifest)
 
 
@@ -304,8 +299,8 @@ def _new_folder(out: Path) -> Iterator[Path]:
     except OSError as error:  # what goes wrong in reading is a ValueError
         free = shutil.disk_usage(next(parent for parent in out.absolute().parents if parent.exists())).free
         raise ValueError(
-            f"cannot write {out}: {error.strerror or error}, with {free:,} bytes free; make room, or name "
-            "another folder"
+            f"cannot write {out}: {error.strerror or 'no space left'} ({free:,} bytes free without it); make "
+            "room, or name another folder"
         ) from error
 
 
@@ -333,15 +328,11 @@ def _read_manifest(folder: Path) -> Manifest:
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(
-            f"no shards in {folder}: expected a meta.json; write them with llm-jax prepare"
-        ) from None
+        raise ValueError(f"no shards in {folder}: expected a meta.json; write them with llm-jax prepare") from None
     except ValueError as error:
         raise ValueError(f"{folder / 'meta.json'} is damaged ({error}); prepare the data again") from None
     if meta["format"] != FORMAT:
-        raise ValueError(
-            f"{folder} has the format {meta['format']}, expected {FORMAT}; prepare the data again"
-        )
+        raise ValueError(f"{folder} has the format {meta['format']}, expected {FORMAT}; prepare the data again")
     return Manifest(**meta | {"splits": {name: Split(**split) for name, split in meta["splits"].items()}})
 
 
@@ -378,7 +369,7 @@ def _token_files(name: str, split: Split) -> list[str]:
 
 
 def _map(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r")
+    return np.asarray(np.load(path, mmap_mode="r"))
 
 
 def _sha256(path: Path) -> str:

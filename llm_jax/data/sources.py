@@ -165,9 +165,7 @@ def _blocks(file: File) -> Iterator[str]:
 
 
 def _not_text(file: File, found: str) -> ValueError:
-    return ValueError(
-        f"{file.path} is not text: found {found}; choose by a pattern, such as 'folder/**/*.txt'"
-    )
+    return ValueError(f"{file.path} is not text: found {found}; choose by a pattern, such as 'folder/**/*.txt'")
 
 
 def _cut_apart(blocks: Iterable[str], separator: str | None) -> Iterator[str]:

@@ -221,9 +221,7 @@ def load(folder: str | Path) -> Tokenizer:
     except (ValueError, KeyError) as error:
         raise ValueError(f"{folder / 'encoding.json'} is damaged ({error}); prepare the data again") from None
     if _digest(description, ranks) != fingerprint:
-        raise ValueError(
-            f"{folder} is damaged: the tokenizer has another fingerprint; prepare the data again"
-        )
+        raise ValueError(f"{folder} is damaged: the tokenizer has another fingerprint; prepare the data again")
     match description["kind"]:
         case "byte":
             return ByteTokenizer()
