@@ -188,7 +188,7 @@ def build(spec: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
     if spec == "byte":
         return ByteTokenizer()
     if spec == "char":
-        return CharTokenizer(set[str]().union(*map(set, texts())))
+        return CharTokenizer(functools.reduce(set[str].union, texts(), set()))
     if kind == "train" and size.isdecimal():
         return train(int(size), texts())
     if not Path(spec).is_dir():
