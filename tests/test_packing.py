@@ -55,17 +55,17 @@ def test_packing_fills_rows_of_prose_almost_wholly():
 
 
 @hypothesis.given(st.integers(0, 200), SEQ_LENS)
-def test_windows_make_every_token_but_the_first_a_target_once(n_tokens: int, seq_len: int):
-    whole, all_of_it = windows(n_tokens, seq_len), windows(n_tokens, seq_len, partial=True)
-    targets = [token + 1 for row in rows(all_of_it) for start, stop in row for token in range(start, stop)]
-    assert targets == list(range(1, n_tokens))
+def test_windows_hold_every_target_once(n_targets: int, seq_len: int):
+    whole, all_of_it = windows(n_targets, seq_len), windows(n_targets, seq_len, partial=True)
+    targets = [target for row in rows(all_of_it) for start, stop in row for target in range(start, stop)]
+    assert targets == list(range(n_targets))
     assert rows(whole) == [[(start, stop)] for row in rows(all_of_it) for start, stop in row if stop - start == seq_len]
 
 
 @hypothesis.given(st.integers(0, 200), SEQ_LENS)
-def test_windows_shifted_by_all_their_slack_end_with_the_last_token(n_tokens: int, seq_len: int):
-    plan = windows(n_tokens, seq_len)
+def test_windows_shifted_by_all_their_slack_end_with_the_last_target(n_targets: int, seq_len: int):
+    plan = windows(n_targets, seq_len)
     assert 0 <= plan.slack < seq_len
     if plan.n_rows:
         ((_, stop),) = plan.spans(plan.n_rows - 1, plan.slack)
-        assert stop + 1 == n_tokens
+        assert stop == n_targets

@@ -17,7 +17,7 @@ from llm_jax.data.shards import DataConfig, TokenStore
 
 __all__ = ["IGNORE", "Batch", "DataConfig", "Loader", "heldout_rows"]
 
-IGNORE = -1  # the target of a position that counts for nothing: padding, or the last token of a document
+IGNORE = -1  # the target of a position that counts for nothing
 PADDING = -1  # where in the stream a position stands that has no token
 LAST_STEP = np.iinfo(np.int64).max
 
@@ -28,7 +28,7 @@ Rows = Any  # int32 [B, L] of NumPy or JAX; in a mapped-over batch whatever stan
 class Batch:
     """Rows of tokens.
 
-    tokens: the inputs, 0 in the padding.
+    tokens: the inputs, 0 in the padding; each document begins with end-of-text, where the data has that token.
     targets: the token after each, IGNORE where there is none in the same document.
     segments: which document of its row a token belongs to, from 1; 0 in the padding.
     positions: how far a token is from the start of its document in this row.
@@ -119,7 +119,7 @@ class Loader:
 
 
 def heldout_rows(store: TokenStore, config: DataConfig, *, process: int = 0, processes: int = 1) -> Iterator[Batch]:
-    """The batches of a split, in order: every token is a target once if its row has one before it.
+    """The batches of a split, in order: every token is a target once, if there is one before it to read.
 
     The batches have `documents`. The last one is filled up with empty rows.
     """
@@ -134,7 +134,8 @@ def heldout_rows(store: TokenStore, config: DataConfig, *, process: int = 0, pro
 def _plan(store: TokenStore, config: DataConfig, *, partial: bool = False) -> Plan:
     if config.packing == "documents":
         return packing.pack(np.diff(store.offsets), config.seq_len)
-    return packing.windows(store.n_tokens, config.seq_len, partial=partial)
+    n_targets = store.n_tokens if config.end_of_text else max(store.n_tokens - 1, 0)
+    return packing.windows(n_targets, config.seq_len, partial=partial)
 
 
 def _share(config: DataConfig, process: int, processes: int) -> range:
@@ -160,16 +161,23 @@ def _index(config: DataConfig, rows: Sequence[list[tuple[int, int]]]) -> Int64[n
 
 
 def _batch(store: TokenStore, config: DataConfig, index: Int64[np.ndarray, "B L"]) -> Batch:
-    filled = index != PADDING
-    document, next_document = store.documents_of(index), store.documents_of(index + 1)
-    apart = config.packing == "documents" or config.end_of_text
-    counted = next_document == document if apart else filled
+    """Inputs and targets, a token apart.
+
+    With end-of-text tokens `index` is where the targets stand. Before a document then stands the end of another, and
+    before the first one, as on a ring, that of the last: every document begins with end-of-text, and every one of its
+    tokens is a target. Without them `index` is where the inputs stand, and a document's last token has no target.
+    """
+    filled, document = index != PADDING, store.documents_of(index)
+    inputs = (index - 1) % store.n_tokens if config.end_of_text else index
+    targets = index if config.end_of_text else index + 1
+    whole = config.packing == "documents"
+    counted = filled & (store.documents_of(targets) == document) if whole else filled
     batch = Batch(
-        tokens=store.take(index),
-        targets=np.where(counted, store.take(index + 1), IGNORE).astype(np.int32),
-        documents=np.where(counted, next_document, IGNORE).astype(np.int32),
+        tokens=np.where(filled, store.take(inputs), 0).astype(np.int32),
+        targets=np.where(counted, store.take(targets), IGNORE).astype(np.int32),
+        documents=np.where(counted, store.documents_of(targets), IGNORE).astype(np.int32),
     )
-    if not apart:
+    if not (whole or config.end_of_text):
         return batch
     place = np.broadcast_to(np.arange(config.seq_len), index.shape)
     first = np.diff(document, axis=1, prepend=-2) != 0

@@ -33,12 +33,11 @@ class Plan:
         return list(zip(starts.tolist(), stops.tolist(), strict=True))
 
 
-def windows(n_tokens: int, seq_len: int, *, partial: bool = False) -> Plan:
-    """Windows of `seq_len` tokens side by side, each with a token behind it: the target of its last.
+def windows(n_targets: int, seq_len: int, *, partial: bool = False) -> Plan:
+    """Windows of `seq_len` targets side by side.
 
     `partial` adds the shorter window that may be left at the end; otherwise what is left is slack.
     """
-    n_targets = max(n_tokens - 1, 0)
     n_rows, slack = divmod(n_targets, seq_len)
     if partial and slack:
         n_rows, slack = n_rows + 1, 0
