@@ -13,13 +13,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # (module below llm_jax, floor): the first row that matches names the floor.
 FLOORS = [
     (r"__main__", 7),
-    (r"cli", 6),
-    (r"show", 5),
+    (r"cli|verbs", 6),
+    (r"show|terminal|trained", 5),
     (r"train", 4),
     (r"infer", 3),
     (r"model", 2),
     (r"ops|data", 1),
-    (r"config|tree|sharding|log|hardware|__\w+__", 0),
+    (r"config|tree|sharding|log|hardware|recipes|__\w+__", 0),
 ]
 VAGUE = {"utils", "util", "common", "base", "helpers", "helper", "manager", "misc"}
 

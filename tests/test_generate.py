@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from jaxtyping import PyTree
 
 from llm_jax.data.tokenizer import ByteTokenizer
 from llm_jax.infer import generate as module
-from llm_jax.infer.generate import Piece, Row, continuations, generate, next_token, stream
+from llm_jax.infer.generate import Piece, Row, continuations, generate, in_turn, next_token, stream
 from llm_jax.model.cache import init_cache
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.transformer import Transformer, unstack
@@ -97,9 +97,7 @@ def test_prompts_beyond_one_batch_get_what_they_would_get_in_it(monkeypatch: pyt
 
 
 def test_a_sampled_row_does_not_depend_on_its_neighbours():
-    one, other = (
-        generate(CONFIG, weights(), TEXT, ["a", b], max_tokens=12)[0] for b in ("b", "a longer one")
-    )
+    one, other = (generate(CONFIG, weights(), TEXT, ["a", b], max_tokens=12)[0] for b in ("b", "a longer one"))
     assert one == other == generate(CONFIG, weights(), TEXT, ["a"], max_tokens=12)[0]
 
 
@@ -141,10 +139,15 @@ def test_ids_that_the_tokenizer_lacks_are_never_drawn():
     assert all(texts)
 
 
-def test_prompts_of_many_lengths_share_two_programs():
+def test_a_row_draws_anew_at_every_position():
+    indifferent = jax.tree.map(jnp.zeros_like, weights())
+    assert len(set(generate(CONFIG, indifferent, TEXT, ["a"], max_tokens=12)[0])) > 6
+
+
+def test_prompts_and_texts_of_many_lengths_share_two_programs():
     before = next_token._cache_size()
-    for length in (1, 5, 9, 14):
-        generate(CONFIG, weights(), TEXT, ["y" * length, "z"], sampling=Sampling(top_k=3), max_tokens=3)
+    for length, n in ((1, 2), (5, 9), (9, 3), (14, 12)):
+        generate(CONFIG, weights(), TEXT, ["y" * length, "z"], sampling=Sampling(top_k=3), max_tokens=n)
     assert next_token._cache_size() == before + 2
 
 
@@ -197,15 +200,12 @@ def test_bytes_that_are_no_text_are_shown_as_the_tokenizer_shows_them(data: byte
     assert "".join(grown(data, [])) == TEXT.decode(list(data))
 
 
+@example("ab", ["b", "ab"])
 @given(st.text("ab\n", max_size=20), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3))
 def test_a_stop_text_ends_a_row_just_before_it_wherever_tokens_are_cut(text: str, stop: list[str]):
     # The specification reads the whole text again after every token.
     read = [text[:n] for n in range(len(text) + 1)]
-    cuts = (
-        min(part.find(end) for end in stop if end in part)
-        for part in read
-        if any(end in part for end in stop)
-    )
+    cuts = (min(part.find(end) for end in stop if end in part) for part in read if any(end in part for end in stop))
     assert "".join(grown(text.encode(), stop)) == text[: next(cuts, None)]
 
 
@@ -226,3 +226,15 @@ def test_the_pieces_of_a_stream_are_the_texts_of_generate():
     assert texts == generate(CONFIG, weights(), TEXT, PROMPTS, **options)
     assert all(isinstance(piece, Piece) for piece in pieces)
     assert sorted(piece.row for piece in pieces if piece.finish) == list(range(len(PROMPTS)))
+
+
+@given(st.lists(st.integers(0, 2), max_size=12))
+def test_rows_in_turn_come_one_after_the_other_and_as_soon_as_they_may(order: list[int]):
+    grows = [Piece(row, f"{row}{n}", None) for n, row in enumerate(order)]
+    pieces = [*grows, *(Piece(row, "", "stop") for row in (1, 0, 2))]
+    shown = list(in_turn(pieces))
+    assert shown == sorted(pieces, key=lambda piece: piece.row)
+    read = iter(pieces)
+    live = list(itertools.islice(in_turn(read), order.count(0)))  # all of row 0, without reading further
+    assert live == [piece for piece in grows if piece.row == 0]
+    assert not live or next(read) == pieces[pieces.index(live[-1]) + 1]

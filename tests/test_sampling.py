@@ -56,6 +56,12 @@ def test_top_p_keeps_mass_p_and_would_not_without_its_least_likely_tokens(x: np.
         assert row[~keep].max(initial=-np.inf) < least
 
 
+def test_top_p_tells_probabilities_apart_that_differ_in_their_last_bits():
+    x = np.random.default_rng(0).permuted(np.tile(np.arange(V, dtype=np.float32) / 2**17, (B, 1)), axis=-1)
+    for p, least in ((0.5, 9), (0.9, 16), (0.02, 1)):  # all but even: one in 17 each
+        assert (kept(top_p(jnp.asarray(x), p)).sum(-1) == least).all()
+
+
 @given(logits, share)
 def test_min_p_keeps_what_is_p_times_as_likely_as_the_likeliest(x: np.ndarray, p: float):
     ratio = probabilities(x) / probabilities(x).max(-1, keepdims=True)
@@ -73,8 +79,8 @@ def test_a_repetition_penalty_lowers_seen_tokens_and_no_others(x: np.ndarray, se
 
 @given(logits, st.integers(0, 99))
 def test_temperature_zero_and_near_zero_and_top_k_one_take_the_largest(x: np.ndarray, seed: int):
-    x = x + np.arange(V, dtype=np.float32) / 256  # no ties
-    for sampling in (Sampling(temperature=0), Sampling(top_k=1), Sampling(temperature=1e-30)):
+    x = 1000 * (x + np.arange(V, dtype=np.float32) / 256)  # no ties
+    for sampling in (Sampling(temperature=0), Sampling(top_k=1), Sampling(temperature=1e-37)):
         np.testing.assert_array_equal(sample(jnp.asarray(x), keys(seed), NONE_SEEN, sampling), x.argmax(-1))
 
 

@@ -3,7 +3,7 @@
 import codecs
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -18,6 +18,7 @@ from llm_jax.model.config import ModelConfig
 from llm_jax.model.transformer import Transformer, head_table, unstack
 from llm_jax.ops.sampling import Sampling, sample
 
+Finish = Literal["end_of_text", "stop", "length"]
 BATCH = 32  # rows that grow together; further prompts wait for their turn
 
 
@@ -106,7 +107,7 @@ class Piece:
 
     row: int
     text: str
-    finish: Literal["end_of_text", "stop", "length"] | None
+    finish: Finish | None
 
 
 def stream(
@@ -129,9 +130,7 @@ def stream(
     prompt alone. Raises `ValueError` for a prompt that is empty or too long.
     """
     if max_tokens < 1 or "" in stop:
-        raise ValueError(
-            f"max_tokens={max_tokens} must be 1 or more, and no stop text empty, got {list(stop)}"
-        )
+        raise ValueError(f"max_tokens={max_tokens} must be 1 or more, and no stop text empty, got {list(stop)}")
     start = [tokenizer.end_of_text] if begin else []
     ids = [np.array([*start, *tokenizer.encode(prompt)], np.int32) for prompt in prompts]
     rooms = [min(max_tokens, _room(config, tokens)) for tokens in ids]
@@ -158,22 +157,49 @@ def stream(
                 break
 
 
+def in_turn(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The same pieces, row after row: each row as it grows, once the row before it has ended."""
+    waiting: dict[int, list[Piece]] = {}
+    row = 0
+    for piece in pieces:
+        waiting.setdefault(piece.row, []).append(piece)
+        while ready := waiting.pop(row, []):
+            yield from ready
+            if ready[-1].finish is None:
+                break
+            row += 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """What was written behind a prompt, and why it ends."""
+
+    prompt: str
+    text: str
+    finish: Finish | None
+
+
+def collect(prompts: Sequence[str], pieces: Iterable[Piece]) -> list[Text]:
+    """All that a stream brings, by prompt."""
+    texts = [Text(prompt, "", None) for prompt in prompts]
+    for piece in pieces:
+        so_far = texts[piece.row]
+        texts[piece.row] = Text(so_far.prompt, so_far.text + piece.text, piece.finish)
+    return texts
+
+
 def generate(
     config: ModelConfig, params: PyTree, tokenizer: Tokenizer, prompts: Sequence[str], **options: Any
 ) -> list[str]:
     """What the model writes behind each prompt, once it is complete; `options` are those of `stream`."""
-    texts = [""] * len(prompts)
-    for piece in stream(config, params, tokenizer, prompts, **options):
-        texts[piece.row] += piece.text
-    return texts
+    pieces = stream(config, params, tokenizer, prompts, **options)
+    return [text.text for text in collect(prompts, pieces)]
 
 
 def _room(config: ModelConfig, prompt: Int[np.ndarray, " L"]) -> int:
     """How many tokens may follow `prompt`."""
     if len(prompt) == 0:
-        raise ValueError(
-            "a prompt without tokens says nothing to go on from; give it some text, if only a line break"
-        )
+        raise ValueError("a prompt without tokens says nothing to go on from; give it some text, if only a line break")
     if len(prompt) >= config.max_seq_len:
         raise ValueError(
             f"a prompt of {len(prompt)} tokens leaves no room in max_seq_len={config.max_seq_len}; "
@@ -186,7 +212,7 @@ class Row:
     """One text as it grows. Each token's bytes are looked at once, whatever the length of the text."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], room: int) -> None:
-        self.finish: Literal["end_of_text", "stop", "length"] | None = None
+        self.finish: Finish | None = None
         self._tokenizer, self._stop, self._room = tokenizer, stop, room
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""  # what may turn out to be the start of a stop text

@@ -1,0 +1,265 @@
+"""What a config amounts to, before anything of it exists: every shape, parameters, FLOPs, memory.
+
+`describe` gives plain data, `render` prints it. All of it comes from the functions that train, evaluated in
+the abstract by `jax.eval_shape`: a model of any size is described in about a second, and none is allocated.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key, PyTree
+from rich.columns import Columns
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from llm_jax.config import override
+from llm_jax.data.loader import Batch
+from llm_jax.model.config import TAPS, ModelConfig, flops_per_token, parameter_counts
+from llm_jax.model.taps import capture
+from llm_jax.model.transformer import Transformer
+from llm_jax.train.optimizer import make_optimizer
+from llm_jax.train.run import RunConfig
+from llm_jax.train.step import TrainState, cast, init_state, make_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """A named activation: its axes by letter, their sizes, what it is; alike in every layer, if `in_layers`."""
+
+    name: str
+    letters: str
+    shape: tuple[int, ...]
+    dtype: str
+    in_layers: bool
+    meaning: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes in use on all devices together, while a training step is at one microbatch.
+
+    Attributes:
+      weights, gradients, optimizer: the train state, and a gradient for each weight.
+      cast: the copy of the weights in the dtype of the computation, where that is not float32.
+      kept: what the backward pass needs of the forward pass: all that `jax.vjp` of the loss holds on to, under
+        the config's rematerialization, weights left out. The compiler may keep less, or need scratch space.
+      recomputed: what rematerialization has made anew while the backward pass is in one layer.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    cast: int
+    kept: int
+    recomputed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What `llm-jax show` says. FLOPs are those of training; a forward pass alone takes a third of them."""
+
+    sizes: dict[str, int]
+    activations: list[Activation]
+    parameters: dict[str, int]
+    flops_per_token: int
+    tokens_per_step: int
+    memory: Memory
+
+
+def describe(config: RunConfig) -> Description:
+    """All that follows from `config` without running it."""
+    c, data = config.model, config.data
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    state = jax.eval_shape(functools.partial(init_state, Transformer(c), optimizer), jax.random.key(0))
+    computed = jax.eval_shape(functools.partial(cast, dtype=c.dtype), state.params)
+    tokens = jax.ShapeDtypeStruct((data.batch_size // config.accumulate, data.seq_len), jnp.int32)
+    return Description(
+        sizes=dict(zip("BLSNDKGHFV", (*tokens.shape, data.seq_len, *sizes_of(c)), strict=True)),
+        activations=list(activations(c, computed, tokens)),
+        parameters=parameter_counts(c),
+        flops_per_token=flops_per_token(c, data.seq_len),
+        tokens_per_step=data.batch_size * data.seq_len,
+        memory=memory(config, state, computed, tokens),
+    )
+
+
+def sizes_of(c: ModelConfig) -> tuple[int, ...]:
+    """N D K G H F V."""
+    return c.n_layers, c.d_model, c.K, c.G, c.H, c.F, c.vocab_size
+
+
+def activations(c: ModelConfig, params: PyTree, tokens: jax.ShapeDtypeStruct) -> Iterator[Activation]:
+    """The tokens, and every tap in the order in which they meet it."""
+    found = jax.eval_shape(functools.partial(capture, Transformer(c)), params, tokens) | {"tokens": tokens}
+    for name, (letters, meaning) in meanings(c).items():
+        inside, x = TAPS.get(name, "").startswith("layers/"), found[name]
+        yield Activation(name, letters, x.shape[inside:], x.dtype.name, inside, meaning)
+
+
+def memory(config: RunConfig, state: TrainState, computed: PyTree, tokens: jax.ShapeDtypeStruct) -> Memory:
+    """Where the bytes of a training step are; `computed` are the weights as the model computes with them."""
+    c = config.model
+    kept = everything = residual_bytes(config, computed, tokens)
+    if c.remat != "none":
+        everything = residual_bytes(override(config, ["model.remat=none"]), computed, tokens)
+    return Memory(
+        weights=nbytes(state.params),
+        gradients=nbytes(state.params),
+        optimizer=nbytes(state.opt_state),
+        cast=nbytes(computed) if c.dtype != "float32" else 0,
+        kept=kept,
+        recomputed=(everything - kept) // c.n_layers,
+    )
+
+
+def residual_bytes(config: RunConfig, params: PyTree, tokens: jax.ShapeDtypeStruct) -> int:
+    """What the backward pass of one microbatch holds on to, beside `params`."""
+    loss = make_loss(Transformer(config.model), config.loss)
+    apart = tokens if config.data.end_of_text or config.data.packing == "documents" else None
+    batch = Batch(tokens=tokens, targets=tokens, segments=apart, positions=apart)
+
+    def residuals(params: PyTree, batch: Batch, key: Key[Array, ""]) -> list[Array]:
+        _, backward, _ = jax.vjp(lambda p: loss(p, batch, key), params, has_aux=True)
+        given = {id(x) for x in jax.tree.leaves(params)}
+        return [x for x in jax.tree.leaves(backward) if id(x) not in given]
+
+    return nbytes(jax.eval_shape(residuals, params, batch, jax.random.key(0)))
+
+
+def nbytes(tree: PyTree) -> int:
+    """Bytes of all leaves, arrays or shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def meanings(c: ModelConfig) -> dict[str, tuple[str, str]]:
+    """The letters of each activation, and a line of words."""
+    pre = c.norm_position == "pre"
+    placed = {"learned": ", plus that of its position", "sinusoidal": ", plus the waves of its position"}
+    turned = ", turned by its position" if c.positions == "rotary" else ""
+    shared = f"; one for {c.G} query heads" if c.G > 1 else ""
+    gate = ", times a second spread" if c.gated else ""
+    head = "embedding" if c.tied else "output"
+    return {
+        "tokens": ("B L", f"ids below {c.vocab_size}"),
+        "embed": ("B L D", f"each id becomes its row of the embedding table{placed.get(c.positions, '')}"),
+        "resid_pre": ("B L D", "the residual stream, as this layer finds it"),
+        "q": ("B L K G H", f"what each token looks for{turned}"),
+        "k": ("B S K H", f"what each token is found by{turned}{shared}"),
+        "v": ("B S K H", f"what each token hands over when found{shared}"),
+        "attn_scores": ("B K G L S", "every query times every key, over the root of H"),
+        "pattern": ("B K G L S", "softmax over the keys that a query may see: each row sums to 1"),
+        "z": ("B L K G H", "the values, averaged as the pattern says"),
+        "attn_out": ("B L D", "the heads joined, back at the width of the stream"),
+        "resid_mid": ("B L D", f"the stream, and what attention adds to it{'' if pre else ', normed'}"),
+        "mlp_pre": ("B L F", "each token by itself, spread to F features"),
+        "mlp_post": ("B L F", f"{c.activation} of that{gate}"),
+        "mlp_out": ("B L D", "folded back to the width of the stream"),
+        "resid_post": (
+            "B L D",
+            f"the stream, and what the feed-forward adds to it{'' if pre else ', normed'}",
+        ),
+        "final": ("B L D", f"the stream at the end{', normed' if pre else ''}"),
+        "logits": ("B L V", f"a score for every next token: the stream against the {head} table"),
+    }
+
+
+LETTERS = {
+    "B": "rows",
+    "L": "tokens a row",
+    "S": "keys a query",
+    "N": "layers",
+    "D": "width of the stream",
+    "K": "key/value heads",
+    "G": "query heads for each",
+    "H": "width of a head",
+    "F": "features",
+    "V": "vocabulary",
+}
+WALKED = 3  # up to so many layers are walked through one by one
+
+
+def render(d: Description) -> Group:
+    """The walk through the shapes, then what they cost, for a `rich` console."""
+    legend = [Text.assemble((letter, "cyan"), f" {LETTERS[letter]} {n:,}") for letter, n in d.sizes.items()]
+    compute = _columns("", "right")
+    compute.add_row("a token, forward", metric(d.flops_per_token / 3, "FLOP"))
+    compute.add_row("a token, training", metric(d.flops_per_token, "FLOP"))
+    compute.add_row(f"a step, {d.tokens_per_step:,} tokens", metric(d.flops_per_token * d.tokens_per_step, "FLOP"))
+    return Group(
+        _title("Shapes of a microbatch"),
+        Columns(legend, padding=(0, 3)),
+        Text(),
+        walk(d),
+        Text("attn_scores and pattern: whole only where a tap looks, or L is short", style="dim"),
+        _title(f"Parameters: {sum(d.parameters.values()):,}"),
+        shares(d.parameters, "{:,}".format),
+        _title("Compute"),
+        compute,
+        _title("Memory, of all devices together"),
+        shares(memory_in_words(d.memory), functools.partial(metric, unit="B")),
+        Text("kept: all that jax.vjp of the loss holds on to; the compiler may do better or worse", style="dim"),
+    )
+
+
+def walk(d: Description) -> Table:
+    """A line for each activation: name, letters, sizes, dtype, words."""
+    table = _columns("bold", "cyan", "", "dim")
+    table.add_column(style="dim")
+    n = d.sizes["N"]
+    layers = [f"layer {i}" for i in range(n)] if n <= WALKED else [f"layers 0..{n - 1}, each"]
+    for inside, group in itertools.groupby(d.activations, lambda a: a.in_layers):
+        stage = list(group)
+        for title in layers if inside else [""]:
+            if title:
+                table.add_row(title)
+            for a in stage:
+                sizes = " ".join(map(str, a.shape))
+                table.add_row("  " * inside + a.name, a.letters, sizes, a.dtype, a.meaning)
+    return table
+
+
+def shares(amounts: dict[str, int], shown: Callable[[int], str]) -> Table:
+    """A line for each amount that is not 0, with its share of all, and the sum."""
+    table, total = _columns("", "right", "right"), sum(amounts.values())
+    for name, amount in (amounts | {"in all": total}).items():
+        if amount:
+            table.add_row(name, shown(amount), f"{amount / total:.1%}")
+    return table
+
+
+def memory_in_words(m: Memory) -> dict[str, int]:
+    return {
+        "weights": m.weights,
+        "gradients": m.gradients,
+        "optimizer": m.optimizer,
+        "weights, cast to compute": m.cast,
+        "kept for the backward pass": m.kept,
+        "one layer recomputed": m.recomputed,
+    }
+
+
+def metric(n: float, unit: str) -> str:
+    """`512 B`, `1.23 GB`, `236 PFLOP`."""
+    mantissa, exponent = f"{n:.2e}".split("e")
+    thousands = int(exponent) // 3
+    return f"{float(mantissa) * 10 ** (int(exponent) % 3):.3g} {' kMGTPEZY'[thousands].strip()}{unit}"
+
+
+def _title(text: str) -> Text:
+    return Text(f"\n{text}", style="bold")
+
+
+def _columns(*styles: str) -> Table:
+    """A table without lines; a column is of a style, or flush `right`."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for style in styles:
+        if style == "right":
+            table.add_column(justify="right", no_wrap=True)
+        else:
+            table.add_column(style=style, no_wrap=True)
+    return table

@@ -1,0 +1,73 @@
+"""Text for a person at a terminal: written as it comes, tokens in colours, prompts one by one.
+
+Whatever is not a terminal, a pipe or a file, gets the bare text and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich.columns import Columns
+from rich.console import Console
+from rich.text import Text
+
+from llm_jax.log import visible
+
+if TYPE_CHECKING:
+    from llm_jax.data.tokenizer import Tokenizer
+    from llm_jax.infer.generate import Piece
+
+BLANKS = {ord(" "): "·", ord("\n"): "⏎", ord("\t"): "→"}
+COLOURS = ("black on cyan", "black on yellow", "black on green", "black on magenta")
+
+
+def write(text: str, style: str = "") -> None:
+    """`text`, at once; on a terminal in `style`, and with nothing in it that would steer the terminal."""
+    if sys.stdout.isatty():
+        Console(soft_wrap=True).print(Text(visible(text), style), end="")
+    else:
+        print(text, end="", flush=True)
+
+
+def write_rows(prompts: Sequence[str], pieces: Iterable[Piece]) -> None:
+    """Each prompt and what grows behind it; an empty line between two. `pieces` come row after row."""
+    row = -1
+    for piece in pieces:
+        if piece.row != row:
+            row = piece.row
+            write("\n" if row else "")
+            write(prompts[row], style="bold")
+        write(piece.text + ("\n" if piece.finish else ""))
+
+
+def read_prompts(default: Sequence[str]) -> Iterator[Sequence[str]]:
+    """From a terminal, a prompt at a time; from a pipe, all its lines together, or `default` where it has none."""
+    if not sys.stdin.isatty():
+        lines = [line.rstrip("\r\n") for line in sys.stdin]
+        yield [line for line in lines if line] or default
+        return
+    print("a prompt a line; Ctrl-D ends", file=sys.stderr)
+    with contextlib.suppress(EOFError):
+        while True:
+            yield [input("> ")]
+
+
+def write_tokens(tokenizer: Tokenizer, tokens: Sequence[int]) -> None:
+    """Every token in a colour of its own, its id below it."""
+    boxes = [
+        Text.assemble((spelled(tokenizer.token_bytes(token)), colour), "\n", (str(token), "dim"))
+        for token, colour in zip(tokens, itertools.cycle(COLOURS), strict=False)
+    ]
+    Console().print(Columns(boxes, padding=(1, 1, 0, 0)))
+
+
+def spelled(data: bytes) -> str:
+    """The text of a token, its blanks visible; in hexadecimal where it is only a part of a character."""
+    try:
+        return visible(data.decode().translate(BLANKS))
+    except UnicodeDecodeError:
+        return data.hex(" ")

@@ -1,0 +1,244 @@
+"""What each verb of `llm-jax` does, in a few lines of wiring; its docstring is what `--help` says.
+
+What a verb needs is imported inside it: `configs`, `tokenize` and `--help` answer before JAX could start.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm_jax.config import override
+from llm_jax.recipes import recipe_docstring, recipes
+
+if TYPE_CHECKING:
+    from llm_jax.train.run import RunConfig
+
+
+def train(args: Namespace) -> None:
+    """Start a run of CONFIG, a recipe or a Python file.
+
+    Each key=value changes a field of the config. The run folder comes to hold all there is to know of the run:
+    config, tokenizer, checkpoints, metrics, report. Ctrl-C saves a checkpoint and stops.
+
+      llm-jax train quickstart
+      llm-jax train quickstart model.n_layers=8 optimizer.learning_rate=3e-4 --run runs/deeper
+      llm-jax train quickstart init_from=runs/deeper --run runs/again     its weights, and nothing else
+    """
+    from llm_jax.train import loop
+
+    config = _config(args)
+    folder = Path(args.run or f"runs/{Path(args.config).stem}")
+    loop.keep_compiled_programs()
+    progress = loop.train(config, folder, command=args.command)
+    _say_what_next(folder, progress.step, config.steps)
+
+
+def resume(args: Namespace) -> None:
+    """Go on exactly where RUN stopped.
+
+    Weights, optimizer, data and metrics continue as if nothing had happened, bit for bit. With --steps the run
+    gets a new total, and the learning-rate schedule stretches to it.
+
+      llm-jax resume runs/quickstart
+      llm-jax resume runs/quickstart --steps 4000
+    """
+    from llm_jax.train import loop, run
+
+    loop.keep_compiled_programs()
+    progress = loop.resume(args.run, steps=args.steps)
+    _say_what_next(args.run, progress.step, run.load_config(args.run).steps)
+
+
+def _say_what_next(folder: Path | str, step: int, steps: int) -> None:
+    if step < steps:
+        print(f"stopped at step {step:,} of {steps:,}; go on with: llm-jax resume {folder}")
+    else:
+        print(f"done; read {folder}/report.html, or let it write: llm-jax generate {folder}")
+
+
+def prepare(args: Namespace) -> None:
+    """Turn the text at URI into token shards, once.
+
+    URI is builtin:python, a file, a folder, a pattern, .jsonl, .parquet, hf://datasets/..., or any address that
+    fsspec reads. Training does all this by itself, into a cache; do it by hand for text that several machines share.
+
+      llm-jax prepare builtin:python --out data/python --tokenizer train:8192
+      llm-jax train quickstart data.uri=data/python data.tokenizer=train:8192 model.vocab_size=8192
+    """
+    from llm_jax.data import shards
+
+    options = {name: vars(args)[name] for name in ("tokenizer", "separator", "heldout", "heldout_by")}
+    manifest = shards.prepare(args.uri, args.out, **options, report=_say)
+    if args.json:
+        _print_json(dataclasses.asdict(manifest))
+
+
+def generate(args: Namespace) -> None:
+    r"""Let the model of RUN write.
+
+    Without --prompt every line of standard input is a prompt; on a terminal it asks for one after the other, and
+    from an empty pipe it takes those that the run sampled from. Several texts come one after the other.
+
+      llm-jax generate runs/quickstart --prompt 'def read_lines(path):' --samples 3
+      llm-jax generate runs/quickstart --temperature 0 --stop $'\n\n' < prompts.txt
+    """
+    from llm_jax import terminal, trained
+    from llm_jax.infer.generate import collect, in_turn, stream
+    from llm_jax.ops.sampling import Sampling
+    from llm_jax.train import loop, run
+    from llm_jax.train.step import cast
+
+    if args.samples < 1:
+        raise ValueError(f"--samples {args.samples} writes nothing; use 1 or more")
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
+    config, tokenizer = run.load_config(args.run), run.load_tokenizer(args.run)
+    loop.keep_compiled_programs()
+    params, step = trained.restore(args.run, trained.on_one_device(config), args.checkpoint, report=_say)
+    params = cast(params, config.model.dtype)
+    options = {"max_tokens": args.max_tokens, "stop": args.stop, "begin": config.data.end_of_text}
+    texts = []
+    for number, given in enumerate([args.prompt] if args.prompt else terminal.read_prompts(config.prompts)):
+        prompts = [prompt for prompt in given for _ in range(args.samples)]
+        seed = args.seed + number
+        pieces = stream(config.model, params, tokenizer, prompts, sampling=sampling, seed=seed, **options)
+        if args.json:
+            texts += [dataclasses.asdict(text) for text in collect(prompts, pieces)]
+        else:
+            terminal.write_rows(prompts, in_turn(pieces))
+    if args.json:
+        _print_json({"run": args.run, "step": step, "texts": texts})
+
+
+def evaluate(args: Namespace) -> None:
+    """Measure how well RUN predicts text that it has not seen.
+
+    Loss in nats a token, perplexity, and bits per byte, each with the 95 % interval of a bootstrap over documents.
+    The text is what the run held out, or all that --data names.
+
+      llm-jax evaluate runs/quickstart
+      llm-jax evaluate runs/quickstart --data essays/ --json
+    """
+    from llm_jax import trained
+    from llm_jax.train import loop
+
+    loop.keep_compiled_programs()
+    result, step = trained.evaluate(args.run, args.data, args.checkpoint, report=_say)
+    found = {"run": args.run, "step": step, **dataclasses.asdict(result)}
+    found["perplexity_interval"] = [math.exp(min(loss, 700)) for loss in result.loss_interval]
+    if args.json:
+        _print_json(found)
+        return
+    for name, digits in (("loss", 4), ("perplexity", 2), ("bits_per_byte", 4)):
+        value, low, high = (f"{x:.{digits}f}" for x in (found[name], *found[f"{name}_interval"]))
+        print(f"{name.replace('_', ' '):14} {value:>9}   {low} to {high}")
+    print(f"on {result.tokens:,} tokens, {result.bytes:,} bytes, {result.documents:,} documents")
+
+
+def show(args: Namespace) -> None:
+    """Show what a config amounts to: the shape of every activation, parameters, FLOPs, memory.
+
+    Nothing is computed and nothing allocated: it takes a moment for a model of any size.
+
+      llm-jax show shapes                                    the walk to do first
+      llm-jax show llama_1b data.batch_size=64 accumulate=8
+    """
+    from rich.console import Console
+
+    from llm_jax import show as pages
+    from llm_jax.train import run
+
+    is_run = (Path(args.config) / "config.json").is_file()
+    config = override(run.load_config(args.config), args.assignments) if is_run else _config(args)
+    description = pages.describe(config)
+    if args.json:
+        _print_json(dataclasses.asdict(description))
+    else:
+        Console(width=None if sys.stdout.isatty() else 120).print(pages.render(description))
+
+
+def _config(args: Namespace) -> "RunConfig":
+    """The config of a recipe or a Python file, with the changes of the command line."""
+    from llm_jax.train import run
+
+    try:
+        config = run.load_recipe(args.config)
+    except ValueError:
+        raise
+    except Exception as error:
+        where = f"{args.config} fails: {type(error).__name__}: {error}"
+        raise ValueError(f"{where}; mend it (--debug shows the line)") from error
+    return override(config, args.assignments)
+
+
+def configs(args: Namespace) -> None:
+    """List the recipes, a line each.
+
+    Any of them is trained by its name; the head of its file says with what result.
+
+      llm-jax configs
+    """
+    found = {name: recipe_docstring(path).partition("\n")[0] for name, path in recipes().items()}
+    if args.json:
+        _print_json(found)
+        return
+    for name, line in found.items():
+        print(f"{name:18} {line}")
+
+
+def tokenize(args: Namespace) -> None:
+    """Show how text falls into tokens, turn ids into text, or train a tokenizer.
+
+    Each token stands above its id; a blank is a dot, and a byte of a larger character is in hexadecimal.
+
+      llm-jax tokenize 'def f(x): return x' --tokenizer runs/quickstart
+      llm-jax tokenize --tokenizer gpt2 --decode 15496 11 995
+      llm-jax tokenize --train essays/ --vocab 8192 --out tokenizers/essays
+    """
+    from llm_jax import terminal
+    from llm_jax.data import tokenizer
+
+    if args.train:
+        _train_tokenizer(args)
+        return
+    given = sys.stdin.read() if args.text is None and args.decode is None else args.text or ""
+    inside = Path(args.tokenizer) / "tokenizer"  # of a run, or of prepared data
+    coder = tokenizer.load(inside) if inside.is_dir() else tokenizer.build(args.tokenizer, lambda: [given])
+    tokens = coder.encode(given, special=args.special).tolist() if args.decode is None else args.decode
+    if args.json:
+        pieces = [coder.decode([token]) for token in tokens]
+        _print_json({"tokenizer": coder.name, "ids": tokens, "text": coder.decode(tokens), "pieces": pieces})
+    elif args.decode is not None:
+        terminal.write(coder.decode(tokens) + "\n")
+    else:
+        terminal.write_tokens(coder, tokens)
+        size = len(given.encode())
+        print(f"\n{len(tokens):,} tokens of {coder.name}, {size / max(1, len(tokens)):.2f} bytes each")
+
+
+def _train_tokenizer(args: Namespace) -> None:
+    from llm_jax.data import sources, tokenizer
+
+    if not args.out or Path(args.out).exists():
+        raise ValueError(f"--train saves the tokenizer in a new folder; add --out DIR (got {args.out})")
+    text = tokenizer.train(args.vocab, (document.text for document in sources.documents(args.train)))
+    parent = Path(args.out).absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent) as scratch:  # the folder appears whole or not at all
+        text.save(f"{scratch}/whole")
+        os.rename(f"{scratch}/whole", args.out)
+    print(f"{text.vocab_size:,} ids; look at them with: llm-jax tokenize TEXT --tokenizer {args.out}")
+
+
+def _say(line: str) -> None:
+    """Tells what happens on the way; standard output is for what was asked for."""
+    print(line, file=sys.stderr)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
