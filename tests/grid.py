@@ -7,32 +7,35 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.transformer import Transformer
+from llm_jax.tree import map_with_path
 
 # All sizes differ, so that no two letters can be mistaken for each other.
 TINY = ModelConfig(vocab_size=14, d_model=24, n_layers=2, n_heads=6, max_seq_len=10, n_kv_heads=3, d_ff=20)
 
+# Those with many values first: it takes fewer rows.
 OPTIONS: dict[str, tuple[Any, ...]] = {
+    "positions": ("rotary", "learned", "sinusoidal", "none"),
+    "activation": ("relu", "gelu", "silu", "relu2"),
+    "remat": ("none", "full", "dots", "resid_mid,mlp_post"),
     "n_kv_heads": (None, 3, 1),
+    "init": ("gpt2", "scaled", "mup"),
     "head_dim": (None, 8),
     "d_ff": (None, 20),
-    "positions": ("rotary", "learned", "sinusoidal", "none"),
     "rope_theta": (10_000.0, 100.0),
     "norm": ("rmsnorm", "layernorm"),
     "norm_position": ("pre", "post"),
     "norm_eps": (1e-5, 1e-6),
-    "activation": ("relu", "gelu", "silu", "relu2"),
     "gated": (True, False),
     "bias": (False, True),
     "window": (None, 3),
     "dropout": (0.0, 0.1),
     "tied": (True, False),
-    "init": ("gpt2", "scaled", "mup"),
     "dtype": ("float32", "bfloat16"),
-    "remat": ("none", "full", "dots", "resid_mid,mlp_post"),
     "unroll": (1, 2),
     "attention": (None, "reference"),
 }
@@ -60,10 +63,28 @@ def pairwise(options: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
     return rows
 
 
-GRID = [tiny(**row) for row in pairwise(OPTIONS)]
+# The only two that don't go together: muP needs a free head.
+GRID = [tiny(**row | {"tied": row["tied"] and row["init"] != "mup"}) for row in pairwise(OPTIONS)]
 
 
 @functools.cache
 def shapes(config: ModelConfig) -> PyTree:
     """The parameters of `config`, shapes only."""
     return jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+@functools.cache
+def weights(config: ModelConfig) -> PyTree:
+    """Parameters of `config`, biases and scales too, drawn by NumPy: no compile, and no two alike."""
+    rng = np.random.default_rng(0)
+
+    def draw(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        noise = rng.normal(scale=0.3, size=leaf.shape).astype(leaf.dtype)
+        return jnp.asarray(noise + np.float32(path.endswith("scale")))
+
+    with jax.ensure_compile_time_eval():
+        return map_with_path(draw, shapes(config))
+
+
+def tokens(*shape: int, vocab_size: int = TINY.vocab_size) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(1).integers(vocab_size, size=shape), jnp.int32)

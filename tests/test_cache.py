@@ -1,0 +1,108 @@
+"""Cached decode equals the full forward pass, at every position of every row, however the tokens arrive."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from grid import TINY, tiny, tokens, weights
+
+from llm_jax.model.cache import KVCache, init_cache
+from llm_jax.model.config import ModelConfig
+from llm_jax.model.transformer import Output, Transformer, unstack
+
+B, L = 3, TINY.max_seq_len
+TOKENS = tokens(B, L)
+# Prompts of three lengths in one batch, padded on the right.
+LENGTHS = jnp.array([4, 1, 3])
+
+
+def runner(config: ModelConfig, stacked: bool = True) -> Any:
+    """The jitted forward pass over a cache: (tokens, cache) -> Output."""
+    params = weights(config) if stacked else unstack(config, weights(config))
+    model = Transformer(config, stacked=stacked)
+    return jax.jit(lambda tokens, cache: model.apply({"params": params}, tokens, cache=cache))
+
+
+def full(config: ModelConfig) -> jax.Array:
+    return jax.jit(lambda: Transformer(config).apply({"params": weights(config)}, TOKENS).logits)()
+
+
+CASES: dict[str, tuple[dict[str, Any], bool]] = {
+    "rotary": ({}, True),
+    "learned positions in a window": ({"positions": "learned", "window": 3, "n_kv_heads": None}, True),
+    "unstacked sinusoidal in a window": ({"positions": "sinusoidal", "window": 2, "n_kv_heads": 1}, False),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ragged_decode_equals_the_full_forward_at_every_position(case: str):
+    changes, stacked = CASES[case]
+    config = tiny(**changes)
+    expected, run = full(config), runner(config, stacked)
+
+    prompt = jnp.where(jnp.arange(4)[None] < LENGTHS[:, None], TOKENS[:, :4], 0)
+    out: Output = run(prompt, init_cache(config, B, L))
+    for row, length in enumerate(LENGTHS):
+        np.testing.assert_allclose(out.logits[row, :length], expected[row, :length], rtol=1e-5, atol=1e-5)
+
+    cache = out.cache.replace(length=LENGTHS)
+    for step in range(L - int(LENGTHS.max())):
+        position = LENGTHS + step
+        out = run(TOKENS[jnp.arange(B), position][:, None], cache)
+        cache = out.cache
+        assert (cache.length == position + 1).all()
+        np.testing.assert_allclose(
+            out.logits[:, 0], expected[jnp.arange(B), position], rtol=1e-5, atol=1e-5, err_msg=f"step {step}"
+        )
+
+
+def test_a_prompt_may_arrive_in_pieces():
+    run, cache, found = runner(TINY), init_cache(TINY, B, L), []
+    for start, stop in ((0, 4), (4, 8), (8, 9), (9, 10)):
+        out = run(TOKENS[:, start:stop], cache)
+        cache = out.cache
+        found.append(out.logits)
+    np.testing.assert_allclose(jnp.concatenate(found, axis=1), full(TINY), rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_padding_wrote_is_never_seen():
+    """Whatever stands behind `length` in the cache, the logits are the same bit for bit."""
+    run, cache = runner(TINY), init_cache(TINY, B, L).replace(length=LENGTHS)
+    behind = (jnp.arange(L)[None] >= LENGTHS[:, None])[None, :, :, None, None]
+    dirty = cache.replace(k=jnp.where(behind, 100.0, cache.k), v=jnp.where(behind, 100.0, cache.v))
+    assert (run(TOKENS[:, :1], dirty).logits == run(TOKENS[:, :1], cache).logits).all()
+
+
+def test_writing_leaves_other_layers_and_earlier_tokens_alone():
+    cache = init_cache(TINY, B, L).replace(length=LENGTHS)
+    new = jnp.ones((B, 2, TINY.K, TINY.H))
+    written = cache.write(1, new, 2 * new)
+    expected = np.zeros((B, L))
+    for row, length in enumerate(LENGTHS):
+        expected[row, length : length + 2] = 1
+    for layer in range(TINY.n_layers):
+        k, v = written.view(layer)
+        np.testing.assert_array_equal(k[:, :, 0, 0], expected * layer)
+        np.testing.assert_array_equal(v[:, :, 0, 0], 2 * expected * layer)
+    assert (written.length == LENGTHS).all()
+    assert (written.advance(2).length == LENGTHS + 2).all()
+
+
+def test_tokens_beyond_the_end_of_the_cache_are_dropped():
+    cache = init_cache(TINY, B, L).replace(length=jnp.full(B, L - 1))
+    k, _ = cache.write(0, jnp.ones((B, 3, TINY.K, TINY.H)), jnp.ones((B, 3, TINY.K, TINY.H))).view(0)
+    np.testing.assert_array_equal(k[0, :, 0, 0], [0.0] * (L - 1) + [1.0])
+
+
+def test_a_cache_holds_the_dtype_of_the_computation():
+    cache: KVCache = jax.eval_shape(lambda: init_cache(tiny(dtype="bfloat16"), 2, 7))
+    assert cache.k.shape == cache.v.shape == (TINY.n_layers, 2, 7, TINY.K, TINY.H)
+    assert cache.k.dtype == jnp.bfloat16
+    assert cache.length.shape == (2,)
+
+
+def test_a_forward_pass_without_a_cache_returns_none():
+    out = jax.eval_shape(lambda: Transformer(TINY).apply({"params": weights(TINY)}, TOKENS))
+    assert out.cache is None
