@@ -38,6 +38,10 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
         {"d_model": 25, "head_dim": 4, "positions": "sinusoidal"},
         "sinusoidal positions come in pairs: model.d_model=25 must be even; use 26",
     ),
+    (
+        {"init": "mup"},
+        "model.init=mup shrinks the head with width, which the embedding can't; set model.tied=false",
+    ),
     ({"vocab_size": 0}, "model.vocab_size=0 must be at least 1"),
     ({"n_layers": -1}, "model.n_layers=-1 must be at least 1"),
     ({"n_heads": 0}, "model.n_heads=0 must be at least 1"),
@@ -84,9 +88,7 @@ def test_the_counted_parameters_are_those_of_the_tree(config: ModelConfig):
     counts = parameter_counts(config)
     assert sum(counts.values()) == count(shapes(config))
     for component in counts:
-        of_component = {
-            path: leaf for path, leaf in leaves(shapes(config)).items() if component in path.split("/")
-        }
+        of_component = {path: leaf for path, leaf in leaves(shapes(config)).items() if component in path.split("/")}
         if component != "norms":
             assert counts[component] == count(of_component), component
 

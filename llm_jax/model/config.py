@@ -44,7 +44,7 @@ class ModelConfig:
       positions: how the model knows where a token stands; `learned`, `sinusoidal` are added to the embedding.
       window: attention sees only the last `window` positions. None: all of them.
       tied: the output head is the embedding table.
-      init: a row of `model/init.py`.
+      init: a row of `model/init.py`; `mup` needs a free head.
       dtype: of the computation. Parameters and optimizer are float32 always.
       remat: what the backward pass computes again: `none`, `full` (all of a block), `dots` (all but matrix
         products), or all but the taps to keep, as `resid_mid,mlp_post`.
@@ -86,6 +86,10 @@ class ModelConfig:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be positive")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout={self.dropout} must lie in [0, 1)")
+        if self.init == "mup" and self.tied:
+            raise ValueError(
+                "model.init=mup shrinks the head with width, which the embedding can't; set model.tied=false"
+            )
         self._check_widths()
         for name in self.kept:
             if name not in KEEPABLE:

@@ -10,14 +10,19 @@ import jax
 
 from llm_jax.model.config import ModelConfig
 
+
+def _by_fan_in(role: str, fan_in: int, depth: float) -> float:
+    return fan_in**-0.5 * (depth if role == "residual" else 1)
+
+
 # (role, fan-in, the factor 1/sqrt(2N) that keeps the sum of 2N residual writes at unit scale) -> standard deviation
 SCHEMES: dict[str, Callable[[str, int, float], float]] = {
     # Radford et al. 2019: 0.02 everywhere, smaller by depth where a sublayer writes to the residual stream.
     "gpt2": lambda role, fan_in, depth: 0.02 * (depth if role == "residual" else 1),
     # By fan-in, so that activations keep their scale at any width; a table may be a head too, and starts small.
-    "scaled": lambda role, fan_in, depth: {"embed": 0.02, "residual": depth * fan_in**-0.5}.get(role) or fan_in**-0.5,
+    "scaled": lambda role, fan_in, depth: 0.02 if role == "embed" else _by_fan_in(role, fan_in, depth),
     # Yang et al. 2022 (arXiv:2203.03466), table 3: the head shrinks with width itself, not with its root.
-    "mup": lambda role, fan_in, depth: {"embed": 1.0, "unembed": 1 / fan_in}.get(role) or fan_in**-0.5,
+    "mup": lambda role, fan_in, depth: {"embed": 1.0, "unembed": 1 / fan_in}.get(role, _by_fan_in(role, fan_in, depth)),
 }
 
 

@@ -3,7 +3,8 @@
     taps = capture(model, params, tokens)              # {"resid_pre": [N, B, L, D], ..., "logits": [B, L, V]}
     logits = edit(model, params, tokens, {"attn_out": jnp.zeros((N, B, L, D))})
 
-Both are pure: they return what they found and change nothing. A tap that nobody asks for leaves no trace in the jaxpr.
+Both are pure: they return what they found and change nothing. A tap that nobody asks for leaves no trace in the
+jaxpr.
 """
 
 from collections.abc import Mapping
@@ -24,9 +25,19 @@ def tap(module: nn.Module, name: str, x: Array, kept: tuple[str, ...] = ()) -> A
     `kept` are the names that rematerialization keeps: those, and only those, are marked for `jax.checkpoint`.
     """
     if module.has_variable("edits", name):
-        x = module.get_variable("edits", name).astype(x.dtype)
-    module.sow("taps", name, x, init_fn=lambda: None, reduce_fn=lambda _, new: new)  # pyright: ignore[reportArgumentType]  (the newest, not a tuple)
+        x = _replacement(name, x, module.get_variable("edits", name))
+    newest: Any = lambda _, new: new  # noqa: E731 (not the tuple of all that Linen would make)
+    module.sow("taps", name, x, init_fn=lambda: None, reduce_fn=newest)
     return checkpoint_name(x, name) if name in kept else x
+
+
+def _replacement(name: str, x: Array, new: Array) -> Array:
+    if new.shape != x.shape:
+        raise ValueError(
+            f"the edit of {name!r} has shape {new.shape} where the activation has {x.shape}; "
+            "`capture` shows the shape, with a leading N inside blocks"
+        )
+    return new.astype(x.dtype)
 
 
 def tapped(module: nn.Module) -> bool:
@@ -38,7 +49,7 @@ def tapped(module: nn.Module) -> bool:
 
 def capture(model: nn.Module, params: Any, tokens: Array, **inputs: Any) -> dict[str, Array]:
     """Every named activation of one forward pass, in order; those inside blocks carry a leading N."""
-    _, state = model.apply({"params": params}, tokens, mutable=["taps"], **inputs)
+    _, state = _run(model, {"params": params}, tokens, mutable=["taps"], **inputs)
     found = {path.rsplit("/")[-1]: x for path, x in leaves(state["taps"]).items()}
     return {name: found[name] for name in TAPS}
 
@@ -46,7 +57,8 @@ def capture(model: nn.Module, params: Any, tokens: Array, **inputs: Any) -> dict
 def edit(model: nn.Module, params: Any, tokens: Array, edits: Mapping[str, Array], **inputs: Any) -> Array:
     """The logits with each named activation, in all layers at once, replaced by `edits[name]`.
 
-    An entry has the shape that `capture` shows. Raises `ValueError` for a name that no activation has.
+    An entry has the shape that `capture` shows. Raises `ValueError` for another shape, or a name that no
+    activation has.
     """
     nested: dict[str, Any] = {}
     for name, value in edits.items():
@@ -57,5 +69,10 @@ def edit(model: nn.Module, params: Any, tokens: Array, edits: Mapping[str, Array
         for module in modules:
             branch = branch.setdefault(module, {})
         branch[leaf] = value
-    out: Any = model.apply({"params": params, "edits": nested}, tokens, **inputs)
-    return out.logits
+    return _run(model, {"params": params, "edits": nested}, tokens, **inputs).logits
+
+
+def _run(model: nn.Module, variables: Mapping[str, Any], tokens: Array, **inputs: Any) -> Any:
+    if not getattr(model, "stacked", True):
+        raise ValueError("activations are read from stacked layers; use Transformer(config) and its own parameters")
+    return model.apply(variables, tokens, **inputs)
