@@ -48,7 +48,10 @@ def tapped(module: nn.Module) -> bool:
 
 
 def capture(model: nn.Module, params: Any, tokens: Array, **inputs: Any) -> dict[str, Array]:
-    """Every named activation of one forward pass, in order; those inside blocks carry a leading N."""
+    """Every named activation of one forward pass; those inside blocks carry a leading N.
+
+    They come in the order of `TAPS`, which `jax.jit` would sort by name.
+    """
     _, state = _run(model, {"params": params}, tokens, mutable=["taps"], **inputs)
     found = {path.rsplit("/")[-1]: x for path, x in leaves(state["taps"]).items()}
     return {name: found[name] for name in TAPS}
