@@ -140,7 +140,7 @@ def meanings(c: ModelConfig) -> dict[str, tuple[str, str]]:
     """The letters of each activation, and a line of words."""
     pre = c.norm_position == "pre"
     placed = {"learned": ", plus that of its position", "sinusoidal": ", plus the waves of its position"}
-    turned = ", turned by its position" if c.positions == "rotary" else ""
+    turned, too = (", turned by its position", ", turned too") if c.positions == "rotary" else ("", "")
     shared = f"; one for {c.G} query heads" if c.G > 1 else ""
     gate = ", times a second spread" if c.gated else ""
     head = "embedding" if c.tied else "output"
@@ -149,10 +149,10 @@ def meanings(c: ModelConfig) -> dict[str, tuple[str, str]]:
         "embed": ("B L D", f"each id becomes its row of the embedding table{placed.get(c.positions, '')}"),
         "resid_pre": ("B L D", "the residual stream, as this layer finds it"),
         "q": ("B L K G H", f"what each token looks for{turned}"),
-        "k": ("B S K H", f"what each token is found by{turned}{shared}"),
-        "v": ("B S K H", f"what each token hands over when found{shared}"),
+        "k": ("B S K H", f"what it is found by{too}{shared}"),
+        "v": ("B S K H", f"what it hands over when found{shared}"),
         "attn_scores": ("B K G L S", "every query times every key, over the root of H"),
-        "pattern": ("B K G L S", "softmax over the keys that a query may see: each row sums to 1"),
+        "pattern": ("B K G L S", "softmax over the keys in view: each row sums to 1"),
         "z": ("B L K G H", "the values, averaged as the pattern says"),
         "attn_out": ("B L D", "the heads joined, back at the width of the stream"),
         "resid_mid": ("B L D", f"the stream, and what attention adds to it{'' if pre else ', normed'}"),
@@ -164,7 +164,7 @@ def meanings(c: ModelConfig) -> dict[str, tuple[str, str]]:
             f"the stream, and what the feed-forward adds to it{'' if pre else ', normed'}",
         ),
         "final": ("B L D", f"the stream at the end{', normed' if pre else ''}"),
-        "logits": ("B L V", f"a score for every next token: the stream against the {head} table"),
+        "logits": ("B L V", f"scores for the next token, against the {head} table"),
     }
 
 
@@ -243,7 +243,7 @@ def memory_in_words(m: Memory) -> dict[str, int]:
     }
 
 
-def metric(n: float, unit: str) -> str:
+def metric(n: int | float, unit: str) -> str:
     """`512 B`, `1.23 GB`, `236 PFLOP`."""
     mantissa, exponent = f"{n:.2e}".split("e")
     thousands = int(exponent) // 3

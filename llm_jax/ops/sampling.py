@@ -68,9 +68,7 @@ def min_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
     return jnp.where(logits < logits.max(-1, keepdims=True) + jnp.log(p), -jnp.inf, logits)
 
 
-def repetition_penalty(
-    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: float
-) -> Float[Array, "B V"]:
+def repetition_penalty(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: float) -> Float[Array, "B V"]:
     """Divides positive and multiplies negative logits of `seen` (Keskar et al. 2019, arXiv:1909.05858)."""
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 

@@ -1,0 +1,162 @@
+"""What a user types is understood, and what goes wrong is said on one line."""
+
+import errno
+import os
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from llm_jax import verbs
+from llm_jax.cli import main, parser
+
+VERBS = ["train", "resume", "prepare", "generate", "evaluate", "show", "configs", "tokenize"]
+RECIPE = """
+from llm_jax.model.config import ModelConfig
+from llm_jax.train.run import RunConfig
+
+config = RunConfig(model=ModelConfig(vocab_size=264, d_model=16, n_layers=1, n_heads=2, max_seq_len=256))
+"""
+
+
+def said(capsys: pytest.CaptureFixture[str], status: int, expected: int = 2) -> str:
+    """The one line of an error."""
+    out, err = capsys.readouterr()
+    assert (status, out) == (expected, "")
+    assert err.startswith("llm-jax: error: ")
+    assert err.count("\n") == 1, err
+    return err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_of_a_verb_explains_it_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="0"):
+        main([verb, "--help"])
+    assert re.search(rf"^  llm-jax {verb}", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_no_words_at_all_are_a_call_for_help(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="0"):
+        main([])
+    assert all(f"    {verb}" in capsys.readouterr().out for verb in VERBS[:1])
+
+
+def test_changes_of_the_config_may_stand_anywhere():
+    args = parser().parse_args(["train", "quickstart", "a=1", "--run", "r", "b=2", "--debug", "c=3"])
+    assert (args.config, args.assignments, args.run) == ("quickstart", ["a=1", "b=2", "c=3"], "r")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("trian quickstart", "'trian' is none of .*did you mean 'train'"),
+        ("prepare x --out y --heldout-by tial", "did you mean 'tail'"),
+        ("resume", "required: RUN"),
+        ("resume runs/x steps=5", "unrecognized arguments: steps=5"),
+        ("train x --stepz 5", "unrecognized arguments: --stepz"),
+        ("generate runs/x --top-k many", "--top-k: invalid int value: 'many'"),
+    ],
+)
+def test_words_that_make_no_sense_are_named(words: str, says: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        main(words.split())
+    assert re.search(says, said(capsys, stop.value.code))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("train quickstrat", "did you mean 'quickstart'"),
+        ("train {recipe} model.n_layer=2", "unknown config key 'model.n_layer'; did you mean 'n_layers'"),
+        ("train {recipe} steps=many", "steps takes a whole number, got 'many'"),
+        ("train {recipe} steps", "expected key=value, got 'steps'"),
+        ("train {recipe} model.n_heads=3", "model.n_heads=3 does not divide model.d_model=16; .*d_model=15 or 18"),
+        ("show {recipe} accumulate=3", "accumulate=3 does not divide data.batch_size=16"),
+        ("show {broken}", "fails: NameError: name 'widht' is not defined"),
+        ("show {nothing}", "nothing.py"),
+        ("resume {nowhere}", "holds no run .*start one with: llm-jax train"),
+        ("generate {nowhere} --prompt x --samples 0", "--samples 0 writes nothing"),
+        ("generate {nowhere} --prompt x --top-p 3", "top_p=3.0 is not a probability"),
+        ("evaluate {nowhere}", "holds no run"),
+        ("tokenize x --tokenizer gtp2", "unknown tokenizer 'gtp2'.*did you mean 'gpt2'"),
+        ("tokenize --decode 300 --tokenizer byte", "300 is not an id of byte"),
+        ("tokenize --train {recipe}", "add --out DIR"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_next_move(
+    words: str, says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    for name, text in (("recipe", RECIPE), ("broken", RECIPE.replace("d_model=16", "d_model=widht"))):
+        (tmp_path / f"{name}.py").write_text(text)
+    paths = {name: tmp_path / f"{name}.py" for name in ("recipe", "broken", "nothing")}
+    status = main(words.format(**paths, nowhere=tmp_path / "nowhere").split())
+    assert re.search(says, said(capsys, status))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.py", "recipe.py"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "says"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (MemoryError(), 2, "out of memory; use a smaller data.batch_size"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate"), 2, "out of memory; use"),
+        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 2, "no space left .*runs/x; make room"),
+        (PermissionError(errno.EACCES, "Permission denied", "runs/x"), 2, "runs/x: Permission denied"),
+        (ValueError("on\n  two lines"), 2, "error: on two lines\n"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_what_goes_wrong_is_said_on_one_line(
+    error: BaseException,
+    status: int,
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def configs(args: Namespace) -> None:
+        raise error
+
+    monkeypatch.setattr(verbs, "configs", configs)
+    assert re.search(says, said(capsys, main(["configs"]), status))
+    assert main(["configs", "--debug"]) == status
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert re.search(says, err)
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("x")])
+def test_a_fault_of_ours_is_not_passed_off_as_the_users(error: Exception, monkeypatch: pytest.MonkeyPatch):
+    def configs(args: Namespace) -> None:
+        raise error
+
+    monkeypatch.setattr(verbs, "configs", configs)
+    with pytest.raises(type(error)):
+        main(["configs"])
+
+
+def run(program: str, *words: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", program, *words], text=True, stderr=-1, **options)
+
+
+@pytest.mark.parametrize("words", [["configs"], ["tokenize", "text"], ["train", "--help"]], ids=" ".join)
+def test_what_needs_no_jax_answers_without_it(words: list[str]):
+    program = """
+import sys
+from llm_jax.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print({"jax", "flax", "grain"} & set(sys.modules), file=sys.stderr)
+"""
+    assert run(program, *words, stdout=-1).stderr.strip() == "set()"
+
+
+def test_a_reader_who_leaves_early_hears_no_complaint():
+    read, write = os.pipe()
+    os.close(read)
+    done = run("import sys; from llm_jax.cli import main; sys.exit(main(['configs']))", stdout=write)
+    os.close(write)
+    assert done.stderr == ""

@@ -1,0 +1,154 @@
+"""What is shown of a config is what the config becomes."""
+
+import dataclasses
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from rich.console import Console
+
+from llm_jax import show
+from llm_jax.config import override
+from llm_jax.data.loader import Batch, DataConfig
+from llm_jax.model.config import TAPS, ModelConfig
+from llm_jax.model.taps import capture
+from llm_jax.model.transformer import Transformer
+from llm_jax.train.run import RunConfig, load_recipe
+from llm_jax.train.step import make_loss
+
+SMALL = RunConfig(
+    model=ModelConfig(vocab_size=40, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=6, max_seq_len=64),
+    data=DataConfig(seq_len=64, batch_size=4),
+)
+LLAMA_70B = RunConfig(
+    model=ModelConfig(
+        vocab_size=128256,
+        d_model=8192,
+        n_layers=80,
+        n_heads=64,
+        n_kv_heads=8,
+        d_ff=28672,
+        max_seq_len=8192,
+        dtype="bfloat16",
+        tied=False,
+        remat="full",
+    ),
+    data=DataConfig(seq_len=8192, batch_size=64),
+    accumulate=8,
+)
+
+
+def printed(description: show.Description, width: int = 120) -> str:
+    out = io.StringIO()
+    Console(file=out, width=width).print(show.render(description))
+    return out.getvalue()
+
+
+def numbers(tree: object) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [],
+        ["model.gated=false", "model.positions=learned", "model.norm_position=post", "model.tied=false"],
+        ["model.n_kv_heads=none", "model.dtype=bfloat16", "data.batch_size=6", "accumulate=3"],
+    ],
+    ids=["as is", "other options", "microbatches"],
+)
+def test_the_letters_of_every_activation_are_the_numbers_beside_them(changes: list[str]):
+    d = show.describe(override(SMALL, changes))
+    assert [a.name for a in d.activations] == ["tokens", *TAPS]
+    for a in d.activations:
+        assert a.shape == tuple(d.sizes[letter] for letter in a.letters.split()), a.name
+
+
+def test_the_shapes_shown_are_those_of_the_arrays():
+    model = Transformer(SMALL.model)
+    tokens = jnp.zeros((4, 64), jnp.int32)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    arrays = jax.jit(lambda params, tokens: capture(model, params, tokens))(params, tokens)
+    shown = {a.name: a for a in show.describe(SMALL).activations}
+    for name, x in arrays.items():
+        layers = (SMALL.model.n_layers,) if shown[name].in_layers else ()
+        assert (*layers, *shown[name].shape) == x.shape
+        assert shown[name].dtype == x.dtype.name
+
+
+@pytest.mark.parametrize(("optimizer", "moments"), [("adamw", 2), ("lion", 1)])
+def test_memory_of_the_train_state_is_that_of_its_arrays(optimizer: str, moments: int):
+    d = show.describe(override(SMALL, [f"optimizer.name={optimizer}"]))
+    total = sum(d.parameters.values())
+    assert d.memory.weights == d.memory.gradients == 4 * total
+    assert 0 <= d.memory.optimizer - moments * 4 * total <= 16  # and the step counts
+    assert d.memory.cast == 0
+    assert show.describe(override(SMALL, ["model.dtype=bfloat16"])).memory.cast == 2 * total
+
+
+def test_rematerialization_keeps_less_the_more_it_does_again():
+    kept = {}
+    for remat in ("none", "dots", "resid_mid,mlp_post", "full"):
+        memory = show.describe(override(SMALL, [f"model.remat={remat}"])).memory
+        kept[remat] = memory.kept
+        assert (memory.recomputed == 0) == (remat == "none")
+    assert list(kept.values()) == sorted(kept.values(), reverse=True)
+    inputs = 4 * 4 * 64 * 32  # of one layer, float32: what even full rematerialization can't do without
+    assert kept["resid_mid,mlp_post"] - kept["full"] >= SMALL.model.n_layers * (inputs + 4 * 4 * 64 * SMALL.model.F)
+    assert kept["full"] >= SMALL.model.n_layers * inputs
+
+
+def test_what_the_backward_pass_keeps_grows_with_the_batch_and_not_with_the_weights():
+    one, two = (show.describe(override(SMALL, [f"data.batch_size={n}"])).memory.kept for n in (4, 8))
+    assert 1.9 < two / one <= 2
+    few_tokens = show.describe(override(SMALL, ["data.batch_size=1", "data.seq_len=4"])).memory
+    assert few_tokens.kept < few_tokens.weights / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_what_is_said_of_activations_is_near_what_the_compiler_takes(remat: str):
+    config = override(SMALL, [f"model.remat={remat}", "model.d_model=128", "model.max_seq_len=256", "data.seq_len=256"])
+    memory = show.describe(config).memory
+    model = Transformer(config.model)
+    loss = make_loss(model, config.loss)
+    tokens = jax.ShapeDtypeStruct((4, 256), jnp.int32)
+    batch = Batch(tokens=tokens, targets=tokens, segments=tokens, positions=tokens)
+    key = jax.random.key(0)
+    params = jax.eval_shape(model.init, key, jnp.zeros((1, 1), jnp.int32))["params"]
+    compiled = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(params, batch, key).compile()
+    taken = compiled.memory_analysis().temp_size_in_bytes
+    assert 0.6 < (memory.kept + memory.recomputed) / taken < 1.4
+
+
+def test_a_model_of_70_billion_parameters_is_described_without_making_it():
+    d = show.describe(LLAMA_70B)
+    assert sum(d.parameters.values()) == 70_553_706_496
+    assert d.memory.weights == 4 * 70_553_706_496
+    assert {a.name: a.shape for a in d.activations}["q"] == (8, 8192, 8, 8, 128)
+    text = printed(d)
+    assert "layers 0..79, each" in text
+    assert text.count("resid_mid") == 1
+
+
+def test_the_walk_through_the_smallest_recipe_meets_every_layer():
+    text = printed(show.describe(load_recipe("shapes")))
+    assert text.count("resid_pre") == text.count("\nlayer ") == 2
+    lines = [line.split() for line in text.splitlines()]
+    for name, letters, sizes in (("embed", "B L D", "1 16 32"), ("logits", "B L V", "1 16 24")):
+        assert [*name.split(), *letters.split(), *sizes.split()] in [line[:7] for line in lines]
+
+
+def test_a_description_is_plain_data():
+    d = dataclasses.asdict(show.describe(SMALL))
+    assert json.loads(json.dumps(d))["memory"] == d["memory"]
+
+
+@pytest.mark.parametrize(
+    ("n", "said"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_999, "1 MB"), (70_553_706_496, "70.6 GB"), (2.36e17, "236 PB")],
+)
+def test_amounts_have_three_digits_and_a_prefix(n: float, said: str):
+    assert show.metric(n, "B") == said
