@@ -170,7 +170,7 @@ def test_an_attention_that_declines_single_queries_still_generates():
         ("x" * 48, {}, "49 tokens.*max_seq_len=48.*at most 47"),
         ("", {"begin": False}, "without tokens"),
         ("a", {"max_tokens": 0}, "max_tokens=0"),
-        ("a", {"stop": [""]}, "no stop text empty"),
+        ("a", {"stop": [""]}, "an empty stop text"),
     ],
     ids=["too long", "empty", "no tokens wanted", "empty stop"],
 )

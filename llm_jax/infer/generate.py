@@ -129,8 +129,10 @@ def stream(
     training. A row depends on its prompt, its place among `prompts` and `seed`; at temperature 0, on its
     prompt alone. Raises `ValueError` for a prompt that is empty or too long.
     """
-    if max_tokens < 1 or "" in stop:
-        raise ValueError(f"max_tokens={max_tokens} must be 1 or more, and no stop text empty, got {list(stop)}")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens} writes nothing; use 1 or more")
+    if "" in stop:
+        raise ValueError("an empty stop text would end every text before it begins; leave it out")
     start = [tokenizer.end_of_text] if begin else []
     ids = [np.array([*start, *tokenizer.encode(prompt)], np.int32) for prompt in prompts]
     rooms = [min(max_tokens, _room(config, tokens)) for tokens in ids]
