@@ -1,6 +1,7 @@
 """Schedules and update rules, as one optax chain: clip, update, decay, scale."""
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax.numpy as jnp
@@ -34,7 +35,8 @@ class OptimizerConfig:
 
     Attributes:
       schedule: after a linear warm-up of `warmup_steps`, `cosine` and `linear` fall to `final_fraction` of the peak at
-        the last step, `constant` stays, and `wsd` stays until the last `decay_fraction` of the run, then falls linearly.
+        the last step, `constant` stays, and `wsd` stays until the last `decay_fraction` of the run, then falls
+        linearly.
       clip: the largest global norm of the gradient; None: no clipping.
     """
 
@@ -64,22 +66,22 @@ class OptimizerConfig:
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Step -> learning rate, for a run of `steps`. Raises `ValueError` when warm-up and decay don't fit in the run."""
-    peak, end, warmup = (
-        config.learning_rate,
-        config.learning_rate * config.final_fraction,
-        config.warmup_steps,
-    )
-    rest = steps - warmup
-    if rest < 1:
+    peak, warmup = config.learning_rate, config.warmup_steps
+    end = peak * config.final_fraction
+    if warmup >= steps:
         raise ValueError(f"optimizer.warmup_steps={warmup} leaves nothing of steps={steps}; use less than {steps}")
+    last = max(1, steps - 1 - warmup)  # counted from the end of the warm-up
     decay = max(1, round(steps * config.decay_fraction))
-    if config.schedule == "wsd" and decay > rest:
-        raise ValueError(f"warm-up of {warmup} and decay of {decay} steps overlap in a run of steps={steps}")
+    if config.schedule == "wsd" and warmup + decay > steps:
+        raise ValueError(
+            f"warm-up of {warmup} and decay of {decay} steps overlap in a run of steps={steps}; "
+            "lower optimizer.warmup_steps or optimizer.decay_fraction"
+        )
     after = {
-        "cosine": optax.cosine_decay_schedule(peak, rest, config.final_fraction),
-        "linear": optax.linear_schedule(peak, end, rest),
+        "cosine": optax.cosine_decay_schedule(peak, last, config.final_fraction),
+        "linear": optax.linear_schedule(peak, end, last),
         "constant": optax.constant_schedule(peak),
-        "wsd": optax.linear_schedule(peak, end, decay, transition_begin=rest - decay),
+        "wsd": optax.linear_schedule(peak, end, min(decay, last), transition_begin=max(0, last - decay)),
     }[config.schedule]
     # Step 0 already learns: the ramp ends at the peak after `warmup` updates, not after `warmup` + 1.
     ramp = optax.linear_schedule(peak / max(1, warmup), peak, max(1, warmup - 1))
@@ -125,22 +127,24 @@ def _muon(c: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransfo
     arXiv:2502.16982), so that one learning rate serves both.
     """
 
-    def axes(params: PyTree) -> PyTree:
-        def one(path: str, _: jnp.ndarray) -> optax.contrib.MuonDimensionNumbers | None:
-            pair = trees.first_match(MUON_AXES, path)
-            return None if pair is None else optax.contrib.MuonDimensionNumbers(*pair)
+    def role(path: str, _: jnp.ndarray) -> str:
+        return "rest" if trees.first_match(MUON_AXES, path) is None else "matrices"
 
-        return trees.map_with_path(one, params)
+    def axes(path: str, _: jnp.ndarray) -> optax.contrib.MuonDimensionNumbers:
+        pair = trees.first_match(MUON_AXES, path)
+        assert pair is not None
+        return optax.contrib.MuonDimensionNumbers(*pair)
 
-    return optax.contrib.muon(
+    matrices = optax.contrib.muon(
         schedule,
+        eps=c.eps,
         weight_decay=c.weight_decay,
-        weight_decay_mask=decay_mask,
-        adam_b1=c.b1,
-        adam_b2=c.b2,
-        adam_weight_decay=c.weight_decay,
         consistent_rms=0.2,
-        muon_weight_dimension_numbers=axes,
+        muon_weight_dimension_numbers=functools.partial(trees.map_with_path, axes),
+    )
+    # optax's own rule for the rest is Adam with Nesterov momentum, and it decays norms and biases.
+    return optax.partition(
+        {"matrices": matrices, "rest": _adamw(c, schedule)}, functools.partial(trees.map_with_path, role)
     )
 
 

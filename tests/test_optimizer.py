@@ -1,0 +1,242 @@
+"""Schedules have their shape, update rules equal float64 arithmetic written by hand, and all of them learn."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from grid import GRID, TINY, shapes, tiny, weights
+
+from llm_jax.model.config import ModelConfig
+from llm_jax.sharding import letters_of
+from llm_jax.train.optimizer import MUON_AXES, OptimizerConfig, decay_mask, make_optimizer, make_schedule
+from llm_jax.tree import first_match, leaves, map_with_path
+
+NAMES = ("adamw", "lion", "adafactor", "muon")
+STEPS = 50
+
+
+def curve(steps: int = STEPS, **changes: Any) -> np.ndarray:
+    schedule = make_schedule(OptimizerConfig(learning_rate=2.0, **changes), steps)
+    return np.array([float(schedule(step)) for step in range(steps)])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
+@pytest.mark.parametrize("warmup", [0, 1, 10])
+def test_every_schedule_warms_up_to_the_peak_and_never_rises_again(schedule: str, warmup: int):
+    rates = curve(schedule=schedule, warmup_steps=warmup)
+    np.testing.assert_allclose(rates[:warmup], 2.0 * np.arange(1, warmup + 1) / max(1, warmup), rtol=1e-6)
+    np.testing.assert_allclose(rates[warmup], 2.0, rtol=1e-6)
+    assert (np.diff(rates[warmup:]) <= 1e-6).all()
+
+
+def test_the_last_step_has_the_final_fraction():
+    for schedule in ("cosine", "linear", "wsd"):
+        np.testing.assert_allclose(curve(schedule=schedule, warmup_steps=10, final_fraction=0.05)[-1], 0.1, rtol=1e-5)
+        np.testing.assert_allclose(curve(schedule=schedule, warmup_steps=40, final_fraction=0.0)[-1], 0, atol=1e-6)
+    assert curve(schedule="constant", warmup_steps=10)[-1] == 2.0
+
+
+def test_cosine_and_linear_pass_the_middle_half_way():
+    for schedule in ("cosine", "linear"):
+        rates = curve(51, schedule=schedule, warmup_steps=10, final_fraction=0.0)
+        np.testing.assert_allclose(rates[30], 1.0, rtol=1e-5)
+    expected = [1 + math.cos(math.pi * step / 40) for step in range(41)]
+    np.testing.assert_allclose(
+        curve(51, schedule="cosine", warmup_steps=10, final_fraction=0.0)[10:], expected, atol=1e-5
+    )
+
+
+def test_warmup_stable_decay_stays_and_then_falls_by_equal_steps():
+    rates = curve(schedule="wsd", warmup_steps=10, decay_fraction=0.2, final_fraction=0.0)
+    assert (rates[10:40] == 2.0).all()
+    np.testing.assert_allclose(np.diff(rates[39:]), -0.2, rtol=1e-4)
+
+
+def test_schedules_that_do_not_fit_in_the_run_are_refused_with_the_numbers():
+    with pytest.raises(ValueError, match="warmup_steps=50 leaves nothing of steps=50; use less than 50"):
+        curve(warmup_steps=50)
+    with pytest.raises(ValueError, match="warm-up of 45 and decay of 10 steps overlap in a run of steps=50; lower"):
+        curve(warmup_steps=45, schedule="wsd")
+    assert len(curve(1, warmup_steps=0)) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 0.0}, "optimizer.learning_rate=0.0 must be positive"),
+        ({"b2": 1.5}, r"optimizer.b2=1.5 must lie between 0 and 1"),
+        ({"warmup_steps": -1}, "optimizer.warmup_steps=-1 is negative; 0 is no warm-up"),
+        ({"clip": 0.0}, "optimizer.clip=0.0 must be positive; none is no clipping"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(changes: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**changes)
+
+
+@pytest.mark.parametrize("config", GRID, ids=range(len(GRID)))
+def test_decay_pulls_matrices_and_token_tables_only(config: ModelConfig):
+    for path, decayed in leaves(decay_mask(shapes(config))).items():
+        matrix = path.split("/")[-1].startswith("w_")
+        assert decayed == (matrix or path in ("embedding/table", "unembedding/table")), path
+
+
+def test_a_parameter_without_a_decay_row_raises():
+    with pytest.raises(ValueError, match="no row matches 'layers/mixer/gain'"):
+        decay_mask({"layers": {"mixer": {"gain": jnp.zeros(3)}}})
+
+
+def test_muon_takes_every_matrix_inside_a_block_and_splits_its_letters_into_in_and_out():
+    found = {}
+    for path, leaf in leaves(shapes(tiny(bias=True, positions="learned", tied=False))).items():
+        letters, axes = letters_of(path, leaf.shape), first_match(MUON_AXES, path)
+        if axes is not None:
+            pair = ((axis,) if isinstance(axis, int) else axis for axis in axes)
+            found[path.removeprefix("layers/")] = tuple("".join(letters[axis] for axis in side) for side in pair)
+    assert found == {
+        "attention/w_q": ("D", "KGH"),
+        "attention/w_k": ("D", "KH"),
+        "attention/w_v": ("D", "KH"),
+        "attention/w_o": ("KGH", "D"),
+        "feedforward/w_up": ("D", "F"),
+        "feedforward/w_gate": ("D", "F"),
+        "feedforward/w_down": ("F", "D"),
+    }
+
+
+def gradient(step: int) -> Any:
+    """Numbers of a gradient, drawn by NumPy, of a norm well above 1."""
+    rng = np.random.default_rng(step)
+    return jax.tree.map(lambda w: jnp.asarray(rng.normal(size=w.shape), jnp.float32), weights(TINY))
+
+
+def updated(config: OptimizerConfig, gradients: list[Any], params: Any) -> Any:
+    """`params` after one step for each of `gradients`."""
+    optimizer = make_optimizer(config, STEPS)
+
+    @jax.jit
+    def step(params: Any, state: Any, gradient: Any) -> tuple[Any, Any]:
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    for gradient in gradients:
+        params, state = step(params, state, gradient)
+    return params
+
+
+def by_hand(config: OptimizerConfig, gradients: list[Any], params: Any) -> dict[str, np.ndarray]:
+    """AdamW or Lion in float64, as the papers write them; clipping first, decoupled decay last."""
+    values = {path: np.asarray(w, np.float64) for path, w in leaves(params).items()}
+    decayed = leaves(decay_mask(params))
+    m, v = ({path: np.zeros_like(w) for path, w in values.items()} for _ in range(2))
+    for t, raw in enumerate(gradients, 1):
+        g = {path: np.asarray(x, np.float64) for path, x in leaves(raw).items()}
+        norm = math.sqrt(sum((x**2).sum() for x in g.values()))
+        rate = config.learning_rate * t / config.warmup_steps
+        for path, w in values.items():
+            clipped = g[path] * min(1.0, (config.clip or math.inf) / norm)
+            if config.name == "lion":
+                direction = np.sign(config.b1 * m[path] + (1 - config.b1) * clipped)
+                m[path] = config.b2 * m[path] + (1 - config.b2) * clipped
+            else:
+                m[path] = config.b1 * m[path] + (1 - config.b1) * clipped
+                v[path] = config.b2 * v[path] + (1 - config.b2) * clipped**2
+                m_hat, v_hat = m[path] / (1 - config.b1**t), v[path] / (1 - config.b2**t)
+                direction = m_hat / (np.sqrt(v_hat) + config.eps)
+            values[path] = w - rate * (direction + config.weight_decay * decayed[path] * w)
+    return values
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_an_update_rule_equals_its_paper_in_float64(name: str, clip: float | None):
+    # An epsilon that counts, or Adam would not notice the clipping.
+    config = OptimizerConfig(name=name, clip=clip, learning_rate=0.1, warmup_steps=4, eps=1e-2, weight_decay=0.3)  # pyright: ignore[reportArgumentType]
+    gradients = [gradient(step) for step in range(3)]
+    found, expected = leaves(updated(config, gradients, weights(TINY))), by_hand(config, gradients, weights(TINY))
+    for path, w in found.items():
+        np.testing.assert_allclose(w, expected[path], rtol=1e-4, atol=1e-6, err_msg=path)
+
+
+MUON = OptimizerConfig(name="muon", clip=None, learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.0)
+
+
+def change(config: OptimizerConfig, gradient: Any) -> dict[str, np.ndarray]:
+    """What one step adds to each parameter."""
+    after = leaves(updated(config, [gradient], weights(TINY)))
+    return {path: np.asarray(after[path] - w) for path, w in leaves(weights(TINY)).items()}
+
+
+def matrices(path: str, value: np.ndarray) -> np.ndarray | None:
+    """[N, in, out], or None for what Muon leaves to AdamW."""
+    axes = first_match(MUON_AXES, path)
+    if axes is None:
+        return None
+    fan_in = math.prod(value.shape[axis] for axis in np.atleast_1d(np.asarray(axes[0])))
+    return value.reshape(value.shape[0], fan_in, -1)
+
+
+def test_muon_gives_every_matrix_of_every_layer_singular_values_near_one():
+    seen = 0
+    for path, value in change(MUON, gradient(0)).items():
+        if (matrix := matrices(path, value)) is not None:
+            scale = MUON.learning_rate * 0.2 * math.sqrt(max(matrix.shape[1:]))
+            singular = np.linalg.svd(matrix / scale, compute_uv=False)
+            assert singular.min() > 0.5, path
+            assert singular.max() < 1.3, path
+            seen += 1
+    assert seen == 7
+
+
+def test_muon_does_not_mix_layers():
+    other = map_with_path(lambda path, g: g.at[1].multiply(7.0) if "layers" in path else g, gradient(0))
+    before, after = change(MUON, gradient(0)), change(MUON, other)
+    for path in before:
+        if path.startswith("layers"):
+            np.testing.assert_array_equal(before[path][0], after[path][0], err_msg=path)
+
+
+def test_muon_leaves_the_rest_to_adamw():
+    muon = OptimizerConfig(name="muon", learning_rate=0.1, warmup_steps=4, eps=1e-2, weight_decay=0.3)
+    gradients = [gradient(step) for step in range(2)]
+    found = leaves(updated(muon, gradients, weights(TINY)))
+    expected = by_hand(muon, gradients, weights(TINY))
+    rest = [path for path in found if first_match(MUON_AXES, path) is None]
+    assert len(rest) == 4
+    for path in rest:
+        np.testing.assert_allclose(found[path], expected[path], rtol=1e-4, atol=1e-6, err_msg=path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizer_comes_closer_to_a_target(name: str):
+    target = jax.tree.map(lambda w, g: w + 0.3 * g, weights(TINY), gradient(0))
+    config = OptimizerConfig(name=name, learning_rate=0.1, warmup_steps=2, weight_decay=0.0)  # pyright: ignore[reportArgumentType]
+    optimizer = make_optimizer(config, STEPS)
+
+    def loss(params: Any) -> jax.Array:
+        return sum(jnp.square(w - t).sum() for w, t in zip(*map(jax.tree.leaves, (params, target)), strict=True))
+
+    def step(carry: tuple[Any, Any], _: None) -> tuple[tuple[Any, Any], jax.Array]:
+        params, state = carry
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(gradient, state, params)
+        return (optax.apply_updates(params, updates), state), value
+
+    start = (weights(TINY), optimizer.init(weights(TINY)))
+    losses = jax.jit(lambda: jax.lax.scan(step, start, length=STEPS)[1])()
+    assert losses[-1] < 0.1 * losses[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decay_alone_shrinks_what_the_mask_names_and_nothing_else(name: str):
+    config = OptimizerConfig(name=name, learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.5)  # pyright: ignore[reportArgumentType]
+    still = jax.tree.map(jnp.zeros_like, weights(TINY))
+    after = leaves(updated(config, [still], weights(TINY)))
+    for path, w in leaves(weights(TINY)).items():
+        factor = 0.95 if leaves(decay_mask(weights(TINY)))[path] else 1.0
+        np.testing.assert_allclose(after[path], factor * w, rtol=1e-5, atol=1e-7, err_msg=path)
