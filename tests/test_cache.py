@@ -92,7 +92,8 @@ def test_writing_leaves_other_layers_and_earlier_tokens_alone():
 
 def test_tokens_beyond_the_end_of_the_cache_are_dropped():
     cache = init_cache(TINY, B, L).replace(length=jnp.full(B, L - 1))
-    k, _ = cache.write(0, jnp.ones((B, 3, TINY.K, TINY.H)), jnp.ones((B, 3, TINY.K, TINY.H))).view(0)
+    new = jnp.ones((B, 3, TINY.K, TINY.H)) * jnp.arange(1.0, 4.0)[None, :, None, None]
+    k, _ = cache.write(0, new, new).view(0)
     np.testing.assert_array_equal(k[0, :, 0, 0], [0.0] * (L - 1) + [1.0])
 
 
