@@ -1,23 +1,42 @@
-"""Checkpoints by Orbax: asynchronous, the last few and the best, restored onto whatever mesh is there now."""
+"""Checkpoints by Orbax: asynchronous, the last few and the best, restored onto whatever mesh is there now.
+
+    <run>/checkpoints/<step>/   params, opt_state, record
+
+Orbax writes a checkpoint under another name and renames it when it is whole, so a kill leaves no half of one. But a
+bit that flips on disk afterwards comes back as a wrong number, unnoticed: therefore `record` keeps a checksum of
+every leaf, and one of itself.
+"""
 
 import dataclasses
+import gc
+import json
+import logging
 import math
-from collections.abc import Callable, Sequence
+import shutil
+import sys
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jaxtyping import PyTree
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from jaxtyping import Array, PyTree, UInt32
 
+from llm_jax import tree as trees
 from llm_jax.train.step import TrainState
 
 FOLDER = "checkpoints"
+UNFINISHED = "*.orbax-checkpoint-tmp*"
 
-Report = Callable[[str], None]
-Restored = TypeVar("Restored")
+Report = Callable[[str], object]
+
+# What fails in Orbax is raised, and this file says it in a line; the log says it first, in pages of traceback.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,106 +47,248 @@ class Progress:
       step: optimizer steps done, and so the position in the data: a batch is a function of (seed, step, process).
       tokens: targets trained on.
       skipped: steps whose loss or gradient was not finite.
-      heldout_loss: as last measured at this step; None if it was not.
+      skipped_in_a_row: how many of them end the run so far.
+      heldout_loss: as measured at this step; None if it was not.
     """
 
     step: int = 0
     tokens: int = 0
     skipped: int = 0
+    skipped_in_a_row: int = 0
     heldout_loss: float | None = None
 
 
 class Checkpoints:
-    """The checkpoints of one run folder. A context manager: leaving it waits for the last save."""
+    """The checkpoints of one run folder. A context manager: leaving it waits for the last save.
+
+    `read_only` promises to change nothing there, where another process may be training.
+    """
 
     def __init__(self, folder: Path, keep: int = 2, *, read_only: bool = False) -> None:
-        options = ocp.CheckpointManagerOptions(
-            best_fn=_heldout_loss,
-            best_mode="min",
-            preservation_policy=AnyPreservationPolicy(
-                [LatestN(keep), BestN(get_metric_fn=_heldout_loss, reverse=True, n=1)]
-            ),
-            cleanup_tmp_directories=not read_only,
-            read_only=read_only,
-        )
-        self._manager = ocp.CheckpointManager((folder / FOLDER).absolute(), options=options)
+        self.folder = (folder / FOLDER).absolute()
+        self._keep, self._read_only = keep, read_only
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._heldout_losses = {step: self._heldout_loss(step) for step in self.steps()}
+        self._saving: int | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._manager.close()
-
-    def save(self, state: TrainState, progress: Progress) -> None:
-        """Starts to save. Returns once the state is copied, so that its buffers may be donated to the next step."""
-        self._manager.save(
-            progress.step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                opt_state=ocp.args.StandardSave(state.opt_state),
-                progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
-            ),
-            metrics={"heldout_loss": progress.heldout_loss},
-        )
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        try:
+            self.wait()
+        except OSError:
+            if error is None:  # else it came first, and says more
+                raise
+        finally:
+            self._orbax.close()
 
     def steps(self) -> list[int]:
         """The steps of all finished checkpoints, newest first."""
-        return sorted(self._manager.all_steps(), reverse=True)
+        return sorted((int(path.name) for path in self.folder.glob("*") if path.name.isdecimal()), reverse=True)
 
     def best(self) -> int | None:
         """The step with the least held-out loss; None where none was measured."""
-        step = self._manager.best_step()
-        return None if step is None or self._manager.metrics(step)["heldout_loss"] is None else step
+        step = min(self._heldout_losses, key=self._heldout_losses.__getitem__, default=None)
+        return None if step is None or self._heldout_losses[step] == math.inf else step
 
-    def restore(self, abstract: TrainState, report: Report) -> tuple[TrainState, Progress]:
-        """The newest state that can be read, laid out as `abstract` says. One that can't be read is named and passed over."""
+    def is_best(self, heldout_loss: float | None) -> bool:
+        """Whether no checkpoint has so small a loss."""
+        return _or_infinite(heldout_loss) < min(self._heldout_losses.values(), default=math.inf)
 
-        def read(step: int) -> tuple[TrainState, Progress]:
-            found = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardRestore(abstract.params),
-                    opt_state=ocp.args.StandardRestore(abstract.opt_state),
-                    progress=ocp.args.JsonRestore(),
-                ),
+    def save(self, state: TrainState, progress: Progress) -> None:
+        """Starts to save. Returns once the state is copied, so that its buffers may be donated to the next step.
+
+        Raises `OSError` if this save can't begin, or the one before could not end.
+        """
+        assert not self._read_only
+        self.wait()
+        self._saving = progress.step
+        items = {"params": state.params, "opt_state": state.opt_state}
+        sums = {path: int(number) for path, number in jax.device_get(checksums(items)).items()}
+        leaves = {path: [*_form(leaf), sums[path]] for path, leaf in trees.leaves(items).items()}
+        record = _sealed({"progress": dataclasses.asdict(progress), "leaves": leaves})
+        trees_to_save = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        with self._named_errors(progress.step):
+            self._orbax.save(
+                self.folder / str(progress.step),
+                args=ocp.args.Composite(record=ocp.args.JsonSave(record), **trees_to_save),
             )
-            progress = Progress(**found.progress)
-            number = jax.device_put(jnp.asarray(progress.step, jnp.int32), abstract.step.sharding)
-            return TrainState(step=number, params=found.params, opt_state=found.opt_state), progress
+        self._heldout_losses[progress.step] = _or_infinite(progress.heldout_loss)
 
-        return self._first_readable(self.steps(), read, report)
+    def wait(self) -> None:
+        """Returns when the last save is whole and those it replaces are gone. Raises `OSError` if it failed."""
+        if self._saving is None:
+            return
+        with self._named_errors(self._saving):
+            self._orbax.wait_until_finished()
+        self._saving = None
+        for step in set(self.steps()[self._keep :]) - {self.best()}:
+            shutil.rmtree(self.folder / str(step))
+            self._heldout_losses.pop(step, None)
+
+    def restore(self, abstract: TrainState, report: Report) -> tuple[TrainState, Progress] | None:
+        """The newest state that can be read, laid out as `abstract` says; None where no save was ever finished.
+
+        One that can't be read is named, and set aside so that its step can be saved again; what an interrupted save
+        left behind is named and removed. Raises `ValueError` if none can be read, or the newest is of another model.
+        """
+        assert not self._read_only
+        for path in sorted(self.folder.glob(UNFINISHED)):
+            report(f"removed {path}: the save of step {path.name.partition('.')[0]} was interrupted")
+            shutil.rmtree(path)
+        steps = self.steps()
+        if not steps:
+            return None
+        items = {"params": abstract.params, "opt_state": abstract.opt_state}
+        step, found, progress = self._first_readable(steps, items, report)
+        for damaged in steps[: steps.index(step)]:
+            report(f"set aside {self._set_aside(damaged)}: delete it when you have seen enough")
+        number = jax.device_put(jnp.asarray(progress.step, jnp.int32), abstract.step.sharding)
+        return TrainState(step=number, **found), progress
 
     def restore_params(self, abstract: PyTree, report: Report, step: int | None = None) -> tuple[PyTree, int]:
         """The weights alone, and their step: those of `step`, or else the best, or else the newest."""
         steps = self.steps()
         if step is not None and step not in steps:
-            raise ValueError(f"no checkpoint of step {step}; there are {sorted(steps)}")
-        first = self.best() if step is None else step
-        order = sorted(steps, key=lambda s: (s != first, -s)) if step is None else [step]
+            raise ValueError(f"{self.folder} has no checkpoint of step {step}; use one of {sorted(steps)}")
+        order = [step] if step is not None else sorted(steps, key=lambda s: (s != self.best(), -s))
+        step, found, _ = self._first_readable(order, {"params": abstract}, report)
+        return found["params"], step
 
-        def read(step: int) -> tuple[PyTree, int]:
-            arguments = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
-            return self._manager.restore(step, args=arguments).params, step
-
-        return self._first_readable(order, read, report)
-
-    def _first_readable(self, steps: Sequence[int], read: Callable[[int], Restored], report: Report) -> Restored:
+    def _first_readable(
+        self, steps: Sequence[int], abstract: dict[str, PyTree], report: Report
+    ) -> tuple[int, dict[str, PyTree], Progress]:
+        """The first of `steps` that is whole: its step, its trees of the names in `abstract`, its progress."""
         for step in steps:
             try:
-                return read(step)
-            # A damaged file surfaces as whatever the reader below met: any Exception means "not this one".
-            except Exception as error:
-                report(f"checkpoint of step {step} can't be read, passed over ({type(error).__name__}: {_line(error)})")
+                with _hushed():
+                    record = self._record(step)
+                    misfit = _misfit(record["leaves"], abstract)
+                    if misfit is None:
+                        return (
+                            step,
+                            self._read(step, abstract, record["leaves"]),
+                            Progress(**record["progress"]),
+                        )
+            except Exception as error:  # noqa: BLE001  whatever a reader of damaged bytes may raise
+                path = self.folder / str(step)
+                report(f"passed over the checkpoint of step {step}, {path}: it is damaged ({_line(error)})")
+            else:
+                raise ValueError(
+                    f"the checkpoint of step {step} in {self.folder} is of another model or optimizer: {misfit}; "
+                    "use the config that it was trained with"
+                )
         raise ValueError(
-            f"{self._manager.directory} holds no checkpoint that can be read (tried {list(steps) or 'none'}); "
-            "the run has to start again from step 0"
+            f"{self.folder} holds no checkpoint that can be read (tried {list(steps) or 'none'}); start a new run"
         )
 
+    def _read(self, step: int, abstract: dict[str, PyTree], leaves: dict[str, list[Any]]) -> dict[str, PyTree]:
+        """The trees of a checkpoint. Raises `ValueError` for a leaf that is not what was saved."""
+        arguments = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()})
+        restored = self._orbax.restore(self.folder / str(step), args=arguments)
+        found = {name: restored[name] for name in abstract}
+        for path, number in jax.device_get(checksums(found)).items():
+            if int(number) != leaves[path][-1]:
+                raise ValueError(f"{path} is not what was saved")
+        return found
 
-def _heldout_loss(metrics: dict[str, float | None]) -> float:
-    loss = metrics["heldout_loss"]
-    return math.inf if loss is None else loss
+    def _record(self, step: int) -> dict[str, Any]:
+        arguments = ocp.args.Composite(record=ocp.args.JsonRestore())
+        return _unsealed(self._orbax.restore(self.folder / str(step), args=arguments).record)
+
+    def _heldout_loss(self, step: int) -> float:
+        try:
+            with _hushed():
+                return _or_infinite(self._record(step)["progress"]["heldout_loss"])
+        except Exception:  # noqa: BLE001  damaged: never the best; whoever restores it says so
+            return math.inf
+
+    def _set_aside(self, step: int) -> Path:
+        """Renames a damaged checkpoint, so that it neither takes a place among the kept nor blocks its step."""
+        names = (self.folder / f"{step}.damaged{suffix}" for suffix in ["", *(f"-{n}" for n in range(2, 1000))])
+        path = next(path for path in names if not path.exists())
+        del self._heldout_losses[step]
+        return (self.folder / str(step)).rename(path)
+
+    @contextmanager
+    def _named_errors(self, step: int) -> Iterator[None]:
+        try:
+            with _hushed():
+                yield
+        except Exception as error:
+            self._saving = None
+            self._heldout_losses.pop(step, None)
+            raise OSError(f"the checkpoint of step {step} could not be written ({_line(error)})") from error
+
+
+@jax.jit
+def checksums(tree: PyTree) -> dict[str, UInt32[Array, ""]]:
+    """A number for every leaf, by path, that any flipped bit changes and no mesh does: integer sums have no order."""
+    return {path: _checksum(leaf) for path, leaf in trees.leaves(tree).items()}
+
+
+def _checksum(x: Array) -> UInt32[Array, ""]:
+    """The sum of all elements' bits, each mixed with its index by the finalizer of MurmurHash3, which is one-to-one."""
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    index = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    bits = bits ^ (index * jnp.uint32(0x9E3779B1))
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+    return (bits ^ (bits >> 16)).sum(dtype=jnp.uint32)
+
+
+def _form(leaf: Any) -> list[Any]:
+    return [str(leaf.dtype), list(leaf.shape)]
+
+
+def _misfit(saved: dict[str, list[Any]], abstract: dict[str, PyTree]) -> str | None:
+    """The first leaf that stands in only one of the two or has another shape; None where all is well."""
+    saved = {path: form for path, (*form, _) in saved.items() if path.partition("/")[0] in abstract}
+    wanted = {path: _form(leaf) for path, leaf in trees.leaves(abstract).items()}
+    for path in sorted(saved | wanted, key=lambda path: not path.startswith("params/")):
+        if saved.get(path) != wanted.get(path):
+            there, here = (" ".join(map(str, forms.get(path, ["absent"]))) for forms in (saved, wanted))
+            return f"{path} is {there} there, {here} here"
+    return None
+
+
+def _sealed(content: dict[str, Any]) -> dict[str, Any]:
+    return {"content": content, "crc32": zlib.crc32(json.dumps(content).encode())}
+
+
+def _unsealed(sealed: dict[str, Any]) -> dict[str, Any]:
+    if zlib.crc32(json.dumps(sealed["content"]).encode()) != sealed["crc32"]:
+        raise ValueError("its record is not what was saved")
+    return sealed["content"]
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Where a file is damaged, Orbax abandons its other reads; each would print a traceback of its own as it ends."""
+    hooks, level = (sys.unraisablehook, sys.excepthook), logging.root.manager.disable
+    sys.unraisablehook = sys.excepthook = lambda *_: None
+    logging.disable()
+    try:
+        yield
+    except Exception as error:
+        error.__traceback__ = error.__context__ = error.__cause__ = None  # these hold the abandoned reads
+        with warnings.catch_warnings(action="ignore"):
+            gc.collect()
+            time.sleep(0.2)
+        raise
+    finally:
+        sys.unraisablehook, sys.excepthook = hooks
+        logging.disable(level)
+
+
+def _or_infinite(loss: float | None) -> float:
+    return math.inf if loss is None or math.isnan(loss) else loss
 
 
 def _line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:160]
+    """The gist of an error on one line: how it begins, and how it ends, where the system's own words are."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if len(line) <= 200 else f"{line[:100]} ... {line[-90:]}"

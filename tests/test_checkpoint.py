@@ -1,0 +1,232 @@
+"""Checkpoints: what is restored is what was saved, or it is passed over by name."""
+
+import dataclasses
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
+
+from llm_jax import tree
+from llm_jax.sharding import MeshConfig, make_mesh
+from llm_jax.train.checkpoint import Checkpoints, Progress, checksums
+from llm_jax.train.step import TrainState
+
+
+def state_of(step: int, width: int = 40) -> TrainState:
+    key = jax.random.key(step)
+    params = {"layers": {"w": jax.random.normal(key, (2, width, width))}, "scale": jnp.ones(width)}
+    moments = jax.tree.map(lambda x: x * 0.1, params)
+    return TrainState(jnp.int32(step), params, ({"mu": moments, "count": jnp.int32(step)}, ()))
+
+
+def abstract(state: TrainState) -> TrainState:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def save(folder: Path, *steps: int, keep: int = 2, losses: dict[int, float] | None = None) -> None:
+    with Checkpoints(folder, keep) as checkpoints:
+        for step in steps:
+            checkpoints.save(state_of(step), Progress(step=step, heldout_loss=(losses or {}).get(step)))
+
+
+def restore(folder: Path) -> tuple[TrainState, Progress, list[str]]:
+    told: list[str] = []
+    with Checkpoints(folder) as checkpoints:
+        restored = checkpoints.restore(abstract(state_of(0)), told.append)
+    assert restored is not None
+    return *restored, told
+
+
+def data_files(folder: Path, step: int, item: str = "") -> list[Path]:
+    """The files of a checkpoint that hold arrays or the record, the largest first."""
+    files = [path for path in (folder / "checkpoints" / str(step) / item).rglob("*") if path.is_file()]
+    files = [path for path in files if path.parent.name == "d" or path.name == "metadata"]
+    return sorted(files, key=lambda path: path.stat().st_size, reverse=True)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    save(folder, 10, 20)
+    return folder
+
+
+@pytest.fixture
+def run(two_checkpoints: Path, tmp_path: Path) -> Path:
+    """A folder with checkpoints of steps 10 and 20, to be damaged."""
+    return shutil.copytree(two_checkpoints, tmp_path / "run")
+
+
+def test_a_checkpoint_gives_back_every_bit(run: Path):
+    state, progress, told = restore(run)
+    assert tree.fingerprint(state) == tree.fingerprint(state_of(20))
+    assert progress == Progress(step=20)
+    assert not told
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
+@pytest.mark.parametrize("item", ["params", "opt_state", "record"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(run: Path, item: str, damage, capfd):
+    damage(data_files(run, 20, item)[0])
+    state, progress, told = restore(run)
+    assert tree.fingerprint(state) == tree.fingerprint(state_of(10))
+    assert progress.step == 10
+    assert f"step 20, {run}/checkpoints/20" in told[0]
+    assert "\n" not in "".join(told)
+    assert capfd.readouterr().err == ""  # Orbax has a lot to say of this, and says it in tracebacks
+
+
+def test_no_flipped_bit_comes_back_as_a_number(run: Path):
+    draw = np.random.default_rng(0)
+    for path in data_files(run, 20):
+        original = path.read_bytes()
+        content = bytearray(original)
+        content[draw.integers(len(content))] ^= 1 << draw.integers(8)
+        path.write_bytes(content)
+        with Checkpoints(run, read_only=True) as checkpoints:
+            params, step = checkpoints.restore_params(abstract(state_of(0)).params, print)
+        assert tree.fingerprint(params) == tree.fingerprint(state_of(step).params)
+        path.write_bytes(original)
+
+
+def test_a_passed_over_step_can_be_saved_again_and_the_damaged_one_stays(run: Path):
+    flip_a_bit(data_files(run, 20)[0])
+    for name in ("20.damaged", "20.damaged-2"):
+        *_, told = restore(run)
+        assert f"{run}/checkpoints/{name}" in told[-1]
+        assert (run / "checkpoints" / name).is_dir()
+        save(run, 20)
+        assert restore(run)[1].step == 20
+        flip_a_bit(data_files(run, 20)[0])
+
+
+def test_where_no_checkpoint_can_be_read_all_stay_where_they_are(run: Path):
+    for step in (10, 20):
+        truncate(data_files(run, step)[0])
+    with pytest.raises(ValueError, match=r"tried \[20, 10\]"):
+        restore(run)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["10", "20"]
+
+
+def test_what_an_interrupted_save_left_is_named_and_removed(run: Path):
+    left = run / "checkpoints" / "30.orbax-checkpoint-tmp"
+    shutil.copytree(run / "checkpoints" / "20", left)
+    _, progress, told = restore(run)
+    assert progress.step == 20
+    assert told == [f"removed {left}: the save of step 30 was interrupted"]
+    assert not left.exists()
+
+
+def test_a_reader_changes_nothing(run: Path):
+    flip_a_bit(data_files(run, 20, "params")[0])
+    shutil.copytree(run / "checkpoints" / "10", run / "checkpoints" / "30.orbax-checkpoint-tmp")
+    before = sorted(path.relative_to(run) for path in run.rglob("*"))
+    with Checkpoints(run, keep=1, read_only=True) as checkpoints:
+        assert checkpoints.restore_params(abstract(state_of(0)).params, print)[1] == 10
+    assert sorted(path.relative_to(run) for path in run.rglob("*")) == before
+
+
+def test_the_last_and_the_best_stay_and_the_best_is_known_again_after_a_stop(tmp_path: Path):
+    save(tmp_path, 1, 2, 3, 4, losses={1: 3.0, 2: 2.0, 3: 2.5})
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [4, 3, 2]
+        assert checkpoints.best() == 2
+        assert checkpoints.is_best(1.9)
+        assert not checkpoints.is_best(2.1)
+        assert not checkpoints.is_best(None)
+        assert checkpoints.restore_params(abstract(state_of(0)).params, print)[1] == 2
+    save(tmp_path, 5, 6, losses={6: 2.1})
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [6, 5, 2]
+
+
+def test_a_loss_that_is_no_number_is_never_the_best(tmp_path: Path):
+    save(tmp_path, 1, 2, losses={1: float("nan"), 2: 5.0})
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.best() == 2
+        assert not checkpoints.is_best(float("nan"))
+
+
+def test_a_checkpoint_of_another_model_is_an_error_with_both_shapes(run: Path):
+    message = r"step 20 .* params/layers/w is float32 \[2, 40, 40\] there, float32 \[2, 48, 48\] here; use"
+    with Checkpoints(run) as checkpoints, pytest.raises(ValueError, match=message):
+        checkpoints.restore(abstract(state_of(0, width=48)), print)
+
+
+def test_a_checkpoint_of_another_optimizer_is_an_error_that_names_the_leaf(run: Path):
+    state = abstract(state_of(0))
+    plain = dataclasses.replace(state, opt_state=({"count": state.opt_state[0]["count"]}, ()))
+    message = r"opt_state/0/mu/layers/w is float32 \[2, 40, 40\] there, absent here"
+    with Checkpoints(run) as checkpoints, pytest.raises(ValueError, match=message):
+        checkpoints.restore(plain, print)
+
+
+def test_a_step_without_a_checkpoint_is_an_error_with_those_that_have_one(run: Path):
+    with Checkpoints(run) as checkpoints, pytest.raises(ValueError, match=r"step 15; use one of \[10, 20\]"):
+        checkpoints.restore_params(abstract(state_of(0)).params, print, step=15)
+
+
+@contextmanager
+def no_file_over(size: int) -> Iterator[None]:
+    """A disk that takes no more than `size` bytes in a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_save_that_fails_is_one_line_and_leaves_the_last_good_checkpoint(run: Path, capfd):
+    state, message = state_of(30, width=200), "the checkpoint of step 30 could not be written .*File too large"
+    checksums({"params": state.params, "opt_state": state.opt_state})  # a compiled program is a file too
+    with Checkpoints(run) as checkpoints, no_file_over(8000):
+        checkpoints.save(state, Progress(step=30))
+        with pytest.raises(OSError, match=message):
+            checkpoints.wait()
+    assert restore(run)[1].step == 20
+    assert capfd.readouterr().err == ""
+
+
+@given(
+    st.sampled_from([np.float32, np.float16, jnp.bfloat16, np.int32]),
+    st.integers(0, 15),
+    st.integers(0, 59),
+)
+def test_every_flipped_bit_changes_the_checksum(dtype, bit: int, place: int):
+    x = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(dtype)
+    flipped = x.copy()
+    flipped.view(f"uint{8 * x.itemsize}").reshape(-1)[place] ^= 1 << bit
+    assert int(checksums({"x": x})["x"]) != int(checksums({"x": flipped})["x"])
+
+
+def test_swapped_numbers_change_the_checksum():
+    x = np.arange(60, dtype=np.float32).reshape(3, 4, 5)
+    assert int(checksums({"x": x})["x"]) != int(checksums({"x": x[:, ::-1].copy()})["x"])
+
+
+def test_the_checksum_is_the_same_on_every_mesh():
+    x = jax.random.normal(jax.random.key(0), (16, 24))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    for spec in (PartitionSpec("fsdp"), PartitionSpec("tensor", "fsdp"), PartitionSpec(None, "fsdp")):
+        split = jax.device_put(x, NamedSharding(mesh, spec))
+        assert int(checksums({"x": split})["x"]) == int(checksums({"x": x})["x"])
