@@ -1,0 +1,120 @@
+"""Evaluation: exact means of what was scored, and intervals that behave as a bootstrap's should."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm_jax.data import tokenizer
+from llm_jax.data.loader import IGNORE, Batch
+from llm_jax.train.evaluate import Evaluation, evaluate, resampled, token_lengths
+
+LENGTHS = np.array([1, 2, 3, 0])
+
+# A document is a list of (nats, token), at least one.
+documents = st.lists(
+    st.lists(st.tuples(st.floats(0, 20, width=32), st.integers(0, 3)), min_size=1, max_size=6),
+    min_size=1,
+    max_size=12,
+)
+Documents = Sequence[Sequence[tuple[float, int]]]
+
+
+def batch_of(scored: Sequence[tuple[int, float, int]], padding: int = 0) -> tuple[Batch, np.ndarray]:
+    """One row of (document, nats, token), and its scores; positions without a target score nonsense."""
+    ignored = [(IGNORE, 99.0, IGNORE)] * padding
+    of, nats, targets = (np.array([column]) for column in zip(*scored, *ignored, strict=True))
+    return Batch(targets, targets, documents=of), nats.astype(np.float32)
+
+
+def evaluated(corpus: Documents, rows: int = 3, padding: int = 2) -> Evaluation:
+    """`corpus` scored over batches of `rows` tokens, so that documents are cut by batches."""
+    tokens = [(n, nats, token) for n, document in enumerate(corpus) for nats, token in document]
+    batches = [batch_of(tokens[i : i + rows], padding) for i in range(0, len(tokens), rows)]
+    scores = {id(batch): nats for batch, nats in batches}
+    return evaluate(lambda batch: scores[id(batch)], [batch for batch, _ in batches], LENGTHS)
+
+
+@settings(max_examples=25)
+@given(documents)
+def test_means_are_over_all_tokens_and_bytes_however_batches_cut_the_documents(corpus: Documents):
+    result = evaluated(corpus)
+    nats = [pair[0] for document in corpus for pair in document]
+    size = sum(int(LENGTHS[pair[1]]) for document in corpus for pair in document)
+    assert result.tokens == len(nats)
+    assert result.bytes == size
+    assert result.documents == len(corpus)
+    np.testing.assert_allclose(result.loss, math.fsum(nats) / len(nats), rtol=1e-6)
+    np.testing.assert_allclose(result.bits_per_byte, math.fsum(nats) / math.log(2) / max(size, 1), rtol=1e-6)
+    np.testing.assert_allclose(result.perplexity, math.exp(result.loss))
+
+
+@settings(max_examples=25)
+@given(documents)
+def test_an_interval_lies_within_the_best_and_the_worst_document(corpus: Documents):
+    low, high = evaluated(corpus).loss_interval
+    means = [np.mean([nats for nats, _ in document]) for document in corpus]
+    assert min(means) - 1e-5 <= low <= high <= max(means) + 1e-5
+
+
+@settings(max_examples=25)
+@given(documents)
+def test_documents_of_one_loss_leave_no_doubt(corpus: Documents):
+    result = evaluated([[(2.5, token) for _, token in document] for document in corpus])
+    np.testing.assert_allclose(result.loss_interval, (2.5, 2.5), rtol=1e-12)
+
+
+@settings(max_examples=25)
+@given(documents, st.randoms(use_true_random=False))
+def test_the_order_of_documents_changes_no_mean(corpus: Documents, random):
+    shuffled = random.sample(corpus, len(corpus))
+    np.testing.assert_allclose(evaluated(shuffled).loss, evaluated(corpus).loss, rtol=1e-9)
+
+
+def test_the_same_scores_give_the_same_interval():
+    corpus = [[(float(n), 1)] for n in range(20)]
+    assert evaluated(corpus) == evaluated(corpus)
+
+
+def test_the_interval_is_that_of_the_mean_of_documents():
+    """For documents of equal length the bootstrap's spread is the standard error, s / sqrt(n)."""
+    draw = np.random.default_rng(1)
+    nats = draw.normal(3, 0.5, size=400)
+    sums = np.stack([nats, np.ones(400), np.ones(400)], axis=1)
+    spread = resampled(sums)[:, 0].std()
+    np.testing.assert_allclose(spread, nats.std() / math.sqrt(400), rtol=0.1)  # 1000 draws: 2 % standard error
+
+
+def test_four_times_the_documents_halve_the_interval():
+    draw = np.random.default_rng(2)
+    losses = draw.normal(3, 0.5, size=1600).tolist()
+
+    def width(n: int) -> float:
+        low, high = evaluated([[(loss, 1)] for loss in losses[:n]], rows=1600).loss_interval
+        return high - low
+
+    np.testing.assert_allclose(width(400) / width(1600), 2, rtol=0.15)
+
+
+def test_a_long_document_counts_as_one_however_many_tokens_it_has():
+    """Tokens of a document are no independent draws: one document of 1000 tokens is one observation."""
+    low, high = evaluated([[(1.0, 1)] * 100, [(3.0, 1)] * 100], rows=400).loss_interval
+    assert (low, high) == (1.0, 3.0)
+
+
+def test_nothing_to_score_is_an_error():
+    with pytest.raises(ValueError, match="not one held-out token"):
+        evaluate(lambda batch: np.zeros((1, 1), np.float32), [batch_of([], padding=1)[0]], LENGTHS)
+    with pytest.raises(ValueError, match="not one held-out token"):
+        evaluate(lambda batch: np.zeros((1, 1), np.float32), [], LENGTHS)
+
+
+def test_lengths_add_up_to_the_bytes_of_the_text_and_end_of_text_has_none():
+    byte = tokenizer.build("byte", list)
+    lengths = token_lengths(byte)
+    text = "naïve ☃"
+    assert lengths[byte.encode(text)].sum() == len(text.encode())
+    assert lengths[byte.end_of_text] == 0
