@@ -1,35 +1,38 @@
 """The training loop: `train` starts a run, `resume` goes on with one; both leave a folder that explains itself."""
 
+import contextlib
 import dataclasses
+import functools
+import itertools
 import os
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 from rich.console import Console
 
 from llm_jax import log
+from llm_jax.config import to_dict
 from llm_jax.data.loader import Loader, heldout_rows
 from llm_jax.data.shards import Shards, cached, open_shards
-from llm_jax.hardware import peak_flops
 from llm_jax.infer.generate import generate
-from llm_jax.model.config import flops_per_token, parameter_counts
-from llm_jax.model.taps import capture
+from llm_jax.model.config import parameter_counts
 from llm_jax.ops.sampling import Sampling
 from llm_jax.train import run
-from llm_jax.train.checkpoint import Checkpoints, Progress
+from llm_jax.train.checkpoint import Checkpoints, Progress, Report
+from llm_jax.train.diagnose import diagnose
 from llm_jax.train.evaluate import Evaluation, evaluate, token_lengths
+from llm_jax.train.meter import Meter
+from llm_jax.train.optimizer import make_schedule
 from llm_jax.train.program import Program
 from llm_jax.train.report import write_report
 from llm_jax.train.run import RunConfig
-from llm_jax.train.step import Metrics, TrainState, cast
+from llm_jax.train.step import TrainState, cast
+from llm_jax.train.stop import stop_signals
+
+PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
 
 
 class Diverged(ValueError):
@@ -48,10 +51,9 @@ def keep_compiled_programs() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def open_data(config: RunConfig, report: Callable[[str], None]) -> Shards:
+def open_data(config: RunConfig, report: Report) -> Shards:
     """The token shards of `config.data`, prepared on first use. Raises `ValueError` if the vocabulary is too small."""
-    prepared = Path(config.data.uri) / "meta.json"
-    shards = open_shards(config.data.uri if prepared.is_file() else cached(config.data, cache_folder() / "data", report))
+    shards = open_shards(cached(config.data, cache_folder() / "data", report))
     if shards.manifest.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"the tokenizer has {shards.manifest.vocab_size} ids, but model.vocab_size={config.model.vocab_size}; "
@@ -61,53 +63,46 @@ def open_data(config: RunConfig, report: Callable[[str], None]) -> Shards:
 
 
 def train(config: RunConfig, folder: str | Path, *, console: Console | None = None, command: str = "") -> Progress:
-    """Starts a run of `config` in `folder`. Raises `ValueError`, with nothing written, for whatever can't work."""
-    folder, console = Path(folder), console or Console()
-    if run.is_run(folder):
-        raise ValueError(f"{folder} already holds a run; go on with: llm-jax resume {folder}, or choose another --run")
-    shards, program = open_data(config, console.print), Program.on(config)
-    Loader(shards.split("train"), config.data).check_horizon(config.steps)
-    weights = None if config.init_from is None else load_weights(config.init_from, program, console.print)
-    state = program.init()
-    if weights is not None:
-        state = state.replace(params=weights)
-    run.create(folder, config, shards.tokenizer, command)
-    return Session(config, folder, shards, program, console).go(state, Progress())
+    """Starts a run of `config` in `folder`. What fails before the first step is over leaves nothing behind.
+
+    Raises `ValueError` for what can't work, `Diverged` after `config.patience` bad steps in a row.
+    """
+    folder = Path(folder)
+    run.check_free(folder, config)
+    session = Session.open(config, folder, console or Console())
+    state = session.begin()
+    run.create(folder, config, session.shards, command)
+    try:
+        return session.go(state, Progress())
+    except BaseException:
+        if not log.read(folder):
+            run.remove(folder)
+        raise
 
 
-def resume(
-    folder: str | Path, *, steps: int | None = None, console: Console | None = None
-) -> Progress:
-    """Goes on exactly where the run in `folder` stopped; `steps` sets a new total, to which the schedule stretches."""
-    folder, console = Path(folder), console or Console()
-    config = run.load_config(folder)
-    if steps is not None:
-        config = dataclasses.replace(config, steps=steps)
-    shards, program = open_data(config, console.print), Program.on(config)
-    Loader(shards.split("train"), config.data).check_horizon(config.steps)
-    if shards.tokenizer.fingerprint != run.load_tokenizer(folder).fingerprint:
-        raise ValueError(f"the data of {config.data.uri} has changed since {folder} began; its tokenizer is another one")
-    with Checkpoints(folder, read_only=True) as checkpoints:
-        if checkpoints.steps():
-            state, progress = checkpoints.restore(program.abstract_state, console.print)
-        else:
-            state, progress = program.init(), Progress()
+def resume(folder: str | Path, *, steps: int | None = None, console: Console | None = None) -> Progress:
+    """Goes on exactly where the run in `folder` stopped; `steps` sets a new total, to which the schedule stretches.
+
+    Raises `ValueError` where there is no run, or its data or model is no longer what it was, and as `train` does.
+    """
+    folder = Path(folder)
+    old = run.load_config(folder)
+    config = old if steps is None else dataclasses.replace(old, steps=steps)
+    session = Session.open(config, folder, console or Console())
+    run.check_data(folder, session.shards)
+    state, progress = session.restore(old)
     if progress.step >= config.steps:
         raise ValueError(f"{folder} is finished at step {progress.step}; train further with --steps N above that")
-    console.print(f"resuming {folder} at step {progress.step}: weights, optimizer and data position restored")
     run.save_config(folder, config)
     log.truncate(folder, progress.step)
-    return Session(config, folder, shards, program, console).go(state, progress)
+    return session.go(state, progress)
 
 
-def load_weights(folder: str | Path, program: Program, report: Callable[[str], None], step: int | None = None) -> Any:
-    """The weights of the run in `folder`, laid out for `program`."""
-    theirs, ours = run.load_config(folder).model, program.config.model
-    if parameter_counts(theirs) != parameter_counts(ours):
-        raise ValueError(f"the model in {folder} has another shape: {parameter_counts(theirs)}, here {parameter_counts(ours)}")
+def load_weights(folder: str | Path, program: Program, report: Report, step: int | None = None) -> PyTree:
+    """The weights of the run in `folder`, laid out for `program`: those of `step`, or else the best."""
     with Checkpoints(Path(folder), read_only=True) as checkpoints:
         params, step = checkpoints.restore_params(program.abstract_state.params, report, step)
-    report(f"weights of {folder} at step {step} restored; optimizer and data start anew")
+    report(f"restored from {folder} at step {step}: weights, nothing else; optimizer, schedule and data start anew")
     return params
 
 
@@ -117,67 +112,132 @@ class Session:
 
     config: RunConfig
     folder: Path
+    console: Console
     shards: Shards
     program: Program
-    console: Console
+    loader: Loader
+    checkpoints: Checkpoints
+
+    @classmethod
+    def open(cls, config: RunConfig, folder: Path, console: Console) -> "Session":
+        """Data and program of `config`. Raises `ValueError` for whatever can't work, before anything is computed."""
+        shards = open_data(config, functools.partial(console.print, **PLAIN))
+        if not shards.split("heldout").n_documents:
+            raise ValueError(f"data.heldout={config.data.heldout} leaves nothing to evaluate on; set it above 0")
+        loader = Loader(shards.split("train"), config.data)
+        loader.check_horizon(config.steps)
+        return cls(config, folder, console, shards, Program.on(config), loader, Checkpoints(folder, config.keep))
+
+    def say(self, line: str) -> None:
+        self.console.print(line, **PLAIN)
+
+    def begin(self) -> TrainState:
+        """The state before the first step."""
+        source = self.config.init_from
+        params = None if source is None else self._weights_of(source)
+        state = self.program.init()
+        return state if params is None else dataclasses.replace(state, params=params)
+
+    def _weights_of(self, source: str) -> PyTree:
+        theirs, ours = run.load_tokenizer(source), self.shards.tokenizer
+        if theirs.fingerprint != ours.fingerprint:
+            raise ValueError(
+                f"init_from={source} knows the tokens of {theirs.name}, but the data is in those of {ours.name}; "
+                f"set data.tokenizer={source}/tokenizer"
+            )
+        changed = run.differences(to_dict(run.load_config(source).model), to_dict(self.config.model))
+        if changed:
+            self.say(f"the model of {source} is not quite this one: {'; '.join(changed)}")
+        return load_weights(source, self.program, self.say)
+
+    def restore(self, old: RunConfig) -> tuple[TrainState, Progress]:
+        """The state to go on from. Says what was restored, and what is not as it was under `old`."""
+        c, restored = self.config, self.checkpoints.restore(self.program.abstract_state, self.say)
+        if restored is None:
+            self.say(f"{self.folder} has no checkpoint yet: it begins again")
+            return self.begin(), Progress()
+        step = restored[1].step
+        self.say(
+            f"resumed {self.folder} at step {step} of {c.steps}: weights, optimizer, schedule and data position "
+            f"(epoch {self.loader.epoch(step):.2f}) restored"
+        )
+        if c.steps != old.steps:
+            before, now = (np.asarray(make_schedule(o.optimizer, o.steps)(step)) for o in (old, c))
+            self.say(
+                f"steps {old.steps} -> {c.steps}: the {c.optimizer.schedule} schedule stretches, "
+                f"and here the learning rate is {now:.3g} instead of {before:.3g}"
+            )
+        for change in run.changed_environment(self.folder):
+            self.say(f"not the same bits as without the stop: {change}")
+        return restored
 
     def go(self, state: TrainState, progress: Progress) -> Progress:
-        """Trains from `state` on, writes the report, and returns how far it came."""
+        """Trains from `state` to the last step, or until it is told to stop; how far it came."""
         c = self.config
-        counts = parameter_counts(c.model)
-        self.console.print(f"{sum(counts.values()):,} parameters on {jax.device_count()} device(s); run folder {self.folder}")
-        metrics_log = log.MetricsLog(
+        count = sum(parameter_counts(c.model).values())
+        self.say(f"{count:,} parameters on {jax.device_count()} device(s); run folder {self.folder}")
+        rows = log.MetricsLog(
             self.folder,
             console=self.console,
             total_steps=c.steps,
             start_step=progress.step,
             tensorboard=c.tensorboard,
         )
-        with Checkpoints(self.folder, c.keep) as checkpoints, metrics_log, stop_signals() as stopped:
-            meter = Meter(c, metrics_log, progress)
-            try:
-                for batch in Loader(self.shards.split("train"), c.data).batches(progress.step):
+        meter = Meter(c, rows, progress)
+        try:
+            with self.checkpoints, rows, stop_signals() as stopping:
+                if not self.checkpoints.steps():  # what a run began from, it need not find again
+                    self.checkpoints.save(state, progress)
+                for batch in self.loader.batches(progress.step):
                     state, metrics = self.program.train_step(state, batch)
                     meter.push(metrics)
-                    done = meter.step == c.steps or stopped()
-                    if done or self._due(meter.step):
-                        meter.flush()
-                        self._pause(state, meter, checkpoints, metrics_log, done)
-                    if done:
+                    self._check(state, meter.progress)
+                    last = meter.step == c.steps or stopping()
+                    if last or self._due(meter.step):
+                        self._pause(state, meter, rows, last)
+                    if last:
                         break
-            except Diverged as error:
-                raise Diverged(f"{error}; {self._diagnose(state, meter)}") from None
-            finally:
-                write_report(self.folder)
+        except OSError as error:
+            way = f"mend this, then go on with: llm-jax resume {self.folder}"
+            raise ValueError(f"{error}; {self._newest_checkpoint()}; {way}") from error
+        finally:
+            self._report()
         return meter.progress
 
     def _due(self, step: int) -> bool:
         c = self.config
         return any(step % every == 0 for every in (c.evaluate_every, c.checkpoint_every, c.sample_every))
 
-    def _pause(self, state: TrainState, meter: "Meter", checkpoints: Checkpoints, metrics_log: Any, done: bool) -> None:
-        """Evaluates, writes samples and saves, each when it is due."""
-        c, step = self.config, meter.step
-        best = False
-        if step % c.evaluate_every == 0 or step == c.steps:
+    def _pause(self, state: TrainState, meter: Meter, rows: log.MetricsLog, last: bool) -> None:
+        """Evaluates, writes samples and saves, each when it is due, and at the end of the run."""
+        c = self.config
+        row, progress = meter.read(), meter.progress
+        step, end = progress.step, progress.step == c.steps
+        if end or step % c.evaluate_every == 0:
             result = self.evaluate(state, c.evaluate_batches)
-            metrics_log.write(step, {"heldout_loss": result.loss, "bits_per_byte": result.bits_per_byte})
-            metrics_log.print(f"step {step:,}  held-out loss {result.loss:.4f}  {result.bits_per_byte:.4f} bits per byte")
-            best = meter.evaluated(result.loss)
-        if step % c.sample_every == 0 or step == c.steps:
-            samples = self.samples(state)
-            metrics_log.write(step, {"samples": samples})
-            metrics_log.print("\n".join(f"  {sample['prompt']}{sample['text']}" for sample in samples))
-        if done or best or step % c.checkpoint_every == 0:
-            checkpoints.save(state, meter.progress)
-        write_report(self.folder)
+            row |= {"heldout_loss": result.loss, "bits_per_byte": result.bits_per_byte}
+            progress = dataclasses.replace(progress, heldout_loss=result.loss)
+            rows.print(f"step {step:,}  held-out loss {result.loss:.4f}  {result.bits_per_byte:.4f} bits per byte")
+        if c.prompts and (end or step % c.sample_every == 0):
+            row["samples"] = self.samples(state)
+            rows.print("\n".join(f"  {sample['prompt']}{sample['text']}" for sample in row["samples"]))
+        meter.write(row)  # before the checkpoint: what is resumed has all its rows
+        self._check(state, progress)
+        due = last or step % c.checkpoint_every == 0 or self.checkpoints.is_best(progress.heldout_loss)
+        # After a bad step the state is as before it, but may be what makes steps bad: such a one is not kept.
+        if due and not progress.skipped_in_a_row:
+            self.checkpoints.save(state, progress)
+        self._report()
         meter.restart()
 
     def evaluate(self, state: TrainState, limit: int | None = None) -> Evaluation:
         """Scores the first `limit` held-out batches."""
-        batches = heldout_rows(self.shards.split("heldout"), self.config.data)
-        first = (batch for _, batch in zip(range(limit or 1 << 60), batches, strict=False))
-        return evaluate(lambda b: self.program.score(state.params, b), first, token_lengths(self.shards.tokenizer))
+        batches = itertools.islice(heldout_rows(self.shards.split("heldout"), self.config.data), limit)
+        return evaluate(functools.partial(self.program.score, state.params), batches, self._token_lengths)
+
+    @functools.cached_property
+    def _token_lengths(self) -> np.ndarray:
+        return token_lengths(self.shards.tokenizer)
 
     def samples(self, state: TrainState, tokens: int = 80) -> list[dict[str, str]]:
         """What the model writes behind each of the config's prompts."""
@@ -193,92 +253,25 @@ class Session:
         )
         return [{"prompt": prompt, "text": text} for prompt, text in zip(c.prompts, texts, strict=True)]
 
-    def _diagnose(self, state: TrainState, meter: "Meter") -> str:
-        """Which documents stood in the last batch, and the first activation that was not finite there."""
-        c, step = self.config, meter.progress.step - 1
-        loader = Loader(self.shards.split("train"), c.data)
-        batch = loader.batch(step)
-        where = "the forward pass is finite, so the gradient overflowed"
-        params = cast(state.params, c.model.dtype)
-        taps = capture(self.program.model, params, batch.tokens, segments=batch.segments, positions=batch.positions)
-        for name, x in taps.items():
-            bad = ~np.isfinite(np.asarray(x, np.float32))
-            if bad.any():
-                layer = f" of layer {int(np.argmax(bad.reshape(len(bad), -1).any(1)))}" if x.ndim > 3 else ""
-                where = f"the first activation to go bad is {name}{layer}"
-                break
-        return f"batch of step {step}: documents {loader.documents(step).tolist()}; {where}"
+    def _report(self) -> None:
+        with contextlib.suppress(OSError):  # a page less is no reason to stop, nor to hide one
+            write_report(self.folder)
 
-
-class Meter:
-    """Reads metrics one step late, so that the device never waits for a number that is only printed."""
-
-    def __init__(self, config: RunConfig, metrics_log: log.MetricsLog, progress: Progress) -> None:
-        self.config, self.log, self.progress, self.step = config, metrics_log, progress, progress.step
-        self._pending: tuple[int, Metrics] | None = None
-        self._bad_in_a_row = 0
-        self._flops, self._peak = flops_per_token(config.model, config.data.seq_len), peak_flops()
-        self.restart()
-
-    def restart(self) -> None:
-        """Forgets the time since the last step: what came between was no training."""
-        self._clock = time.perf_counter()
-
-    def push(self, metrics: Metrics) -> None:
-        """Takes the metrics of a step just dispatched, and records those of the step before."""
-        self.flush()
-        self.step += 1
-        self._pending = (self.step, metrics)
-
-    def flush(self) -> None:
-        """Waits for the newest metrics and records them. Raises `Diverged` after `patience` bad steps in a row."""
-        if self._pending is None:
+    def _check(self, state: TrainState, progress: Progress) -> None:
+        """Raises `Diverged` after too many bad steps: the last, what was read there, what went bad, what is left."""
+        if progress.skipped_in_a_row < self.config.patience:
             return
-        (step, metrics), self._pending = self._pending, None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        now = time.perf_counter()
-        seconds, self._clock = now - self._clock, now
-        rate = values["tokens"] / seconds
-        self.progress = Progress(
-            step=step,
-            tokens=self.progress.tokens + int(values["tokens"]),
-            skipped=self.progress.skipped + int(values["skipped"]),
+        step = progress.step - 1
+        documents = self.loader.documents(step)
+        origins = ", ".join(self.shards.split("train").origins(documents[:5])) + ", ..." * (len(documents) > 5)
+        reason = diagnose(self.program, state.params, self.loader.batch(step), step)
+        self.checkpoints.wait()
+        raise Diverged(
+            f"loss or gradient was not finite in {progress.skipped_in_a_row} steps in a row; at step {progress.step}, "
+            f"on documents {origins}: {reason}; {self._newest_checkpoint()}; "
+            f"start anew with less learning rate and init_from={self.folder}"
         )
-        row = values | {
-            "tokens": self.progress.tokens,
-            "skipped": self.progress.skipped,
-            "tokens_per_second": rate,
-            "step_seconds": seconds,
-        }
-        if self._peak is not None:
-            row["peak_fraction"] = rate * self._flops / self._peak
-        self.log.write(step, row)
-        self._bad_in_a_row = self._bad_in_a_row + 1 if values["skipped"] else 0
-        if self._bad_in_a_row >= self.config.patience:
-            raise Diverged(f"loss or gradient not finite in {self._bad_in_a_row} steps in a row, up to step {step}")
 
-    def evaluated(self, loss: float) -> bool:
-        """Notes a held-out loss; whether it is the best so far."""
-        self.progress = dataclasses.replace(self.progress, heldout_loss=loss)
-        best, self._best = loss < getattr(self, "_best", float("inf")), min(loss, getattr(self, "_best", float("inf")))
-        return best
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turns the first SIGTERM or Ctrl-C into a request to stop after this step; a second one stops at once."""
-    asked = threading.Event()
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        asked.set()
-        signal.signal(number, previous[number])
-
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    def _newest_checkpoint(self) -> str:
+        steps = self.checkpoints.steps()
+        return f"the last good checkpoint is of step {steps[0]}" if steps else "there is no checkpoint yet"

@@ -10,7 +10,6 @@ from typing import Any
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
@@ -33,12 +32,13 @@ class Program:
     @classmethod
     def on(cls, config: RunConfig) -> "Program":
         """The program on all devices there are. Raises `ValueError` where rows don't divide over them."""
-        mesh = make_mesh(config.mesh)
-        shards, rows = mesh.shape["data"] * mesh.shape["fsdp"], config.data.batch_size // config.accumulate
-        if rows % shards:
+        mesh, size, accumulate = make_mesh(config.mesh), config.data.batch_size, config.accumulate
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        rows, least = size // accumulate, shards * accumulate
+        if size % least:
             raise ValueError(
-                f"a microbatch of {rows} rows (data.batch_size={config.data.batch_size} / accumulate={config.accumulate}) "
-                f"does not divide over data x fsdp = {shards} devices; use a multiple of {shards}"
+                f"a microbatch of {rows} rows (data.batch_size={size} / accumulate={accumulate}) does not divide over "
+                f"data x fsdp = {shards} devices; use data.batch_size={-(-size // least) * least}"
             )
         return cls(config, mesh)
 
@@ -92,6 +92,7 @@ class Program:
         )
         layout = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         replicated = NamedSharding(self.mesh, PartitionSpec())
+        chex.clear_trace_counter()  # it counts by name, and every program of this process has a step of that name
         return jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=0, out_shardings=(layout, replicated))
 
     @functools.cached_property

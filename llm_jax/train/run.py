@@ -1,15 +1,20 @@
 """A run: its configuration, and the folder where everything about it lives.
 
-    config.json  environment.json  tokenizer/  checkpoints/<step>/  metrics.jsonl  report.html
+config.json  data.json  environment.json  tokenizer/  checkpoints/<step>/  metrics.jsonl  report.html
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import platform
 import runpy
+import shutil
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import flax
 import jax
@@ -17,6 +22,7 @@ import jax
 from llm_jax.config import checked, from_dict, nearest, to_dict
 from llm_jax.data import tokenizer
 from llm_jax.data.loader import DataConfig
+from llm_jax.data.shards import Shards
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.log import write_whole
 from llm_jax.model.config import ModelConfig
@@ -58,7 +64,16 @@ class RunConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulate", "evaluate_every", "evaluate_batches", "checkpoint_every", "keep", "patience"):
+        for name in (
+            "steps",
+            "accumulate",
+            "evaluate_every",
+            "evaluate_batches",
+            "checkpoint_every",
+            "sample_every",
+            "keep",
+            "patience",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.data.batch_size % self.accumulate:
@@ -103,8 +118,20 @@ def load_recipe(name: str) -> RunConfig:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run lives in `folder`."""
-    return (folder / "config.json").is_file()
+    """Whether a run lives in `folder`, or what is left of one."""
+    return any((folder / name).exists() for name in ("config.json", "checkpoints", "metrics.jsonl"))
+
+
+def check_free(folder: Path, config: RunConfig) -> None:
+    """Raises `ValueError` where a run lives in `folder`: it is never overwritten."""
+    if is_run(folder):
+        changed = (
+            differences(to_dict(load_config(folder)), to_dict(config)) if (folder / "config.json").exists() else []
+        )
+        other = f" of another config ({'; '.join(changed[:3])})" if changed else ""
+        raise ValueError(
+            f"{folder} already holds a run{other}; go on with it: llm-jax resume {folder}, or choose another --run"
+        )
 
 
 def load_config(folder: str | Path) -> RunConfig:
@@ -112,10 +139,7 @@ def load_config(folder: str | Path) -> RunConfig:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no run (no config.json); start one with: llm-jax train CONFIG --run {folder}")
-    try:
-        return from_dict(RunConfig, json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); restore it, or start a new run") from error
+    return from_dict(RunConfig, _read_json(path))
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -123,33 +147,109 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return tokenizer.load(Path(folder) / "tokenizer")
 
 
-def create(folder: Path, config: RunConfig, text: Tokenizer, command: str) -> None:
-    """Lays out a run folder. Raises `ValueError` where one exists: a run is never overwritten."""
-    if is_run(folder):
-        raise ValueError(f"{folder} already holds a run; go on with: llm-jax resume {folder}, or choose another --run")
+def create(folder: Path, config: RunConfig, shards: Shards, command: str) -> None:
+    """Lays out the folder of a run that begins."""
     folder.mkdir(parents=True, exist_ok=True)
-    text.save(folder / "tokenizer")
-    write_whole(folder / "environment.json", json.dumps(environment(command), indent=2) + "\n")
+    shards.tokenizer.save(folder / "tokenizer")
+    _write_json(folder / "data.json", data_identity(shards))
+    _write_json(folder / "environment.json", environment(command))
     save_config(folder, config)  # last: it makes the folder a run
+
+
+def remove(folder: Path) -> None:
+    """Takes back what `create` and a first step wrote, and nothing else that `folder` may hold."""
+    for name in ("config.json", "data.json", "environment.json", "metrics.jsonl", "report.html"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("tokenizer", "checkpoints", "tensorboard"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    with contextlib.suppress(OSError):  # not empty: someone else's
+        folder.rmdir()
 
 
 def save_config(folder: Path, config: RunConfig) -> None:
     """Writes config.json, all of it or nothing."""
-    write_whole(folder / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+    _write_json(folder / "config.json", to_dict(config))
+
+
+def data_identity(shards: Shards) -> dict[str, Any]:
+    """What decides the batches, beside the config."""
+    splits = {
+        name: {
+            "documents": split.documents,
+            "tokens": split.tokens,
+            "sha256": hashlib.sha256(json.dumps(sorted(split.files.items())).encode()).hexdigest(),
+        }
+        for name, split in shards.manifest.splits.items()
+    }
+    return {
+        "tokenizer": shards.manifest.tokenizer_fingerprint,
+        "vocab_size": shards.manifest.vocab_size,
+        **splits,
+    }
+
+
+def check_data(folder: Path, shards: Shards) -> None:
+    """Raises `ValueError` unless `shards` are what the run in `folder` began with."""
+    changed = differences(_read_json(folder / "data.json"), data_identity(shards))
+    if changed:
+        raise ValueError(
+            f"{shards.manifest.source} is not what {folder} has been trained on: {changed[0]}; restore it, "
+            f"or start a new run with init_from={folder}"
+        )
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], where: str = "") -> list[str]:
+    """A phrase for each leaf in which two nested mappings differ: `model.n_layers is 4 there, 8 here`."""
+    found = []
+    for key in [*there, *(key for key in here if key not in there)]:
+        a, b = there.get(key), here.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{where}{key}.")
+        elif a != b:
+            found.append(f"{where}{key} is {_plain(a)} there, {_plain(b)} here")
+    return found
 
 
 def environment(command: str) -> dict[str, object]:
     """Where a run takes place, for its report."""
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
     return {
         "command": command,
         "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-        "commit": git.stdout.strip() or None,
+        "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "jax": jax.__version__,
         "flax": flax.__version__,
         "devices": [f"{device.platform}:{device.id} {device.device_kind}" for device in jax.devices()],
     }
+
+
+def changed_environment(folder: Path) -> list[str]:
+    """What of the run's first environment decides its bits, and is another here."""
+    there, here = _read_json(folder / "environment.json"), environment("")
+    return [change for name in ("jax", "devices") for change in differences({name: there[name]}, {name: here[name]})]
+
+
+def _commit() -> str | None:
+    try:
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git here, or an installed wheel
+        return None
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    write_whole(path, json.dumps(values, indent=2) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} can't be read ({error}); restore it, or start a new run") from error
+
+
+def _plain(value: Any) -> str:
+    """A value as the command line takes it; of a digest the beginning."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) < 40 else f"{text[:12]}..."

@@ -1,0 +1,100 @@
+"""Where a loss or gradient that is not finite comes from: the first number to go bad, in the order of computation."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, PyTree
+
+from llm_jax import tree as trees
+from llm_jax.data.loader import Batch
+from llm_jax.model.config import TAPS
+from llm_jax.model.taps import capture
+from llm_jax.model.transformer import Transformer
+from llm_jax.train.program import Program
+from llm_jax.train.step import accumulated, cast, make_loss
+
+# In which order the backward pass comes to the parameters of a layer, and to those outside of all layers.
+BACKWARD = (
+    (r"^unembedding/", 0),
+    (r"^final_norm/", 1),
+    (r"/feedforward/._down$", 2),
+    (r"/feedforward/", 3),
+    (r"/feedforward_norm/", 4),
+    (r"/attention/._o$", 5),
+    (r"/attention/", 6),
+    (r"/attention_norm/", 7),
+    (r"^(positions|embedding)/", 8),
+)
+
+
+def diagnose(program: Program, params: PyTree, batch: Batch, step: int) -> str:
+    """What goes wrong where `batch` follows `step` steps, as a clause: the first activation or gradient to go bad."""
+    return _in_forward_pass(program, params, batch) or _in_backward_pass(program, params, batch, step)
+
+
+def _in_forward_pass(program: Program, params: PyTree, batch: Batch) -> str | None:
+    rows = np.flatnonzero(~np.isfinite(program.score(params, batch)).all(axis=1))
+    if not len(rows):
+        return None
+    # One bad row will do, a copy for each device: the activations of a whole batch need not fit in memory.
+    copies = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
+    row = jax.tree.map(lambda x: np.repeat(x[rows[:1]], copies, axis=0), batch)
+    with jax.set_mesh(program.mesh):
+        bad = jax.device_get(_bad_activations(program.model, params, program.put(row)))
+    n = program.config.model.n_layers
+    places = [
+        (layer, order, name) for order, (name, path) in enumerate(TAPS.items()) for layer in _layers(path, bad[name], n)
+    ]
+    if not places:
+        return None
+    layer, _, name = min(places)
+    return f"the first activation to go bad is {_called(name, layer, n)}"
+
+
+def _in_backward_pass(program: Program, params: PyTree, batch: Batch, step: int) -> str:
+    c, n = program.config, program.config.model.n_layers
+    key = jax.random.fold_in(jax.random.key(c.seed), step)
+
+    @jax.jit
+    def largest(params: PyTree, batch: Batch) -> dict[str, Array]:
+        _, gradients = accumulated(make_loss(program.model, c.loss), params, batch, key, c.accumulate)
+        return {path: _by_layer(path, jnp.abs(x), jnp.max) for path, x in trees.leaves(gradients).items()}
+
+    with jax.set_mesh(program.mesh):
+        sizes = jax.device_get(largest(params, program.put(batch)))
+    places = [
+        (-layer, trees.first_match(BACKWARD, path), path)
+        for path, size in sizes.items()
+        for layer in _layers(path, np.asarray(~np.isfinite(size)), n)
+    ]
+    if not places:
+        path = max(sizes, key=lambda path: sizes[path].max())
+        return f"no activation or gradient is bad alone, but their norm is; the largest gradient is that of {path}"
+    layer, _, path = min(places)
+    return f"the forward pass is finite; the first gradient to go bad is that of {_called(path, -layer, n)}"
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _bad_activations(model: Transformer, params: PyTree, batch: Batch) -> dict[str, Bool[Array, "..."]]:
+    """Whether any number of each named activation is not finite; [N] for those inside layers."""
+    params = cast(params, model.config.dtype)
+    taps = capture(model, params, batch.tokens, segments=batch.segments, positions=batch.positions)
+    return {name: _by_layer(TAPS[name], ~jnp.isfinite(x), jnp.any) for name, x in taps.items()}
+
+
+def _by_layer(path: str, x: Array, reduce: Callable[..., Array]) -> Array:
+    return reduce(x, axis=tuple(range(path.startswith("layers/"), x.ndim)))
+
+
+def _layers(path: str, bad: Bool[np.ndarray, "..."], n_layers: int) -> Sequence[int]:
+    """The layers where what stands at `path` is bad; -1 is before the first of them, `n_layers` after the last."""
+    if path.startswith("layers/"):
+        return np.flatnonzero(bad).tolist()
+    return [-1 if path.startswith(("embed", "positions")) else n_layers] if bad else []
+
+
+def _called(name: str, layer: int, n_layers: int) -> str:
+    return f"{name} of layer {layer}" if 0 <= layer < n_layers else name

@@ -1,0 +1,75 @@
+"""The meter counts and times the steps of a run, and writes a row for each."""
+
+import time
+from collections import deque
+from typing import Any
+
+import jax
+
+from llm_jax.hardware import peak_flops
+from llm_jax.log import MetricsLog
+from llm_jax.model.config import flops_per_token
+from llm_jax.train.checkpoint import Progress
+from llm_jax.train.run import RunConfig
+from llm_jax.train.step import Metrics
+
+Row = dict[str, Any]
+
+WINDOW = 10  # steps over which speed is measured: a CPU that runs a step while it is dispatched hides when one ends
+
+
+class Meter:
+    """Reads metrics one step late: the device never waits for a number that is only printed.
+
+    `step` counts the steps dispatched, `progress` what is known of those that are done.
+    """
+
+    def __init__(self, config: RunConfig, rows: MetricsLog, progress: Progress) -> None:
+        self.step, self.progress = progress.step, progress
+        self._rows = rows
+        self._flops, self._peak = flops_per_token(config.model, config.data.seq_len), peak_flops()
+        self._pending: Metrics | None = None
+        self._clock = deque[tuple[float, int]](maxlen=WINDOW + 1)  # when steps ended, and tokens until then
+
+    def push(self, metrics: Metrics) -> None:
+        """Takes the metrics of a step just dispatched, and writes the row of the step before."""
+        if self._pending is not None:
+            self.write(self.read())
+        self._pending = metrics
+        self.step += 1
+
+    def read(self) -> Row:
+        """Waits for the newest step, counts it, and returns its row."""
+        assert self._pending is not None
+        row: Row = {name: float(value) for name, value in jax.device_get(self._pending).items()}
+        self._pending = None
+        tokens, skipped = int(row["tokens"]), int(row["skipped"])
+        self.progress = Progress(
+            step=self.step,
+            tokens=self.progress.tokens + tokens,
+            skipped=self.progress.skipped + skipped,
+            skipped_in_a_row=skipped * (self.progress.skipped_in_a_row + 1),
+        )
+        self._clock.append((time.perf_counter(), self.progress.tokens))
+        return row | {"tokens": self.progress.tokens, "skipped": self.progress.skipped} | self._speed()
+
+    def write(self, row: Row) -> None:
+        """Writes the row of the newest step that was read."""
+        self._rows.write(self.progress.step, row)
+
+    def restart(self) -> None:
+        """Forgets the time until now: what came between two steps was no training."""
+        self._clock.clear()
+        self._clock.append((time.perf_counter(), self.progress.tokens))
+
+    def _speed(self) -> Row:
+        """Speed since the last restart, over `WINDOW` steps at most; nothing of the very first step, which compiles."""
+        (began, before), (ended, after) = self._clock[0], self._clock[-1]
+        if began == ended:
+            return {}
+        seconds = ended - began
+        rate = (after - before) / seconds
+        speed: Row = {"tokens_per_second": rate, "step_seconds": seconds / (len(self._clock) - 1)}
+        if self._peak is not None:
+            speed["peak_fraction"] = rate * self._flops / self._peak
+        return speed

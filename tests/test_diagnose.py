@@ -1,0 +1,79 @@
+"""The diagnosis of a loss that is not finite names what was planted."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_run import tiny, write_corpus
+
+from llm_jax import tree
+from llm_jax.data.loader import Batch, Loader
+from llm_jax.train.diagnose import diagnose
+from llm_jax.train.loop import open_data
+from llm_jax.train.program import Program
+from llm_jax.train.step import TrainState
+
+FORWARD = "the first activation to go bad is "
+BACKWARD = "the forward pass is finite; the first gradient to go bad is that of "
+NORM = "no activation or gradient is bad alone, but their norm is; the largest gradient is that of "
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
+    return Program.on(tiny(write_corpus(tmp_path_factory.mktemp("corpus"))))
+
+
+@pytest.fixture(scope="module")
+def batch(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Batch:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return Loader(open_data(program.config, print).split("train"), program.config.data).batch(0)
+
+
+@pytest.fixture(scope="module")
+def state(program: Program) -> TrainState:
+    return program.init()
+
+
+def planted(params: Any, values: dict[str, tuple[Any, float]]) -> Any:
+    """`params` with, at each path, what stands at an index replaced by a number."""
+
+    def one(path: str, x: jax.Array) -> jax.Array:
+        index, value = values.get(path, (None, 0.0))
+        return x if index is None else x.at[index].set(value)
+
+    return tree.map_with_path(one, params)
+
+
+UP, GATE, DOWN = (f"layers/feedforward/w_{name}" for name in ("up", "gate", "down"))
+PLANTS: list[tuple[dict[str, tuple[Any, float]], str]] = [
+    ({"layers/attention/w_q": ((0, 0, 0, 0, 0), jnp.inf)}, FORWARD + "q of layer 0"),
+    ({GATE: ((1, 0, 0), jnp.nan)}, FORWARD + "mlp_pre of layer 1"),
+    ({DOWN: ((0, 0, 0), jnp.inf)}, FORWARD + "mlp_out of layer 0"),
+    ({"final_norm/scale": (0, jnp.inf)}, FORWARD + "final"),
+    # What is multiplied by nothing on the way forward comes back multiplied by 3e38, or with a square beyond 3e38.
+    ({UP: (1, 0.0), DOWN: (1, 3e38)}, BACKWARD + UP + " of layer 1"),
+    ({UP: (1, 0.0), DOWN: (1, 1e25)}, NORM + UP),
+]
+
+
+@pytest.mark.parametrize(("values", "expected"), PLANTS, ids=[expected for _, expected in PLANTS])
+def test_the_first_number_to_go_bad_is_named(program, batch, state, values, expected: str):
+    params = planted(state.params, values)
+    assert diagnose(program, params, batch, 0) == expected
+    _, metrics = program.train_step(jax.tree.map(jnp.copy, state.replace(params=params)), batch)
+    assert metrics["skipped"]
+
+
+def test_a_poisoned_row_of_the_embedding_is_found_though_few_rows_of_the_batch_have_its_token(program, batch, state):
+    config = program.config
+    untied = dataclasses.replace(config, model=dataclasses.replace(config.model, tied=False))
+    program = Program.on(untied)
+    in_rows = {token: (batch.tokens == token).any(axis=1) for token in np.unique(batch.tokens).tolist()}
+    token = next(token for token, rows in in_rows.items() if rows.any() and not rows[0])
+    params = planted(state.params, {"embedding/table": (token, jnp.inf)})
+    params |= {"unembedding": state.params["embedding"]}
+    assert diagnose(program, params, batch, 0) == FORWARD + "embed"

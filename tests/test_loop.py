@@ -1,0 +1,296 @@
+"""The loop meets everything that can happen to a run, and says what it does about it in one line."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from rich.console import Console
+from tiny_run import console, last_checkpoint, rows, said, tiny, write_corpus
+
+from llm_jax import tree
+from llm_jax.train import loop
+from llm_jax.train.checkpoint import Checkpoints
+from llm_jax.train.loop import Diverged, resume, train
+from llm_jax.train.program import Program
+from llm_jax.train.run import RunConfig
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield tiny(write_corpus(tmp_path_factory.mktemp("corpus")))
+
+
+@pytest.fixture(scope="module")
+def finished_run(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(config, folder, console=console())
+    return folder
+
+
+@pytest.fixture
+def finished(finished_run: Path, tmp_path: Path) -> Path:
+    """A run of eight steps, with checkpoints of steps 4, 6 and 8, to be tampered with."""
+    return shutil.copytree(finished_run, tmp_path / "finished")
+
+
+@pytest.fixture
+def say() -> Console:
+    return console()
+
+
+def steps(folder: Path) -> list[int]:
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        return checkpoints.steps()
+
+
+def before_step(monkeypatch: pytest.MonkeyPatch, act: Any) -> None:
+    """Lets `act(step, state)` have its way before each step: it raises, or returns the state to go on from."""
+    original = Program.train_step
+
+    def train_step(self: Program, state: Any, batch: Any) -> Any:
+        return original(self, act(int(state.step), state), batch)
+
+    monkeypatch.setattr(Program, "train_step", train_step)
+
+
+def fail_at(step: int, error: BaseException) -> Any:
+    def act(now: int, state: Any) -> Any:
+        if now == step:
+            raise error
+        return state
+
+    return act
+
+
+# Beginning.
+
+
+def test_a_finished_run_has_a_row_for_each_step_its_last_and_best_checkpoints_and_a_report(finished: Path):
+    written = rows(finished)
+    assert [row["step"] for row in written] == list(range(1, 9))
+    assert [row["step"] for row in written if "heldout_loss" in row] == [4, 8]
+    assert steps(finished) == [8, 6]
+    assert (finished / "report.html").is_file()
+
+
+def test_a_folder_that_holds_a_run_is_refused_before_anything_is_computed(finished: Path, config, say):
+    before = (finished / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=f"already holds a run; go on with it: llm-jax resume {finished}"):
+        train(config, finished, console=say)
+    assert (finished / "metrics.jsonl").read_bytes() == before
+    assert said(say) == ""
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=repr)
+def test_what_fails_before_the_first_step_leaves_nothing(error, config, tmp_path: Path, say, monkeypatch):
+    before_step(monkeypatch, fail_at(0, error))
+    with pytest.raises(type(error)):
+        train(config, tmp_path / "runs" / "a", console=say)
+    assert not (tmp_path / "runs" / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.epochs": 1.0}, "8 steps of 16 rows are .* but epochs=1 allows"),
+        ({"data.heldout": 0.0}, "data.heldout=0.0 leaves nothing to evaluate on"),
+        ({"model.vocab_size": 100}, "has 257 ids, but model.vocab_size=100; use at least model.vocab_size=320"),
+        ({"optimizer.warmup_steps": 8}, "optimizer.warmup_steps=8 leaves nothing of steps=8"),
+        ({"data.uri": "nowhere"}, "nowhere"),
+    ],
+)
+def test_what_can_not_work_is_refused_with_nothing_written(changes, message, config, tmp_path, say):
+    for key, value in changes.items():
+        group, name = key.split(".")
+        part = dataclasses.replace(getattr(config, group), **{name: value})
+        config = dataclasses.replace(config, **{group: part})
+    with pytest.raises(ValueError, match=message):
+        train(config, tmp_path / "run", console=say)
+    assert not (tmp_path / "run").exists()
+
+
+def test_init_from_takes_the_best_weights_and_nothing_else(finished: Path, config, tmp_path, say, monkeypatch):
+    before_step(monkeypatch, fail_at(2, RuntimeError("stop here")))
+    with pytest.raises(RuntimeError, match="stop here"):
+        train(dataclasses.replace(config, init_from=str(finished)), tmp_path / "run", console=say)
+    state, progress = last_checkpoint(tmp_path / "run", config)
+    best, _ = last_checkpoint(finished, config)
+    assert progress.step == 0
+    assert tree.fingerprint(state.params) == tree.fingerprint(best.params)
+    assert tree.fingerprint(state.opt_state) == tree.fingerprint(Program.on(config).init().opt_state)
+    assert f"restored from {finished} at step 8: weights, nothing else" in said(say)
+
+
+def test_init_from_says_in_what_the_models_differ(finished: Path, config, tmp_path, say, monkeypatch):
+    before_step(monkeypatch, fail_at(0, RuntimeError("stop here")))
+    model = dataclasses.replace(config.model, dropout=0.0)
+    with pytest.raises(RuntimeError, match="stop here"):
+        train(dataclasses.replace(config, model=model, init_from=str(finished)), tmp_path / "run", console=say)
+    assert "is not quite this one: dropout is 0.1 there, 0.0 here" in said(say)
+
+
+def test_init_from_a_model_of_another_shape_is_an_error_with_both(finished: Path, config, tmp_path, say):
+    model = dataclasses.replace(config.model, d_ff=64)
+    message = r"params/layers/feedforward/w_down is float32 \[2, 32, 32\] there, float32 \[2, 64, 32\] here"
+    with pytest.raises(ValueError, match=message):
+        train(dataclasses.replace(config, model=model, init_from=str(finished)), tmp_path / "run", console=say)
+    assert not (tmp_path / "run").exists()
+
+
+def test_init_from_a_run_with_another_tokenizer_is_an_error_that_names_its_own(finished, config, tmp_path, say):
+    data = dataclasses.replace(config.data, tokenizer="char")
+    with pytest.raises(ValueError, match=f"knows the tokens of byte.* set data.tokenizer={finished}/tokenizer"):
+        train(dataclasses.replace(config, data=data, init_from=str(finished)), tmp_path / "run", console=say)
+
+
+# Going on.
+
+
+def test_resume_says_what_it_restores_and_that_the_schedule_stretches(finished: Path, say, monkeypatch):
+    before_step(monkeypatch, fail_at(8, RuntimeError("stop here")))
+    with pytest.raises(RuntimeError, match="stop here"):
+        resume(finished, steps=10, console=say)
+    text = said(say)
+    assert f"resumed {finished} at step 8 of 10: weights, optimizer, schedule and data position (epoch " in text
+    assert re.search(r"steps 8 -> 10: the cosine schedule stretches, .* is 0.000\d+ instead of 0.0001", text)
+    assert json.loads((finished / "config.json").read_text())["steps"] == 10
+
+
+def test_resume_of_a_finished_run_is_an_error_that_names_steps(finished: Path, say):
+    with pytest.raises(ValueError, match="is finished at step 8; train further with --steps N above that"):
+        resume(finished, console=say)
+
+
+def test_resume_passes_over_a_damaged_checkpoint_and_saves_its_step_again(finished: Path, config, say):
+    expected, _ = last_checkpoint(finished, config)
+    for path in (finished / "checkpoints" / "8").rglob("d/*"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    assert resume(finished, console=say).step == 8
+    assert f"passed over the checkpoint of step 8, {finished}/checkpoints/8: it is damaged" in said(say)
+    assert f"set aside {finished}/checkpoints/8.damaged" in said(say)
+    assert f"resumed {finished} at step 6 of 8" in said(say)
+    state, _ = last_checkpoint(finished, config)
+    assert tree.fingerprint(state) == tree.fingerprint(expected)
+    assert [row["step"] for row in rows(finished)] == list(range(1, 9))
+
+
+def test_resume_on_changed_data_is_an_error_with_what_changed(finished: Path, config, tmp_path, say):
+    changed = dataclasses.replace(config.data, uri=str(write_corpus(tmp_path / "corpus", documents=50)))
+    edit_config(finished, dataclasses.replace(config, data=changed, steps=9))
+    message = r"is not what .* has been trained on: train.documents is \d+ there, \d+ here; restore it, or start"
+    with pytest.raises(ValueError, match=message):
+        resume(finished, console=say)
+
+
+def test_resume_with_the_config_of_another_model_is_an_error_with_both_shapes(finished: Path, config, say):
+    model = dataclasses.replace(config.model, vocab_size=272)
+    edit_config(finished, dataclasses.replace(config, model=model, steps=9))
+    message = r"params/embedding/table is float32 \[264, 32\] there, float32 \[272, 32\] here; use the config"
+    with pytest.raises(ValueError, match=message):
+        resume(finished, console=say)
+    assert steps(finished) == [8, 6]
+
+
+def edit_config(folder: Path, config: RunConfig) -> None:
+    loop.run.save_config(folder, config)
+
+
+# What goes wrong on the way.
+
+
+def poisoned(state: Any) -> Any:
+    params = tree.map_with_path(
+        lambda path, x: x.at[1].set(jnp.inf) if path == "layers/feedforward/w_down" else x, state.params
+    )
+    return state.replace(params=params)
+
+
+def test_a_run_that_diverges_stops_with_the_step_the_documents_and_the_layer(config, tmp_path, say, monkeypatch):
+    before_step(monkeypatch, lambda step, state: poisoned(state) if step == 3 else state)
+    with pytest.raises(Diverged) as error:
+        train(dataclasses.replace(config, patience=3), tmp_path / "run", console=say)
+    assert re.fullmatch(
+        r"loss or gradient was not finite in 3 steps in a row; at step 6, on documents .*\.txt.*, \.\.\.: "
+        r"the first activation to go bad is mlp_out of layer 1; the last good checkpoint is of step 3; "
+        rf"start anew with less learning rate and init_from={tmp_path}/run",
+        str(error.value),
+    )
+    assert [row["skipped"] for row in rows(tmp_path / "run")] == [0, 0, 0, 1, 2, 3]
+    assert steps(tmp_path / "run") == [3, 0]
+    assert last_checkpoint(tmp_path / "run", config)[1].skipped == 0
+
+
+def test_a_bad_step_is_skipped_and_counted_and_the_run_goes_on(config, tmp_path, say, monkeypatch):
+    original = Program.train_step
+
+    def train_step(self: Program, state: Any, batch: Any) -> Any:
+        if int(state.step) != 2:
+            return original(self, state, batch)
+        kept = jax.tree.map(jnp.copy, state)
+        _, metrics = original(self, poisoned(state), batch)
+        return kept.replace(step=kept.step + 1), metrics
+
+    monkeypatch.setattr(Program, "train_step", train_step)
+    progress = train(config, tmp_path / "run", console=say)
+    assert (progress.step, progress.skipped, progress.skipped_in_a_row) == (8, 1, 0)
+    bad = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[2]
+    assert json.loads(bad)["loss"] is None
+    assert 3 not in steps(tmp_path / "run")
+
+
+def test_a_full_disk_is_one_line_with_the_last_good_checkpoint(config, tmp_path, say, monkeypatch):
+    def write(self: Any, step: int, values: Any) -> None:
+        if step == 6:
+            raise OSError(28, "No space left on device")
+        original(self, step, values)
+
+    original = loop.log.MetricsLog.write
+    monkeypatch.setattr(loop.log.MetricsLog, "write", write)
+    folder = tmp_path / "run"
+    message = "No space left on device; the last good checkpoint is of step 4; .* llm-jax resume"
+    with pytest.raises(ValueError, match=message) as error:
+        train(config, folder, console=say)
+    assert "\n" not in str(error.value)
+    monkeypatch.undo()
+    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path / "cache"))
+    assert resume(folder, console=say).step == 8
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_exits_cleanly_with_the_line_that_goes_on(config, tmp_path: Path):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        f"import pathlib, sys\nsys.path.append({str(Path(__file__).parent)!r})\nfrom tiny_run import tiny\n"
+        f"config = tiny(pathlib.Path({config.data.uri!r}), steps=100_000)\n"
+    )
+    folder, output = tmp_path / "run", tmp_path / "output.txt"
+    with open(output, "w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "llm_jax", "train", recipe, "--run", folder], cwd=ROOT, stdout=file, stderr=file
+        )
+    while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").stat().st_size:
+        assert process.poll() is None, output.read_text()
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(60) == 0
+    step = steps(folder)[0]
+    assert f"stopped at step {step:,} of 100,000; go on with: llm-jax resume {folder}" in output.read_text()
+    assert len(rows(folder)) == step

@@ -1,0 +1,196 @@
+"""The contract: a run that was stopped, at any step and by anything, equals the run that was not, bit for bit."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_run import batch_hash, console, last_checkpoint, rows, tiny, write_corpus
+
+from llm_jax import tree
+from llm_jax.data.loader import Loader
+from llm_jax.train.checkpoint import Progress
+from llm_jax.train.loop import open_data, resume, train
+from llm_jax.train.program import Program
+from llm_jax.train.run import RunConfig, is_run
+
+Hashes = dict[int, str]
+
+
+class Killed(Exception):
+    """Stands for whatever ends a process between two steps."""
+
+
+@contextlib.contextmanager
+def watched(before_step: Callable[[int], None] = lambda step: None) -> Iterator[Hashes]:
+    """Gives the hash of every batch that is trained on, by step; calls `before_step` with the steps done."""
+    hashes: Hashes = {}
+    original = Program.train_step
+
+    def train_step(self: Program, state: Any, batch: Any) -> Any:
+        step = int(state.step)
+        before_step(step)
+        hashes[step] = batch_hash(batch)
+        return original(self, state, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Program, "train_step", train_step)
+        yield hashes
+
+
+def kill_at(step: int) -> Callable[[int], None]:
+    def before_step(now: int) -> None:
+        if now == step:
+            raise Killed
+
+    return before_step
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield tiny(write_corpus(tmp_path_factory.mktemp("corpus")))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Hashes]:
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    with watched() as hashes:
+        train(config, folder, console=console())
+    return folder, hashes
+
+
+def go_on(config: RunConfig, folder: Path) -> Progress:
+    return resume(folder, console=console()) if is_run(folder) else train(config, folder, console=console())
+
+
+def assert_equal_runs(folder: Path, hashes: Hashes, config: RunConfig, uninterrupted: tuple[Path, Hashes]):
+    expected, expected_hashes = uninterrupted
+    assert hashes == expected_hashes
+    assert rows(folder) == rows(expected)
+    (state, progress), (expected_state, expected_progress) = (
+        last_checkpoint(path, config) for path in (folder, expected)
+    )
+    assert tree.fingerprint(state) == tree.fingerprint(expected_state)
+    assert progress == expected_progress
+
+
+def test_the_tiny_run_meets_an_epoch_edge_inside_a_batch(config: RunConfig, uninterrupted):
+    loader = Loader(open_data(config, print).split("train"), config.data)
+    assert loader.epoch(config.steps) > 2
+    assert loader.epoch(1) * loader.steps_per_epoch != 1
+    assert [row["step"] for row in rows(uninterrupted[0])] == list(range(1, config.steps + 1))
+
+
+@pytest.mark.parametrize("kills", [(2,), (5, 7)], ids=str)
+def test_a_run_killed_between_steps_and_resumed_equals_the_uninterrupted_one(
+    kills: tuple[int, ...], config: RunConfig, uninterrupted, tmp_path: Path
+):
+    folder, seen = tmp_path / "run", {}
+    for step in kills:
+        with watched(kill_at(step)) as hashes, pytest.raises(Killed):
+            go_on(config, folder)
+        seen |= hashes
+    with watched() as hashes:
+        go_on(config, folder)
+    assert min(hashes) <= kills[-1]  # it does again what no checkpoint holds, on the same batches
+    assert all(seen.get(step, batch) == batch for step, batch in hashes.items())
+    assert_equal_runs(folder, seen | hashes, config, uninterrupted)
+
+
+def test_a_run_that_was_asked_to_stop_and_resumed_equals_the_uninterrupted_one(
+    config: RunConfig, uninterrupted, tmp_path: Path, capfd
+):
+    def ask(step: int) -> None:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    folder = tmp_path / "run"
+    with watched(ask) as before:
+        assert train(config, folder, console=console()).step == 5
+    assert "stopping after this step, with a checkpoint" in capfd.readouterr().err
+    assert last_checkpoint(folder, config)[1].step == 5
+    with watched() as after:
+        resume(folder, console=console())
+    assert min(after) == 5
+    assert_equal_runs(folder, before | after, config, uninterrupted)
+
+
+DRIVER = """
+import os, pathlib, sys, time
+from tiny_run import batch_hash, tiny
+from llm_jax.train.loop import resume, train
+from llm_jax.train.program import Program
+
+corpus, folder = map(pathlib.Path, sys.argv[2:])
+original, rename = Program.train_step, os.rename
+
+def train_step(self, state, batch):
+    with open(folder.parent / "hashes.txt", "a") as file:
+        print(int(state.step), batch_hash(batch), file=file)
+    return original(self, state, batch)
+
+def slow_rename(source, *rest, **options):
+    if "orbax-checkpoint-tmp" in str(source):
+        time.sleep(0.3)
+    return rename(source, *rest, **options)
+
+Program.train_step, os.rename = train_step, slow_rename
+if sys.argv[1] == "train":
+    train(tiny(corpus), folder)
+else:
+    resume(folder)
+"""
+
+
+def start(verb: str, config: RunConfig, folder: Path) -> subprocess.Popen:
+    folder.parent.mkdir(exist_ok=True)
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    with open(folder.parent / "console.txt", "a") as output:
+        return subprocess.Popen(
+            [sys.executable, "-c", DRIVER, verb, config.data.uri, folder],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            stdout=output,
+            stderr=output,
+        )
+
+
+def kill_when(process: subprocess.Popen, reached: Callable[[], bool]) -> None:
+    while not reached():
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+
+
+def lines(path: Path) -> int:
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def test_a_process_killed_in_a_step_and_in_a_save_equals_the_uninterrupted_one(config: RunConfig, tmp_path: Path):
+    whole, folder = tmp_path / "whole" / "run", tmp_path / "killed" / "run"
+    process = start("train", config, folder)
+    kill_when(process, lambda: lines(folder / "metrics.jsonl") >= 2)
+    process = start("resume", config, folder)
+    kill_when(process, lambda: any(folder.glob("checkpoints/6.orbax-checkpoint-tmp*")))
+    assert any(folder.glob("checkpoints/6.orbax-checkpoint-tmp*"))
+    reference = start("train", config, whole)
+    assert start("resume", config, folder).wait() == 0
+    assert reference.wait() == 0
+
+    said = (folder.parent / "console.txt").read_text()
+    assert f"removed {folder}/checkpoints/6.orbax-checkpoint-tmp" in said
+    assert "the save of step 6 was interrupted" in said
+    hashes = [
+        {tuple(line.split()) for line in (path.parent / "hashes.txt").read_text().splitlines()}
+        for path in (folder, whole)
+    ]
+    assert hashes[0] == hashes[1]
+    assert_equal_runs(folder, {}, config, (whole, {}))

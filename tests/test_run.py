@@ -1,0 +1,155 @@
+"""A run's config, and its folder: never overwritten, never half of one, known by its data."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from tiny_run import tiny, write_corpus
+
+from llm_jax.config import override
+from llm_jax.data.shards import Shards, open_shards, prepare
+from llm_jax.train import run
+from llm_jax.train.run import RunConfig, recipes
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    folder = tmp_path_factory.mktemp("data")
+    prepare(str(write_corpus(folder / "corpus")), folder / "shards", tokenizer="byte", heldout=0.2)
+    return open_shards(folder / "shards")
+
+
+CONFIG = tiny(Path("corpus"))
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe_loads_and_says_what_it_is(name: str):
+    assert isinstance(run.load_recipe(name), RunConfig)
+    assert run.recipe_docstring(recipes()[name])
+
+
+def test_an_unknown_recipe_is_an_error_with_the_nearest_name():
+    with pytest.raises(ValueError, match=r"'shakespear_char'; did you mean 'shakespeare_char'\?"):
+        run.load_recipe("shakespear_char")
+
+
+def test_a_recipe_without_a_config_is_an_error_that_says_what_to_set(tmp_path: Path):
+    (tmp_path / "recipe.py").write_text("config = 3\n")
+    with pytest.raises(ValueError, match=r"must set `config = RunConfig\(...\)`; got int"):
+        run.load_recipe(str(tmp_path / "recipe.py"))
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("steps=0", "steps=0 must be at least 1"),
+        ("sample_every=0", "sample_every=0 must be at least 1"),
+        ("accumulate=5", "accumulate=5 does not divide data.batch_size=16; use batch_size=20"),
+        ("data.seq_len=64", "data.seq_len=64 exceeds model.max_seq_len=32; set them equal"),
+        ("loss.chunk=5", "loss.chunk=5 does not divide data.seq_len=32"),
+    ],
+)
+def test_fields_that_do_not_go_together_are_an_error_with_the_numbers(assignment: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        override(CONFIG, [assignment])
+
+
+def test_a_config_comes_back_from_its_folder(shards: Shards, tmp_path: Path):
+    run.create(tmp_path / "a" / "run", CONFIG, shards, "llm-jax train tiny")
+    assert run.load_config(tmp_path / "a" / "run") == CONFIG
+    assert run.load_tokenizer(tmp_path / "a" / "run").fingerprint == shards.tokenizer.fingerprint
+    assert json.loads((tmp_path / "a" / "run" / "environment.json").read_text())["command"] == "llm-jax train tiny"
+
+
+def test_a_folder_that_holds_a_run_is_refused_by_what_differs(shards: Shards, tmp_path: Path):
+    run.check_free(tmp_path, CONFIG)
+    run.create(tmp_path, CONFIG, shards, "")
+    with pytest.raises(ValueError, match=f"already holds a run; go on with it: llm-jax resume {tmp_path}"):
+        run.check_free(tmp_path, CONFIG)
+    other = dataclasses.replace(CONFIG, steps=9)
+    with pytest.raises(ValueError, match=r"a run of another config \(steps is 8 there, 9 here\)"):
+        run.check_free(tmp_path, other)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl"])
+def test_what_is_left_of_a_run_is_refused_too(name: str, tmp_path: Path):
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match="already holds a run"):
+        run.check_free(tmp_path, CONFIG)
+
+
+def test_what_is_removed_is_what_a_run_wrote_and_nothing_else(shards: Shards, tmp_path: Path):
+    run.create(tmp_path / "new", CONFIG, shards, "")
+    run.remove(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "launch.log").touch()
+    run.create(tmp_path / "old", CONFIG, shards, "")
+    (tmp_path / "old" / "checkpoints" / "0").mkdir(parents=True)
+    (tmp_path / "old" / "metrics.jsonl").touch()
+    run.remove(tmp_path / "old")
+    assert files(tmp_path / "old") == ["launch.log"]
+
+
+def test_a_folder_without_a_run_is_an_error_that_says_how_to_start_one(tmp_path: Path):
+    with pytest.raises(ValueError, match=f"holds no run .*; start one with: llm-jax train CONFIG --run {tmp_path}"):
+        run.load_config(tmp_path)
+
+
+def test_a_damaged_config_is_an_error_that_names_the_file(shards: Shards, tmp_path: Path):
+    run.create(tmp_path, CONFIG, shards, "")
+    (tmp_path / "config.json").write_text('{"model": ')
+    with pytest.raises(ValueError, match=f"{tmp_path}/config.json can't be read"):
+        run.load_config(tmp_path)
+
+
+def test_the_data_of_a_run_is_known_by_its_content_not_by_its_place(shards: Shards, tmp_path: Path):
+    run.create(tmp_path / "run", CONFIG, shards, "")
+    corpus = write_corpus(tmp_path / "moved")
+    prepare(str(corpus), tmp_path / "same", tokenizer="byte", heldout=0.2)
+    run.check_data(tmp_path / "run", open_shards(tmp_path / "same"))
+
+    text = (corpus / "00.txt").read_text()
+    (corpus / "00.txt").write_text(text[::-1])
+    prepare(str(corpus), tmp_path / "changed", tokenizer="byte", heldout=0.2)
+    with pytest.raises(ValueError, match=r"is not what .*run has been trained on: .*sha256 is .* there, .* here"):
+        run.check_data(tmp_path / "run", open_shards(tmp_path / "changed"))
+
+
+def test_another_tokenizer_is_an_error_with_both(shards: Shards, tmp_path: Path):
+    run.create(tmp_path / "run", CONFIG, shards, "")
+    prepare(shards.manifest.source, tmp_path / "data", tokenizer="char", heldout=0.2)
+    with pytest.raises(ValueError, match=r"tokenizer is \w+.* there, \w+.* here; .*init_from="):
+        run.check_data(tmp_path / "run", open_shards(tmp_path / "data"))
+
+
+def test_differences_name_every_leaf_that_differs_on_either_side():
+    there = {"a": 1, "b": {"c": [1, 2], "d": None}, "e": "x"}
+    here = {"a": 1, "b": {"c": [1, 3], "d": 0.5}, "f": True}
+    assert run.differences(there, here) == [
+        "b.c is [1, 2] there, [1, 3] here",
+        "b.d is null there, 0.5 here",
+        "e is x there, null here",
+        "f is null there, true here",
+    ]
+    assert run.differences(there, there) == []
+
+
+def test_an_environment_without_git_has_no_commit(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", "")
+    assert run.environment("")["commit"] is None
+
+
+def test_another_version_of_jax_is_a_change_and_another_command_is_none(shards: Shards, tmp_path: Path):
+    run.create(tmp_path, CONFIG, shards, "llm-jax train tiny")
+    assert run.changed_environment(tmp_path) == []
+    path = tmp_path / "environment.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"jax": "0.0.1"}))
+    (change,) = run.changed_environment(tmp_path)
+    assert change.startswith("jax is 0.0.1 there, ")
