@@ -157,6 +157,8 @@ finally:
 def test_a_reader_who_leaves_early_hears_no_complaint():
     read, write = os.pipe()
     os.close(read)
-    done = run("import sys; from llm_jax.cli import main; sys.exit(main(['configs']))", stdout=write)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    program = "import sys; from llm_jax.cli import main; sys.exit(main(['configs']))"
+    done = run(program, stdout=write, env=buffered)
     os.close(write)
-    assert done.stderr == ""
+    assert (done.returncode, done.stderr) == (0, "")
