@@ -9,8 +9,9 @@ from tiny_run import tiny, write_corpus
 
 from llm_jax.config import override
 from llm_jax.data.shards import Shards, open_shards, prepare
+from llm_jax.recipes import recipe_docstring, recipes
 from llm_jax.train import run
-from llm_jax.train.run import RunConfig, recipes
+from llm_jax.train.run import RunConfig
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def files(folder: Path) -> list[str]:
 @pytest.mark.parametrize("name", recipes())
 def test_every_recipe_loads_and_says_what_it_is(name: str):
     assert isinstance(run.load_recipe(name), RunConfig)
-    assert run.recipe_docstring(recipes()[name])
+    assert recipe_docstring(recipes()[name])
 
 
 def test_an_unknown_recipe_is_an_error_with_the_nearest_name():

@@ -26,6 +26,7 @@ from llm_jax.data.shards import Shards
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.log import write_whole
 from llm_jax.model.config import ModelConfig
+from llm_jax.recipes import recipes
 from llm_jax.sharding import MeshConfig
 from llm_jax.train.optimizer import OptimizerConfig
 from llm_jax.train.step import LossConfig
@@ -87,23 +88,6 @@ class RunConfig:
             )
         if self.loss.chunk is not None and self.data.seq_len % self.loss.chunk:
             raise ValueError(f"loss.chunk={self.loss.chunk} does not divide data.seq_len={self.data.seq_len}")
-
-
-def recipe_folder() -> Path:
-    """`configs/` of the source tree, or of the installed wheel, where it lies inside the package."""
-    package = Path(__file__).parents[1]
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
-
-
-def recipes() -> dict[str, Path]:
-    """The recipes that come with the library, by name."""
-    return {path.stem: path for path in sorted(recipe_folder().glob("*.py"))}
-
-
-def recipe_docstring(path: Path) -> str:
-    """What a recipe says of itself: the command and the result it gave."""
-    return (runpy.run_path(str(path)).get("__doc__") or "").strip()
 
 
 def load_recipe(name: str) -> RunConfig:
