@@ -1,6 +1,6 @@
 """The first run: a small Llama learns Python from the standard library that is already on this machine.
 
-llm-jax train quickstart
+    llm-jax train quickstart
 """
 
 from llm_jax.data.loader import DataConfig
@@ -9,12 +9,14 @@ from llm_jax.train.optimizer import OptimizerConfig
 from llm_jax.train.run import RunConfig
 
 config = RunConfig(
-    model=ModelConfig(vocab_size=2048, d_model=192, n_layers=4, n_heads=4, max_seq_len=256, unroll=4),
-    data=DataConfig(uri="builtin:python", tokenizer="train:2048", seq_len=256, batch_size=8),
-    optimizer=OptimizerConfig(learning_rate=3e-3, schedule="wsd", warmup_steps=50),
-    steps=600,
-    evaluate_every=150,
-    checkpoint_every=150,
-    sample_every=150,
+    model=ModelConfig(vocab_size=1024, d_model=128, n_layers=4, n_heads=4, max_seq_len=256, unroll=4),
+    data=DataConfig(uri="builtin:python", tokenizer="train:1024", seq_len=256, batch_size=8),
+    optimizer=OptimizerConfig(
+        name="muon", learning_rate=5e-3, schedule="wsd", warmup_steps=40, decay_fraction=0.4, final_fraction=0.02
+    ),
+    steps=800,
+    evaluate_every=200,
+    checkpoint_every=200,
+    sample_every=200,
     prompts=("def ", "class "),
 )

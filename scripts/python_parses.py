@@ -1,0 +1,76 @@
+"""How much of the Python that a run writes is Python: completes held-out functions and counts what parses.
+
+    .venv/bin/python scripts/python_parses.py runs/quickstart [--count 50] [--tokens 160] [--temperature 0.7]
+
+A prompt is the first line of a function from a held-out file, one a file. The completion ends before the first line
+that is not indented, as the function does; one that has not ended by then loses its last, unfinished line. It counts
+if it has a body and `ast.parse` takes prompt and completion together.
+"""
+
+import argparse
+import ast
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from llm_jax.data.shards import Shards
+from llm_jax.infer.generate import generate
+from llm_jax.ops.sampling import Sampling
+from llm_jax.train import loop, run
+from llm_jax.train.program import Program
+
+SIGNATURE = re.compile(r"^def \w+\([^()\n]*\):\n", re.MULTILINE)
+
+
+def prompts(shards: Shards) -> Iterator[str]:
+    """The first one-line signature of every held-out document that has one."""
+    store = shards.split("heldout")
+    for start, stop in zip(store.offsets[:-1].tolist(), store.offsets[1:].tolist(), strict=True):
+        found = SIGNATURE.search(shards.tokenizer.decode(store.read(start, stop)))
+        if found:
+            yield found[0]
+
+
+def function(prompt: str, text: str) -> str:
+    """`prompt` and the indented lines behind it."""
+    whole = text.split("\n")[:-1]
+    body = itertools.takewhile(lambda line: not line or line[0].isspace(), whole)
+    return prompt + "\n".join(body) + "\n"
+
+
+def parses(source: str) -> bool:
+    try:
+        return bool(ast.parse(source).body)
+    except (SyntaxError, ValueError):  # a null byte is a ValueError
+        return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--count", type=int, default=50)
+    parser.add_argument("--tokens", type=int, default=160)
+    parser.add_argument("--temperature", type=float, default=0.7)
+    arguments = parser.parse_args()
+
+    config = run.load_config(arguments.run)
+    shards = loop.open_data(config, print)
+    starts = list(itertools.islice(prompts(shards), arguments.count))
+    params = loop.load_weights(arguments.run, Program.on(config), print)
+    texts = generate(
+        config.model,
+        params,
+        shards.tokenizer,
+        starts,
+        sampling=Sampling(temperature=arguments.temperature),
+        max_tokens=arguments.tokens,
+    )
+    sources = [function(prompt, text) for prompt, text in zip(starts, texts, strict=True)]
+    good = [source for source in sources if parses(source)]
+    print("\n\n".join(good[:3]))
+    print(f"{len(good)} of {len(sources)} completions parse")
+
+
+if __name__ == "__main__":
+    main()
