@@ -34,7 +34,7 @@ def train(args: Namespace) -> None:
 
     config = _config(args)
     folder = Path(args.run or f"runs/{Path(args.config).stem}")
-    loop.keep_compiled_programs()
+    loop.own_process()
     progress = loop.train(config, folder, command=args.command)
     _say_what_next(folder, progress.step, config.steps)
 
@@ -50,7 +50,7 @@ def resume(args: Namespace) -> None:
     """
     from llm_jax.train import loop, run
 
-    loop.keep_compiled_programs()
+    loop.own_process()
     progress = loop.resume(args.run, steps=args.steps)
     _say_what_next(args.run, progress.step, run.load_config(args.run).steps)
 
@@ -98,7 +98,7 @@ def generate(args: Namespace) -> None:
         raise ValueError(f"--samples {args.samples} writes nothing; use 1 or more")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     config, tokenizer = run.load_config(args.run), run.load_tokenizer(args.run)
-    loop.keep_compiled_programs()
+    loop.own_process()
     params, step = trained.restore(args.run, trained.on_one_device(config), args.checkpoint, report=_say)
     params = cast(params, config.model.dtype)
     options = {"max_tokens": args.max_tokens, "stop": args.stop, "begin": config.data.end_of_text}
@@ -127,7 +127,7 @@ def evaluate(args: Namespace) -> None:
     from llm_jax import trained
     from llm_jax.train import loop
 
-    loop.keep_compiled_programs()
+    loop.own_process()
     result, step = trained.evaluate(args.run, args.data, args.checkpoint, report=_say)
     found = {"run": args.run, "step": step, **dataclasses.asdict(result)}
     found["perplexity_interval"] = [math.exp(min(loss, 700)) for loss in result.loss_interval]

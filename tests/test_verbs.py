@@ -48,7 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "tiny.py").write_text(RECIPE.format(path="tiny.py", text=folder / "text.txt"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLM_JAX_CACHE", str(folder / "cache"))
-        patch.setattr(loop, "keep_compiled_programs", lambda: None)  # the tests have a cache of their own
+        patch.setattr(loop, "own_process", lambda: None)  # the tests have a cache of their own
         patch.chdir(folder)
         assert main(["train", "tiny.py"]) == 0
         yield folder

@@ -17,6 +17,7 @@ from llm_jax import log
 from llm_jax.config import to_dict
 from llm_jax.data.loader import Loader, heldout_rows
 from llm_jax.data.shards import Shards, cached, open_shards
+from llm_jax.hardware import reuse_freed_memory
 from llm_jax.infer.generate import generate
 from llm_jax.model.config import parameter_counts
 from llm_jax.ops.sampling import Sampling
@@ -45,8 +46,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LLM_JAX_CACHE", f"{base}/llm_jax")).expanduser()
 
 
-def keep_compiled_programs() -> None:
-    """Turns on JAX's persistent compilation cache, for programs of any size."""
+def own_process() -> None:
+    """Sets up a process that is ours alone, before its first array: keeps freed memory, and every compiled program."""
+    reuse_freed_memory()
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
