@@ -46,6 +46,8 @@ class LossConfig:
     def __post_init__(self) -> None:
         if self.z_loss < 0 or not 0 <= self.label_smoothing < 1:
             raise ValueError(f"loss.z_loss must not be negative and loss.label_smoothing lie in [0, 1), got {self}")
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"loss.chunk={self.chunk} must be at least 1; none is no chunks")
 
 
 def cast(params: PyTree, dtype: Any) -> PyTree:
@@ -109,7 +111,7 @@ def make_train_step(
         (loss, sums), gradients = accumulated(loss_fn, state.params, batch, key, accumulate)
         tokens = jnp.maximum((batch.targets != IGNORE).sum(), 1)
         loss, sums, gradients = jax.tree.map(lambda x: x / tokens.astype(x.dtype), (loss, sums, gradients))
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         def update(state: TrainState) -> tuple[PyTree, PyTree]:
