@@ -1,0 +1,36 @@
+"""What is written for speed is the identity or the sum that it says, forward and backward."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax.ops.gradient import add_bias, over_tokens, settle
+
+X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 3, 4)), jnp.float32)
+
+
+def test_settling_changes_neither_a_value_nor_its_gradient():
+    value, pull = jax.vjp(jax.jit(lambda x: jnp.sin(settle(x))), X)
+    np.testing.assert_array_equal(value, jnp.sin(X))
+    np.testing.assert_allclose(pull(X)[0], jnp.cos(X) * X, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_bias_is_added_to_every_token_and_its_gradient_is_their_sum(dtype: str):
+    x, bias = X.astype(dtype), X[0, 0].astype(dtype)
+    value, (to_x, to_bias) = (lambda pair: (pair[0], pair[1](x)))(jax.vjp(add_bias, x, bias))
+    np.testing.assert_array_equal(value, x + bias[None, None])
+    np.testing.assert_array_equal(to_x, x)
+    assert to_bias.dtype == bias.dtype
+    exact = np.asarray(x.astype(jnp.float32), np.float64).sum((0, 1))
+    np.testing.assert_allclose(
+        to_bias.astype(jnp.float32), exact, rtol=1e-5 if dtype == "float32" else 2**-8, atol=1e-5
+    )
+
+
+def test_a_sum_over_many_bfloat16_tokens_is_collected_in_float32():
+    ones = jnp.ones((4, 1000, 2), jnp.bfloat16)
+    total = over_tokens(ones)
+    assert total.dtype == jnp.float32
+    assert (total == 4000).all()
