@@ -89,9 +89,7 @@ def test_chunks_give_the_loss_of_the_whole(terms: dict[str, float]):
 
 @pytest.mark.parametrize("terms", [TERMS[0], TERMS[-1]])
 def test_chunks_give_the_gradient_of_the_whole(terms: dict[str, float]):
-    gradients = [
-        jax.jit(jax.grad(weighted(form, terms), argnums=(0, 1)))(HIDDEN, TABLE) for form in (chunked, plain)
-    ]
+    gradients = [jax.jit(jax.grad(weighted(form, terms), argnums=(0, 1)))(HIDDEN, TABLE) for form in (chunked, plain)]
     for mine, theirs in zip(*gradients, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
 
@@ -106,6 +104,22 @@ def test_chunks_never_hold_all_logits():
     assert largest(chunked) < B * L * V
 
 
+def test_many_chunks_give_the_bfloat16_head_as_good_a_gradient_as_one():
+    rng, rows = np.random.default_rng(0), 512
+    hidden, table = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((1, rows, D), (V, D)))
+    targets = jnp.asarray(rng.integers(V, size=(1, rows)), jnp.int32)
+
+    def gradient(dtype: str, chunk: int) -> np.ndarray:
+        def loss(table: jax.Array) -> jax.Array:
+            return chunked_cross_entropy(hidden.astype(dtype), table.astype(dtype), targets, chunk)[0].sum()
+
+        return np.asarray(jax.jit(jax.grad(loss))(table))
+
+    exact = gradient("float32", rows)
+    error = {chunk: np.linalg.norm(gradient("bfloat16", chunk) - exact) for chunk in (rows, 2)}
+    assert error[2] < 1.5 * error[rows]
+
+
 def test_a_chunk_that_does_not_divide_the_row_is_refused():
-    with pytest.raises(ValueError, match="chunk=4 does not divide the row length L=6; use a divisor of 6"):
+    with pytest.raises(ValueError, match=r"loss\.chunk=4 does not divide the row length L=6; use a divisor of 6"):
         chunked_cross_entropy(HIDDEN, TABLE, TARGETS, 4)

@@ -47,12 +47,15 @@ def chunked_cross_entropy(
     """
     B, L, D = hidden.shape
     if L % chunk:
-        raise ValueError(f"loss_chunk={chunk} does not divide the row length L={L}; use a divisor of {L}")
+        raise ValueError(f"loss.chunk={chunk} does not divide the row length L={L}; use a divisor of {L}")
+
+    # The table's gradient is a sum over chunks: in float32, or it would lose digits with every chunk.
+    wide = table.astype(jnp.float32)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one(_: None, part: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
         x, y = part
-        logits = jnp.einsum("BLD,VD->BLV", x, table, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("BLD,VD->BLV", x, wide.astype(table.dtype), preferred_element_type=jnp.float32)
         return None, cross_entropy(logits, y, **terms)
 
     parts = (hidden.reshape(B, -1, chunk, D).swapaxes(0, 1), targets.reshape(B, -1, chunk).swapaxes(0, 1))
