@@ -1,6 +1,8 @@
 """The program of a config: the same numbers on every mesh, and compiled once."""
 
+import dataclasses
 import logging
+import math
 from pathlib import Path
 
 import jax
@@ -21,6 +23,9 @@ DATA = MeshConfig(data=8)
 FSDP = MeshConfig(data=1, fsdp=8)
 DATA_FSDP = MeshConfig(data=2, fsdp=4)
 DATA_TENSOR = MeshConfig(data=4, tensor=2)
+TENSOR = MeshConfig(data=1, tensor=2)
+FSDP_TENSOR = MeshConfig(data=1, fsdp=4, tensor=2)
+ALL_THREE = MeshConfig(data=2, fsdp=2, tensor=2)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +58,8 @@ def one_device(config: RunConfig, batches: list[Batch]) -> list[tuple[float, flo
 
 
 def on(config: RunConfig, mesh: MeshConfig) -> Program:
-    return Program(config, make_mesh(mesh))
+    sizes = dataclasses.astuple(mesh)
+    return Program(config, make_mesh(mesh, jax.devices()[: math.prod(sizes)]))
 
 
 @pytest.mark.parametrize(
@@ -63,6 +69,9 @@ def on(config: RunConfig, mesh: MeshConfig) -> Program:
         (DATA_TENSOR, DATA_FSDP),
         pytest.param(DATA, FSDP, marks=pytest.mark.slow),
         pytest.param(FSDP, DATA, marks=pytest.mark.slow),
+        pytest.param(TENSOR, ALL_THREE, marks=pytest.mark.slow),
+        pytest.param(ALL_THREE, FSDP_TENSOR, marks=pytest.mark.slow),
+        pytest.param(FSDP_TENSOR, DATA, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -115,3 +124,10 @@ def test_each_program_of_a_process_compiles_its_step_once_after_init_or_restore(
         jax.config.update("jax_log_compiles", False)
     compiled = [line for line in caplog.messages if line.startswith("Compiling jit(train_step)")]
     assert len(compiled) == 2  # one of each program
+
+
+def test_scoring_in_microbatches_gives_every_row_its_own_losses(config: RunConfig, batches: list[Batch]):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    whole, parts = (Program(dataclasses.replace(config, accumulate=n), mesh) for n in (1, 4))
+    params = whole.init().params
+    np.testing.assert_allclose(parts.score(params, batches[0]), whole.score(params, batches[0]), atol=1e-5)

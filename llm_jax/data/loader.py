@@ -119,15 +119,17 @@ class Loader:
 
 
 def heldout_rows(store: TokenStore, config: DataConfig, *, process: int = 0, processes: int = 1) -> Iterator[Batch]:
-    """The batches of a split, in order: every token is a target once, if there is one before it to read.
+    """The batches of a split, in a fixed order: every token is a target once, if there is one before it to read.
 
     The batches have `documents`. The last one is filled up with empty rows.
     """
     plan = _plan(store, config, partial=True)
     share = _share(config, process, processes)
+    # A packed plan has its longest pieces first; shuffled, and always alike, its first batches are a sample of it all.
+    order = np.argsort(np.random.Philox(key=0).random_raw(plan.n_rows), kind="stable").tolist()
     for first in range(0, plan.n_rows, config.batch_size):
-        rows = [first + place for place in share]
-        spans = [plan.spans(row) if row < plan.n_rows else [] for row in rows]
+        rows = [order[first + place] for place in share if first + place < plan.n_rows]
+        spans = [plan.spans(row) for row in rows] + [[]] * (len(share) - len(rows))
         yield _batch(store, config, _index(config, spans))
 
 

@@ -19,7 +19,16 @@ from llm_jax.model.transformer import Transformer
 from llm_jax.sharding import batch_sharding, make_mesh, shardings
 from llm_jax.train.optimizer import make_optimizer, make_schedule
 from llm_jax.train.run import RunConfig
-from llm_jax.train.step import LossConfig, Metrics, TrainState, init_state, make_loss, make_train_step, token_losses
+from llm_jax.train.step import (
+    LossConfig,
+    Metrics,
+    TrainState,
+    init_state,
+    make_loss,
+    make_train_step,
+    microbatches,
+    token_losses,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +106,14 @@ class Program:
 
     @functools.cached_property
     def _score(self) -> Any:
+        c = self.config
+
         def score(params: PyTree, batch: Batch) -> Float[Array, "B L"]:
-            return token_losses(self.model, LossConfig(chunk=self.config.loss.chunk), params, batch)[1]
+            def nll(part: Batch) -> Float[Array, "b L"]:
+                return token_losses(self.model, LossConfig(chunk=c.loss.chunk), params, part)[1]
+
+            # In the microbatches of training: what fits there fits here.
+            parts = jax.lax.map(nll, microbatches(batch, c.accumulate))
+            return parts.swapaxes(0, 1).reshape(batch.targets.shape)
 
         return jax.jit(score)

@@ -103,7 +103,8 @@ def make_train_step(
     """One optimizer step over a batch, in `accumulate` microbatches whose gradients are weighted by their tokens.
 
     A loss or gradient that is not finite changes neither parameters nor optimizer state; the step still counts, so
-    that the data moves on, and `metrics["skipped"]` is 1.
+    that the data moves on, and `metrics["skipped"]` is 1. The optimizer's own count does not move on: after n such
+    steps its learning rate is that of n steps before.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -137,9 +138,13 @@ def accumulated(
     def add(total: PyTree, part: tuple[Batch, Key[Array, ""]]) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, total, value_and_grad(params, *part)), None
 
-    # Every accumulate-th row, so that each device keeps its own rows and nothing moves.
-    parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+    parts = microbatches(batch, accumulate)
     keys = jax.random.split(key, accumulate)
     shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts), key)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add, zeros, (parts, keys))[0]
+
+
+def microbatches(batch: Batch, number: int) -> Batch:
+    """`batch` with a leading axis of `number` parts: every number-th row, so that no row leaves its device."""
+    return jax.tree.map(lambda x: x.reshape(-1, number, *x.shape[1:]).swapaxes(0, 1), batch)
