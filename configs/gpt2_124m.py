@@ -1,7 +1,7 @@
 """GPT-2 124M (Radford et al. 2019) with the shapes and schedule of nanoGPT's reproduction on OpenWebText.
 
     llm-jax show gpt2_124m
-    llm-jax prepare hf://datasets/Skylion007/openwebtext --out owt --tokenizer gpt2
+    llm-jax prepare hf://datasets/Skylion007/openwebtext --out owt --tokenizer gpt2 --heldout 0.0005
     llm-jax train gpt2_124m data.uri=owt
 
 Needs accelerators: half a million tokens a step, 600,000 steps. Not trained here; `show`, the parameter count

@@ -1,6 +1,6 @@
 """The first run: a small Llama learns Python from the standard library that is already on this machine.
 
-    llm-jax train quickstart
+llm-jax train quickstart
 """
 
 from llm_jax.data.loader import DataConfig

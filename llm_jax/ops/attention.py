@@ -92,8 +92,7 @@ def reference(q: Array, k: Array, v: Array, mask: Mask, tap: Tap = no_tap) -> Ar
     return attend(q, k, v, mask.materialise(q.shape[1], k.shape[1]), tap)
 
 
-# Queries a block. On two CPU cores 128 to 256 are within noise of each other at L = 1024 to 4096.
-BLOCK = 128
+BLOCK = 128  # queries whose scores exist at one time
 
 
 def chunked(q: Array, k: Array, v: Array, mask: Mask) -> Array:
@@ -111,21 +110,9 @@ def chunked(q: Array, k: Array, v: Array, mask: Mask) -> Array:
     return jnp.moveaxis(blocks, 0, 1).reshape(B, L, K, G, H)
 
 
-def dot_product(q: Array, k: Array, v: Array, mask: Mask) -> Array:
-    """`jax.nn.dot_product_attention`: cuDNN's fused kernel on GPUs that have it, XLA elsewhere."""
-    B, L, K, G, H = q.shape
-    booleans = mask.materialise(L, k.shape[1])[:, None]
-    return jax.nn.dot_product_attention(q.reshape(B, L, K * G, H), k, v, mask=booleans).reshape(q.shape)
+IMPLEMENTATIONS: dict[str, Implementation] = {"reference": reference, "chunked": chunked}
 
-
-IMPLEMENTATIONS: dict[str, Implementation] = {
-    "reference": reference,
-    "chunked": chunked,
-    "dot_product": dot_product,
-}
-
-# Above this many queries the scores no longer fit the caches of a CPU, and memory, not speed, sets the limit.
-LONG = 1024
+LONG = 1024  # from this many queries on the L x S scores, not the arithmetic, set the limit
 
 
 def attention(
@@ -139,8 +126,8 @@ def attention(
 ) -> Float[Array, "B L K G H"]:
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): query head (k, g) reads key/value head k.
 
-    `implementation=None` takes the fastest form that accepts the case; a name takes that one or raises `Declined`,
-    a `ValueError`, with the reason. With `tap`, scores and pattern are shown to it, so the reference runs.
+    `implementation=None` takes `reference` for short rows and `chunked` for long ones; a name takes that one or raises
+    `Declined`, a `ValueError`, with the reason. With `tap`, scores and pattern are shown to it, so the reference runs.
     """
     if tap is not None:
         return reference(q, k, v, mask, tap)
