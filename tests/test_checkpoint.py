@@ -1,6 +1,7 @@
 """Checkpoints: what is restored is what was saved, or it is passed over by name."""
 
 import dataclasses
+import logging
 import resource
 import shutil
 from collections.abc import Iterator
@@ -83,16 +84,22 @@ def test_a_checkpoint_gives_back_every_bit(run: Path):
     assert not told
 
 
+def assert_nothing_else_was_said(capfd, caplog) -> None:
+    """Orbax has a lot to say of what fails, and says it in tracebacks."""
+    assert capfd.readouterr().err == ""
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
 @pytest.mark.parametrize("item", ["params", "opt_state", "record"])
-def test_a_damaged_checkpoint_is_named_and_passed_over(run: Path, item: str, damage, capfd):
+def test_a_damaged_checkpoint_is_named_and_passed_over(run: Path, item: str, damage, capfd, caplog):
     damage(data_files(run, 20, item)[0])
     state, progress, told = restore(run)
     assert tree.fingerprint(state) == tree.fingerprint(state_of(10))
     assert progress.step == 10
     assert f"step 20, {run}/checkpoints/20" in told[0]
     assert "\n" not in "".join(told)
-    assert capfd.readouterr().err == ""  # Orbax has a lot to say of this, and says it in tracebacks
+    assert_nothing_else_was_said(capfd, caplog)
 
 
 def test_no_flipped_bit_comes_back_as_a_number(run: Path):
@@ -106,6 +113,16 @@ def test_no_flipped_bit_comes_back_as_a_number(run: Path):
             params, step = checkpoints.restore_params(abstract(state_of(0)).params, print)
         assert tree.fingerprint(params) == tree.fingerprint(state_of(step).params)
         path.write_bytes(original)
+
+
+def test_a_changed_digit_of_the_progress_is_noticed(run: Path):
+    path = run / "checkpoints" / "20" / "record" / "metadata"
+    text = path.read_text()
+    assert text.count('"tokens": 0') == 1
+    path.write_text(text.replace('"tokens": 0', '"tokens": 8'))
+    _, progress, told = restore(run)
+    assert progress == Progress(step=10)
+    assert "its record is not what was saved" in told[0]
 
 
 def test_a_passed_over_step_can_be_saved_again_and_the_damaged_one_stays(run: Path):
@@ -159,10 +176,11 @@ def test_the_last_and_the_best_stay_and_the_best_is_known_again_after_a_stop(tmp
         assert checkpoints.steps() == [6, 5, 2]
 
 
-def test_a_loss_that_is_no_number_is_never_the_best(tmp_path: Path):
-    save(tmp_path, 1, 2, losses={1: float("nan"), 2: 5.0})
+@pytest.mark.parametrize("losses", [{1: float("nan"), 2: 5.0}, {1: 5.0, 2: float("nan")}], ids=str)
+def test_a_loss_that_is_no_number_is_never_the_best(losses: dict[int, float], tmp_path: Path):
+    save(tmp_path, 1, 2, losses=losses)
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.best() == 2
+        assert losses[checkpoints.best() or 0] == 5
         assert not checkpoints.is_best(float("nan"))
 
 
@@ -196,15 +214,24 @@ def no_file_over(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_save_that_fails_is_one_line_and_leaves_the_last_good_checkpoint(run: Path, capfd):
-    state, message = state_of(30, width=200), "the checkpoint of step 30 could not be written .*File too large"
+def test_a_save_that_fails_is_one_line_and_leaves_the_last_good_checkpoint(run: Path, capfd, caplog):
+    state, message = state_of(30, width=200), "the checkpoint of step 30 could not be written \\(File too large\\)"
     checksums({"params": state.params, "opt_state": state.opt_state})  # a compiled program is a file too
     with Checkpoints(run) as checkpoints, no_file_over(8000):
         checkpoints.save(state, Progress(step=30))
         with pytest.raises(OSError, match=message):
             checkpoints.wait()
     assert restore(run)[1].step == 20
-    assert capfd.readouterr().err == ""
+    assert_nothing_else_was_said(capfd, caplog)
+
+
+def test_a_checkpoint_that_the_disk_has_no_room_for_is_not_begun(run: Path, monkeypatch: pytest.MonkeyPatch):
+    before = sorted(run.rglob("*"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 5, 5))  # pyright: ignore
+    message = "the checkpoint of step 30 takes 25,924 bytes, but the disk has 5 left"
+    with Checkpoints(run) as checkpoints, pytest.raises(OSError, match=message):
+        checkpoints.save(state_of(30), Progress(step=30))
+    assert sorted(run.rglob("*")) == before
 
 
 @given(

@@ -12,6 +12,7 @@ import gc
 import json
 import logging
 import math
+import re
 import shutil
 import sys
 import time
@@ -35,8 +36,8 @@ UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 Report = Callable[[str], object]
 
-# What fails in Orbax is raised, and this file says it in a line; the log says it first, in pages of traceback.
-logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+# What fails in Orbax is raised, and this file says it in a line; its log says it before, in pages of traceback.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,16 +104,17 @@ class Checkpoints:
         """
         assert not self._read_only
         self.wait()
-        self._saving = progress.step
         items = {"params": state.params, "opt_state": state.opt_state}
+        self._check_room(items, progress.step)
+        self._saving = progress.step
         sums = {path: int(number) for path, number in jax.device_get(checksums(items)).items()}
         leaves = {path: [*_form(leaf), sums[path]] for path, leaf in trees.leaves(items).items()}
         record = _sealed({"progress": dataclasses.asdict(progress), "leaves": leaves})
-        trees_to_save = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         with self._named_errors(progress.step):
             self._orbax.save(
                 self.folder / str(progress.step),
-                args=ocp.args.Composite(record=ocp.args.JsonSave(record), **trees_to_save),
+                args=ocp.args.Composite(record=ocp.args.JsonSave(record), **arguments),
             )
         self._heldout_losses[progress.step] = _or_infinite(progress.heldout_loss)
 
@@ -211,6 +213,13 @@ class Checkpoints:
         del self._heldout_losses[step]
         return (self.folder / str(step)).rename(path)
 
+    def _check_room(self, items: dict[str, PyTree], step: int) -> None:
+        """A disk that fills up on the way would take the metrics with it."""
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
+        free = shutil.disk_usage(self.folder.parent).free
+        if free < size:
+            raise OSError(f"the checkpoint of step {step} takes {size:,} bytes, but the disk has {free:,} left")
+
     @contextmanager
     def _named_errors(self, step: int) -> Iterator[None]:
         try:
@@ -289,6 +298,7 @@ def _or_infinite(loss: float | None) -> float:
 
 
 def _line(error: Exception) -> str:
-    """The gist of an error on one line: how it begins, and how it ends, where the system's own words are."""
+    """The gist of an error on one line: in the system's own words, where it was the system that failed."""
     line = " ".join(str(error).split()) or type(error).__name__
-    return line if len(line) <= 200 else f"{line[:100]} ... {line[-90:]}"
+    system = re.search(r"([\w ]+) \[os_error_code", line)
+    return system[1].strip() if system else re.split("[.:] ", line)[0]
