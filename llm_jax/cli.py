@@ -77,7 +77,7 @@ def parser() -> ArgumentParser:
         arg("uri", metavar="URI", help="where the text is"),
         arg("--out", required=True, metavar="DIR", help="a folder that does not exist yet"),
         arg("--tokenizer", default="train:4096", metavar="NAME", help="default: train:4096"),
-        arg("--separator", metavar="TEXT", help="cut documents behind this text"),
+        arg("--separator", metavar="TEXT", help=r"cut documents behind this text, such as $'\n\n'"),
         arg("--heldout", type=float, default=0.05, metavar="SHARE", help="of the documents; default: 0.05"),
         arg("--heldout-by", choices=("hash", "tail"), default="hash", help="chosen by content, or the last"),
         JSON,

@@ -1,5 +1,7 @@
 """What goes into shards comes out of them; whole folders or none; damage is named."""
 
+import contextlib
+import dataclasses
 import errno
 import json
 import re
@@ -268,6 +270,15 @@ def test_a_folder_of_shards_is_its_own_cache(corpus: str, tmp_path: Path):
     with pytest.raises(ValueError, match=r"prepared with end_of_text=True, and the config has end_of_text=False"):
         cached(config(str(out), end_of_text=False), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_saved_tokenizer_agrees_with_shards_of_the_same_ids_wherever_it_stands(corpus: str, tmp_path: Path):
+    prepare(corpus, tmp_path / "out", tokenizer="byte", heldout=0.2)
+    for spec, agrees in (("byte", True), ("char", False)):
+        tokenizer.build(spec, lambda: STORIES).save(tmp_path / spec)
+        there = dataclasses.replace(config(str(tmp_path / "out")), tokenizer=str(tmp_path / spec))
+        with contextlib.nullcontext() if agrees else pytest.raises(ValueError, match="prepared with tokenizer='byte'"):
+            assert cached(there, tmp_path / "cache") == tmp_path / "out"
 
 
 def test_whoever_prepares_a_cached_corpus_first_is_believed(corpus: str, tmp_path: Path, monkeypatch):

@@ -352,12 +352,16 @@ def _check_sides(manifest: Manifest) -> None:
     if not train or (manifest.heldout and not heldout):
         raise ValueError(
             f"heldout={manifest.heldout:g} by {manifest.heldout_by} leaves {train} documents to train on and "
-            f"{heldout} held out; cut the text into more with a separator, change heldout, or use heldout=0"
+            f"{heldout} held out; cut the text into more with a separator, such as --separator $'\\n\\n' "
+            r"(in a config data.separator=$'\n\n'), or change heldout"
         )
 
 
 def _check_agreement(settings: Mapping[str, Any], manifest: Manifest) -> None:
     made = {name: getattr(manifest, name) for name in settings}
+    folder = Path(settings["tokenizer"])
+    if folder.is_dir() and load(folder).fingerprint == manifest.tokenizer_fingerprint:
+        made["tokenizer"] = settings["tokenizer"]  # one that is saved is known by its ids, not by its place
     differ = [name for name in settings if made[name] != settings[name]]
     if differ:
         was, asked = (", ".join(f"{name}={of[name]!r}" for name in differ) for of in (made, settings))

@@ -66,7 +66,7 @@ def documents(uri: str, separator: str | None = None) -> Iterator[Document]:
     Raises `ValueError` for what is missing, empty, damaged, or not text.
     """
     if separator == "":
-        raise ValueError(r"separator='' cuts nowhere; use '\n\n' to cut at blank lines, or leave it out")
+        raise ValueError(r"separator='' cuts nowhere; use $'\n\n' to cut at blank lines, or leave it out")
     empty = True
     for file in _files(uri):
         texts = (text for text in _texts(file, separator) if text)
@@ -88,6 +88,11 @@ def fingerprint(uri: str) -> str:
         else:
             digest.update(str(file.system.ukey(file.path)).encode())
     return digest.hexdigest()
+
+
+def holds_records(uri: str) -> bool:
+    """Whether `uri` names records, such as JSON lines, which no separator cuts."""
+    return any(_suffix(file.path) in RECORDS for file in _files(uri))
 
 
 def _files(uri: str) -> list[File]:
