@@ -125,6 +125,43 @@ def test_what_can_not_work_is_refused_with_nothing_written(changes, message, con
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("prompts", "end_of_text", "says"),
+    [
+        (("",), False, r"prompts=\('',\): a prompt without tokens.* or set prompts= for no samples"),
+        (("a", "x" * 32), True, r"prompts=.*: a prompt of 33 tokens leaves no room in max_seq_len=32"),
+    ],
+)
+def test_prompts_that_can_not_be_written_from_are_refused_before_the_first_step(
+    prompts, end_of_text, says, config, tmp_path, say
+):
+    data = dataclasses.replace(config.data, end_of_text=end_of_text)
+    with pytest.raises(ValueError, match=says):
+        train(dataclasses.replace(config, data=data, prompts=prompts), tmp_path / "run", console=say)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_is_full_at_the_first_file_leaves_nothing(config, tmp_path, say, monkeypatch):
+    def full(folder: Path, config: RunConfig) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loop.run, "save_config", full)
+    (tmp_path / "empty").mkdir()
+    for name, stays in (("new", False), ("empty", True)):
+        with pytest.raises(OSError, match="No space left"):
+            train(config, tmp_path / name, console=say)
+        assert (tmp_path / name).exists() == stays
+    assert not list((tmp_path / "empty").iterdir())
+
+
+def test_a_run_of_relative_paths_goes_on_from_another_folder(config, tmp_path, say, monkeypatch):
+    monkeypatch.chdir(Path(config.data.uri).parent)
+    data = dataclasses.replace(config.data, uri=Path(config.data.uri).name)
+    train(dataclasses.replace(config, data=data, steps=3), tmp_path / "run", console=say)
+    monkeypatch.chdir(tmp_path)
+    assert resume("run", steps=4, console=say).step == 4
+
+
 def test_init_from_takes_the_best_weights_and_nothing_else(finished: Path, config, tmp_path, say, monkeypatch):
     before_step(monkeypatch, fail_at(2, RuntimeError("stop here")))
     with pytest.raises(RuntimeError, match="stop here"):
@@ -224,31 +261,56 @@ def poisoned(state: Any) -> Any:
 
 
 def test_a_run_that_diverges_stops_with_the_step_the_documents_and_the_layer(config, tmp_path, say, monkeypatch):
-    before_step(monkeypatch, lambda step, state: poisoned(state) if step == 3 else state)
+    before_step(monkeypatch, lambda step, state: poisoned(state) if step == 5 else state)
     with pytest.raises(Diverged) as error:
         train(dataclasses.replace(config, patience=3), tmp_path / "run", console=say)
     assert re.fullmatch(
-        r"loss or gradient was not finite in 3 steps in a row; at step 6, on documents .*\.txt.*, \.\.\.: "
-        r"the first activation to go bad is mlp_out of layer 1; the last good checkpoint is of step 3; "
+        r"loss or gradient was not finite in 3 steps in a row; at step 8, on documents .*\.txt.*, \.\.\.: "
+        r"the first activation to go bad is mlp_out of layer 1; the last good checkpoint is of step 4; "
         rf"start anew with less learning rate and init_from={tmp_path}/run",
         str(error.value),
     )
-    assert [row["skipped"] for row in rows(tmp_path / "run")] == [0, 0, 0, 1, 2, 3]
-    assert steps(tmp_path / "run") == [3, 0]
+    assert [row["skipped"] for row in rows(tmp_path / "run")] == [0, 0, 0, 0, 0, 1, 2, 3]
+    assert steps(tmp_path / "run") == [4, 3]  # not the due one of step 6
     assert last_checkpoint(tmp_path / "run", config)[1].skipped == 0
 
 
-def test_a_bad_step_is_skipped_and_counted_and_the_run_goes_on(config, tmp_path, say, monkeypatch):
+def skip_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     original = Program.train_step
 
     def train_step(self: Program, state: Any, batch: Any) -> Any:
-        if int(state.step) != 2:
+        if int(state.step) != step:
             return original(self, state, batch)
         kept = jax.tree.map(jnp.copy, state)
         _, metrics = original(self, poisoned(state), batch)
         return kept.replace(step=kept.step + 1), metrics
 
     monkeypatch.setattr(Program, "train_step", train_step)
+
+
+def test_a_run_whose_last_step_is_skipped_is_finished(config, tmp_path, say, monkeypatch):
+    skip_step(monkeypatch, 7)
+    assert train(config, tmp_path / "run", console=say).skipped_in_a_row == 1
+    assert steps(tmp_path / "run")[0] == 8
+    with pytest.raises(ValueError, match="is finished at step 8"):
+        resume(tmp_path / "run", console=say)
+
+
+def test_a_signal_during_the_last_save_does_not_break_it(config, tmp_path, say, monkeypatch):
+    wait = Checkpoints.wait
+
+    def interrupted(self: Checkpoints) -> None:
+        if self._saving == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        wait(self)
+
+    monkeypatch.setattr(Checkpoints, "wait", interrupted)
+    train(dataclasses.replace(config, steps=3), tmp_path / "run", console=say)
+    assert steps(tmp_path / "run")[0] == 3
+
+
+def test_a_bad_step_is_skipped_and_counted_and_the_run_goes_on(config, tmp_path, say, monkeypatch):
+    skip_step(monkeypatch, 2)
     progress = train(config, tmp_path / "run", console=say)
     assert (progress.step, progress.skipped, progress.skipped_in_a_row) == (8, 1, 0)
     bad = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[2]

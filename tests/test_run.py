@@ -77,25 +77,47 @@ def test_a_folder_that_holds_a_run_is_refused_by_what_differs(shards: Shards, tm
         run.check_free(tmp_path, other)
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl"])
-def test_what_is_left_of_a_run_is_refused_too(name: str, tmp_path: Path):
+@pytest.mark.parametrize("name", ["checkpoints", "tokenizer", "notes.txt"])
+def test_a_folder_that_holds_anything_else_is_refused_too(name: str, tmp_path: Path):
     (tmp_path / name).mkdir()
-    with pytest.raises(ValueError, match="already holds a run"):
+    with pytest.raises(ValueError, match=f"{tmp_path} is not empty.*choose another --run"):
         run.check_free(tmp_path, CONFIG)
+    with pytest.raises(ValueError, match=f"{__file__} is not empty"):
+        run.check_free(Path(__file__), CONFIG)
 
 
-def test_what_is_removed_is_what_a_run_wrote_and_nothing_else(shards: Shards, tmp_path: Path):
-    run.create(tmp_path / "new", CONFIG, shards, "")
-    run.remove(tmp_path / "new")
-    assert not (tmp_path / "new").exists()
+@pytest.mark.parametrize("there_before", [False, True])
+def test_what_is_removed_is_all_of_a_run_but_not_a_folder_that_was_there_before(
+    there_before: bool, shards: Shards, tmp_path: Path
+):
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    run.create(tmp_path / "link", CONFIG, shards, "")
+    (tmp_path / "run" / "checkpoints" / "0").mkdir(parents=True)
+    run.remove(tmp_path / "link", keep_folder=there_before)
+    assert (tmp_path / "run").exists() == there_before
+    assert not there_before or files(tmp_path / "run") == []
 
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "launch.log").touch()
-    run.create(tmp_path / "old", CONFIG, shards, "")
-    (tmp_path / "old" / "checkpoints" / "0").mkdir(parents=True)
-    (tmp_path / "old" / "metrics.jsonl").touch()
-    run.remove(tmp_path / "old")
-    assert files(tmp_path / "old") == ["launch.log"]
+
+def test_a_config_is_kept_with_the_paths_absolute_and_the_names_as_they_are(
+    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path / "corpus")
+    shards.tokenizer.save(tmp_path / "byte")
+    names = ["data.uri=builtin:python", "data.tokenizer=byte"]
+    for number, (given, kept) in enumerate(
+        [
+            (names, names),
+            (["data.uri=hf://datasets/a/b"], ["data.uri=hf://datasets/a/b"]),
+            (["data.uri=corpus/*.txt"], [f"data.uri={tmp_path}/corpus/*.txt"]),
+            (["data.tokenizer=./byte"], [f"data.tokenizer={tmp_path}/byte"]),
+            (["init_from=run0"], [f"init_from={tmp_path}/run0"]),
+        ]
+    ):
+        run.create(tmp_path / f"run{number}", override(CONFIG, given), shards, "")
+        expected = override(override(CONFIG, [f"data.uri={tmp_path}/corpus"]), kept)
+        assert run.load_config(tmp_path / f"run{number}") == expected
 
 
 def test_a_folder_without_a_run_is_an_error_that_says_how_to_start_one(tmp_path: Path):

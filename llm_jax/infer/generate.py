@@ -110,6 +110,26 @@ class Piece:
     finish: Finish | None
 
 
+def prompt_ids(
+    config: ModelConfig, tokenizer: Tokenizer, prompts: Sequence[str], begin: bool
+) -> list[Int[np.ndarray, " _"]]:
+    """The tokens of each prompt, behind the end-of-text token where `begin` asks for it.
+
+    Raises `ValueError` for a prompt that has none, or that leaves no room in `max_seq_len`.
+    """
+    start = [tokenizer.end_of_text] if begin else []
+    ids = [np.array([*start, *tokenizer.encode(prompt)], np.int32) for prompt in prompts]
+    if not all(map(len, ids)):
+        raise ValueError("a prompt without tokens says nothing to go on from; give it some text, if only a line break")
+    longest = max(map(len, ids), default=0)
+    if longest >= config.max_seq_len:
+        raise ValueError(
+            f"a prompt of {longest} tokens leaves no room in max_seq_len={config.max_seq_len}; "
+            f"use at most {config.max_seq_len - 1}"
+        )
+    return ids
+
+
 def stream(
     config: ModelConfig,
     params: PyTree,
@@ -133,9 +153,8 @@ def stream(
         raise ValueError(f"max_tokens={max_tokens} writes nothing; use 1 or more")
     if "" in stop:
         raise ValueError("an empty stop text would end every text before it begins; leave it out")
-    start = [tokenizer.end_of_text] if begin else []
-    ids = [np.array([*start, *tokenizer.encode(prompt)], np.int32) for prompt in prompts]
-    rooms = [min(max_tokens, _room(config, tokens)) for tokens in ids]
+    ids = prompt_ids(config, tokenizer, prompts, begin)
+    rooms = [min(max_tokens, config.max_seq_len - len(tokens)) for tokens in ids]
     # What was chosen for rows of training length may decline a single query.
     config = dataclasses.replace(config, attention=None)
     params = unstack(config, params)
@@ -196,18 +215,6 @@ def generate(
     """What the model writes behind each prompt, once it is complete; `options` are those of `stream`."""
     pieces = stream(config, params, tokenizer, prompts, **options)
     return [text.text for text in collect(prompts, pieces)]
-
-
-def _room(config: ModelConfig, prompt: Int[np.ndarray, " L"]) -> int:
-    """How many tokens may follow `prompt`."""
-    if len(prompt) == 0:
-        raise ValueError("a prompt without tokens says nothing to go on from; give it some text, if only a line break")
-    if len(prompt) >= config.max_seq_len:
-        raise ValueError(
-            f"a prompt of {len(prompt)} tokens leaves no room in max_seq_len={config.max_seq_len}; "
-            f"use at most {config.max_seq_len - 1}"
-        )
-    return config.max_seq_len - len(prompt)
 
 
 class Row:

@@ -18,7 +18,7 @@ from llm_jax.config import to_dict
 from llm_jax.data.loader import Loader, heldout_rows
 from llm_jax.data.shards import Shards, cached, open_shards
 from llm_jax.hardware import reuse_freed_memory
-from llm_jax.infer.generate import generate
+from llm_jax.infer.generate import generate, prompt_ids
 from llm_jax.model.config import parameter_counts
 from llm_jax.ops.sampling import Sampling
 from llm_jax.train import run
@@ -73,12 +73,13 @@ def train(config: RunConfig, folder: str | Path, *, console: Console | None = No
     run.check_free(folder, config)
     session = Session.open(config, folder, console or Console())
     state = session.begin()
-    run.create(folder, config, session.shards, command)
+    existed = folder.exists()
     try:
+        run.create(folder, config, session.shards, command)
         return session.go(state, Progress())
     except BaseException:
         if not log.read(folder):
-            run.remove(folder)
+            run.remove(folder, keep_folder=existed)
         raise
 
 
@@ -128,6 +129,10 @@ class Session:
             raise ValueError(f"data.heldout={config.data.heldout} leaves nothing to evaluate on; set it above 0")
         loader = Loader(shards.split("train"), config.data)
         loader.check_horizon(config.steps)
+        try:
+            prompt_ids(config.model, shards.tokenizer, config.prompts, config.data.end_of_text)
+        except ValueError as error:
+            raise ValueError(f"prompts={config.prompts}: {error}; or set prompts= for no samples") from error
         return cls(config, folder, console, shards, Program.on(config), loader, Checkpoints(folder, config.keep))
 
     def say(self, line: str) -> None:
@@ -187,7 +192,7 @@ class Session:
         )
         meter = Meter(c, rows, progress)
         try:
-            with self.checkpoints, rows, stop_signals() as stopping:
+            with stop_signals() as stopping, self.checkpoints, rows:  # the last save too ends in peace
                 if not self.checkpoints.steps():  # what a run began from, it need not find again
                     self.checkpoints.save(state, progress)
                 for batch in self.loader.batches(progress.step):
@@ -225,9 +230,10 @@ class Session:
             rows.print("\n".join(f"  {sample['prompt']}{sample['text']}" for sample in row["samples"]))
         meter.write(row)  # before the checkpoint: what is resumed has all its rows
         self._check(state, progress)
-        due = last or step % c.checkpoint_every == 0 or self.checkpoints.is_best(progress.heldout_loss)
-        # After a bad step the state is as before it, but may be what makes steps bad: such a one is not kept.
-        if due and not progress.skipped_in_a_row:
+        due = step % c.checkpoint_every == 0 or self.checkpoints.is_best(progress.heldout_loss)
+        # After a bad step the state is as before it, but may be what makes steps bad: such a one is not kept, except
+        # where the run ends and this is where it has come to.
+        if last or (due and not progress.skipped_in_a_row):
             self.checkpoints.save(state, progress)
         self._report()
         meter.restart()

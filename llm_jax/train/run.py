@@ -3,10 +3,11 @@
 config.json  data.json  environment.json  tokenizer/  checkpoints/<step>/  metrics.jsonl  report.html
 """
 
-import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
+import os
 import platform
 import runpy
 import shutil
@@ -102,20 +103,20 @@ def load_recipe(name: str) -> RunConfig:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run lives in `folder`, or what is left of one."""
-    return any((folder / name).exists() for name in ("config.json", "checkpoints", "metrics.jsonl"))
+    """Whether a run lives in `folder`."""
+    return (folder / "config.json").exists()
 
 
 def check_free(folder: Path, config: RunConfig) -> None:
-    """Raises `ValueError` where a run lives in `folder`: it is never overwritten."""
+    """Raises `ValueError` unless `folder` is empty or yet to be made: what a run or a user has there stays."""
     if is_run(folder):
-        changed = (
-            differences(to_dict(load_config(folder)), to_dict(config)) if (folder / "config.json").exists() else []
-        )
+        changed = differences(to_dict(load_config(folder)), to_dict(_with_absolute_paths(config)))
         other = f" of another config ({'; '.join(changed[:3])})" if changed else ""
         raise ValueError(
             f"{folder} already holds a run{other}; go on with it: llm-jax resume {folder}, or choose another --run"
         )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty, and a run begins in a folder of its own; choose another --run")
 
 
 def load_config(folder: str | Path) -> RunConfig:
@@ -132,27 +133,39 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def create(folder: Path, config: RunConfig, shards: Shards, command: str) -> None:
-    """Lays out the folder of a run that begins."""
+    """Lays out the folder of a run that begins. Paths in its config are absolute: it goes on from any place."""
     folder.mkdir(parents=True, exist_ok=True)
     shards.tokenizer.save(folder / "tokenizer")
     _write_json(folder / "data.json", data_identity(shards))
     _write_json(folder / "environment.json", environment(command))
-    save_config(folder, config)  # last: it makes the folder a run
+    save_config(folder, _with_absolute_paths(config))  # last: it makes the folder a run
 
 
-def remove(folder: Path) -> None:
-    """Takes back what `create` and a first step wrote, and nothing else that `folder` may hold."""
-    for name in ("config.json", "data.json", "environment.json", "metrics.jsonl", "report.html"):
-        (folder / name).unlink(missing_ok=True)
-    for name in ("tokenizer", "checkpoints", "tensorboard"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    with contextlib.suppress(OSError):  # not empty: someone else's
-        folder.rmdir()
+def remove(folder: Path, *, keep_folder: bool) -> None:
+    """Takes back a run that came to nothing; `keep_folder` leaves the empty folder that it began in."""
+    folder = folder.resolve()
+    shutil.rmtree(folder, ignore_errors=True)
+    if keep_folder:
+        folder.mkdir(exist_ok=True)
 
 
 def save_config(folder: Path, config: RunConfig) -> None:
     """Writes config.json, all of it or nothing."""
     _write_json(folder / "config.json", to_dict(config))
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    data = dataclasses.replace(config.data, uri=_absolute(config.data.uri))
+    if data.tokenizer not in tokenizer.SPECS:  # a folder of such a name is not what it means
+        data = dataclasses.replace(data, tokenizer=_absolute(data.tokenizer))
+    source = config.init_from and _absolute(config.init_from)
+    return dataclasses.replace(config, data=data, init_from=source)
+
+
+def _absolute(name: str) -> str:
+    """The absolute path, or pattern, where `name` is one that leads somewhere on this machine; else `name`."""
+    here = Path(name).exists() or any(glob.iglob(name, recursive=True))
+    return os.path.abspath(name) if here else name
 
 
 def data_identity(shards: Shards) -> dict[str, Any]:
