@@ -1,14 +1,17 @@
 """A run that is there to be used: its weights, on the devices that are here now."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 from jaxtyping import PyTree
 
-from llm_jax.config import override
-from llm_jax.data.loader import heldout_rows
+from llm_jax.data.loader import IGNORE, Batch, heldout_rows
+from llm_jax.data.shards import SPLITS, DataConfig, Shards, open_shards
+from llm_jax.data.sources import holds_records
 from llm_jax.sharding import MeshConfig, make_mesh
 from llm_jax.train import run
 from llm_jax.train.checkpoint import Checkpoints
@@ -59,11 +62,43 @@ def evaluate(
     folder: str | Path, uri: str | None = None, checkpoint: str = "best", *, report: Report = print
 ) -> tuple[Evaluation, int]:
     """How well the run in `folder` predicts what it held out, or all the text at `uri`; and the weights' step."""
-    config, split = run.load_config(folder), "heldout"
-    if uri is not None:
-        changes = [f"data.uri={uri}", f"data.tokenizer={folder}/tokenizer", "data.heldout=0"]
-        config, split = override(config, changes), "train"
-    shards, program = open_data(config, report), on_all_devices(config)
+    config = run.load_config(folder)
+    if uri is None:
+        shards = open_data(config, report)
+        batches = heldout_rows(shards.split("heldout"), config.data)
+    else:
+        shards = open_text(uri, Path(folder), config, report)
+        batches = all_rows(shards, config.data)
+    program = on_all_devices(config)
     params, step = restore(folder, program, checkpoint, report=report)
-    batches = heldout_rows(shards.split(split), config.data)
     return measure(functools.partial(program.score, params), batches, token_lengths(shards.tokenizer)), step
+
+
+def open_text(uri: str, folder: Path, config: RunConfig, report: Report) -> Shards:
+    """The text at `uri` in the tokens of the run in `folder`. Raises `ValueError` for shards that have others."""
+    if not (Path(uri) / "meta.json").is_file():
+        separator = None if holds_records(uri) else config.data.separator
+        changes = {"uri": uri, "tokenizer": str(folder / "tokenizer"), "separator": separator, "heldout": 0.0}
+        return open_data(dataclasses.replace(config, data=dataclasses.replace(config.data, **changes)), report)
+    shards, ours = open_shards(uri), run.load_tokenizer(folder)
+    if shards.tokenizer.fingerprint != ours.fingerprint:
+        raise ValueError(
+            f"{uri} is in the tokens of {shards.tokenizer.name}, but {folder} knows those of {ours.name}; "
+            f"prepare the text with --tokenizer {folder}/tokenizer, or name the text itself"
+        )
+    if shards.manifest.end_of_text != config.data.end_of_text:
+        raise ValueError(
+            f"{uri} has end_of_text={shards.manifest.end_of_text}, but {folder} was trained with "
+            f"data.end_of_text={config.data.end_of_text}; name the text itself"
+        )
+    return shards
+
+
+def all_rows(shards: Shards, config: DataConfig) -> Iterator[Batch]:
+    """The batches of one split after the other, as `heldout_rows` cuts them; documents are numbered on."""
+    before = 0
+    for store in map(shards.split, SPLITS):
+        for batch in heldout_rows(store, config) if store.n_documents else ():
+            counted = batch.documents != IGNORE
+            yield dataclasses.replace(batch, documents=np.where(counted, batch.documents + before, IGNORE))
+        before += store.n_documents

@@ -115,6 +115,22 @@ def test_another_text_is_scored_whole(place: Path, output: Any):
     assert (found["documents"], found["bytes"]) == (2, 31)
 
 
+def test_records_are_scored_though_the_run_cut_its_text_at_a_separator(place: Path, output: Any):
+    (place / "other.jsonl").write_text('{"text": "so ein anderer Text"}\n{"text": "noch einer"}\n')
+    found = json.loads(output("evaluate", "runs/tiny", "--data", str(place / "other.jsonl"), "--json"))
+    assert (found["documents"], found["bytes"]) == (2, 29)
+
+
+def test_prepared_shards_are_scored_whole_if_they_are_in_the_tokens_of_the_run(place: Path, output: Any, error: Any):
+    options = ("--separator", "\n", "--heldout", "0.3")
+    output("prepare", "text.txt", "--out", "ours", "--tokenizer", "runs/tiny/tokenizer", *options)
+    found = json.loads(output("evaluate", "runs/tiny", "--data", "ours", "--json"))
+    assert (found["documents"], found["bytes"]) == (200, (place / "text.txt").stat().st_size)
+    output("prepare", "text.txt", "--out", "theirs", "--tokenizer", "char", *options)
+    says = "theirs is in the tokens of char, but runs/tiny knows those of byte"
+    assert says in error("evaluate", "runs/tiny", "--data", "theirs")
+
+
 @pytest.mark.parametrize(("which", "step"), [("best", 4), ("last", 4), ("2", 2)])
 def test_a_checkpoint_is_chosen_by_name_or_step(which: str, step: int, output: Any):
     options = ("--prompt", "a", "--max-tokens", "1", "--checkpoint", which, "--json")
