@@ -14,11 +14,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from llm_jax import trained
 from llm_jax.data.shards import Shards
 from llm_jax.infer.generate import generate
 from llm_jax.ops.sampling import Sampling
 from llm_jax.train import loop, run
-from llm_jax.train.program import Program
+from llm_jax.train.step import cast
 
 SIGNATURE = re.compile(r"^def \w+\([^()\n]*\):\n", re.MULTILINE)
 
@@ -57,14 +58,15 @@ def main() -> None:
     config = run.load_config(arguments.run)
     shards = loop.open_data(config, print)
     starts = list(itertools.islice(prompts(shards), arguments.count))
-    params = loop.load_weights(arguments.run, Program.on(config), print)
+    params, _ = trained.restore(arguments.run, trained.on_one_device(config))
     texts = generate(
         config.model,
-        params,
+        cast(params, config.model.dtype),
         shards.tokenizer,
         starts,
         sampling=Sampling(temperature=arguments.temperature),
         max_tokens=arguments.tokens,
+        begin=config.data.end_of_text,
     )
     sources = [function(prompt, text) for prompt, text in zip(starts, texts, strict=True)]
     good = [source for source in sources if parses(source)]
