@@ -160,6 +160,6 @@ def _failed(message: str, debug: bool, status: int = 2) -> int:
 def _quiet() -> None:
     """Silences what libraries log and warn about, which is not the user's to mend. Before JAX is imported."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # what fails in Orbax is raised, and said in a line
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

@@ -42,19 +42,13 @@ def restore(
 ) -> tuple[PyTree, int]:
     """The weights of the run in `folder`, laid out for `program`, and their step.
 
-    `checkpoint` is `best` (by held-out loss; the last where none was measured), `last`, or a step. Raises
-    `ValueError` where there is no such checkpoint, or none that can be read.
+    `checkpoint` is `best` (by held-out loss; the last where none was measured), `last`, or a step. One of the first
+    two that is damaged is named, and passed over for the newest. Raises `ValueError` where there is no such
+    checkpoint, or none that can be read.
     """
     with Checkpoints(Path(folder), read_only=True) as checkpoints:
-        steps = checkpoints.steps()
-        named = {"best": checkpoints.best(), "last": max(steps, default=None)}
-        if checkpoint not in named and not checkpoint.isdecimal():
-            raise ValueError(
-                f"no checkpoint is called {checkpoint!r}; use best, last, or a step out of {sorted(steps)}"
-            )
-        step = named[checkpoint] if checkpoint in named else int(checkpoint)
-        params, step = checkpoints.restore_params(program.abstract_state.params, report, step)
-    report(f"{folder}: weights of step {step:,}" + (f" ({checkpoint})" if step == named.get(checkpoint) else ""))
+        params, step = checkpoints.restore_params(program.abstract_state.params, report, checkpoint)
+    report(f"{folder}: weights of step {step:,}")
     return params, step
 
 

@@ -198,9 +198,28 @@ def test_a_checkpoint_of_another_optimizer_is_an_error_that_names_the_leaf(run: 
         checkpoints.restore(plain, print)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), PermissionError(13, "Permission denied"), RuntimeError("RESOURCE_EXHAUSTED: 9 GB")],
+    ids=repr,
+)
+def test_what_is_not_the_fault_of_the_bytes_is_not_taken_for_damage(error: Exception, run: Path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise error
+
+    with Checkpoints(run) as checkpoints:
+        for method in ("_read", "_record"):
+            monkeypatch.setattr(Checkpoints, method, fail)
+            with pytest.raises(type(error)):
+                checkpoints.restore(abstract(state_of(0)), print)
+        assert checkpoints.steps() == [20, 10]
+    with pytest.raises(type(error)):
+        Checkpoints(run)
+
+
 def test_a_step_without_a_checkpoint_is_an_error_with_those_that_have_one(run: Path):
     with Checkpoints(run) as checkpoints, pytest.raises(ValueError, match=r"step 15; use one of \[10, 20\]"):
-        checkpoints.restore_params(abstract(state_of(0)).params, print, step=15)
+        checkpoints.restore_params(abstract(state_of(0)).params, print, "15")
 
 
 @contextmanager
@@ -215,6 +234,7 @@ def no_file_over(size: int) -> Iterator[None]:
 
 
 def test_a_save_that_fails_is_one_line_and_leaves_the_last_good_checkpoint(run: Path, capfd, caplog):
+    caplog.set_level(logging.CRITICAL, logger="absl")  # as the command line does
     state, message = state_of(30, width=200), "the checkpoint of step 30 could not be written \\(File too large\\)"
     checksums({"params": state.params, "opt_state": state.opt_state})  # a compiled program is a file too
     with Checkpoints(run) as checkpoints, no_file_over(8000):

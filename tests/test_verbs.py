@@ -5,15 +5,17 @@ import json
 import math
 import random
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llm_jax import trained
 from llm_jax.cli import main
 from llm_jax.recipes import recipe_docstring, recipes
-from llm_jax.train import loop
+from llm_jax.train import loop, run
 
 WORDS = ["a", "little", "model", "reads", "the", "words", "of", "a", "short", "text", "and", "writes", "some"]
 RECIPE = '''"""A model of one layer.
@@ -113,6 +115,19 @@ def test_another_text_is_scored_whole(place: Path, output: Any):
     (place / "other.txt").write_text("so ein anderer Text\nnoch einer\n")
     found = json.loads(output("evaluate", "runs/tiny", "--data", str(place / "other.txt"), "--json"))
     assert (found["documents"], found["bytes"]) == (2, 31)
+
+
+@pytest.mark.parametrize("which", ["best", "last", "4"])
+def test_the_newest_good_weights_stand_in_for_damaged_ones_unless_a_step_was_asked_for(which: str, place: Path):
+    copy, told = shutil.copytree(place / "runs/tiny", place / f"runs/damaged-{which}"), []
+    shutil.rmtree(copy / "checkpoints/4/params")
+    program = trained.on_one_device(run.load_config(copy))
+    if which == "4":
+        with pytest.raises(ValueError, match=r"no checkpoint that can be read \(tried \[4\]\)"):
+            trained.restore(copy, program, which, report=told.append)
+    else:
+        assert trained.restore(copy, program, which, report=told.append)[1] == 2
+    assert "passed over the checkpoint of step 4" in told[0]
 
 
 def test_records_are_scored_though_the_run_cut_its_text_at_a_separator(place: Path, output: Any):

@@ -36,9 +36,6 @@ UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 Report = Callable[[str], object]
 
-# What fails in Orbax is raised, and this file says it in a line; its log says it before, in pages of traceback.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
-
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
@@ -149,14 +146,25 @@ class Checkpoints:
         number = jax.device_put(jnp.asarray(progress.step, jnp.int32), abstract.step.sharding)
         return TrainState(step=number, **found), progress
 
-    def restore_params(self, abstract: PyTree, report: Report, step: int | None = None) -> tuple[PyTree, int]:
-        """The weights alone, and their step: those of `step`, or else the best, or else the newest."""
-        steps = self.steps()
-        if step is not None and step not in steps:
-            raise ValueError(f"{self.folder} has no checkpoint of step {step}; use one of {sorted(steps)}")
-        order = [step] if step is not None else sorted(steps, key=lambda s: (s != self.best(), -s))
-        step, found, _ = self._first_readable(order, {"params": abstract}, report)
+    def restore_params(self, abstract: PyTree, report: Report, which: str = "best") -> tuple[PyTree, int]:
+        """The weights alone, and their step. `which` is `best` (by held-out loss), `last`, or a step.
+
+        Where the best or the last can't be read, it is named, and the newest that can is taken. Raises `ValueError`
+        where there is no such checkpoint, or none that can be read.
+        """
+        step, found, _ = self._first_readable(self._order(which), {"params": abstract}, report)
         return found["params"], step
+
+    def _order(self, which: str) -> list[int]:
+        """The steps to try for `which`, one after the other."""
+        steps = self.steps()
+        if which in ("best", "last"):
+            return sorted(steps, key=lambda step: (which == "best" and step != self.best(), -step))
+        if not which.isdecimal():
+            raise ValueError(f"no checkpoint is called {which!r}; use best, last, or a step out of {sorted(steps)}")
+        if int(which) not in steps:
+            raise ValueError(f"{self.folder} has no checkpoint of step {which}; use one of {sorted(steps)}")
+        return [int(which)]
 
     def _first_readable(
         self, steps: Sequence[int], abstract: dict[str, PyTree], report: Report
@@ -173,7 +181,9 @@ class Checkpoints:
                             self._read(step, abstract, record["leaves"]),
                             Progress(**record["progress"]),
                         )
-            except Exception as error:  # noqa: BLE001  whatever a reader of damaged bytes may raise
+            except Exception as error:
+                if not _is_damage(error):
+                    raise
                 path = self.folder / str(step)
                 report(f"passed over the checkpoint of step {step}, {path}: it is damaged ({_line(error)})")
             else:
@@ -203,8 +213,10 @@ class Checkpoints:
         try:
             with _hushed():
                 return _or_infinite(self._record(step)["progress"]["heldout_loss"])
-        except Exception:  # noqa: BLE001  damaged: never the best; whoever restores it says so
-            return math.inf
+        except Exception as error:
+            if not _is_damage(error):
+                raise
+            return math.inf  # never the best; whoever restores it says so
 
     def _set_aside(self, step: int) -> Path:
         """Renames a damaged checkpoint, so that it neither takes a place among the kept nor blocks its step."""
@@ -291,6 +303,12 @@ def _hushed() -> Iterator[None]:
     finally:
         sys.unraisablehook, sys.excepthook = hooks
         logging.disable(level)
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether the bytes that were read are to blame, which may raise anything, and not memory or permissions."""
+    elsewhere = re.search("RESOURCE_EXHAUSTED|PERMISSION_DENIED", str(error))
+    return not (elsewhere or isinstance(error, MemoryError | PermissionError))
 
 
 def _or_infinite(loss: float | None) -> float:

@@ -101,10 +101,10 @@ def resume(folder: str | Path, *, steps: int | None = None, console: Console | N
     return session.go(state, progress)
 
 
-def load_weights(folder: str | Path, program: Program, report: Report, step: int | None = None) -> PyTree:
-    """The weights of the run in `folder`, laid out for `program`: those of `step`, or else the best."""
+def load_weights(folder: str | Path, program: Program, report: Report) -> PyTree:
+    """The best weights of the run in `folder`, laid out for `program`."""
     with Checkpoints(Path(folder), read_only=True) as checkpoints:
-        params, step = checkpoints.restore_params(program.abstract_state.params, report, step)
+        params, step = checkpoints.restore_params(program.abstract_state.params, report)
     report(f"restored from {folder} at step {step}: weights, nothing else; optimizer, schedule and data start anew")
     return params
 
