@@ -18,5 +18,5 @@ config = RunConfig(
     evaluate_every=200,
     checkpoint_every=200,
     sample_every=200,
-    prompts=("def ", "class "),
+    prompts=("def main():\n", "class Queue:\n"),
 )
