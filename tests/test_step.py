@@ -45,9 +45,8 @@ def step(accumulate: int) -> tuple[TrainState, dict[str, jax.Array]]:
     return run(state(weights(TINY), SGD), BATCH)
 
 
-@pytest.mark.parametrize("accumulate", [2, 4])
-def test_microbatches_give_the_step_of_the_full_batch(accumulate: int):
-    (whole, metrics), (parts, their_metrics) = step(1), step(accumulate)
+def test_microbatches_give_the_step_of_the_full_batch():
+    (whole, metrics), (parts, their_metrics) = step(1), step(4)
     for name, value in metrics.items():
         np.testing.assert_allclose(their_metrics[name], value, rtol=1e-5, err_msg=name)
     for mine, theirs in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
