@@ -106,9 +106,7 @@ def test_a_mesh_takes_what_is_left():
 
 
 def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_the_numbers():
-    with pytest.raises(
-        ValueError, match="'tensor': 3} takes a multiple of 3 devices, but there are 8; choose"
-    ):
+    with pytest.raises(ValueError, match="'tensor': 3} takes a multiple of 3 devices, but there are 8; choose"):
         make_mesh(MeshConfig(tensor=3))
     with pytest.raises(ValueError, match="takes 2 devices, but there are 8; choose"):
         make_mesh(MeshConfig(data=2))
