@@ -42,9 +42,7 @@ def test_queries_of_a_cache_are_the_last_of_its_keys():
 
 
 def test_without_a_cache_there_are_as_many_keys_as_queries():
-    with pytest.raises(
-        ValueError, match="2 queries and 3 keys need kv_length to say where the queries stand"
-    ):
+    with pytest.raises(ValueError, match="2 queries and 3 keys need kv_length to say where the queries stand"):
         Mask().materialise(2, 3)
 
 

@@ -81,9 +81,7 @@ def test_one_value_alone_is_a_dot():
 
 
 def test_points_say_their_values():
-    titles = [
-        dot.findtext(f"{SVG}title") for dot in chart(series([2.5, 1.25], "points")).iter(f"{SVG}circle")
-    ]
+    titles = [dot.findtext(f"{SVG}title") for dot in chart(series([2.5, 1.25], "points")).iter(f"{SVG}circle")]
     assert titles == ["training 2.5 at 1", "training 1.25 at 2"]
 
 
@@ -103,9 +101,7 @@ def test_a_wild_step_of_a_faint_curve_does_not_stretch_the_axis():
     y = 2 + 0.1 * np.sin(np.arange(1000))
     wild = y.copy()
     wild[500] = 1e9
-    calm, spiked = (
-        texts(chart(Series("loss", np.arange(1000), values, mark="faint"))) for values in (y, wild)
-    )
+    calm, spiked = (texts(chart(Series("loss", np.arange(1000), values, mark="faint"))) for values in (y, wild))
     assert calm == spiked
 
 
@@ -121,9 +117,7 @@ def test_names_are_shown_where_there_is_more_than_one_colour():
 
 
 def test_names_are_text_and_not_markup():
-    root = chart(
-        series([1, 2]), Series("<b>&", np.array([1]), np.array([1.0]), color="#000"), title="<script>"
-    )
+    root = chart(series([1, 2]), Series("<b>&", np.array([1]), np.array([1.0]), color="#000"), title="<script>")
     assert root.findtext(f"{SVG}title") == "<script>"
     assert "<b>&" in texts(root)
 

@@ -60,9 +60,7 @@ def test_what_json_does_not_have_is_null_in_the_file_and_nan_when_read(tmp_path:
 
 
 def test_scalars_of_numpy_and_jax_are_written_as_plain_numbers(tmp_path: Path):
-    written(
-        tmp_path, [(1, {"a": np.float32(0.5), "b": jnp.float32(0.5), "c": jnp.int32(7), "d": np.int64(7)})]
-    )
+    written(tmp_path, [(1, {"a": np.float32(0.5), "b": jnp.float32(0.5), "c": jnp.int32(7), "d": np.int64(7)})])
     assert log.read(tmp_path) == [{"step": 1, "a": 0.5, "b": 0.5, "c": 7, "d": 7}]
 
 
@@ -112,9 +110,7 @@ def test_a_piped_run_prints_about_twenty_lines_with_every_number_in_its_place(tm
     console, text = piped()
     with MetricsLog(tmp_path, console=console, total_steps=1000) as metrics:
         for step in range(1, 1001):
-            metrics.write(
-                step, ROW | {"loss": 1000.0 / step / 100, "grad_norm": 20.0 / step, "peak_fraction": 0.614}
-            )
+            metrics.write(step, ROW | {"loss": 1000.0 / step / 100, "grad_norm": 20.0 / step, "peak_fraction": 0.614})
     lines = text.getvalue().splitlines()
     assert 20 <= len(lines) <= 22
     assert lines[0] == ("step     1/1,000  loss 10.0000  lr 3.00e-04  grad 20.000  38.2k tok/s  61% of peak")
@@ -210,8 +206,6 @@ def test_quantities_have_three_digits(count: float, text: str):
     assert log.quantity(count) == text
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(59.7, "1:00"), (42, "0:42"), (9667, "2:41:07"), (274_320, "3d 04:12")]
-)
+@pytest.mark.parametrize(("seconds", "text"), [(59.7, "1:00"), (42, "0:42"), (9667, "2:41:07"), (274_320, "3d 04:12")])
 def test_durations_are_rounded_to_seconds(seconds: float, text: str):
     assert log.duration(seconds) == text

@@ -31,9 +31,7 @@ def test_scores_depend_on_distance_only():
     q, k = (jnp.broadcast_to(x, (1, L, H)) for x in jax.random.normal(jax.random.key(2), (2, 1, 1, H)))
 
     def scores(shift: int) -> jax.Array:
-        return jnp.einsum(
-            "BLH,BSH->LS", rotary(q, POSITIONS + shift, THETA), rotary(k, POSITIONS + shift, THETA)
-        )
+        return jnp.einsum("BLH,BSH->LS", rotary(q, POSITIONS + shift, THETA), rotary(k, POSITIONS + shift, THETA))
 
     here, far = scores(0), scores(500)
     np.testing.assert_allclose(here, far, atol=2e-4)
@@ -51,9 +49,7 @@ def test_rotary_equals_complex_multiplication():
     expected = (np.asarray(x[..., : H // 2]) + 1j * np.asarray(x[..., H // 2 :])) * turns
     found = rotary(x, positions, THETA)
     np.testing.assert_allclose(found, np.concatenate([expected.real, expected.imag], -1), atol=1e-3)
-    np.testing.assert_allclose(
-        found[0, :3], np.concatenate([expected.real, expected.imag], -1)[0, :3], atol=1e-5
-    )
+    np.testing.assert_allclose(found[0, :3], np.concatenate([expected.real, expected.imag], -1)[0, :3], atol=1e-5)
 
 
 def test_angles_are_float32_even_for_bfloat16():
@@ -61,9 +57,7 @@ def test_angles_are_float32_even_for_bfloat16():
     x = jnp.ones((1, 1, H), jnp.bfloat16)
     found = rotary(x, positions, THETA)
     assert found.dtype == jnp.bfloat16
-    np.testing.assert_allclose(
-        found.astype(jnp.float32), rotary(x.astype(jnp.float32), positions, THETA), atol=0.02
-    )
+    np.testing.assert_allclose(found.astype(jnp.float32), rotary(x.astype(jnp.float32), positions, THETA), atol=0.02)
 
 
 @pytest.mark.parametrize("d_model", [2, 6])
