@@ -116,7 +116,7 @@ ERRORS = {
     "express=yes": "express takes true or false, got 'yes'",
     "engine.fuel=peat": "engine.fuel takes one of coal, oil, got 'peat'",
     "gauges=1000,wide": "gauges takes a whole number, got 'wide'",
-    "engine=big": ("engine takes a group of values (set one of engine.power, engine.rate, engine.fuel), got 'big'"),
+    "engine=big": "engine takes a group of values (set one of engine.power, engine.rate, engine.fuel), got 'big'",
     "wagons.first=1": "wagons takes a whole number, got a group of values (first)",
     "wagons": "expected key=value, got 'wagons'; for example model.n_layers=8",
 }
