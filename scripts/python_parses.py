@@ -2,7 +2,7 @@
 
     .venv/bin/python scripts/python_parses.py runs/quickstart [--count 50] [--tokens 160] [--temperature 0.7]
 
-A prompt is the first line of a function from a held-out file, one a file. The completion ends before the first line
+A prompt is the first line of a function from a held-out file. The completion ends before the first line
 that is not indented, as the function does; one that has not ended by then loses its last, unfinished line. It counts
 if it has a body and `ast.parse` takes prompt and completion together.
 """
@@ -25,12 +25,10 @@ SIGNATURE = re.compile(r"^def \w+\([^()\n]*\):\n", re.MULTILINE)
 
 
 def prompts(shards: Shards) -> Iterator[str]:
-    """The first one-line signature of every held-out document that has one."""
+    """Every signature on one line, at the left margin, of the held-out documents."""
     store = shards.split("heldout")
     for start, stop in zip(store.offsets[:-1].tolist(), store.offsets[1:].tolist(), strict=True):
-        found = SIGNATURE.search(shards.tokenizer.decode(store.read(start, stop)))
-        if found:
-            yield found[0]
+        yield from SIGNATURE.findall(shards.tokenizer.decode(store.read(start, stop)))
 
 
 def function(prompt: str, text: str) -> str:
