@@ -1,6 +1,10 @@
 """The first run: a small Llama learns Python from the standard library that is already on this machine.
 
-llm-jax train quickstart
+    llm-jax train quickstart
+
+Gave, on two cores that had other work too (commit 69f4ea8, 392 s in training steps, Python 3.11, JAX 0.10.2, the 2.9 M
+tokens of that standard library): 1.769 bits per byte held out, 95 % interval 1.597 to 1.921, by `llm-jax evaluate`.
+Of 50 held-out functions completed, 10 parse at temperature 0.7 and 19 at 0.5 (`scripts/python_parses.py`).
 """
 
 from llm_jax.data.loader import DataConfig
