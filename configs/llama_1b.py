@@ -1,9 +1,8 @@
 """A 1.1 B Llama (the shapes of Llama 3.2 1B, with an untied 32k vocabulary) for one host of accelerators.
 
     llm-jax show llama_1b
-    llm-jax prepare hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT --out shards \\
-        --tokenizer train:32000 --heldout 0.0005
-    llm-jax train llama_1b data.uri=shards
+    llm-jax prepare hf://datasets/HuggingFaceFW/fineweb-edu/sample --out web --tokenizer train:32000 --heldout 0.0005
+    llm-jax train llama_1b data.uri=web
 
 Not trained here: weights, gradients and moments take 18 GB. `show` and the abstract state are checked.
 """
