@@ -11,6 +11,7 @@ from typing import Any
 import chex
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
@@ -58,8 +59,7 @@ class Program:
     @functools.cached_property
     def abstract_state(self) -> TrainState:
         """Shape, dtype and sharding of every leaf of the train state."""
-        optimizer = make_optimizer(self.config.optimizer, self.config.steps)
-        shapes = jax.eval_shape(functools.partial(init_state, self.model, optimizer), jax.random.key(0))
+        shapes = jax.eval_shape(functools.partial(init_state, self.model, self._optimizer), jax.random.key(0))
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             shapes,
@@ -68,9 +68,7 @@ class Program:
 
     def init(self) -> TrainState:
         """A fresh state, every leaf made where it belongs."""
-        optimizer = make_optimizer(self.config.optimizer, self.config.steps)
-        layout = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        make = jax.jit(functools.partial(init_state, self.model, optimizer), out_shardings=layout)
+        make = jax.jit(functools.partial(init_state, self.model, self._optimizer), out_shardings=self._layout)
         with jax.set_mesh(self.mesh):
             return make(jax.random.key(self.config.seed))
 
@@ -90,19 +88,26 @@ class Program:
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
 
     @functools.cached_property
+    def _optimizer(self) -> optax.GradientTransformation:
+        return make_optimizer(self.config.optimizer, self.config.steps)
+
+    @functools.cached_property
+    def _layout(self) -> TrainState:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+
+    @functools.cached_property
     def _train_step(self) -> Any:
         c = self.config
         step = make_train_step(
             make_loss(self.model, c.loss),
-            make_optimizer(c.optimizer, c.steps),
+            self._optimizer,
             make_schedule(c.optimizer, c.steps),
             seed=c.seed,
             accumulate=c.accumulate,
         )
-        layout = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         replicated = NamedSharding(self.mesh, PartitionSpec())
         chex.clear_trace_counter()  # it counts by name, and every program of this process has a step of that name
-        return jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=0, out_shardings=(layout, replicated))
+        return jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=0, out_shardings=(self._layout, replicated))
 
     @functools.cached_property
     def _score(self) -> Any:
