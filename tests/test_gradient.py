@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.ops.gradient import add_bias, over_tokens, settle
+from llm_jax.ops.gradient import add_bias, linear, over_tokens, settle
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 3, 4)), jnp.float32)
 
@@ -34,3 +34,29 @@ def test_a_sum_over_many_bfloat16_tokens_is_collected_in_float32():
     total = over_tokens(ones)
     assert total.dtype == jnp.float32
     assert (total == 4000).all()
+
+
+@pytest.mark.parametrize(
+    ("letters", "inputs", "outputs"),
+    [
+        ("BLD,DF->BLF", {"D": 3}, {"F": 8}),
+        ("BLF,FD->BLD", {"F": 8}, {"D": 3}),
+        ("BLD,DKGH->BLKGH", {"D": 3}, {"K": 2, "G": 2, "H": 4}),
+        ("BLKGH,KGHD->BLD", {"K": 2, "G": 2, "H": 4}, {"D": 3}),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_linear_map_is_its_einsum_forward_and_backward(
+    letters: str, inputs: dict[str, int], outputs: dict[str, int], dtype: str
+):
+    random = np.random.default_rng(0)
+    x, w, g = (
+        jnp.asarray(random.integers(-3, 4, shape), dtype)  # whole numbers: sums are exact in either dtype
+        for shape in [(2, 5, *inputs.values()), (*inputs.values(), *outputs.values()), (2, 5, *outputs.values())]
+    )
+    value, pull = jax.vjp(lambda x, w: linear(letters, x, w), x, w)
+    plain, plain_pull = jax.vjp(lambda x, w: jnp.einsum(letters, x, w), x, w)
+    np.testing.assert_array_equal(value, plain)
+    for got, wanted in zip(pull(g), plain_pull(g), strict=True):
+        assert got.dtype == wanted.dtype
+        np.testing.assert_array_equal(got, wanted)

@@ -1,7 +1,6 @@
 """The attention layer: project, place, attend, project back."""
 
 import flax.linen as nn
-import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
@@ -10,7 +9,7 @@ from llm_jax.model.config import ModelConfig
 from llm_jax.model.init import normal
 from llm_jax.model.taps import tap, tapped
 from llm_jax.ops.attention import Mask, attention
-from llm_jax.ops.gradient import add_bias
+from llm_jax.ops.gradient import add_bias, linear
 from llm_jax.ops.position import rotary
 from llm_jax.sharding import constrain
 
@@ -50,7 +49,7 @@ class Attention(nn.Module):
         z = tap(self, "z", z, c.kept)
 
         w_o = self.param("w_o", normal(c, "residual", K * G * H), (K, G, H, D)).astype(x.dtype)
-        out = jnp.einsum("BLKGH,KGHD->BLD", z, w_o)
+        out = linear("BLKGH,KGHD->BLD", z, w_o)
         if c.bias:
             out = add_bias(out, self.param("b_o", nn.initializers.zeros, (D,)).astype(x.dtype))
         return constrain(out, "BLD"), cache
@@ -58,7 +57,7 @@ class Attention(nn.Module):
     def _project(self, name: str, x: Float[Array, "B L D"], heads: tuple[int, ...]) -> Array:
         letters = "KGH"[-len(heads) :] if len(heads) == 3 else "KH"
         w = self.param(f"w_{name}", normal(self.config, "hidden", x.shape[-1]), (x.shape[-1], *heads)).astype(x.dtype)
-        y = jnp.einsum(f"BLD,D{letters}->BL{letters}", x, w)
+        y = linear(f"BLD,D{letters}->BL{letters}", x, w)
         if self.config.bias:
             y = add_bias(y, self.param(f"b_{name}", nn.initializers.zeros, heads).astype(x.dtype))
         return y

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.init import normal
 from llm_jax.model.taps import tap
-from llm_jax.ops.gradient import add_bias, settle
+from llm_jax.ops.gradient import add_bias, linear, settle
 from llm_jax.sharding import constrain
 
 ACTIVATIONS = {
@@ -35,7 +35,8 @@ class FeedForward(nn.Module):
         return constrain(self._linear("down", "residual", h, c.F, c.d_model), "BLD")
 
     def _linear(self, name: str, role: str, x: Array, fan_in: int, fan_out: int) -> Array:
-        y = x @ self.param(f"w_{name}", normal(self.config, role, fan_in), (fan_in, fan_out)).astype(x.dtype)
+        w = self.param(f"w_{name}", normal(self.config, role, fan_in), (fan_in, fan_out)).astype(x.dtype)
+        y = linear("BLD,DF->BLF", x, w)
         if self.config.bias:
             y = add_bias(y, self.param(f"b_{name}", nn.initializers.zeros, (fan_out,)).astype(x.dtype))
         return y

@@ -1,5 +1,7 @@
 """Identities and sums whose gradients XLA's CPU compiler would make slow. What they compute is what they say."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -31,3 +33,25 @@ add_bias.defvjp(lambda x, bias: (add_bias(x, bias), bias), _add_bias_backward)
 def over_tokens(x: Float[Array, "B L *O"]) -> Float[Array, "*O"]:
     """The sum over B and L as a product with ones: a CPU has fast matrix products and slow column sums."""
     return jnp.tensordot(jnp.ones(x.shape[:2], x.dtype), x, axes=2, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def linear(letters: str, x: Float[Array, "B L *I"], w: Float[Array, "*IO"]) -> Float[Array, "B L *O"]:
+    """`einsum(letters, x, w)`, whose weight gradient turns the smaller of its two factors.
+
+    That gradient sums over tokens, so one factor has to be transposed. XLA's CPU compiler takes the first, and derives
+    it anew, element by element, while it writes across rows: dear for the wide side of a feed-forward layer.
+    """
+    return jnp.einsum(letters, x, w)
+
+
+def _linear_backward(letters: str, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    (x, w), (inputs, weight, output) = saved, letters.replace("->", ",").split(",")
+    dx = jnp.einsum(f"{output},{weight}->{inputs}", g, w)
+    if x.size <= g.size:
+        return dx, jnp.einsum(f"{inputs},{output}->{weight}", x, g)
+    turned = "".join(sorted(weight, key=inputs.__contains__))  # settled, or XLA swaps the factors back
+    return dx, jnp.einsum(f"{turned}->{weight}", settle(jnp.einsum(f"{output},{inputs}->{turned}", g, x)))
+
+
+linear.defvjp(lambda letters, x, w: (linear(letters, x, w), (x, w)), _linear_backward)
