@@ -70,8 +70,9 @@ def parser() -> ArgumentParser:
         arg("config", metavar="CONFIG", help="a recipe (llm-jax configs) or a Python file"),
         ASSIGNMENTS,
         arg("--run", metavar="DIR", help="the run folder; default: runs/CONFIG"),
+        JSON,
     )
-    verb(verbs.resume, RUN, arg("--steps", type=int, metavar="N", help="a new total of steps"))
+    verb(verbs.resume, RUN, arg("--steps", type=int, metavar="N", help="a new total of steps"), JSON)
     verb(
         verbs.prepare,
         arg("uri", metavar="URI", help="where the text is"),

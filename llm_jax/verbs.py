@@ -17,6 +17,8 @@ from llm_jax.config import override
 from llm_jax.recipes import recipe_docstring, recipes
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from llm_jax.train.run import RunConfig
 
 
@@ -35,8 +37,8 @@ def train(args: Namespace) -> None:
     config = _config(args)
     folder = Path(args.run or f"runs/{Path(args.config).stem}")
     loop.own_process()
-    progress = loop.train(config, folder, command=args.command)
-    _say_what_next(folder, progress.step, config.steps)
+    progress = loop.train(config, folder, console=_console(args), command=args.command)
+    _say_what_next(args, folder, progress.step, config.steps)
 
 
 def resume(args: Namespace) -> None:
@@ -51,12 +53,24 @@ def resume(args: Namespace) -> None:
     from llm_jax.train import loop, run
 
     loop.own_process()
-    progress = loop.resume(args.run, steps=args.steps)
-    _say_what_next(args.run, progress.step, run.load_config(args.run).steps)
+    progress = loop.resume(args.run, steps=args.steps, console=_console(args))
+    _say_what_next(args, args.run, progress.step, run.load_config(args.run).steps)
 
 
-def _say_what_next(folder: Path | str, step: int, steps: int) -> None:
-    if step < steps:
+def _console(args: Namespace) -> "Console":
+    """Where a run shows itself: beside standard output where that is for one JSON object."""
+    from rich.console import Console
+
+    return Console(stderr=args.json)
+
+
+def _say_what_next(args: Namespace, folder: Path | str, step: int, steps: int) -> None:
+    from llm_jax import log
+
+    if args.json:
+        last = {name: None if value != value else value for name, value in log.read(folder)[-1].items()}  # NaN: null
+        _print_json({"run": str(folder), "steps": steps, **last})
+    elif step < steps:
         print(f"stopped at step {step:,} of {steps:,}; go on with: llm-jax resume {folder}")
     else:
         print(f"done; read {folder}/report.html, or let it write: llm-jax generate {folder}")

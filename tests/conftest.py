@@ -6,8 +6,9 @@ Programs that tests start in processes of their own inherit the environment, not
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiled programs are kept between runs of the suite; they are loaded as they were, so no number changes.
@@ -19,6 +20,7 @@ import hypothesis
 import jax
 import jaxtyping
 import optax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -53,3 +55,13 @@ jaxtyping.install_import_hook("llm_jax", "conftest.checked")
 # A deadline would time the first compile, and a random seed would make one machine red and the next green.
 hypothesis.settings.register_profile("llm_jax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("llm_jax")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The smallest run that has everything, with a corpus and caches of its own."""
+    from tiny_run import tiny, write_corpus
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield tiny(write_corpus(tmp_path_factory.mktemp("corpus")))

@@ -46,6 +46,12 @@ def test_without_a_cache_there_are_as_many_keys_as_queries():
         Mask().materialise(2, 3)
 
 
+def test_segments_are_of_all_tokens():
+    cached = Mask(segments=jnp.array([[1, 1, 2, 2]]), kv_length=jnp.array([4]))
+    with pytest.raises(ValueError, match="segments of 4 tokens can't tell 2 queries and 4 keys apart"):
+        cached.materialise(2, 4)
+
+
 def seen(mask: Mask, L: int, S: int, row: int, query: int, key: int) -> bool:
     """May `query` see `key`? One rule a line."""
     position = query if mask.kv_length is None else int(mask.kv_length[row]) - L + query

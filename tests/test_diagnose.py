@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import tiny, write_corpus
 
 from llm_jax import tree
 from llm_jax.data.loader import Batch, Loader
 from llm_jax.train.diagnose import diagnose
 from llm_jax.train.loop import open_data
 from llm_jax.train.program import Program
+from llm_jax.train.run import RunConfig
 from llm_jax.train.step import TrainState
 
 FORWARD = "the first activation to go bad is "
@@ -22,15 +22,13 @@ NORM = "no activation or gradient is bad alone, but their norm is; the largest g
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
-    return Program.on(tiny(write_corpus(tmp_path_factory.mktemp("corpus"))))
+def program(config: RunConfig) -> Program:
+    return Program.on(config)
 
 
 @pytest.fixture(scope="module")
-def batch(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Batch:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return Loader(open_data(program.config, print).split("train"), program.config.data).batch(0)
+def batch(program: Program) -> Batch:
+    return Loader(open_data(program.config, print).split("train"), program.config.data).batch(0)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.ops.gradient import add_bias, linear, over_tokens, settle
+from llm_jax.ops.gradient import add_bias, linear, lookup, over_tokens, settle
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 3, 4)), jnp.float32)
 
@@ -60,3 +60,19 @@ def test_a_linear_map_is_its_einsum_forward_and_backward(
     for got, wanted in zip(pull(g), plain_pull(g), strict=True):
         assert got.dtype == wanted.dtype
         np.testing.assert_array_equal(got, wanted)
+
+
+def test_a_row_of_a_table_collects_what_its_tokens_bring():
+    table, ids = X[0, :, 0], jnp.array([[0, 3, 3], [4, 3, 0]])
+    g = jnp.arange(24.0).reshape(2, 3, 4)
+    value, pull = jax.vjp(lambda table: lookup(table, ids), table)
+    plain, plain_pull = jax.vjp(lambda table: table[ids], table)
+    np.testing.assert_array_equal(value, plain)
+    np.testing.assert_array_equal(pull(g)[0], plain_pull(g)[0])
+
+
+def test_a_token_seen_often_gets_its_whole_gradient_in_bfloat16():
+    """A sum of a thousand ones in bfloat16 stops at 256, where the next one rounds away."""
+    ids = jnp.zeros((1, 1000), jnp.int32)
+    gradient = jax.grad(lambda table: lookup(table, ids).sum())(jnp.zeros((2, 1), jnp.bfloat16))
+    assert gradient.tolist() == [[1000], [0]]

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from rich.console import Console
-from tiny_run import console, last_checkpoint, rows, said, tiny, write_corpus
+from tiny_run import console, last_checkpoint, rows, said, write_corpus
 
 from llm_jax import tree
 from llm_jax.train import loop
@@ -27,13 +26,6 @@ from llm_jax.train.program import Program
 from llm_jax.train.run import RunConfig
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield tiny(write_corpus(tmp_path_factory.mktemp("corpus")))
 
 
 @pytest.fixture(scope="module")

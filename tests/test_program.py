@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_run import tiny, write_corpus
+from tiny_run import tiny
 
 from llm_jax import tree
 from llm_jax.data.loader import Batch, Loader
@@ -29,15 +29,8 @@ ALL_THREE = MeshConfig(data=2, fsdp=2, tensor=2)
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    return tiny(write_corpus(tmp_path_factory.mktemp("corpus")))
-
-
-@pytest.fixture(scope="module")
-def batches(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> list[Batch]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        loader = Loader(open_data(config, print).split("train"), config.data)
+def batches(config: RunConfig) -> list[Batch]:
+    loader = Loader(open_data(config, print).split("train"), config.data)
     return [loader.batch(step) for step in range(3)]
 
 

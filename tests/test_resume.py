@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import batch_hash, console, last_checkpoint, rows, tiny, write_corpus
+from tiny_run import batch_hash, console, last_checkpoint, rows
 
 from llm_jax import tree
 from llm_jax.data.loader import Loader
@@ -50,13 +50,6 @@ def kill_at(step: int) -> Callable[[int], None]:
             raise Killed
 
     return before_step
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield tiny(write_corpus(tmp_path_factory.mktemp("corpus")))
 
 
 @pytest.fixture(scope="module")

@@ -225,3 +225,8 @@ def test_every_pair_of_options_has_a_forward_pass_and_a_gradient(config: ModelCo
     gradient = jax.eval_shape(jax.grad(loss), shapes(config))
     same = jax.tree.map(lambda g, p: (g.shape, g.dtype) == (p.shape, p.dtype), gradient, shapes(config))
     assert all(jax.tree.leaves(same))
+
+
+def test_a_row_longer_than_the_learned_positions_is_refused():
+    with pytest.raises(ValueError, match=r"a row of 9 tokens exceeds model.max_seq_len=8"):
+        jax.eval_shape(Transformer(tiny(positions="learned", max_seq_len=8)).init, jax.random.key(0), tokens(1, 9))

@@ -95,6 +95,14 @@ def test_resume_goes_on_to_a_new_total(place: Path, output: Any):
     assert (place / "runs/longer/checkpoints/6").is_dir()
 
 
+def test_train_and_resume_print_one_json_object_where_it_is_asked_for(output: Any):
+    end = json.loads(output("train", "tiny.py", "--run", "runs/machine", "--json"))
+    assert (end["run"], end["step"], end["steps"], end["skipped"]) == ("runs/machine", 4, 4, 0)
+    assert end["tokens"] > 0
+    assert end["heldout_loss"] > 0
+    assert json.loads(output("resume", "runs/machine", "--steps", "6", "--json"))["step"] == 6
+
+
 def test_a_run_that_starts_from_the_weights_of_another_says_so(output: Any):
     said = output("train", "tiny.py", "init_from=runs/tiny", "--run", "runs/again", "prompts=", "steps=2")
     assert re.search(r"restored from runs/tiny at step 4: weights, nothing else", said)

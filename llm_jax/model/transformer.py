@@ -24,7 +24,7 @@ from llm_jax.model.feedforward import FeedForward
 from llm_jax.model.init import normal
 from llm_jax.model.taps import tap
 from llm_jax.ops.attention import Mask
-from llm_jax.ops.gradient import settle
+from llm_jax.ops.gradient import lookup, settle
 from llm_jax.ops.norm import layer_norm, rms_norm
 from llm_jax.ops.position import sinusoidal
 from llm_jax.sharding import constrain
@@ -101,7 +101,7 @@ class Transformer(nn.Module):
         """`segments` keep packed documents apart, `positions` count within them, `cache` holds what came before.
 
         `train=True` turns dropout on and needs a `dropout` key. `logits=False` stops at `hidden`, for a loss that
-        makes logits chunk by chunk.
+        makes logits chunk by chunk. Raises `ValueError` for more tokens than there are learned positions.
         """
         c, L = self.config, tokens.shape[1]
         if positions is None:
@@ -111,9 +111,12 @@ class Transformer(nn.Module):
         context = Context(positions=positions, mask=mask, train=train)
 
         table = self.param("embedding", table_of("embed", c.vocab_size), c)["table"]
-        x = table.at[tokens].get(mode="clip").astype(c.dtype)
+        x = lookup(table, tokens).astype(c.dtype)
         if c.positions == "learned":
-            x = x + self.param("positions", table_of("embed", c.max_seq_len), c)["table"][positions].astype(c.dtype)
+            if c.max_seq_len < L:
+                raise ValueError(f"a row of {L} tokens exceeds model.max_seq_len={c.max_seq_len}, all that was learned")
+            places = self.param("positions", table_of("embed", c.max_seq_len), c)["table"]
+            x = x + lookup(places, positions).astype(c.dtype)
         elif c.positions == "sinusoidal":
             x = x + sinusoidal(positions, c.d_model).astype(c.dtype)
         x = constrain(dropout(self, tap(self, "embed", x), context), "BLD")

@@ -53,6 +53,8 @@ class Mask:
             queries = queries + (self.kv_length - L)[:, None]
         elif L != S:
             raise ValueError(f"{L} queries and {S} keys need kv_length to say where the queries stand")
+        if self.segments is not None and (self.segments.shape[1],) * 2 != (L, S):
+            raise ValueError(f"segments of {self.segments.shape[1]} tokens can't tell {L} queries and {S} keys apart")
         distance = queries[:, :, None] - keys
         mask = jnp.ones(distance.shape, bool)
         if self.causal:
