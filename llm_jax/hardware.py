@@ -59,4 +59,4 @@ def reuse_freed_memory() -> None:
     trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX of malloc.h
     mallopt(arena_max, 1)  # another thread's arena maps and unmaps whatever exceeds 64 MB, whatever the limits say
     mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(trim_threshold, -1)  # never
