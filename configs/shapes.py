@@ -1,6 +1,8 @@
 """The smallest model whose shapes tell something: vocabulary 24, width 32. The walk that a learner does first.
 
-llm-jax show shapes
+    llm-jax show shapes
+
+It is there to be looked at: no tokenizer here has so few tokens.
 """
 
 from llm_jax.data.loader import DataConfig

@@ -27,6 +27,8 @@ class Parser(ArgumentParser):
         if choice := re.match(r".*invalid choice: '(.*)' \(choose from (.*)\)", message):
             names = re.findall(r"[\w-]+", choice[2])
             message = f"{choice[1]!r} is none of {', '.join(names)}; {nearest(choice[1], names)}"
+        if setting := re.match(r"unrecognized arguments: --([\w.]+=\S+)", message):
+            message += f"; a field of the config is set as {setting[1]}"
         self.exit(2, f"llm-jax: error: {message}; see {self.prog} --help\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore
@@ -79,6 +81,7 @@ def parser() -> ArgumentParser:
         arg("--out", required=True, metavar="DIR", help="a folder that does not exist yet"),
         arg("--tokenizer", default="train:4096", metavar="NAME", help="default: train:4096"),
         arg("--separator", metavar="TEXT", help=r"cut documents behind this text, such as $'\n\n'"),
+        arg("--no-end-of-text", dest="end_of_text", action="store_false", help="put no such token behind documents"),
         arg("--heldout", type=float, default=0.05, metavar="SHARE", help="of the documents; default: 0.05"),
         arg("--heldout-by", choices=("hash", "tail"), default="hash", help="chosen by content, or the last"),
         JSON,

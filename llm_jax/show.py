@@ -74,7 +74,7 @@ class Description:
 def describe(config: RunConfig) -> Description:
     """All that follows from `config` without running it."""
     c, data = config.model, config.data
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    optimizer = make_optimizer(config.optimizer)
     state = jax.eval_shape(functools.partial(init_state, Transformer(c), optimizer), jax.random.key(0))
     computed = jax.eval_shape(functools.partial(cast, dtype=c.dtype), state.params)
     tokens = jax.ShapeDtypeStruct((data.batch_size // config.accumulate, data.seq_len), jnp.int32)

@@ -17,7 +17,7 @@ from llm_jax.train import run
 from llm_jax.train.checkpoint import Checkpoints
 from llm_jax.train.evaluate import Evaluation, token_lengths
 from llm_jax.train.evaluate import evaluate as measure
-from llm_jax.train.loop import open_data
+from llm_jax.train.loop import open_data, open_run_data
 from llm_jax.train.program import Program
 from llm_jax.train.run import RunConfig
 
@@ -58,7 +58,7 @@ def evaluate(
     """How well the run in `folder` predicts what it held out, or all the text at `uri`; and the weights' step."""
     config = run.load_config(folder)
     if uri is None:
-        shards = open_data(config, report)
+        shards = open_run_data(Path(folder), config, report)
         batches = heldout_rows(shards.split("heldout"), config.data)
     else:
         shards = open_text(uri, Path(folder), config, report)

@@ -87,7 +87,7 @@ def prepare(args: Namespace) -> None:
     """
     from llm_jax.data import shards
 
-    options = {name: vars(args)[name] for name in ("tokenizer", "separator", "heldout", "heldout_by")}
+    options = {name: vars(args)[name] for name in ("tokenizer", "separator", "end_of_text", "heldout", "heldout_by")}
     manifest = shards.prepare(args.uri, args.out, **options, report=_say)
     if args.json:
         _print_json(dataclasses.asdict(manifest))
@@ -108,6 +108,8 @@ def generate(args: Namespace) -> None:
     from llm_jax.train import loop, run
     from llm_jax.train.step import cast
 
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed {args.seed} must lie between 0 and {2**32 - 1}")
     if args.samples < 1:
         raise ValueError(f"--samples {args.samples} writes nothing; use 1 or more")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
@@ -167,7 +169,7 @@ def show(args: Namespace) -> None:
     from llm_jax import show as pages
     from llm_jax.train import run
 
-    is_run = (Path(args.config) / "config.json").is_file()
+    is_run = run.is_run(Path(args.config))
     config = override(run.load_config(args.config), args.assignments) if is_run else _config(args)
     description = pages.describe(config)
     if args.json:
@@ -193,7 +195,7 @@ def _config(args: Namespace) -> "RunConfig":
 def configs(args: Namespace) -> None:
     """List the recipes, a line each.
 
-    Any of them is trained by its name; the head of its file says with what result.
+    quickstart is trained by its name alone; the others by the command that heads their file, with its result.
 
       llm-jax configs
     """
@@ -246,6 +248,9 @@ def _train_tokenizer(args: Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=parent) as scratch:  # the folder appears whole or not at all
         text.save(f"{scratch}/whole")
         os.rename(f"{scratch}/whole", args.out)
+    if args.json:
+        _print_json({"tokenizer": args.out, "vocab_size": text.vocab_size})
+        return
     print(f"{text.vocab_size:,} ids; look at them with: llm-jax tokenize TEXT --tokenizer {args.out}")
 
 

@@ -54,7 +54,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     config = run.load_config(arguments.run)
-    shards = loop.open_data(config, print)
+    shards = loop.open_run_data(arguments.run, config, print)
     starts = list(itertools.islice(prompts(shards), arguments.count))
     params, _ = trained.restore(arguments.run, trained.on_one_device(config))
     texts = generate(

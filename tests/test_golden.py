@@ -65,7 +65,7 @@ def batches() -> Batch:
 def curve(name: str) -> dict[str, list[float]]:
     """Loss and gradient norm of every step."""
     model, optimizer, loss = RUNS[name]
-    rule = make_optimizer(optimizer, STEPS)
+    rule = make_optimizer(optimizer)
     step = make_train_step(
         make_loss(Transformer(model), loss), rule, make_schedule(optimizer, STEPS), seed=1, accumulate=2
     )

@@ -259,6 +259,8 @@ def test_a_horizon_beyond_the_allowed_epochs_is_refused_with_the_numbers(kind: s
     message = rf"{allowed + 1} steps of 4 rows are 2\.\d\d epochs of {n_rows} rows, .* allows {allowed};"
     with pytest.raises(ValueError, match=message):
         ours.check_horizon(allowed + 1)
+    with pytest.raises(ValueError, match=r"fill no batch of .*; lower data.batch_size"):
+        Loader(stores[kind], config(kind, epochs=1e-6)).check_horizon(1)
     Loader(stores[kind], config(kind)).check_horizon(10**9)
     assert ours.epoch(0) == 0
     assert ours.epoch(n_rows) == 4

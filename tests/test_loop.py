@@ -21,9 +21,9 @@ from tiny_run import console, last_checkpoint, rows, said, write_corpus
 from llm_jax import tree
 from llm_jax.train import loop
 from llm_jax.train.checkpoint import Checkpoints
-from llm_jax.train.loop import Diverged, resume, train
+from llm_jax.train.loop import Diverged, Session, resume, train
 from llm_jax.train.program import Program
-from llm_jax.train.run import RunConfig
+from llm_jax.train.run import RunConfig, create, owned
 
 ROOT = Path(__file__).parents[1]
 
@@ -221,7 +221,25 @@ def test_resume_passes_over_a_damaged_checkpoint_and_saves_its_step_again(finish
     assert [row["step"] for row in rows(finished)] == list(range(1, 9))
 
 
+def forget_shards(folder: Path) -> None:
+    """Lets the run in `folder` look for its data as if its token shards had been deleted."""
+    identity = json.loads((folder / "data.json").read_text())
+    (folder / "data.json").write_text(json.dumps(identity | {"folder": str(folder / "deleted")}))
+
+
+def test_resume_needs_no_text_while_its_shards_are_there(finished: Path, config, tmp_path, say):
+    gone = dataclasses.replace(config.data, uri=str(tmp_path / "deleted.txt"))
+    edit_config(finished, dataclasses.replace(config, data=gone, steps=9))
+    assert resume(finished, console=say).step == 9
+
+
+def test_resume_without_its_shards_prepares_them_again(finished: Path, config, say):
+    forget_shards(finished)
+    assert resume(finished, steps=9, console=say).step == 9
+
+
 def test_resume_on_changed_data_is_an_error_with_what_changed(finished: Path, config, tmp_path, say):
+    forget_shards(finished)
     changed = dataclasses.replace(config.data, uri=str(write_corpus(tmp_path / "corpus", documents=50)))
     edit_config(finished, dataclasses.replace(config, data=changed, steps=9))
     message = r"is not what .* has been trained on: train.documents is \d+ there, \d+ here; restore it, or start"
@@ -308,6 +326,39 @@ def test_a_bad_step_is_skipped_and_counted_and_the_run_goes_on(config, tmp_path,
     bad = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[2]
     assert json.loads(bad)["loss"] is None
     assert 3 not in steps(tmp_path / "run")
+
+
+def test_a_disk_that_is_full_at_the_first_checkpoint_advises_to_start_again(config, tmp_path, say, monkeypatch):
+    def save(self: Any, *_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    message = "No space left on device; there is no checkpoint yet; mend this, then start again"
+    with pytest.raises(ValueError, match=message):
+        train(config, tmp_path / "run", console=say)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_another_process_trains_is_left_alone(finished: Path, say):
+    before = (finished / "metrics.jsonl").read_text()
+    with owned(finished), pytest.raises(ValueError, match=f"another process trains in {finished}; stop it"):
+        resume(finished, steps=9, console=say)
+    assert (finished / "metrics.jsonl").read_text() == before
+    assert resume(finished, steps=9, console=say).step == 9
+
+
+def test_two_starts_in_one_folder_make_one_run(config, tmp_path: Path, say, monkeypatch):
+    """The second begins while the first still prepares."""
+
+    def begin(self: Session) -> Any:
+        create(tmp_path / "run", config, self.shards, "")
+        return original(self)
+
+    original = Session.begin
+    monkeypatch.setattr(Session, "begin", begin)
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(config, tmp_path / "run", console=say)
+    assert (tmp_path / "run" / "config.json").exists()
 
 
 def test_a_full_disk_is_one_line_with_the_last_good_checkpoint(config, tmp_path, say, monkeypatch):

@@ -116,16 +116,16 @@ def gradient(step: int) -> Any:
 
 def updated(config: OptimizerConfig, gradients: list[Any], params: Any) -> Any:
     """`params` after one step for each of `gradients`."""
-    optimizer = make_optimizer(config, STEPS)
+    optimizer, schedule = make_optimizer(config), make_schedule(config, STEPS)
 
     @jax.jit
-    def step(params: Any, state: Any, gradient: Any) -> tuple[Any, Any]:
+    def step(params: Any, state: Any, gradient: Any, rate: Any) -> tuple[Any, Any]:
         updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state
+        return optax.apply_updates(params, optax.tree.scale(rate, updates)), state
 
     state = optimizer.init(params)
-    for gradient in gradients:
-        params, state = step(params, state, gradient)
+    for number, gradient in enumerate(gradients):
+        params, state = step(params, state, gradient, schedule(number))
     return params
 
 
@@ -216,19 +216,19 @@ def test_muon_leaves_the_rest_to_adamw():
 def test_every_optimizer_comes_closer_to_a_target(name: str):
     target = jax.tree.map(lambda w, g: w + 0.3 * g, weights(TINY), gradient(0))
     config = OptimizerConfig(name=name, learning_rate=0.1, warmup_steps=2, weight_decay=0.0)  # pyright: ignore[reportArgumentType]
-    optimizer = make_optimizer(config, STEPS)
+    optimizer, schedule = make_optimizer(config), make_schedule(config, STEPS)
 
     def loss(params: Any) -> jax.Array:
         return sum(jnp.square(w - t).sum() for w, t in zip(*map(jax.tree.leaves, (params, target)), strict=True))
 
-    def step(carry: tuple[Any, Any], _: None) -> tuple[tuple[Any, Any], jax.Array]:
+    def step(carry: tuple[Any, Any], number: jax.Array) -> tuple[tuple[Any, Any], jax.Array]:
         params, state = carry
         value, gradient = jax.value_and_grad(loss)(params)
         updates, state = optimizer.update(gradient, state, params)
-        return (optax.apply_updates(params, updates), state), value
+        return (optax.apply_updates(params, optax.tree.scale(schedule(number), updates)), state), value
 
     start = (weights(TINY), optimizer.init(weights(TINY)))
-    losses = jax.jit(lambda: jax.lax.scan(step, start, length=STEPS)[1])()
+    losses = jax.jit(lambda: jax.lax.scan(step, start, jnp.arange(STEPS))[1])()
     assert losses[-1] < 0.1 * losses[0]
 
 

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_run import tiny, write_corpus
 
 from llm_jax.config import override
+from llm_jax.data.loader import DataConfig
 from llm_jax.data.shards import Shards, open_shards, prepare
 from llm_jax.recipes import recipe_docstring, recipes
 from llm_jax.train import run
@@ -118,6 +120,12 @@ def test_a_config_is_kept_with_the_paths_absolute_and_the_names_as_they_are(
         run.create(tmp_path / f"run{number}", override(CONFIG, given), shards, "")
         expected = override(override(CONFIG, [f"data.uri={tmp_path}/corpus"]), kept)
         assert run.load_config(tmp_path / f"run{number}") == expected
+
+
+@pytest.mark.parametrize("changes", [{"seed": 2**32}, {"data": DataConfig(seed=-1)}], ids=str)
+def test_a_seed_beyond_32_bits_is_an_error(changes: dict[str, Any]):
+    with pytest.raises(ValueError, match=r"seed=.* must lie between 0 and 4294967295"):
+        dataclasses.replace(CONFIG, **changes)
 
 
 def test_a_folder_without_a_run_is_an_error_that_says_how_to_start_one(tmp_path: Path):

@@ -196,6 +196,24 @@ def test_a_parquet_file_cut_short_is_named(tmp_path):
         texts(tmp_path)
 
 
+def test_parquet_reads_large_strings_and_names_a_column_of_something_else(tmp_path):
+    large = pyarrow.array(["a", "b"], pyarrow.large_string())
+    pyarrow.parquet.write_table(pyarrow.table({"content": large}), tmp_path / "a.parquet")
+    assert texts(str(tmp_path / "a.parquet")) == ["a", "b"]
+    pyarrow.parquet.write_table(pyarrow.table({"text": [b"a"]}), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"b.parquet holds binary in its column 'text'; make them strings"):
+        texts(str(tmp_path / "b.parquet"))
+
+
+def test_an_address_that_answers_with_an_error_is_named(monkeypatch, tmp_path):
+    def glob(self: object, path: str) -> list[str]:
+        raise FileNotFoundError("no such data set")
+
+    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.glob", glob)
+    with pytest.raises(ValueError, match=r"cannot read .*nothing\*: no such data set; mend that"):
+        texts(str(tmp_path / "nothing*"))
+
+
 def test_parquet_without_pyarrow_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")

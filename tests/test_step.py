@@ -1,5 +1,6 @@
 """One training step: microbatches change nothing, numbers that are not finite touch nothing, metrics say what was."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -28,7 +29,7 @@ BATCH: Any = Batch(TOKENS, jnp.where(COUNTED, (TOKENS + 1) % 14, IGNORE), SEGMEN
 
 CONFIG = OptimizerConfig(learning_rate=0.01, warmup_steps=4, eps=1e-3)
 SCHEDULE = make_schedule(CONFIG, 20)
-ADAMW = make_optimizer(CONFIG, 20)
+ADAMW = make_optimizer(CONFIG)
 # Where the gradient is what counts, the rule that hands it on.
 SGD = optax.sgd(0.1)
 
@@ -121,6 +122,22 @@ def test_what_is_not_finite_changes_no_bit_and_is_counted(bad: float, accumulate
     assert fingerprint((after.params, after.opt_state)) == fingerprint((before.params, before.opt_state))
     assert int(after.step) == int(before.step) + 1
     assert int(metrics["skipped"]) == 1
+
+
+def test_a_skipped_step_moves_the_learning_rate_on():
+    """Lion's update of a lone weight is the learning rate itself."""
+    lion = make_optimizer(dataclasses.replace(CONFIG, name="lion", weight_decay=0.0))
+
+    def loss_fn(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return params["layers"]["attention"]["w_x"].sum() * jnp.where(batch.tokens[0, 0] == 13, jnp.nan, 1.0), {}
+
+    run = jax.jit(make_train_step(loss_fn, lion, SCHEDULE))
+    start = state(PARAMS, lion)
+    skipped, _ = run(start, BATCH.replace(tokens=TOKENS.at[0, 0].set(13)))
+    after, metrics = run(skipped, BATCH.replace(tokens=TOKENS.at[0, 0].set(1)))
+    moved = PARAMS["layers"]["attention"]["w_x"] - after.params["layers"]["attention"]["w_x"]
+    np.testing.assert_allclose(moved, SCHEDULE(3), rtol=1e-5)
+    np.testing.assert_allclose(metrics["learning_rate"], SCHEDULE(3))
 
 
 def test_the_same_step_without_the_bad_token_learns():

@@ -76,6 +76,11 @@ class Loader:
         if epochs is None:
             return
         allowed = round(epochs * n_rows) // batch_size
+        if not allowed:
+            raise ValueError(
+                f"epochs={epochs:g} of {n_rows} rows fill no batch of {batch_size}; lower data.batch_size, or allow "
+                "more epochs"
+            )
         if steps > allowed:
             raise ValueError(
                 f"{steps} steps of {batch_size} rows are {self.epoch(steps):.2f} epochs of {n_rows} rows, "

@@ -99,9 +99,15 @@ def _files(uri: str) -> list[File]:
     if uri == BUILTIN:
         return _standard_library()
     try:
-        system, path = fsspec.url_to_fs(uri)
+        return _files_at(uri)
     except ImportError as error:
         raise ValueError(f"cannot read {uri}: {error}; for hf:// install llm-jax[hf]") from error
+    except OSError as error:
+        raise ValueError(f"cannot read {uri}: {error}; mend that, or name another address") from error
+
+
+def _files_at(uri: str) -> list[File]:
+    system, path = fsspec.url_to_fs(uri)
     if system.isfile(path):
         paths = [path]
     elif system.isdir(path):
@@ -235,9 +241,11 @@ def _parquet(file: File) -> Iterator[str | None]:
     try:
         with _open(file) as raw:
             table = parquet.ParquetFile(raw)
-            fields = list(table.schema_arrow)
-            strings = [field.name for field in fields if types.is_string(field.type)]
-            column = _text_field([field.name for field in fields], strings, file.path)
+            kinds = {field.name: field.type for field in table.schema_arrow}
+            strings = [name for name, kind in kinds.items() if types.is_string(kind) or types.is_large_string(kind)]
+            column = _text_field(list(kinds), strings, file.path)
+            if column not in strings:
+                raise ValueError(f"{file.path} holds {kinds[column]} in its column {column!r}; make them strings")
             for batch in table.iter_batches(batch_size=1024, columns=[column]):
                 yield from batch.column(0).to_pylist()
     except (ArrowException, OSError) as error:

@@ -64,6 +64,17 @@ def open_data(config: RunConfig, report: Report) -> Shards:
     return shards
 
 
+def open_run_data(folder: Path, config: RunConfig, report: Report) -> Shards:
+    """The token shards that the run in `folder` began with: where they lay, or else prepared again from their source.
+
+    Raises `ValueError` where neither is what it was.
+    """
+    there = run.shards_folder(folder)
+    shards = open_shards(there) if there.is_dir() else open_data(config, report)
+    run.check_data(folder, shards)
+    return shards
+
+
 def train(config: RunConfig, folder: str | Path, *, console: Console | None = None, command: str = "") -> Progress:
     """Starts a run of `config` in `folder`. What fails before the first step is over leaves nothing behind.
 
@@ -71,16 +82,20 @@ def train(config: RunConfig, folder: str | Path, *, console: Console | None = No
     """
     folder = Path(folder)
     run.check_free(folder, config)
-    session = Session.open(config, folder, console or Console())
+    console = console or Console()
+    session = Session.open(config, folder, console, open_data(config, functools.partial(console.print, **PLAIN)))
     state = session.begin()
     existed = folder.exists()
-    try:
-        run.create(folder, config, session.shards, command)
-        return session.go(state, Progress())
-    except BaseException:
-        if not log.read(folder):
-            run.remove(folder, keep_folder=existed)
-        raise
+    folder.mkdir(parents=True, exist_ok=True)
+    with run.owned(folder):
+        run.check_free(folder, config)  # still
+        try:
+            run.create(folder, config, session.shards, command)
+            return session.go(state, Progress())
+        except BaseException:
+            if not log.read(folder):
+                run.remove(folder, keep_folder=existed)
+            raise
 
 
 def resume(folder: str | Path, *, steps: int | None = None, console: Console | None = None) -> Progress:
@@ -91,14 +106,16 @@ def resume(folder: str | Path, *, steps: int | None = None, console: Console | N
     folder = Path(folder)
     old = run.load_config(folder)
     config = old if steps is None else dataclasses.replace(old, steps=steps)
-    session = Session.open(config, folder, console or Console())
-    run.check_data(folder, session.shards)
-    state, progress = session.restore(old)
-    if progress.step >= config.steps:
-        raise ValueError(f"{folder} is finished at step {progress.step}; train further with --steps N above that")
-    run.save_config(folder, config)
-    log.truncate(folder, progress.step)
-    return session.go(state, progress)
+    console = console or Console()
+    with run.owned(folder):
+        shards = open_run_data(folder, old, functools.partial(console.print, **PLAIN))
+        session = Session.open(config, folder, console, shards)
+        state, progress = session.restore(old)
+        if progress.step >= config.steps:
+            raise ValueError(f"{folder} is finished at step {progress.step}; train further with --steps N above that")
+        run.save_config(folder, config)
+        log.truncate(folder, progress.step)
+        return session.go(state, progress)
 
 
 def load_weights(folder: str | Path, program: Program, report: Report) -> PyTree:
@@ -122,9 +139,8 @@ class Session:
     checkpoints: Checkpoints
 
     @classmethod
-    def open(cls, config: RunConfig, folder: Path, console: Console) -> "Session":
-        """Data and program of `config`. Raises `ValueError` for whatever can't work, before anything is computed."""
-        shards = open_data(config, functools.partial(console.print, **PLAIN))
+    def open(cls, config: RunConfig, folder: Path, console: Console, shards: Shards) -> "Session":
+        """The program of `config` on `shards`. Raises `ValueError` for what can't work, before anything is computed."""
         if not shards.split("heldout").n_documents:
             raise ValueError(f"data.heldout={config.data.heldout} leaves nothing to evaluate on; set it above 0")
         loader = Loader(shards.split("train"), config.data)
@@ -146,13 +162,13 @@ class Session:
         return state if params is None else dataclasses.replace(state, params=params)
 
     def _weights_of(self, source: str) -> PyTree:
+        changed = run.differences(to_dict(run.load_config(source).model), to_dict(self.config.model))
         theirs, ours = run.load_tokenizer(source), self.shards.tokenizer
         if theirs.fingerprint != ours.fingerprint:
             raise ValueError(
                 f"init_from={source} knows the tokens of {theirs.name}, but the data is in those of {ours.name}; "
                 f"set data.tokenizer={source}/tokenizer"
             )
-        changed = run.differences(to_dict(run.load_config(source).model), to_dict(self.config.model))
         if changed:
             self.say(f"the model of {source} is not quite this one: {'; '.join(changed)}")
         return load_weights(source, self.program, self.say)
@@ -205,8 +221,8 @@ class Session:
                     if last:
                         break
         except OSError as error:
-            way = f"mend this, then go on with: llm-jax resume {self.folder}"
-            raise ValueError(f"{error}; {self._newest_checkpoint()}; {way}") from error
+            way = f"go on with: llm-jax resume {self.folder}" if self.checkpoints.steps() else "start again"
+            raise ValueError(f"{error}; {self._newest_checkpoint()}; mend this, then {way}") from error
         finally:
             self._report()
         return meter.progress

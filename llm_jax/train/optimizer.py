@@ -1,4 +1,4 @@
-"""Schedules and update rules, as one optax chain: clip, update, decay, scale."""
+"""Schedules and update rules: an optax chain that clips, updates and decays, and the learning rate that scales it."""
 
 import dataclasses
 import functools
@@ -38,6 +38,7 @@ class OptimizerConfig:
         the last step, `constant` stays, and `wsd` stays until the last `decay_fraction` of the run, then falls
         linearly.
       clip: the largest global norm of the gradient; None: no clipping.
+      b1, b2, eps: of AdamW, b1 and b2 of Lion. Adafactor has none of them, Muon's matrices a momentum of 0.95.
     """
 
     name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
@@ -93,34 +94,37 @@ def decay_mask(params: PyTree) -> PyTree:
     return trees.map_with_path(lambda path, _: trees.first_match(DECAYED, path), params)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The whole chain: clip by global norm, update rule, decoupled weight decay, learning rate."""
-    schedule = make_schedule(config, steps)
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """The chain: clip by global norm, update rule, decoupled weight decay, at a learning rate of 1.
+
+    The train step scales what comes out by its schedule. A schedule inside the chain would count the updates made,
+    and fall behind with every step that was skipped.
+    """
     clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
-    return optax.chain(clip, _RULES[config.name](config, schedule))
+    return optax.chain(clip, _RULES[config.name](config))
 
 
-def _adamw(c: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+def _adamw(c: OptimizerConfig) -> optax.GradientTransformation:
     """Loshchilov and Hutter 2017, arXiv:1711.05101."""
-    return optax.adamw(schedule, c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=decay_mask)
+    return optax.adamw(1.0, c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=decay_mask)
 
 
-def _lion(c: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+def _lion(c: OptimizerConfig) -> optax.GradientTransformation:
     """Chen et al. 2023, arXiv:2302.06675."""
-    return optax.lion(schedule, c.b1, c.b2, weight_decay=c.weight_decay, mask=decay_mask)
+    return optax.lion(1.0, c.b1, c.b2, weight_decay=c.weight_decay, mask=decay_mask)
 
 
-def _adafactor(c: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+def _adafactor(c: OptimizerConfig) -> optax.GradientTransformation:
     """Shazeer and Stern 2018, arXiv:1804.04235, with our schedule, decay and clipping in place of its own."""
     return optax.chain(
         optax.scale_by_factored_rms(decay_rate=0.8),
         optax.clip_by_block_rms(1.0),
         optax.add_decayed_weights(c.weight_decay, decay_mask),
-        optax.scale_by_learning_rate(schedule),
+        optax.scale_by_learning_rate(1.0),
     )
 
 
-def _muon(c: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+def _muon(c: OptimizerConfig) -> optax.GradientTransformation:
     """Jordan et al. 2024 for the matrices inside blocks, AdamW for the rest.
 
     The update is scaled by `0.2 sqrt(max(fan in, fan out))` to the size of AdamW's (Liu et al. 2025,
@@ -136,16 +140,14 @@ def _muon(c: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransfo
         return optax.contrib.MuonDimensionNumbers(*pair)
 
     matrices = optax.contrib.muon(
-        schedule,
+        1.0,
         eps=c.eps,
         weight_decay=c.weight_decay,
         consistent_rms=0.2,
         muon_weight_dimension_numbers=functools.partial(trees.map_with_path, axes),
     )
     # optax's own rule for the rest is Adam with Nesterov momentum, and it decays norms and biases.
-    return optax.partition(
-        {"matrices": matrices, "rest": _adamw(c, schedule)}, functools.partial(trees.map_with_path, role)
-    )
+    return optax.partition({"matrices": matrices, "rest": _adamw(c)}, functools.partial(trees.map_with_path, role))
 
 
 _RULES = {"adamw": _adamw, "lion": _lion, "adafactor": _adafactor, "muon": _muon}

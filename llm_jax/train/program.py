@@ -89,7 +89,7 @@ class Program:
 
     @functools.cached_property
     def _optimizer(self) -> optax.GradientTransformation:
-        return make_optimizer(self.config.optimizer, self.config.steps)
+        return make_optimizer(self.config.optimizer)
 
     @functools.cached_property
     def _layout(self) -> TrainState:

@@ -3,7 +3,9 @@
 config.json  data.json  environment.json  tokenizer/  checkpoints/<step>/  metrics.jsonl  report.html
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import glob
 import hashlib
 import json
@@ -13,7 +15,7 @@ import runpy
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ class RunConfig:
       checkpoint_every: steps between checkpoints. The last `keep` stay, and the best by held-out loss.
       sample_every, prompts: when to let the model write, and from what; an empty prompt starts a document.
       patience: steps in a row with a loss or gradient that is not finite, before the run stops.
+      seed: of initial weights and dropout; `data.seed` is that of the order of rows.
       init_from: a run folder whose weights, and nothing else, this run starts from.
     """
 
@@ -78,6 +81,9 @@ class RunConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, value in (("seed", self.seed), ("data.seed", self.data.seed)):
+            if not 0 <= value < 2**32:
+                raise ValueError(f"{name}={value} must lie between 0 and {2**32 - 1}")
         if self.data.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate={self.accumulate} does not divide data.batch_size={self.data.batch_size}; "
@@ -149,6 +155,20 @@ def remove(folder: Path, *, keep_folder: bool) -> None:
         folder.mkdir(exist_ok=True)
 
 
+@contextlib.contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Keeps every other process from writing to the run in `folder`. Raises `ValueError` where one does."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process trains in {folder}; stop it, or choose another --run") from None
+        yield
+    finally:
+        os.close(handle)
+
+
 def save_config(folder: Path, config: RunConfig) -> None:
     """Writes config.json, all of it or nothing."""
     _write_json(folder / "config.json", to_dict(config))
@@ -181,13 +201,20 @@ def data_identity(shards: Shards) -> dict[str, Any]:
     return {
         "tokenizer": shards.manifest.tokenizer_fingerprint,
         "vocab_size": shards.manifest.vocab_size,
+        "folder": str(shards.folder.absolute()),
         **splits,
     }
 
 
+def shards_folder(folder: Path) -> Path:
+    """Where the token shards of the run in `folder` lay when it began."""
+    return Path(_read_json(folder / "data.json")["folder"])
+
+
 def check_data(folder: Path, shards: Shards) -> None:
-    """Raises `ValueError` unless `shards` are what the run in `folder` began with."""
-    changed = differences(_read_json(folder / "data.json"), data_identity(shards))
+    """Raises `ValueError` unless `shards` are what the run in `folder` began with, wherever they lie."""
+    there = _read_json(folder / "data.json")
+    changed = differences(there, data_identity(shards) | {"folder": there["folder"]})
     if changed:
         raise ValueError(
             f"{shards.manifest.source} is not what {folder} has been trained on: {changed[0]}; restore it, "

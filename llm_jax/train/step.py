@@ -103,8 +103,7 @@ def make_train_step(
     """One optimizer step over a batch, in `accumulate` microbatches whose gradients are weighted by their tokens.
 
     A loss or gradient that is not finite changes neither parameters nor optimizer state; the step still counts, so
-    that the data moves on, and `metrics["skipped"]` is 1. The optimizer's own count does not move on: after n such
-    steps its learning rate is that of n steps before.
+    that data and learning rate move on, and `metrics["skipped"]` is 1.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -113,14 +112,15 @@ def make_train_step(
         tokens = jnp.maximum((batch.targets != IGNORE).sum(), 1)
         loss, sums, gradients = jax.tree.map(lambda x: x / tokens.astype(x.dtype), (loss, sums, gradients))
         norm = optax.tree.norm(gradients)
+        rate = schedule(state.step)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         def update(state: TrainState) -> tuple[PyTree, PyTree]:
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-            return optax.apply_updates(state.params, updates), opt_state
+            return optax.apply_updates(state.params, optax.tree.scale(rate, updates)), opt_state
 
         params, opt_state = jax.lax.cond(finite, update, lambda s: (s.params, s.opt_state), state)
-        metrics = {"loss": loss, **sums, "grad_norm": norm, "learning_rate": schedule(state.step)}
+        metrics = {"loss": loss, **sums, "grad_norm": norm, "learning_rate": rate}
         metrics |= {"tokens": tokens, "skipped": ~finite}
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 

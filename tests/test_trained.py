@@ -1,0 +1,38 @@
+"""A finished run is used with the data and the tokens that it was trained on, or not at all."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_run import console, write_corpus
+
+from llm_jax import trained
+from llm_jax.train.loop import train
+from llm_jax.train.run import RunConfig
+
+
+@pytest.fixture(scope="module")
+def finished(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(config, folder, console=console())
+    return folder
+
+
+def test_held_out_text_of_a_changed_corpus_is_not_scored(finished: Path, tmp_path: Path):
+    kept = {name: (finished / name).read_text() for name in ("data.json", "config.json")}
+    config = json.loads(kept["config.json"])
+    config["data"]["uri"] = str(write_corpus(tmp_path / "corpus", documents=50))
+    (finished / "config.json").write_text(json.dumps(config))
+    (finished / "data.json").write_text(json.dumps(json.loads(kept["data.json"]) | {"folder": "deleted"}))
+    with pytest.raises(ValueError, match=r"is not what .* has been trained on"):
+        trained.evaluate(finished)
+    for name, text in kept.items():
+        (finished / name).write_text(text)
+    assert trained.evaluate(finished)[0].documents > 0
+
+
+def test_any_text_is_scored_in_the_tokens_of_the_run(finished: Path, tmp_path: Path):
+    corpus = write_corpus(tmp_path / "corpus", documents=7, seed=1)
+    result, step = trained.evaluate(finished, str(corpus), "last", report=lambda line: None)
+    assert (result.documents, step) == (7, 8)
+    assert result.bytes == sum(path.stat().st_size for path in corpus.iterdir())
