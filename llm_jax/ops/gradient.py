@@ -38,13 +38,17 @@ def over_tokens(x: Float[Array, "B L *O"]) -> Float[Array, "*O"]:
     return jnp.tensordot(jnp.ones(x.shape[:2], x.dtype), x, axes=2, preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def linear(letters: str, x: Float[Array, "B L *I"], w: Float[Array, "*IO"]) -> Float[Array, "B L *O"]:
     """`einsum(letters, x, w)`, whose weight gradient turns the smaller of its two factors.
 
     That gradient sums over tokens, so one factor has to be transposed. XLA's CPU compiler takes the first, and derives
     it anew, element by element, while it writes across rows: dear for the wide side of a feed-forward layer.
     """
+    return _linear(letters, x, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(letters: str, x: Array, w: Array) -> Array:
     return jnp.einsum(letters, x, w)
 
 
@@ -57,7 +61,7 @@ def _linear_backward(letters: str, saved: tuple[Array, Array], g: Array) -> tupl
     return dx, jnp.einsum(f"{turned}->{weight}", settle(jnp.einsum(f"{output},{inputs}->{turned}", g, x)))
 
 
-linear.defvjp(lambda letters, x, w: (linear(letters, x, w), (x, w)), _linear_backward)
+_linear.defvjp(lambda letters, x, w: (_linear(letters, x, w), (x, w)), _linear_backward)
 
 
 @jax.custom_vjp
