@@ -7,6 +7,7 @@ As text, `none` is None, and a tuple is its items with commas between, after the
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 import types
@@ -66,6 +67,13 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
 def checked(config: Config) -> Config:
     """`config`, every leaf known to have its annotated type: a recipe is Python, and could hold anything."""
     return from_dict(type(config), to_dict(config))
+
+
+def plain(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(plain, value))
+    return value if isinstance(value, str) else json.dumps(value) if value is not None else "none"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

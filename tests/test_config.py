@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_jax.config import checked, from_dict, nearest, override, to_dict
+from llm_jax.config import checked, from_dict, nearest, override, plain, to_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,3 +176,8 @@ def test_checking_gives_floats_where_a_recipe_wrote_whole_numbers():
 def test_the_nearest_name_is_offered_and_otherwise_all_names():
     assert nearest("d_modle", ["n_heads", "d_model"]) == "did you mean 'd_model'?"
     assert nearest("q", ["n_heads", "d_model"]) == "known: d_model, n_heads"
+
+
+def test_what_is_shown_of_a_value_is_what_the_command_line_takes():
+    shown = [plain(x) for x in (None, True, 0.5, "text", (1, 2), ["a", None])]
+    assert shown == ["none", "true", "0.5", "text", "1,2", "a,none"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jaxprs import equations
 
+from llm_jax.data import loader
 from llm_jax.ops.loss import IGNORE, chunked_cross_entropy, cross_entropy
 
 B, L, D, V = 2, 6, 3, 7
@@ -123,3 +124,7 @@ def test_many_chunks_give_the_bfloat16_head_as_good_a_gradient_as_one():
 def test_a_chunk_that_does_not_divide_the_row_is_refused():
     with pytest.raises(ValueError, match=r"loss\.chunk=4 does not divide the row length L=6; use a divisor of 6"):
         chunked_cross_entropy(HIDDEN, TABLE, TARGETS, 4)
+
+
+def test_a_batch_marks_what_the_loss_ignores():
+    assert loader.IGNORE == IGNORE

@@ -164,10 +164,10 @@ def test_differences_name_every_leaf_that_differs_on_either_side():
     there = {"a": 1, "b": {"c": [1, 2], "d": None}, "e": "x"}
     here = {"a": 1, "b": {"c": [1, 3], "d": 0.5}, "f": True}
     assert run.differences(there, here) == [
-        "b.c is [1, 2] there, [1, 3] here",
-        "b.d is null there, 0.5 here",
-        "e is x there, null here",
-        "f is null there, true here",
+        "b.c is 1,2 there, 1,3 here",
+        "b.d is none there, 0.5 here",
+        "e is x there, none here",
+        "f is none there, true here",
     ]
     assert run.differences(there, there) == []
 

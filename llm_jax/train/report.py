@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from llm_jax import log
+from llm_jax.config import plain
 from llm_jax.train.chart import ORANGE, Series, line_chart
 
 Rows = Sequence[Mapping[str, Any]]
@@ -223,18 +224,11 @@ def _samples(rows: Rows) -> str:
 
 def _tree(name: str, values: Mapping[str, Any], unfolded: bool = False) -> str:
     """A fold with a table of `values`, followed by a fold for each of them that is a mapping itself."""
-    leaves = {key: _plain(value) for key, value in values.items() if not isinstance(value, Mapping)}
+    leaves = {key: plain(value) for key, value in values.items() if not isinstance(value, Mapping)}
     cells = "".join(f"<tr><td>{_text(key)}</td><td>{_text(value)}</td></tr>" for key, value in leaves.items())
     preview = "  ".join(f"{key}={value}" for key, value in leaves.items())
     branches = [_tree(key, value) for key, value in values.items() if isinstance(value, Mapping)]
     return "".join([_fold(name, preview, f"<table>{cells}</table>", unfolded) if leaves else "", *branches])
-
-
-def _plain(value: Any) -> str:
-    """A value as the command line takes it."""
-    if isinstance(value, list):
-        return ",".join(map(_plain, value))
-    return value if isinstance(value, str) else json.dumps(value) if value is not None else "none"
 
 
 def _fold(name: str, preview: str, body: str, unfolded: bool = False) -> str:

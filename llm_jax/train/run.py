@@ -22,7 +22,7 @@ from typing import Any
 import flax
 import jax
 
-from llm_jax.config import checked, from_dict, nearest, to_dict
+from llm_jax.config import checked, from_dict, nearest, plain, to_dict
 from llm_jax.data import tokenizer
 from llm_jax.data.loader import DataConfig
 from llm_jax.data.shards import Shards
@@ -230,7 +230,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], where: str = 
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found += differences(a, b, f"{where}{key}.")
         elif a != b:
-            found.append(f"{where}{key} is {_plain(a)} there, {_plain(b)} here")
+            found.append(f"{where}{key} is {_short(a)} there, {_short(b)} here")
     return found
 
 
@@ -273,7 +273,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} can't be read ({error}); restore it, or start a new run") from error
 
 
-def _plain(value: Any) -> str:
-    """A value as the command line takes it; of a digest the beginning."""
-    text = value if isinstance(value, str) else json.dumps(value)
+def _short(value: Any) -> str:
+    """Of a long value, such as a digest, the beginning."""
+    text = plain(value)
     return text if len(text) < 40 else f"{text[:12]}..."
