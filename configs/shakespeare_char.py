@@ -5,8 +5,8 @@
     echo "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed  tinyshakespeare.txt" | sha256sum -c
     llm-jax train shakespeare_char data.uri=tinyshakespeare.txt
 
-Gave, on two cores that had other work too (commit
-5f9f801, 157 s, Python 3.11, JAX 0.10.2): 1.892 nats a character on the last tenth, 95 % interval 1.879 to 1.904.
+Gave, on two cores that had other work too (commit 5f9f801, 157 s, Python 3.11, JAX 0.10.2): 1.892 nats a character on
+the last tenth, 95 % interval 1.879 to 1.904.
 """
 
 from llm_jax.data.loader import DataConfig

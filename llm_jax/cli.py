@@ -51,32 +51,23 @@ RUN = arg("run", metavar="RUN", help="a run folder")
 ASSIGNMENTS = arg("assignments", metavar="key=value", nargs="*", help="fields to change, as model.n_layers=8")
 CHECKPOINT = arg("--checkpoint", default="best", metavar="WHICH", help="best (default), last, or a step")
 JSON = arg("--json", action="store_true", help="print one JSON object instead")
+DEBUG = arg("--debug", action="store_true", help="show the traceback of an error")
 
 
-def parser() -> ArgumentParser:
-    """Every verb with its arguments; its docstring is its help."""
-    top = Parser(prog="llm-jax", description=ABOUT, epilog=BEGIN)
-    choices = top.add_subparsers(metavar="VERB", required=True)
-
-    def verb(function: Callable[[Namespace], None], *arguments: Argument) -> None:
-        summary, _, rest = (function.__doc__ or "").partition("\n")
-        p = choices.add_parser(function.__name__, help=summary, description=summary)
-        p.epilog = "\n".join(line.removeprefix("    ") for line in rest.rstrip().splitlines())
-        p.formatter_class = argparse.RawDescriptionHelpFormatter
-        for add in (*arguments, arg("--debug", action="store_true", help="show the traceback of an error")):
-            add(p)
-        p.set_defaults(function=function)
-
-    verb(
-        verbs.train,
+# What each function of `verbs` takes.
+SYNTAX: dict[str, tuple[Argument, ...]] = {
+    "train": (
         arg("config", metavar="CONFIG", help="a recipe (llm-jax configs) or a Python file"),
         ASSIGNMENTS,
         arg("--run", metavar="DIR", help="the run folder; default: runs/CONFIG"),
         JSON,
-    )
-    verb(verbs.resume, RUN, arg("--steps", type=int, metavar="N", help="a new total of steps"), JSON)
-    verb(
-        verbs.prepare,
+    ),
+    "resume": (
+        RUN,
+        arg("--steps", type=int, metavar="N", help="a new total of steps"),
+        JSON,
+    ),
+    "prepare": (
         arg("uri", metavar="URI", help="where the text is"),
         arg("--out", required=True, metavar="DIR", help="a folder that does not exist yet"),
         arg("--tokenizer", default="train:4096", metavar="NAME", help="default: train:4096"),
@@ -85,9 +76,8 @@ def parser() -> ArgumentParser:
         arg("--heldout", type=float, default=0.05, metavar="SHARE", help="of the documents; default: 0.05"),
         arg("--heldout-by", choices=("hash", "tail"), default="hash", help="chosen by content, or the last"),
         JSON,
-    )
-    verb(
-        verbs.generate,
+    ),
+    "generate": (
         RUN,
         arg("--prompt", action="append", metavar="TEXT", help="again for more; default: standard input"),
         arg("--max-tokens", type=int, default=200, metavar="N", help="default: 200"),
@@ -101,12 +91,20 @@ def parser() -> ArgumentParser:
         arg("--samples", type=int, default=1, metavar="N", help="texts from each prompt"),
         CHECKPOINT,
         JSON,
-    )
-    verb(verbs.evaluate, RUN, arg("--data", metavar="URI", help="score all of this text"), CHECKPOINT, JSON)
-    verb(verbs.show, arg("config", metavar="CONFIG|RUN", help="recipe, Python file, or run"), ASSIGNMENTS, JSON)
-    verb(verbs.configs, JSON)
-    verb(
-        verbs.tokenize,
+    ),
+    "evaluate": (
+        RUN,
+        arg("--data", metavar="URI", help="score all of this text"),
+        CHECKPOINT,
+        JSON,
+    ),
+    "show": (
+        arg("config", metavar="CONFIG|RUN", help="recipe, Python file, or run"),
+        ASSIGNMENTS,
+        JSON,
+    ),
+    "configs": (JSON,),
+    "tokenize": (
         arg("text", metavar="TEXT", nargs="?", help="default: standard input"),
         arg("--tokenizer", default="byte", metavar="NAME", help="default: byte; gpt2, ..., a run, a folder"),
         arg("--special", action="store_true", help="read <|endoftext|> as the special token"),
@@ -115,7 +113,23 @@ def parser() -> ArgumentParser:
         arg("--vocab", type=int, default=4096, metavar="N", help="its size; default: 4096"),
         arg("--out", metavar="DIR", help="the folder where it is saved"),
         JSON,
-    )
+    ),
+}
+
+
+def parser() -> ArgumentParser:
+    """Every verb with its arguments; its docstring is its help."""
+    top = Parser(prog="llm-jax", description=ABOUT, epilog=BEGIN)
+    choices = top.add_subparsers(metavar="VERB", required=True)
+    for name, arguments in SYNTAX.items():
+        function = getattr(verbs, name)
+        summary, _, rest = (function.__doc__ or "").partition("\n")
+        p = choices.add_parser(name, help=summary, description=summary)
+        p.epilog = "\n".join(line.removeprefix("    ") for line in rest.rstrip().splitlines())
+        p.formatter_class = argparse.RawDescriptionHelpFormatter
+        for add in (*arguments, DEBUG):
+            add(p)
+        p.set_defaults(function=function)
     return top
 
 

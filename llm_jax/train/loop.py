@@ -6,7 +6,6 @@ import functools
 import itertools
 import os
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -33,8 +32,6 @@ from llm_jax.train.run import RunConfig
 from llm_jax.train.step import TrainState, cast
 from llm_jax.train.stop import stop_signals
 
-PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
-
 
 class Diverged(ValueError):
     """Loss or gradient was not finite for too many steps in a row."""
@@ -51,6 +48,11 @@ def own_process() -> None:
     reuse_freed_memory()
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def on(console: Console) -> Report:
+    """Prints lines there as they are."""
+    return functools.partial(console.print, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def open_data(config: RunConfig, report: Report) -> Shards:
@@ -83,7 +85,7 @@ def train(config: RunConfig, folder: str | Path, *, console: Console | None = No
     folder = Path(folder)
     run.check_free(folder, config)
     console = console or Console()
-    session = Session.open(config, folder, console, open_data(config, functools.partial(console.print, **PLAIN)))
+    session = Session.open(config, folder, console, open_data(config, on(console)))
     state = session.begin()
     existed = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,8 +110,7 @@ def resume(folder: str | Path, *, steps: int | None = None, console: Console | N
     config = old if steps is None else dataclasses.replace(old, steps=steps)
     console = console or Console()
     with run.owned(folder):
-        shards = open_run_data(folder, old, functools.partial(console.print, **PLAIN))
-        session = Session.open(config, folder, console, shards)
+        session = Session.open(config, folder, console, open_run_data(folder, old, on(console)))
         state, progress = session.restore(old)
         if progress.step >= config.steps:
             raise ValueError(f"{folder} is finished at step {progress.step}; train further with --steps N above that")
@@ -152,7 +153,7 @@ class Session:
         return cls(config, folder, console, shards, Program.on(config), loader, Checkpoints(folder, config.keep))
 
     def say(self, line: str) -> None:
-        self.console.print(line, **PLAIN)
+        on(self.console)(line)
 
     def begin(self) -> TrainState:
         """The state before the first step."""
