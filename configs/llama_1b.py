@@ -9,6 +9,7 @@ Not trained here: weights, gradients and moments take 18 GB. `show` and the abst
 
 from llm_jax.data.loader import DataConfig
 from llm_jax.model.config import ModelConfig
+from llm_jax.ops.position import Rotary
 from llm_jax.sharding import MeshConfig
 from llm_jax.train.optimizer import OptimizerConfig
 from llm_jax.train.run import RunConfig
@@ -23,7 +24,7 @@ config = RunConfig(
         n_kv_heads=8,
         d_ff=8192,
         max_seq_len=2048,
-        rope_theta=500_000.0,
+        rotary=Rotary(theta=500_000.0),
         tied=False,
         dtype="bfloat16",
         remat="full",

@@ -7,7 +7,7 @@ the abstract by `jax.eval_shape`: a model of any size is described in about a se
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,8 @@ from rich.text import Text
 
 from llm_jax.config import override
 from llm_jax.data.loader import Batch
-from llm_jax.model.config import TAPS, ModelConfig, flops_per_token, parameter_counts
+from llm_jax.model.config import TAPS, ModelConfig
+from llm_jax.model.count import active_parameters, flops_per_token, parameter_counts
 from llm_jax.model.taps import capture
 from llm_jax.model.transformer import Transformer
 from llm_jax.train.optimizer import make_optimizer
@@ -29,13 +30,17 @@ from llm_jax.train.step import TrainState, cast, init_state, make_loss
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """A named activation: its axes by letter, their sizes, what it is; alike in every layer, if `in_layers`."""
+    """A named activation: its axes by letter, their sizes, what it is, and the layers of one kind where it is alike.
+
+    `kind` is empty, and so is `layers`, outside of layers.
+    """
 
     name: str
     letters: str
     shape: tuple[int, ...]
     dtype: str
-    in_layers: bool
+    kind: str
+    layers: tuple[int, ...]
     meaning: str
 
 
@@ -61,11 +66,16 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What `llm-jax show` says. FLOPs are those of training; a forward pass alone takes a third of them."""
+    """What `llm-jax show` says.
+
+    A token meets the `active_parameters`, not every expert. FLOPs are those of training; a forward pass alone takes a
+    third of them.
+    """
 
     sizes: dict[str, int]
     activations: list[Activation]
     parameters: dict[str, int]
+    active_parameters: int
     flops_per_token: int
     tokens_per_step: int
     memory: Memory
@@ -79,26 +89,44 @@ def describe(config: RunConfig) -> Description:
     computed = jax.eval_shape(functools.partial(cast, dtype=c.dtype), state.params)
     tokens = jax.ShapeDtypeStruct((data.batch_size // config.accumulate, data.seq_len), jnp.int32)
     return Description(
-        sizes=dict(zip("BLSNDKGHFV", (*tokens.shape, data.seq_len, *sizes_of(c)), strict=True)),
+        sizes=dict(zip("BLS", (*tokens.shape, data.seq_len), strict=True)) | sizes_of(c),
         activations=list(activations(c, computed, tokens)),
         parameters=parameter_counts(c),
+        active_parameters=active_parameters(c),
         flops_per_token=flops_per_token(c, data.seq_len),
         tokens_per_step=data.batch_size * data.seq_len,
         memory=memory(config, state, computed, tokens),
     )
 
 
-def sizes_of(c: ModelConfig) -> tuple[int, ...]:
-    """N D K G H F V."""
-    return c.n_layers, c.d_model, c.K, c.G, c.H, c.F, c.vocab_size
+def sizes_of(c: ModelConfig) -> dict[str, int]:
+    """N D K G H F V, and E where there are experts."""
+    sizes = (c.n_layers, c.d_model, c.K, c.G, c.H, c.F, c.vocab_size)
+    return dict(zip("NDKGHFV", sizes, strict=True)) | ({} if c.experts is None else {"E": c.experts.number})
 
 
 def activations(c: ModelConfig, params: PyTree, tokens: jax.ShapeDtypeStruct) -> Iterator[Activation]:
-    """The tokens, and every tap in the order in which they meet it."""
+    """The tokens, and every tap in the order in which they meet it; those inside layers once for each kind of layer."""
     found = jax.eval_shape(functools.partial(capture, Transformer(c)), params, tokens) | {"tokens": tokens}
-    for name, (letters, meaning) in meanings(c).items():
-        inside, x = TAPS.get(name, "").startswith("layers/"), found[name]
-        yield Activation(name, letters, x.shape[inside:], x.dtype.name, inside, meaning)
+    inside = {name for name, place in TAPS.items() if place.startswith("layers/")}
+    kinds: dict[str, list[int]] = {}
+    for layer in range(c.n_layers):
+        kinds.setdefault(c.layers[layer % len(c.layers)], []).append(layer)
+    outside: dict[str, list[int]] = {"": []}
+    names = list(TAPS)
+    stages = (
+        (["tokens", *names[: names.index("resid_pre")]], outside),
+        ([name for name in names if name in inside], kinds),
+        (names[names.index("resid_post") + 1 :], outside),
+    )
+    for stage, places in stages:
+        for kind, layers in places.items():
+            for name in stage:
+                if kind and not c.layer(layers[0]).has(name):
+                    continue
+                letters, meaning = meanings(c, kind)[name]
+                x = found[name]
+                yield Activation(name, letters, x.shape[bool(kind) :], x.dtype.name, kind, tuple(layers), meaning)
 
 
 def memory(config: RunConfig, state: TrainState, computed: PyTree, tokens: jax.ShapeDtypeStruct) -> Memory:
@@ -136,14 +164,26 @@ def nbytes(tree: PyTree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def meanings(c: ModelConfig) -> dict[str, tuple[str, str]]:
-    """The letters of each activation, and a line of words."""
-    pre = c.norm_position == "pre"
+def meanings(c: ModelConfig, kind: str = "") -> dict[str, tuple[str, str]]:
+    """The letters of each activation in a layer of that kind, and a line of words."""
+    mixer = kind.partition("+")[0]
+    recurrent = mixer in ("linear", "delta")
     placed = {"learned": ", plus that of its position", "sinusoidal": ", plus the waves of its position"}
     turned, too = (", turned by its position", ", turned too") if c.positions == "rotary" else ("", "")
+    if recurrent or mixer == "nope":
+        turned = too = ""
+    normed_after = ", normed" if c.residual == "post" else ""
+    normed_before = ", normed" if c.residual in ("sandwich", "output") else ""
     shared = f"; one for {c.G} query heads" if c.G > 1 else ""
     gate = ", times a second spread" if c.gated else ""
     head = "embedding" if c.tied else "output"
+    view = {"local": f"the last {c.attention.window} keys", "sparse": "the keys of its blocks"}.get(
+        mixer, "the keys in view"
+    )
+    scale = "over the root of H" if c.attention.scale is None else f"times {c.attention.scale:.3g}"
+    capped = "" if c.attention.softcap is None else f", squeezed below {c.attention.softcap:g}"
+    sloped = ", less the distance by head" if c.positions == "alibi" else ""
+    seen = f"{c.experts.active} of {c.experts.number}" if c.experts else ""
     return {
         "tokens": ("B L", f"ids below {c.vocab_size}"),
         "embed": ("B L D", f"each id becomes its row of the embedding table{placed.get(c.positions, '')}"),
@@ -151,19 +191,20 @@ def meanings(c: ModelConfig) -> dict[str, tuple[str, str]]:
         "q": ("B L K G H", f"what each token looks for{turned}"),
         "k": ("B S K H", f"what it is found by{too}{shared}"),
         "v": ("B S K H", f"what it hands over when found{shared}"),
-        "attn_scores": ("B K G L S", "every query times every key, over the root of H"),
-        "pattern": ("B K G L S", "softmax over the keys in view: each row sums to 1"),
-        "z": ("B L K G H", "the values, averaged as the pattern says"),
-        "attn_out": ("B L D", "the heads joined, back at the width of the stream"),
-        "resid_mid": ("B L D", f"the stream, and what attention adds to it{'' if pre else ', normed'}"),
+        "attn_scores": ("B K G L S", f"every query times every key, {scale}{capped}{sloped}"),
+        "pattern": ("B K G L S", f"softmax over {view}: each row sums to 1"),
+        "z": (
+            "B L K G H",
+            "what each query finds in the state" if recurrent else "the values, averaged as the pattern says",
+        ),
+        "attn_out": ("B L D", f"the heads joined, back at the width of the stream{normed_before}"),
+        "resid_mid": ("B L D", f"the stream, and what attention adds to it{normed_after}"),
         "mlp_pre": ("B L F", "each token by itself, spread to F features"),
         "mlp_post": ("B L F", f"{c.activation} of that{gate}"),
-        "mlp_out": ("B L D", "folded back to the width of the stream"),
-        "resid_post": (
-            "B L D",
-            f"the stream, and what the feed-forward adds to it{'' if pre else ', normed'}",
-        ),
-        "final": ("B L D", f"the stream at the end{', normed' if pre else ''}"),
+        "router": ("B L E", f"scores of the experts: a token goes to {seen}"),
+        "mlp_out": ("B L D", f"folded back to the width of the stream{normed_before}"),
+        "resid_post": ("B L D", f"the stream, and what the feed-forward adds to it{normed_after}"),
+        "final": ("B L D", f"the stream at the end{'' if normed_after else ', normed'}"),
         "logits": ("B L V", f"scores for the next token, against the {head} table"),
     }
 
@@ -179,6 +220,7 @@ LETTERS = {
     "H": "width of a head",
     "F": "features",
     "V": "vocabulary",
+    "E": "experts",
 }
 WALKED = 3  # up to so many layers are walked through one by one
 
@@ -190,13 +232,15 @@ def render(d: Description) -> Group:
     compute.add_row("a token, forward", metric(d.flops_per_token / 3, "FLOP"))
     compute.add_row("a token, training", metric(d.flops_per_token, "FLOP"))
     compute.add_row(f"a step, {d.tokens_per_step:,} tokens", metric(d.flops_per_token * d.tokens_per_step, "FLOP"))
+    total = sum(d.parameters.values())
+    met = "" if d.active_parameters == total else f"; a token meets {d.active_parameters:,}"
     return Group(
         _title("Shapes of a microbatch"),
         Columns(legend, padding=(0, 3)),
         Text(),
         walk(d),
         Text("attn_scores and pattern: whole only where a tap looks, or L is short", style="dim"),
-        _title(f"Parameters: {sum(d.parameters.values()):,}"),
+        _title(f"Parameters: {total:,}{met}"),
         shares(d.parameters, "{:,}".format),
         _title("Compute"),
         compute,
@@ -210,17 +254,25 @@ def walk(d: Description) -> Table:
     """A line for each activation: name, letters, sizes, dtype, words."""
     table = _columns("bold", "cyan", "", "dim")
     table.add_column(style="dim")
-    n = d.sizes["N"]
-    layers = [f"layer {i}" for i in range(n)] if n <= WALKED else [f"layers 0..{n - 1}, each"]
-    for inside, group in itertools.groupby(d.activations, lambda a: a.in_layers):
+    several = len({a.kind for a in d.activations if a.kind}) > 1
+    for (kind, layers), group in itertools.groupby(d.activations, lambda a: (a.kind, a.layers)):
         stage = list(group)
-        for title in layers if inside else [""]:
+        each = d.sizes["N"] <= WALKED and not several
+        titles = [f"layer {i}" for i in layers] if each else [f"layers {spans(layers)}, each{f': {kind}' * several}"]
+        for title in titles if kind else [""]:
             if title:
                 table.add_row(title)
             for a in stage:
                 sizes = " ".join(map(str, a.shape))
-                table.add_row("  " * inside + a.name, a.letters, sizes, a.dtype, a.meaning)
+                table.add_row("  " * bool(kind) + a.name, a.letters, sizes, a.dtype, a.meaning)
     return table
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """`0..4, 6, 8..9`; a long list is cut."""
+    runs = [list(run) for _, run in itertools.groupby(numbers, lambda n, at=itertools.count(): n - next(at))]
+    found = [str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs]
+    return ", ".join(found if len(found) <= 4 else [*found[:3], f"... {found[-1]}"])
 
 
 def shares(amounts: dict[str, int], shown: Callable[[int], str]) -> Table:

@@ -20,7 +20,8 @@ import numpy as np
 
 from llm_jax.data.loader import Batch, DataConfig
 from llm_jax.hardware import measured_matmul_flops, reuse_freed_memory
-from llm_jax.model.config import ModelConfig, flops_per_token
+from llm_jax.model.config import ModelConfig
+from llm_jax.model.count import flops_per_token
 from llm_jax.train.program import Program
 from llm_jax.train.run import RunConfig, load_recipe
 
@@ -92,12 +93,12 @@ def theirs(config: RunConfig, batch: Batch) -> Step | None:
             super().__init__()
             self.norm_1, self.norm_2 = nn.LayerNorm(c.d_model), nn.LayerNorm(c.d_model)
             self.qkv, self.out = (
-                nn.Linear(c.d_model, 3 * c.d_model, bias=c.bias),
-                nn.Linear(c.d_model, c.d_model, bias=c.bias),
+                nn.Linear(c.d_model, 3 * c.d_model, bias=c.bias == "all"),
+                nn.Linear(c.d_model, c.d_model, bias=c.bias == "all"),
             )
             self.up, self.down = (
-                nn.Linear(c.d_model, c.F, bias=c.bias),
-                nn.Linear(c.F, c.d_model, bias=c.bias),
+                nn.Linear(c.d_model, c.F, bias=c.bias == "all"),
+                nn.Linear(c.F, c.d_model, bias=c.bias == "all"),
             )
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from llm_jax.model.config import ModelConfig
+from llm_jax.model.config import AttentionConfig, ModelConfig
 from llm_jax.model.transformer import Transformer
+from llm_jax.ops.attention import Sparse
+from llm_jax.ops.experts import Experts
+from llm_jax.ops.position import Rotary
 from llm_jax.tree import map_with_path
 
 # All sizes differ, so that no two letters can be mistaken for each other.
@@ -19,30 +22,42 @@ TINY = ModelConfig(vocab_size=14, d_model=24, n_layers=2, n_heads=6, max_seq_len
 
 # Those with many values first: it takes fewer rows.
 OPTIONS: dict[str, tuple[Any, ...]] = {
-    "positions": ("rotary", "learned", "sinusoidal", "none"),
-    "activation": ("relu", "gelu", "silu", "relu2"),
+    "positions": ("rotary", "alibi", "learned", "sinusoidal", "none"),
+    "activation": ("relu", "gelu", "gelu_exact", "silu", "relu2"),
     "remat": ("none", "full", "dots", "resid_mid,mlp_post"),
     "n_kv_heads": (None, 3, 1),
     "init": ("gpt2", "scaled", "mup"),
     "head_dim": (None, 8),
     "d_ff": (None, 20),
-    "rope_theta": (10_000.0, 100.0),
-    "norm": ("rmsnorm", "layernorm"),
-    "norm_position": ("pre", "post"),
+    "layers": (("global",), ("local", "global+moe"), ("delta+moe", "sparse", "linear"), ("nope", "local")),
+    "residual": ("pre", "post", "sandwich", "output", "parallel"),
+    "norm": ("rmsnorm", "layernorm", "rmsnorm_1p"),
+    "rotary": (Rotary(), Rotary(theta=100.0, fraction=0.5), Rotary(scaling="yarn", factor=4.0, original_len=8)),
     "norm_eps": (1e-5, 1e-6),
     "gated": (True, False),
-    "bias": (False, True),
-    "window": (None, 3),
+    "bias": ("none", "qkv", "all"),
     "dropout": (0.0, 0.1),
     "tied": (True, False),
     "dtype": ("float32", "bfloat16"),
     "unroll": (1, 2),
-    "attention": (None, "reference"),
+    "attention": (
+        AttentionConfig(),
+        AttentionConfig(qk_norm="head", softcap=5.0, sinks=1),
+        AttentionConfig(qk_norm="whole", scale=0.3, implementation="reference"),
+    ),
+    "experts": (Experts(number=4, d_ff=8), Experts(number=3, active=1, renormalise=False, shared=2, balance="bias")),
+    "embedding_scale": (1.0, 3.0),
+    "logit_softcap": (None, 4.0),
 }
 
 
 def tiny(**changes: Any) -> ModelConfig:
     return dataclasses.replace(TINY, **changes)
+
+
+def local(window: int, **changes: Any) -> ModelConfig:
+    """Every layer sees the last `window` positions."""
+    return tiny(layers=("local",), attention=AttentionConfig(window=window), **changes)
 
 
 def pairwise(options: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
@@ -63,8 +78,22 @@ def pairwise(options: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
     return rows
 
 
-# The only two that don't go together: muP needs a free head.
-GRID = [tiny(**row | {"tied": row["tied"] and row["init"] != "mup"}) for row in pairwise(OPTIONS)]
+def fitted(row: dict[str, Any]) -> ModelConfig:
+    """A row whose options go together: muP has a free head, and only what the layers use is set."""
+    layers, attention = ",".join(row["layers"]), row["attention"]
+    window, sparse = 3 if "local" in layers else None, Sparse(block=2) if "sparse" in layers else None
+    return tiny(
+        **row
+        | {
+            "n_layers": len(row["layers"]) + 1,  # a period, and one layer of the next
+            "tied": row["tied"] and row["init"] != "mup",
+            "attention": dataclasses.replace(attention, window=window, sparse=sparse),
+            "experts": row["experts"] if "moe" in layers else None,
+        }
+    )
+
+
+GRID = [fitted(row) for row in pairwise(OPTIONS)]
 
 
 @functools.cache

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from grid import TINY, tiny, tokens, weights
 
-from llm_jax.model.cache import KVCache, init_cache
-from llm_jax.model.config import ModelConfig
+from llm_jax.model.cache import Cache, init_cache
+from llm_jax.model.config import AttentionConfig, ModelConfig
 from llm_jax.model.transformer import Output, Transformer, unstack
+from llm_jax.ops.attention import Sparse
+from llm_jax.ops.experts import Experts
 
 B, L = 3, TINY.max_seq_len
 TOKENS = tokens(B, L)
@@ -22,17 +24,35 @@ def runner(config: ModelConfig, stacked: bool = True) -> Any:
     """The jitted forward pass over a cache: (tokens, cache) -> Output."""
     params = weights(config) if stacked else unstack(config, weights(config))
     model = Transformer(config, stacked=stacked)
-    return jax.jit(lambda tokens, cache: model.apply({"params": params}, tokens, cache=cache))
+    return jax.jit(lambda tokens, cache, **inputs: model.apply({"params": params}, tokens, cache=cache, **inputs))
 
 
 def full(config: ModelConfig) -> jax.Array:
     return jax.jit(lambda: Transformer(config).apply({"params": weights(config)}, TOKENS).logits)()
 
 
+def windowed(window: int) -> dict[str, Any]:
+    return {"layers": ("local",), "attention": AttentionConfig(window=window)}
+
+
 CASES: dict[str, tuple[dict[str, Any], bool]] = {
     "rotary": ({}, True),
-    "learned positions in a window": ({"positions": "learned", "window": 3, "n_kv_heads": None}, True),
-    "unstacked sinusoidal in a window": ({"positions": "sinusoidal", "window": 2, "n_kv_heads": 1}, False),
+    "learned positions in a window": ({"positions": "learned", **windowed(3), "n_kv_heads": None}, True),
+    "linear attention among softmax": ({"layers": ("linear", "global"), "n_layers": 3}, True),
+    "the delta rule, experts and a remainder, unstacked": (
+        {"layers": ("delta+moe", "nope"), "n_layers": 3, "experts": Experts(number=4, d_ff=8)},
+        False,
+    ),
+    "the delta rule alone": ({"layers": ("delta",)}, True),
+    "sinks and sparse blocks": (
+        {
+            "layers": ("local", "sparse"),
+            "attention": AttentionConfig(window=2, sinks=1, sparse=Sparse("fixed", block=2, stride=2)),
+            "positions": "alibi",
+        },
+        True,
+    ),
+    "unstacked sinusoidal in a window": ({"positions": "sinusoidal", **windowed(2), "n_kv_heads": 1}, False),
 }
 
 
@@ -43,11 +63,12 @@ def test_ragged_decode_equals_the_full_forward_at_every_position(case: str):
     expected, run = full(config), runner(config, stacked)
 
     prompt = jnp.where(jnp.arange(4)[None] < LENGTHS[:, None], TOKENS[:, :4], 0)
-    out: Output = run(prompt, init_cache(config, B, L))
+    out: Output = run(prompt, init_cache(config, B, L), lengths=LENGTHS)
     for row, length in enumerate(LENGTHS):
         np.testing.assert_allclose(out.logits[row, :length], expected[row, :length], rtol=1e-5, atol=1e-5)
 
-    cache = out.cache.replace(length=LENGTHS)
+    cache = out.cache
+    assert (cache.length == LENGTHS).all()
     for step in range(L - int(LENGTHS.max())):
         position = LENGTHS + step
         out = run(TOKENS[jnp.arange(B), position][:, None], cache)
@@ -58,13 +79,28 @@ def test_ragged_decode_equals_the_full_forward_at_every_position(case: str):
         )
 
 
-def test_a_prompt_may_arrive_in_pieces():
-    run, cache, found = runner(TINY), init_cache(TINY, B, L), []
+@pytest.mark.parametrize("layers", [("global",), ("linear", "delta")], ids=str)
+def test_a_prompt_may_arrive_in_pieces(layers: tuple[str, ...]):
+    config = tiny(layers=layers)
+    run, cache, found = runner(config), init_cache(config, B, L), []
     for start, stop in ((0, 4), (4, 8), (8, 9), (9, 10)):
         out = run(TOKENS[:, start:stop], cache)
         cache = out.cache
         found.append(out.logits)
-    np.testing.assert_allclose(jnp.concatenate(found, axis=1), full(TINY), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jnp.concatenate(found, axis=1), full(config), rtol=1e-5, atol=1e-5)
+
+
+def test_a_prefix_sees_itself_both_ways_and_what_is_written_after_it_sees_the_past():
+    """As in one pass over the row, whose first tokens are its prefix."""
+    prefix = jnp.arange(L)[None] < LENGTHS[:, None]
+    model = Transformer(TINY)
+    whole = model.apply({"params": weights(TINY)}, TOKENS, prefix=prefix)
+    assert jnp.abs(whole.logits - full(TINY)).max() > 0.01
+    run = runner(TINY)
+    out = run(TOKENS[:, :4], init_cache(TINY, B, L), prefix=prefix[:, :4])
+    np.testing.assert_allclose(out.logits, whole.logits[:, :4], rtol=1e-5, atol=1e-5)
+    out = run(TOKENS[:, 4:], out.cache)
+    np.testing.assert_allclose(out.logits, whole.logits[:, 4:], rtol=1e-5, atol=1e-5)
 
 
 def test_what_the_padding_wrote_is_never_seen():
@@ -98,7 +134,7 @@ def test_tokens_beyond_the_end_of_the_cache_are_dropped():
 
 
 def test_a_cache_holds_the_dtype_of_the_computation():
-    cache: KVCache = jax.eval_shape(lambda: init_cache(tiny(dtype="bfloat16"), 2, 7))
+    cache: Cache = jax.eval_shape(lambda: init_cache(tiny(dtype="bfloat16"), 2, 7))
     assert cache.k.shape == cache.v.shape == (TINY.n_layers, 2, 7, TINY.K, TINY.H)
     assert cache.k.dtype == jnp.bfloat16
     assert cache.length.shape == (2,)

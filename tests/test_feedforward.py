@@ -1,5 +1,6 @@
 """The feed-forward layer equals its formula in float64, and its gradients those of the plain formula."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -9,19 +10,22 @@ import pytest
 from grid import tiny, weights
 
 from llm_jax.model.config import ModelConfig
-from llm_jax.model.feedforward import FeedForward
+from llm_jax.model.feedforward import FeedForward, MixtureOfExperts
+from llm_jax.ops.experts import Experts
 
 X = jnp.asarray(np.random.default_rng(3).normal(size=(2, 4, 24)), jnp.float32)
 
 FORMULAS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "relu": lambda x: np.maximum(x, 0),
     "gelu": lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    "gelu_exact": lambda x: x / 2 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
     "silu": lambda x: x / (1 + np.exp(-x)),
     "relu2": lambda x: np.maximum(x, 0) ** 2,
 }
 PLAIN: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "gelu": jax.nn.gelu,
+    "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
     "silu": jax.nn.silu,
     "relu2": lambda x: jax.nn.relu(x) ** 2,
 }
@@ -39,7 +43,7 @@ def layer(config: ModelConfig) -> Callable:
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("activation", FORMULAS)
 def test_the_layer_equals_its_formula(activation: str, gated: bool):
-    config = tiny(activation=activation, gated=gated, bias=True)
+    config = tiny(activation=activation, gated=gated, bias="all")
     p = {name: np.asarray(value, np.float64) for name, value in parameters(config).items()}
     x = np.asarray(X, np.float64)
     up = x @ p["w_up"] + p["b_up"]
@@ -50,7 +54,7 @@ def test_the_layer_equals_its_formula(activation: str, gated: bool):
 
 @pytest.mark.parametrize("activation", PLAIN)
 def test_its_gradients_are_those_of_the_plain_formula(activation: str):
-    config = tiny(activation=activation, bias=True)
+    config = tiny(activation=activation, bias="all")
 
     def plain(p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
         def linear(x: jax.Array, name: str) -> jax.Array:
@@ -70,3 +74,45 @@ def test_without_biases_nothing_goes_to_nothing():
     config = tiny()
     assert set(parameters(config)) == {"w_up", "w_gate", "w_down"}
     assert (layer(config)(parameters(config), jnp.zeros_like(X)) == 0).all()
+
+
+E, K_ACTIVE = 4, 2
+
+
+@pytest.mark.parametrize("changes", [{}, {"shared": 2}, {"renormalise": False, "balance": "bias"}], ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_mixture_is_the_weighted_sum_of_the_experts_that_each_token_chose(gated: bool, changes: dict):
+    """Token by token, in float64."""
+    experts = Experts(number=E, active=K_ACTIVE, d_ff=10, **changes)
+    config = tiny(layers=("global+moe",), experts=experts, gated=gated)
+    params = jax.tree.map(lambda x: x[0], weights(config)["layers"]["experts"])
+    y, use = jax.jit(lambda p, x: MixtureOfExperts(config).apply({"params": p}, x))(params, X)
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+
+    def feedforward(x: np.ndarray, w: dict[str, np.ndarray]) -> np.ndarray:
+        up = x @ w["w_up"]
+        return (FORMULAS["silu"](x @ w["w_gate"]) * up if gated else FORMULAS["silu"](up)) @ w["w_down"]
+
+    load = np.zeros(E)
+    for row, x in np.ndenumerate(np.empty(X.shape[:2])):
+        del x
+        token = np.asarray(X[row], np.float64)
+        probabilities = np.exp(token @ p["w_router"])
+        probabilities /= probabilities.sum()
+        chosen = np.argsort(-(probabilities + p.get("router_bias", 0)))[:K_ACTIVE]
+        load[chosen] += 1
+        shares = probabilities[chosen] / (probabilities[chosen].sum() if experts.renormalise else 1)
+        matrices = ({name: w[e] for name, w in p.items() if name in ("w_up", "w_gate", "w_down")} for e in chosen)
+        expected = sum(share * feedforward(token, w) for share, w in zip(shares, matrices, strict=True))
+        if experts.shared:
+            expected = expected + feedforward(token, p["shared"])
+        np.testing.assert_allclose(y[row], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(use.load, load)
+
+
+def test_padding_is_not_counted_in_the_load():
+    config = tiny(layers=("global+moe",), experts=Experts(number=E, d_ff=10))
+    params = jax.tree.map(lambda x: x[0], weights(config)["layers"]["experts"])
+    counted = jnp.arange(4)[None] < jnp.array([[3], [1]])
+    _, use = jax.jit(lambda p, x: MixtureOfExperts(config).apply({"params": p}, x, counted))(params, X)
+    assert use.load.sum() == 2 * 4

@@ -17,7 +17,7 @@ from llm_jax.data.tokenizer import ByteTokenizer
 from llm_jax.infer import generate as module
 from llm_jax.infer.generate import Piece, Row, continuations, generate, in_turn, next_token, stream
 from llm_jax.model.cache import init_cache
-from llm_jax.model.config import ModelConfig
+from llm_jax.model.config import AttentionConfig, ModelConfig
 from llm_jax.model.transformer import Transformer, unstack
 from llm_jax.ops.sampling import Sampling
 
@@ -59,8 +59,10 @@ def full_forward_greedy(prompt: str, max_tokens: int) -> str:
     "config",
     [
         CONFIG,
-        dataclasses.replace(CONFIG, n_layers=1, positions="learned", window=4),
-        dataclasses.replace(CONFIG, n_layers=1, positions="sinusoidal", bias=True),
+        dataclasses.replace(
+            CONFIG, n_layers=1, positions="learned", layers=("local",), attention=AttentionConfig(window=4)
+        ),
+        dataclasses.replace(CONFIG, n_layers=1, positions="sinusoidal", bias="all"),
     ],
     ids=lambda config: config.positions,
 )
@@ -158,7 +160,7 @@ def test_generation_leaves_the_weights_as_they_were():
 
 
 def test_an_attention_that_declines_single_queries_still_generates():
-    config = dataclasses.replace(CONFIG, attention="chunked")
+    config = dataclasses.replace(CONFIG, attention=AttentionConfig(implementation="chunked"))
     assert generate(config, weights(), TEXT, PROMPTS, max_tokens=12) == generate(
         CONFIG, weights(), TEXT, PROMPTS, max_tokens=12
     )

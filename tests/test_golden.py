@@ -34,7 +34,7 @@ RUNS: dict[str, tuple[ModelConfig, OptimizerConfig, LossConfig]] = {
     ),
     "learned_dropout_lion": (
         ModelConfig(
-            **SIZES, positions="learned", norm="layernorm", activation="gelu", gated=False, bias=True, dropout=0.1
+            **SIZES, positions="learned", norm="layernorm", activation="gelu", gated=False, bias="all", dropout=0.1
         ),
         OptimizerConfig(name="lion", learning_rate=3e-3, warmup_steps=5, schedule="wsd"),
         LossConfig(),

@@ -11,8 +11,9 @@ import pytest
 from grid import GRID, TINY, shapes, tiny, weights
 
 from llm_jax.model.config import ModelConfig
+from llm_jax.ops.experts import Experts
 from llm_jax.sharding import letters_of
-from llm_jax.train.optimizer import MUON_AXES, OptimizerConfig, decay_mask, make_optimizer, make_schedule
+from llm_jax.train.optimizer import MATRICES, OptimizerConfig, decay_mask, make_optimizer, make_schedule
 from llm_jax.tree import first_match, leaves, map_with_path
 
 NAMES = ("adamw", "lion", "adafactor", "muon")
@@ -92,19 +93,20 @@ def test_a_parameter_without_a_decay_row_raises():
 
 def test_muon_takes_every_matrix_inside_a_block_and_splits_its_letters_into_in_and_out():
     found = {}
-    for path, leaf in leaves(shapes(tiny(bias=True, positions="learned", tied=False))).items():
-        letters, axes = letters_of(path, leaf.shape), first_match(MUON_AXES, path)
-        if axes is not None:
-            pair = ((axis,) if isinstance(axis, int) else axis for axis in axes)
-            found[path.removeprefix("layers/")] = tuple("".join(letters[axis] for axis in side) for side in pair)
+    experts = {"layers": ("global", "delta+moe"), "n_layers": 3, "experts": Experts(number=4, shared=1)}
+    for path, leaf in leaves(shapes(tiny(bias="all", positions="learned", tied=False, **experts))).items():
+        pair = first_match(MATRICES, path)
+        if pair is not None:
+            found["/".join(path.split("/")[-2:])] = pair
+            assert set("".join(pair)) <= set(letters_of(path, leaf.shape)), path
     assert found == {
         "attention/w_q": ("D", "KGH"),
         "attention/w_k": ("D", "KH"),
         "attention/w_v": ("D", "KH"),
         "attention/w_o": ("KGH", "D"),
-        "feedforward/w_up": ("D", "F"),
-        "feedforward/w_gate": ("D", "F"),
-        "feedforward/w_down": ("F", "D"),
+        "attention/w_gate": ("D", "KGH"),
+        **{f"{room}/w_{name}": ("D", "F") for room in ("feedforward", "experts", "shared") for name in ("up", "gate")},
+        **{f"{room}/w_down": ("F", "D") for room in ("feedforward", "experts", "shared")},
     }
 
 
@@ -174,10 +176,11 @@ def change(config: OptimizerConfig, gradient: Any) -> dict[str, np.ndarray]:
 
 def matrices(path: str, value: np.ndarray) -> np.ndarray | None:
     """[N, in, out], or None for what Muon leaves to AdamW."""
-    axes = first_match(MUON_AXES, path)
-    if axes is None:
+    pair = first_match(MATRICES, path)
+    if pair is None:
         return None
-    fan_in = math.prod(value.shape[axis] for axis in np.atleast_1d(np.asarray(axes[0])))
+    letters = letters_of(path, value.shape)
+    fan_in = math.prod(value.shape[letters.index(letter)] for letter in pair[0])
     return value.reshape(value.shape[0], fan_in, -1)
 
 
@@ -206,7 +209,7 @@ def test_muon_leaves_the_rest_to_adamw():
     gradients = [gradient(step) for step in range(2)]
     found = leaves(updated(muon, gradients, weights(TINY)))
     expected = by_hand(muon, gradients, weights(TINY))
-    rest = [path for path in found if first_match(MUON_AXES, path) is None]
+    rest = [path for path in found if first_match(MATRICES, path) is None]
     assert len(rest) == 4
     for path in rest:
         np.testing.assert_allclose(found[path], expected[path], rtol=1e-4, atol=1e-6, err_msg=path)

@@ -1,4 +1,4 @@
-"""Rotary embedding turns by position and nothing else; the sinusoidal table equals its formula."""
+"""Rotary embedding turns by position and nothing else; scalings, ALiBi and the sinusoidal table are those of papers."""
 
 import math
 
@@ -7,16 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.ops.position import rotary, sinusoidal
+from llm_jax.ops.position import Rotary, alibi_slopes, rotary, sinusoidal
 
 THETA = 10_000.0
+PLAIN = Rotary()
 L, H = 12, 8
 X = jax.random.normal(jax.random.key(1), (2, L, 3, H))
 POSITIONS = jnp.arange(L)[None]
 
 
 def test_position_zero_is_the_identity():
-    turned = rotary(X, jnp.zeros((1, L), jnp.int32), THETA)
+    turned = rotary(X, jnp.zeros((1, L), jnp.int32), PLAIN)
     assert (turned == X).all()
 
 
@@ -24,14 +25,14 @@ def test_turning_keeps_the_length_of_every_pair():
     def lengths(x: jax.Array) -> jax.Array:
         return jnp.hypot(x[..., : H // 2], x[..., H // 2 :])
 
-    np.testing.assert_allclose(lengths(rotary(X, POSITIONS, THETA)), lengths(X), rtol=1e-5)
+    np.testing.assert_allclose(lengths(rotary(X, POSITIONS, PLAIN)), lengths(X), rtol=1e-5)
 
 
 def test_scores_depend_on_distance_only():
     q, k = (jnp.broadcast_to(x, (1, L, H)) for x in jax.random.normal(jax.random.key(2), (2, 1, 1, H)))
 
     def scores(shift: int) -> jax.Array:
-        return jnp.einsum("BLH,BSH->LS", rotary(q, POSITIONS + shift, THETA), rotary(k, POSITIONS + shift, THETA))
+        return jnp.einsum("BLH,BSH->LS", rotary(q, POSITIONS + shift, PLAIN), rotary(k, POSITIONS + shift, PLAIN))
 
     here, far = scores(0), scores(500)
     np.testing.assert_allclose(here, far, atol=2e-4)
@@ -47,7 +48,7 @@ def test_rotary_equals_complex_multiplication():
     frequencies = THETA ** (-np.arange(H // 2) / (H // 2))
     turns = np.exp(1j * np.asarray(positions)[:, :, None, None] * frequencies)
     expected = (np.asarray(x[..., : H // 2]) + 1j * np.asarray(x[..., H // 2 :])) * turns
-    found = rotary(x, positions, THETA)
+    found = rotary(x, positions, PLAIN)
     np.testing.assert_allclose(found, np.concatenate([expected.real, expected.imag], -1), atol=1e-3)
     np.testing.assert_allclose(found[0, :3], np.concatenate([expected.real, expected.imag], -1)[0, :3], atol=1e-5)
 
@@ -55,9 +56,9 @@ def test_rotary_equals_complex_multiplication():
 def test_angles_are_float32_even_for_bfloat16():
     positions = jnp.full((1, 1), 4097, jnp.int32)
     x = jnp.ones((1, 1, H), jnp.bfloat16)
-    found = rotary(x, positions, THETA)
+    found = rotary(x, positions, PLAIN)
     assert found.dtype == jnp.bfloat16
-    np.testing.assert_allclose(found.astype(jnp.float32), rotary(x.astype(jnp.float32), positions, THETA), atol=0.02)
+    np.testing.assert_allclose(found.astype(jnp.float32), rotary(x.astype(jnp.float32), positions, PLAIN), atol=0.02)
 
 
 @pytest.mark.parametrize("d_model", [2, 6])
@@ -71,3 +72,103 @@ def test_the_sinusoidal_table_equals_its_formula(d_model: int):
     found = sinusoidal(POSITIONS, d_model)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found[0], expected, atol=1e-5)
+
+
+def test_a_part_of_the_head_is_turned_as_a_head_of_its_own_and_the_rest_is_left():
+    found = rotary(X, POSITIONS, Rotary(fraction=0.5))
+    np.testing.assert_allclose(found[..., :4], rotary(X[..., :4], POSITIONS, PLAIN), rtol=1e-6)
+    assert (found[..., 4:] == X[..., 4:]).all()
+
+
+SIZE, FACTOR, TRAINED = 64, 8.0, 2048
+LONG = {"factor": FACTOR, "original_len": TRAINED}
+
+
+def test_linear_scaling_is_a_slower_count_of_positions():
+    scaled = rotary(X, 4 * POSITIONS, Rotary(scaling="linear", factor=4.0))
+    np.testing.assert_allclose(scaled, rotary(X, POSITIONS, PLAIN), atol=1e-5)
+
+
+def test_ntk_scaling_leaves_the_fastest_pair_and_slows_the_slowest_by_the_factor():
+    ratio = Rotary(scaling="ntk", factor=FACTOR).frequencies(SIZE) / PLAIN.frequencies(SIZE)
+    np.testing.assert_allclose(ratio, FACTOR ** (-np.arange(SIZE // 2) / (SIZE // 2 - 1)), rtol=1e-12)
+
+
+@pytest.mark.parametrize(("scaling", "high"), [("yarn", 32.0), ("llama3", 4.0)])
+def test_scalings_by_turns_keep_fast_pairs_and_slow_the_slow_ones(scaling: str, high: float):
+    plain = PLAIN.frequencies(SIZE)
+    ratio = Rotary(scaling=scaling, high_turns=high, **LONG).frequencies(SIZE) / plain
+    turns = TRAINED * plain / (2 * math.pi)
+    assert (np.diff(ratio) <= 0).all()
+    np.testing.assert_allclose(ratio[turns > 1.4 * high], 1)  # YaRN rounds its borders to whole pairs
+    np.testing.assert_allclose(ratio[turns < 0.7], 1 / FACTOR)
+    assert ((ratio > 1 / FACTOR) & (ratio < 1)).sum() > 2
+
+
+def test_yarn_scales_queries_and_keys_up():
+    """Eq. 22: sqrt(1/t) = 0.1 ln(s) + 1."""
+    near = rotary(X, jnp.zeros((1, L), jnp.int32), Rotary(scaling="yarn", **LONG))
+    np.testing.assert_allclose(near, X * (0.1 * math.log(FACTOR) + 1), rtol=1e-6)
+    fixed = rotary(X, jnp.zeros((1, L), jnp.int32), Rotary(scaling="yarn", amplitude=2.0, **LONG))
+    np.testing.assert_allclose(fixed, X * 2, rtol=1e-6)
+
+
+def test_local_layers_have_a_theta_of_their_own_and_no_scaling():
+    config = Rotary(theta=1e6, scaling="linear", factor=FACTOR, fraction=0.5, local_theta=100.0)
+    assert config.local == Rotary(theta=100.0, fraction=0.5)
+    assert PLAIN.local == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scaling": "yarn", "factor": 4.0}, "rotary.scaling=yarn needs rotary.original_len"),
+        ({"fraction": 0.0}, r"rotary.fraction=0.0 must lie in \(0, 1\]"),
+        ({"theta": -1.0}, "rotary.theta=-1.0 must be positive"),
+        ({"low_turns": 4.0, "high_turns": 4.0}, "rotary.high_turns=4.0 must exceed rotary.low_turns=4.0"),
+    ],
+    ids=str,
+)
+def test_settings_that_make_no_sense_are_refused(changes: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        Rotary(**changes)
+
+
+def test_alibi_slopes_are_those_of_the_paper():
+    np.testing.assert_allclose(alibi_slopes(8), [2.0**-i for i in range(1, 9)])
+    np.testing.assert_allclose(alibi_slopes(12)[:8], alibi_slopes(8))
+    np.testing.assert_allclose(alibi_slopes(12)[8:], [2.0 ** -(i / 2) for i in (1, 3, 5, 7)])
+
+
+HUGGING_FACE = {
+    "linear": ({"rope_type": "linear", "factor": FACTOR}, Rotary(scaling="linear", factor=FACTOR)),
+    "llama3": (
+        {
+            "rope_type": "llama3",
+            "factor": FACTOR,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": TRAINED,
+        },
+        Rotary(scaling="llama3", high_turns=4.0, **LONG),
+    ),
+    "yarn": (
+        {"rope_type": "yarn", "factor": FACTOR, "original_max_position_embeddings": TRAINED},
+        Rotary(scaling="yarn", **LONG),
+    ),
+    "dynamic": ({"rope_type": "dynamic", "factor": FACTOR}, Rotary(scaling="ntk", factor=2 * FACTOR - FACTOR + 1)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_frequencies_are_those_of_transformers(name: str):
+    """`dynamic` is NTK-aware scaling whose factor grows with the text: twice the positions take 2 s - (s - 1)."""
+    transformers = pytest.importorskip("transformers")
+    rope = pytest.importorskip("transformers.modeling_rope_utils")
+    settings, ours = HUGGING_FACE[name]
+    sizes = {"hidden_size": SIZE, "num_attention_heads": 1, "max_position_embeddings": TRAINED}
+    config = transformers.LlamaConfig(**sizes, rope_parameters={"rope_theta": THETA, **settings})
+    theirs, amplitude = rope.ROPE_INIT_FUNCTIONS[settings["rope_type"]](config, "cpu", seq_len=2 * TRAINED)
+    np.testing.assert_allclose(ours.frequencies(SIZE), theirs.numpy(), rtol=1e-6)
+    assert math.isclose(ours.scale, amplitude)

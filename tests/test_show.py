@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -54,14 +55,14 @@ def numbers(tree: object) -> int:
     "changes",
     [
         [],
-        ["model.gated=false", "model.positions=learned", "model.norm_position=post", "model.tied=false"],
+        ["model.gated=false", "model.positions=learned", "model.residual=post", "model.tied=false"],
         ["model.n_kv_heads=none", "model.dtype=bfloat16", "data.batch_size=6", "accumulate=3"],
     ],
     ids=["as is", "other options", "microbatches"],
 )
 def test_the_letters_of_every_activation_are_the_numbers_beside_them(changes: list[str]):
     d = show.describe(override(SMALL, changes))
-    assert [a.name for a in d.activations] == ["tokens", *TAPS]
+    assert [a.name for a in d.activations] == ["tokens", *(name for name in TAPS if name != "router")]
     for a in d.activations:
         assert a.shape == tuple(d.sizes[letter] for letter in a.letters.split()), a.name
 
@@ -73,9 +74,52 @@ def test_the_shapes_shown_are_those_of_the_arrays():
     arrays = jax.jit(lambda params, tokens: capture(model, params, tokens))(params, tokens)
     shown = {a.name: a for a in show.describe(SMALL).activations}
     for name, x in arrays.items():
-        layers = (SMALL.model.n_layers,) if shown[name].in_layers else ()
+        layers = (len(shown[name].layers),) if shown[name].kind else ()
         assert (*layers, *shown[name].shape) == x.shape
         assert shown[name].dtype == x.dtype.name
+
+
+MIXED = override(
+    SMALL,
+    [
+        "model.n_layers=5",
+        "model.layers=delta+moe,local",
+        "model.attention.window=8",
+        "model.experts.number=4",
+        "model.experts.d_ff=48",
+        "model.experts.shared=1",
+    ],
+)
+
+
+def test_layers_of_each_kind_are_walked_through_once_with_what_they_have():
+    d = show.describe(MIXED)
+    for a in d.activations:
+        assert a.shape == tuple(d.sizes[letter] for letter in a.letters.split()), a.name
+        assert a.layers == {"": (), "delta+moe": (0, 2, 4), "local": (1, 3)}[a.kind]
+    kinds = {kind: {a.name for a in d.activations if a.kind == kind} for kind in ("delta+moe", "local")}
+    assert kinds["delta+moe"] - kinds["local"] == {"router"}
+    assert kinds["local"] - kinds["delta+moe"] == {"attn_scores", "pattern", "mlp_pre", "mlp_post"}
+    text = printed(d)
+    assert "layers 0, 2, 4, each: delta+moe" in text
+    assert "layers 1, 3, each: local" in text
+    assert "softmax over the last 8 keys" in text
+
+
+def test_a_token_meets_the_experts_it_is_sent_to_and_no_other():
+    d = show.describe(MIXED)
+    idle = 3 * 2 * 3 * 32 * 48  # layers, experts left out, matrices
+    assert sum(d.parameters.values()) - d.active_parameters == idle
+    assert f"a token meets {d.active_parameters:,}" in printed(d)
+    assert "a token meets" not in printed(show.describe(SMALL))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [((0, 1, 2), "0..2"), ((0, 2, 3), "0, 2..3"), ((5,), "5"), (range(0, 20, 2), "0, 2, 4, ... 18")],
+)
+def test_runs_of_numbers_are_put_short(numbers: Sequence[int], said: str):
+    assert show.spans(numbers) == said
 
 
 @pytest.mark.parametrize(("optimizer", "moments"), [("adamw", 2), ("lion", 1)])

@@ -11,9 +11,10 @@ from grid import TINY, tiny, tokens, weights
 from jaxprs import equations
 
 from llm_jax.model.cache import init_cache
-from llm_jax.model.config import TAPS, ModelConfig
+from llm_jax.model.config import TAPS, AttentionConfig, ModelConfig
 from llm_jax.model.taps import capture, edit
 from llm_jax.model.transformer import Transformer, unstack
+from llm_jax.ops.experts import Experts
 
 B, L = 2, 5
 TOKENS = tokens(B, L)
@@ -79,7 +80,7 @@ def test_what_is_captured_is_what_the_names_say(taps: dict[str, jax.Array], logi
     )
 
 
-@pytest.mark.parametrize("name", TAPS)
+@pytest.mark.parametrize("name", [name for name in TAPS if TINY.layer(0).has(name)])
 def test_editing_in_what_was_captured_changes_nothing_and_anything_else_does(
     name: str, taps: dict[str, jax.Array], logits: jax.Array
 ):
@@ -105,6 +106,38 @@ def test_a_pattern_that_looks_at_itself_hands_each_token_its_own_value(taps: dic
     np.testing.assert_allclose(by_scores, by_pattern, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(by_z, by_pattern, rtol=1e-5, atol=1e-5)
     assert jnp.abs(by_pattern - logits).max() > 1e-2
+
+
+MIXED = tiny(
+    layers=("delta", "local+moe", "global"),
+    n_layers=5,
+    attention=AttentionConfig(window=3),
+    experts=Experts(number=4, d_ff=8),
+)
+
+
+def test_layers_of_several_kinds_are_captured_and_edited_in_their_order():
+    """Five layers of a period of three: every activation has a row for each layer that has it, and only for those."""
+    model, params = Transformer(MIXED), weights(MIXED)
+    taps = jax.jit(lambda params: capture(model, params, TOKENS))(params)
+    np.testing.assert_allclose(taps["resid_pre"][1:], taps["resid_post"][:-1], rtol=1e-6)
+    counts = {name: len(taps[name]) for name in ("q", "pattern", "router", "mlp_post", "resid_mid")}
+    assert counts == {"q": 5, "pattern": 3, "router": 2, "mlp_post": 3, "resid_mid": 5}
+    assert taps["router"].shape == (2, B, L, 4)
+    inside = {name: x for name, x in taps.items() if name != "logits"}
+    run = jax.jit(lambda edits: edit(model, params, TOKENS, edits))
+    np.testing.assert_allclose(run(inside), taps["logits"], rtol=1e-5, atol=1e-5)
+    flat = jax.jit(lambda params: Transformer(MIXED, stacked=False).apply({"params": params}, TOKENS).logits)
+    np.testing.assert_allclose(flat(unstack(MIXED, params)), taps["logits"], rtol=1e-5, atol=1e-5)
+    for row in range(5):  # each row is that of its layer: what the last layers read is what was put there
+        noise = jnp.zeros_like(taps["attn_out"]).at[row].set(1.0)
+        moved = run({"attn_out": taps["attn_out"] + noise})
+        assert jnp.abs(moved - taps["logits"]).max() > 1e-3
+
+
+def test_an_activation_that_no_layer_has_is_refused():
+    with pytest.raises(ValueError, match=r"no layer of model.layers=global has the activation 'router'"):
+        edit(MODEL, weights(TINY), TOKENS, {"router": jnp.zeros((N, B, L, 4))})
 
 
 def test_an_edit_takes_the_dtype_of_the_activation():

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from grid import GRID, TINY, shapes, tiny, tokens, weights
+from grid import GRID, TINY, local, shapes, tiny, tokens, weights
 from jaxprs import equations
 
 from llm_jax.model.config import ModelConfig
@@ -40,18 +40,18 @@ def embedding_gradient(config: ModelConfig, position: int, **inputs: Any) -> jax
     )
 
 
-@pytest.mark.parametrize("norm_position", ["pre", "post"])
+@pytest.mark.parametrize("residual", ["pre", "post", "sandwich", "output", "parallel"])
 @pytest.mark.parametrize("positions", ["rotary", "learned", "sinusoidal", "none"])
-def test_future_tokens_get_no_gradient_and_past_ones_do(positions: str, norm_position: str):
+def test_future_tokens_get_no_gradient_and_past_ones_do(positions: str, residual: str):
     norm = "layernorm" if positions in ("learned", "none") else "rmsnorm"
-    config = tiny(positions=positions, norm_position=norm_position, norm=norm)
+    config = tiny(positions=positions, residual=residual, norm=norm)
     touched = (embedding_gradient(config, 4) != 0).any(-1)
     assert touched.tolist() == [[True] * 5 + [False] * 3] * B
 
 
 def test_a_window_ends_the_gradient_behind_too():
     """Two layers of window 3 reach four positions back."""
-    touched = (embedding_gradient(tiny(window=3), 6) != 0).any(-1)
+    touched = (embedding_gradient(local(3), 6) != 0).any(-1)
     assert touched.tolist() == [[False] * 2 + [True] * 5 + [False]] * B
 
 

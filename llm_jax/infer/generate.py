@@ -12,10 +12,12 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
+from llm_jax.config import override
 from llm_jax.data.tokenizer import Tokenizer
-from llm_jax.model.cache import KVCache, init_cache
+from llm_jax.model.cache import Cache, init_cache
 from llm_jax.model.config import ModelConfig
-from llm_jax.model.transformer import Transformer, head_table, unstack
+from llm_jax.model.transformer import Transformer, forward, head_table, unstack
+from llm_jax.ops.loss import unembed
 from llm_jax.ops.sampling import Sampling, sample
 
 Finish = Literal["end_of_text", "stop", "length"]
@@ -26,7 +28,7 @@ BATCH = 32  # rows that grow together; further prompts wait for their turn
 class Decoding:
     """What is carried from token to token: the cache, which tokens each row has had, and a key a row."""
 
-    cache: KVCache
+    cache: Cache
     seen: Bool[Array, "B V"]
     keys: Key[Array, " B"]
 
@@ -53,17 +55,17 @@ def next_token(
     lies behind the row's end, where nobody looks, and is overwritten as the row grows.
     """
     model = Transformer(config, stacked=False)
-    out: Any = model.apply({"params": params}, tokens, cache=state.cache, logits=False)
-    cache = dataclasses.replace(out.cache, length=state.cache.length + lengths)
+    out = forward(model, params, tokens, lengths=lengths, cache=state.cache, logits=False)
+    assert out.cache is not None
     rows = jnp.arange(tokens.shape[0])
     read = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
     seen = state.seen.at[rows[:, None], tokens].max(read)
 
     head = head_table(config, params)[: seen.shape[-1]]
     last = out.hidden[rows, lengths - 1]
-    logits = jnp.einsum("BD,VD->BV", last, head.astype(last.dtype), preferred_element_type=jnp.float32)
-    keys = jax.vmap(jax.random.fold_in)(state.keys, cache.length)
-    return Decoding(cache, seen, state.keys), sample(logits, keys, seen, sampling)
+    logits = unembed(last, head.astype(last.dtype), config.logit_softcap)
+    keys = jax.vmap(jax.random.fold_in)(state.keys, out.cache.length)
+    return Decoding(out.cache, seen, state.keys), sample(logits, keys, seen, sampling)
 
 
 def continuations(
@@ -156,7 +158,7 @@ def stream(
     ids = prompt_ids(config, tokenizer, prompts, begin)
     rooms = [min(max_tokens, config.max_seq_len - len(tokens)) for tokens in ids]
     # What was chosen for rows of training length may decline a single query.
-    config = dataclasses.replace(config, attention=None)
+    config = override(config, ["attention.implementation=none"])
     params = unstack(config, params)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(ids)))
     for first in range(0, len(ids), BATCH):

@@ -4,9 +4,10 @@ import flax.linen as nn
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from llm_jax.model.cache import KVCache
+from llm_jax.model.cache import Cache, Slot
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.init import normal
+from llm_jax.model.norm import Norm
 from llm_jax.model.taps import tap, tapped
 from llm_jax.ops.attention import Mask, attention
 from llm_jax.ops.gradient import add_bias, linear
@@ -16,41 +17,40 @@ from llm_jax.sharding import constrain
 
 @struct.dataclass
 class Context:
-    """What every layer shares: where the tokens stand, whom they may see, whether dropout is on."""
+    """What every layer shares: where the tokens stand, whom they may see, whether dropout is on.
+
+    `lengths` says how many tokens of each row are there; those behind are padding.
+    """
 
     positions: Int[Array, "#B L"]
     mask: Mask
+    lengths: Int[Array, " B"] | None = None
     train: bool = struct.field(pytree_node=False, default=False)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention, with or without a cache: one path."""
+    """Grouped-query attention of a kind, with or without a cache: one path."""
 
     config: ModelConfig
+    mixer: str
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B L D"], context: Context, layer: Int[Array, ""] | int, cache: KVCache | None
-    ) -> tuple[Float[Array, "B L D"], KVCache | None]:
+        self, x: Float[Array, "B L D"], context: Context, slot: Slot, cache: Cache | None
+    ) -> tuple[Float[Array, "B L D"], Cache | None]:
         c = self.config
         D, K, G, H = c.d_model, c.K, c.G, c.H
         q = constrain(self._project("q", x, (K, G, H)), "BLKGH")
         k = constrain(self._project("k", x, (K, H)), "BLKH")
         v = constrain(self._project("v", x, (K, H)), "BLKH")
-        if c.positions == "rotary":
-            q, k = (rotary(y, context.positions, c.rope_theta) for y in (q, k))
+        q, k = self._place("q", q, context), self._place("k", k, context)
         q, k, v = tap(self, "q", q, c.kept), tap(self, "k", k, c.kept), tap(self, "v", v, c.kept)
-
-        if cache is not None:
-            cache = cache.write(layer, k, v)
-            k, v = cache.view(layer)
-        tap_scores = (lambda name, y: tap(self, name, y)) if tapped(self) else None
-        z = attention(q, k, v, context.mask, implementation=c.attention, tap=tap_scores)
+        z, cache = self._attend(x, q, k, v, context, slot, cache)
         z = tap(self, "z", z, c.kept)
 
         w_o = self.param("w_o", normal(c, "residual", K * G * H), (K, G, H, D)).astype(x.dtype)
         out = linear("BLKGH,KGHD->BLD", z, w_o)
-        if c.bias:
+        if c.bias == "all":
             out = add_bias(out, self.param("b_o", nn.initializers.zeros, (D,)).astype(x.dtype))
         return constrain(out, "BLD"), cache
 
@@ -58,6 +58,31 @@ class Attention(nn.Module):
         letters = "KGH"[-len(heads) :] if len(heads) == 3 else "KH"
         w = self.param(f"w_{name}", normal(self.config, "hidden", x.shape[-1]), (x.shape[-1], *heads)).astype(x.dtype)
         y = linear(f"BLD,D{letters}->BL{letters}", x, w)
-        if self.config.bias:
+        if self.config.bias != "none":
             y = add_bias(y, self.param(f"b_{name}", nn.initializers.zeros, heads).astype(x.dtype))
         return y
+
+    def _place(self, name: str, y: Array, context: Context) -> Array:
+        """Queries or keys, normed and turned by their positions, where the config asks for it."""
+        c = self.config
+        if c.attention.qk_norm != "none":
+            norm = Norm(c, name=f"{name}_norm")
+            y = norm(y) if c.attention.qk_norm == "head" else norm(y.reshape(*y.shape[:2], -1)).reshape(y.shape)
+        if c.positions != "rotary" or self.mixer == "nope":
+            return y
+        return rotary(y, context.positions, c.rotary.local if self.mixer == "local" else c.rotary)
+
+    def _attend(
+        self, x: Float[Array, "B L D"], q: Array, k: Array, v: Array, context: Context, slot: Slot, cache: Cache | None
+    ) -> tuple[Float[Array, "B L K G H"], Cache | None]:
+        c, mask = self.config, context.mask
+        if self.mixer == "local":
+            mask = mask.replace(window=c.attention.window, sinks=c.attention.sinks)
+        elif self.mixer == "sparse":
+            mask = mask.replace(sparse=c.attention.sparse)
+        if cache is not None:
+            cache = cache.write(slot, k, v)
+            k, v = cache.view(slot)
+        tap_scores = (lambda name, y: tap(self, name, y)) if tapped(self) else None
+        how = c.attention.implementation
+        return attention(q, k, v, mask, c.scores, implementation=how, tap=tap_scores), cache

@@ -1,9 +1,12 @@
-"""The model's configuration, and what follows from it by arithmetic: parameter and FLOP counts."""
+"""The model's configuration: which pieces there are, and how they fit together."""
 
 import dataclasses
 from typing import Literal
 
 from llm_jax.config import nearest
+from llm_jax.ops.attention import Scores, Sparse
+from llm_jax.ops.experts import Experts
+from llm_jax.ops.position import Rotary
 
 # The named activations, in the order in which a token meets them, and where each lives in the module tree.
 # `model/taps.py` says how to look at them and how to edit them.
@@ -20,6 +23,7 @@ TAPS = {
     "resid_mid": "layers/resid_mid",
     "mlp_pre": "layers/feedforward/mlp_pre",
     "mlp_post": "layers/feedforward/mlp_post",
+    "router": "layers/experts/router",
     "mlp_out": "layers/mlp_out",
     "resid_post": "layers/resid_post",
     "final": "final",
@@ -29,8 +33,63 @@ TAPS = {
 REMAT = ("none", "full", "dots")
 # What rematerialization can keep besides: the taps inside a block, but those that fast attention never holds.
 KEEPABLE = tuple(
-    name for name, place in TAPS.items() if place.startswith("layers/") and name not in ("attn_scores", "pattern")
+    name
+    for name, place in TAPS.items()
+    if place.startswith("layers/") and name not in ("attn_scores", "pattern", "router")
 )
+
+
+# How a layer mixes tokens: softmax attention to all, to the last `window`, along a block-sparse pattern, or to all
+# without positions; kernelised linear attention; the gated delta rule.
+SOFTMAX = ("global", "local", "sparse", "nope")
+MIXERS = (*SOFTMAX, "linear", "delta")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One place of the layer pattern, as text `mixer` or `mixer+moe`."""
+
+    mixer: str
+    moe: bool
+
+    def has(self, tap: str) -> bool:
+        """Whether a layer of this kind has the activation `tap`."""
+        if tap in ("attn_scores", "pattern"):
+            return self.mixer in SOFTMAX
+        return self.moe if tap == "router" else not (self.moe and tap in ("mlp_pre", "mlp_post"))
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """What attention sees, and how it scores.
+
+    Attributes:
+      window: positions that `local` layers see.
+      sinks: first positions of a document that they see besides.
+      sparse: the pattern of `sparse` layers.
+      qk_norm: queries and keys are normed, each head by itself (`head`, Qwen3) or all together (`whole`, OLMo 2).
+      scale: of the scores; None: `H**-0.5`.
+      softcap: of the scores.
+      convolution: tokens that the short convolution of `delta` layers spans.
+      implementation: one of `ops/attention.py`. None: the fastest that accepts.
+    """
+
+    window: int | None = None
+    sinks: int = 0
+    sparse: Sparse | None = None
+    qk_norm: Literal["none", "head", "whole"] = "none"
+    scale: float | None = None
+    softcap: float | None = None
+    convolution: int = 4
+    implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("window", 1), ("sinks", 0), ("convolution", 1)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"model.attention.{name}={value} must be at least {least}")
+        for name in ("scale", "softcap"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"model.attention.{name}={value} must be positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +100,22 @@ class ModelConfig:
       n_kv_heads: key/value heads; fewer than `n_heads` is grouped-query attention. None: `n_heads`.
       head_dim: None: `d_model / n_heads`.
       d_ff: None: `4 * d_model`, or where gated 8/3 of it rounded up to a multiple of 64, the same cost.
+      layers: the kinds of layers, repeated until there are `n_layers`: how each mixes tokens (`global`, `local`,
+        `sparse`, `nope` (no positions), `linear`, `delta`), and `+moe` where its feed-forward is a mixture of experts.
       positions: how the model knows where a token stands; `learned`, `sinusoidal` are added to the embedding.
-      window: attention sees only the last `window` positions. None: all of them.
+      residual: how a sublayer f joins the stream x: `pre` x + f(norm(x)), `post` norm(x + f(x)), `sandwich`
+        x + norm(f(norm(x))), `output` x + norm(f(x)) (OLMo 2), `parallel` x + attention(norm(x)) + mlp(norm(x)).
+      norm: `rmsnorm_1p` scales by 1 + w.
+      bias: in every linear map, or only where queries, keys and values are made (Qwen2).
+      embedding_scale: what token embeddings are multiplied by.
+      logit_softcap: logits are squeezed into (-cap, cap) by tanh.
       tied: the output head is the embedding table.
       init: a row of `model/init.py`; `mup` needs a free head.
       dtype: of the computation. Parameters and optimizer are float32 always.
       remat: what the backward pass computes again: `none`, `full` (all of a block), `dots` (all but matrix
         products), or all but the taps to keep, as `resid_mid,mlp_post`.
-      unroll: layers a step of the scan; `n_layers` unrolls the loop, faster on CPU and slower to compile.
-      attention: an implementation of `ops/attention.py`. None: the fastest that accepts.
+      unroll: periods of `layers` a step of the scan; as many as there are unrolls the loop, faster on CPU and slower
+        to compile.
     """
 
     vocab_size: int
@@ -60,30 +126,34 @@ class ModelConfig:
     n_kv_heads: int | None = None
     head_dim: int | None = None
     d_ff: int | None = None
-    positions: Literal["rotary", "learned", "sinusoidal", "none"] = "rotary"
-    rope_theta: float = 10_000.0
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    norm_position: Literal["pre", "post"] = "pre"
+    layers: tuple[str, ...] = ("global",)
+    attention: AttentionConfig = AttentionConfig()
+    experts: Experts | None = None
+    positions: Literal["rotary", "alibi", "learned", "sinusoidal", "none"] = "rotary"
+    rotary: Rotary = Rotary()
+    residual: Literal["pre", "post", "sandwich", "output", "parallel"] = "pre"
+    norm: Literal["rmsnorm", "rmsnorm_1p", "layernorm"] = "rmsnorm"
     norm_eps: float = 1e-5
-    activation: Literal["relu", "gelu", "silu", "relu2"] = "silu"
+    activation: Literal["relu", "gelu", "gelu_exact", "silu", "relu2"] = "silu"
     gated: bool = True
-    bias: bool = False
-    window: int | None = None
+    bias: Literal["none", "qkv", "all"] = "none"
+    embedding_scale: float = 1.0
+    logit_softcap: float | None = None
     dropout: float = 0.0
     tied: bool = True
     init: Literal["gpt2", "scaled", "mup"] = "scaled"
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: str = "none"
     unroll: int = 1
-    attention: str | None = None
 
     def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
             if type(value) is int and value < 1:
-                raise ValueError(f"model.{name}={value} must be at least 1")
-        for name in ("rope_theta", "norm_eps"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be positive")
+                raise ValueError(f"model.{field.name}={value} must be at least 1")
+        for name in ("norm_eps", "embedding_scale", "logit_softcap"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"model.{name}={value} must be positive")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout={self.dropout} must lie in [0, 1)")
         if self.init == "mup" and self.tied:
@@ -91,11 +161,41 @@ class ModelConfig:
                 "model.init=mup shrinks the head with width, which the embedding can't; set model.tied=false"
             )
         self._check_widths()
+        self._check_layers()
         for name in self.kept:
             if name not in KEEPABLE:
                 raise ValueError(
                     f"model.remat={self.remat!r} can't keep {name!r}; {nearest(name, KEEPABLE)} "
                     f"Or use {', '.join(REMAT)}"
+                )
+
+    def _check_layers(self) -> None:
+        if not 0 < len(self.layers) <= self.n_layers:
+            raise ValueError(
+                f"model.layers names {len(self.layers)} layers where model.n_layers={self.n_layers}; "
+                "give one period of the pattern"
+            )
+        for text in self.layers:
+            mixer, plus, feedforward = text.partition("+")
+            if mixer not in MIXERS or (plus and feedforward != "moe"):
+                raise ValueError(
+                    f"model.layers: {text!r} is no kind of layer; {nearest(mixer, MIXERS)} A mixture of experts is "
+                    f"{mixer if mixer in MIXERS else 'global'}+moe"
+                )
+        mixers = {layer.mixer for layer in self.period}
+        needs = (
+            ("local", "attention.window", self.attention.window, "4096"),
+            ("sparse", "attention.sparse", self.attention.sparse, "strided, as model.attention.sparse.pattern"),
+            ("+moe", "experts", self.experts, "8, as model.experts.number"),
+        )
+        for kind, name, value, example in needs:
+            used = any(layer.moe for layer in self.period) if kind == "+moe" else kind in mixers
+            if used and value is None:
+                raise ValueError(f"model.layers={','.join(self.layers)} needs model.{name}; set it to {example}")
+            if value is not None and not used:
+                raise ValueError(
+                    f"model.{name} is set, but no layer of model.layers={','.join(self.layers)} is {kind}; "
+                    f"name one, as model.layers={kind if kind != '+moe' else 'global+moe'}"
                 )
 
     def _check_widths(self) -> None:
@@ -111,9 +211,10 @@ class ModelConfig:
                 f"model.n_kv_heads={self.K} does not divide model.n_heads={self.n_heads}; use one of "
                 f"{[k for k in range(1, self.n_heads + 1) if self.n_heads % k == 0]}"
             )
-        if self.positions == "rotary" and self.H % 2:
+        if self.positions == "rotary" and (self.rotary.turned(self.H) % 2 or not self.rotary.turned(self.H)):
+            part = "" if self.rotary.fraction == 1 else f" x rotary.fraction={self.rotary.fraction}"
             raise ValueError(
-                f"rotary positions turn pairs: head_dim={self.H} must be even; set model.head_dim={self.H + 1}"
+                f"rotary positions turn pairs: head_dim={self.H}{part} must be even; set model.head_dim={self.H + 1}"
             )
         if self.positions == "sinusoidal" and self.d_model % 2:
             raise ValueError(
@@ -143,36 +244,32 @@ class ModelConfig:
         return -(-8 * self.d_model // (3 * 64)) * 64 if self.gated else 4 * self.d_model
 
     @property
+    def period(self) -> tuple[Layer, ...]:
+        """The kinds of `layers`."""
+        return tuple(Layer(text.partition("+")[0], "+" in text) for text in self.layers)
+
+    def layer(self, index: int) -> Layer:
+        """The kind of the index-th layer."""
+        return self.period[index % len(self.period)]
+
+    @property
+    def scanned(self) -> int:
+        """How many layers run in the scan: whole periods. What is left of the last one follows by itself."""
+        return self.n_layers - self.n_layers % len(self.layers)
+
+    def home(self, index: int) -> tuple[str, int | None]:
+        """The path of the index-th layer's parameters, and its place along their leading N; None: they have none."""
+        period, place = divmod(index, len(self.layers))
+        if index >= self.scanned:
+            return f"layers_{index}", None
+        return ("layers" if len(self.layers) == 1 else f"layers/{place}"), period
+
+    @property
+    def scores(self) -> Scores:
+        """How attention scores."""
+        return Scores(self.attention.scale, self.attention.softcap, self.positions == "alibi")
+
+    @property
     def kept(self) -> tuple[str, ...]:
         """The taps that rematerialization keeps."""
         return () if self.remat in REMAT else tuple(name.strip() for name in self.remat.split(","))
-
-
-def parameter_counts(c: ModelConfig) -> dict[str, int]:
-    """Parameters by component. Their sum is the size of the tree that `init` makes (a test compares them)."""
-    norm = c.d_model * (2 if c.norm == "layernorm" else 1)
-    heads = c.n_heads + 2 * c.K
-    attention = (heads + c.n_heads) * c.H * c.d_model + c.bias * (heads * c.H + c.d_model)
-    up = 2 if c.gated else 1
-    feedforward = (up + 1) * c.d_model * c.F + c.bias * (up * c.F + c.d_model)
-    return {
-        "embedding": c.vocab_size * c.d_model,
-        "positions": c.max_seq_len * c.d_model if c.positions == "learned" else 0,
-        "attention": c.n_layers * attention,
-        "feedforward": c.n_layers * feedforward,
-        "norms": (2 * c.n_layers + (c.norm_position == "pre")) * norm,
-        "unembedding": 0 if c.tied else c.vocab_size * c.d_model,
-    }
-
-
-def flops_per_token(c: ModelConfig, seq_len: int) -> int:
-    """FLOPs of a training step a token: 6 a matrix weight, and 12 N (K G) H for each key in view.
-
-    2 forward and 4 backward for each multiply-add (Kaplan et al. 2020, arXiv:2001.08361; PaLM, appendix B).
-    Causal attention looks at `(L + 1) / 2` keys on average; the half above the diagonal is not counted.
-    Recomputation is not counted: this is the model's work, not the machine's.
-    """
-    matrices = 2 * c.d_model * c.H * (c.n_heads + c.K) + (3 if c.gated else 2) * c.d_model * c.F
-    window = seq_len if c.window is None else min(c.window, seq_len)
-    keys = window - window * (window - 1) / (2 * seq_len)
-    return int(6 * (c.n_layers * matrices + c.vocab_size * c.d_model) + 12 * c.n_layers * c.n_heads * c.H * keys)

@@ -1,19 +1,24 @@
 """The feed-forward layer, plain or gated."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from flax import struct
+from jaxtyping import Array, Bool, Float
 
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.init import normal
 from llm_jax.model.taps import tap
+from llm_jax.ops.experts import arrange, dispatch, grouped, mix, route
 from llm_jax.ops.gradient import add_bias, linear, settle
 from llm_jax.sharding import constrain
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,
     "gelu": jax.nn.gelu,  # the tanh form, as GPT-2 has it
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
     "silu": jax.nn.silu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, arXiv:2109.08668
 }
@@ -23,20 +28,66 @@ class FeedForward(nn.Module):
     """`act(x W_up) W_down`, or gated `(act(x W_gate) * (x W_up)) W_down` (Shazeer 2020, arXiv:2002.05202)."""
 
     config: ModelConfig
+    width: int | None = None  # None: F
 
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        c = self.config
-        pre = settle(self._linear("gate" if c.gated else "up", "hidden", x, c.d_model, c.F))
+        c, F = self.config, self.width or self.config.F
+        pre = settle(self._linear("gate" if c.gated else "up", "hidden", x, c.d_model, F))
         h = ACTIVATIONS[c.activation](tap(self, "mlp_pre", pre, c.kept))
         if c.gated:
-            h = h * settle(self._linear("up", "hidden", x, c.d_model, c.F))
+            h = h * settle(self._linear("up", "hidden", x, c.d_model, F))
         h = tap(self, "mlp_post", constrain(settle(h), "BLF"), c.kept)
-        return constrain(self._linear("down", "residual", h, c.F, c.d_model), "BLD")
+        return constrain(self._linear("down", "residual", h, F, c.d_model), "BLD")
 
     def _linear(self, name: str, role: str, x: Array, fan_in: int, fan_out: int) -> Array:
         w = self.param(f"w_{name}", normal(self.config, role, fan_in), (fan_in, fan_out)).astype(x.dtype)
         y = linear("BLD,DF->BLF", x, w)
-        if self.config.bias:
+        if self.config.bias == "all":
             y = add_bias(y, self.param(f"b_{name}", nn.initializers.zeros, (fan_out,)).astype(x.dtype))
         return y
+
+
+@struct.dataclass
+class Utilisation:
+    """How the experts of one layer, or of all that have some, were used: what `ops/experts.Routing` measures."""
+
+    load: Float[Array, "*N E"]
+    balance_loss: Float[Array, "*N"]
+    z_loss: Float[Array, "*N"]
+
+
+class MixtureOfExperts(nn.Module):
+    """Each token through the few experts that its router chooses, and through those that all share."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B L D"], counted: Bool[Array, "B L"] | None = None
+    ) -> tuple[Float[Array, "B L D"], Utilisation]:
+        """Tokens that are not `counted` are left out of the utilisation."""
+        c, e = self.config, self.config.experts
+        assert e is not None
+        D, F, E = c.d_model, e.d_ff or c.F, e.number
+        w_router = self.param("w_router", normal(c, "hidden", D), (D, E)).astype(x.dtype)
+        logits = tap(self, "router", jnp.einsum("BLD,DE->BLE", x, w_router, preferred_element_type=jnp.float32))
+        bias = self.param("router_bias", nn.initializers.zeros, (E,)) if e.balance == "bias" else None
+        bias = bias if bias is None else bias.astype(jnp.float32)
+        routing = route(logits.reshape(-1, E), e, bias, None if counted is None else counted.reshape(-1))
+
+        groups = arrange(routing.experts, E)
+        rows = dispatch(x.reshape(-1, D), groups)
+        h = ACTIVATIONS[c.activation](grouped(rows, self._matrix("gate" if c.gated else "up", D, F, x), groups.sizes))
+        if c.gated:
+            h = h * grouped(rows, self._matrix("up", D, F, x), groups.sizes)
+        out = grouped(h, self._matrix("down", F, D, x), groups.sizes)
+        y = mix(out, groups, routing.weights).reshape(x.shape)
+        if e.shared:
+            y = y + FeedForward(c, e.shared * F, name="shared")(x)
+        return constrain(y, "BLD"), Utilisation(routing.load, routing.balance_loss, routing.z_loss)
+
+    def _matrix(self, name: str, fan_in: int, fan_out: int, x: Array) -> Float[Array, "E I O"]:
+        assert self.config.experts is not None
+        role = normal(self.config, "residual" if name == "down" else "hidden", fan_in)
+        return self.param(f"w_{name}", role, (self.config.experts.number, fan_in, fan_out)).astype(x.dtype)

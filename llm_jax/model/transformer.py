@@ -15,70 +15,95 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from llm_jax.model.attention import Attention, Context
-from llm_jax.model.cache import KVCache
-from llm_jax.model.config import REMAT, ModelConfig
-from llm_jax.model.feedforward import FeedForward
+from llm_jax.model.cache import Cache
+from llm_jax.model.config import REMAT, SOFTMAX, ModelConfig
+from llm_jax.model.feedforward import FeedForward, MixtureOfExperts, Utilisation
 from llm_jax.model.init import normal
-from llm_jax.model.taps import tap
+from llm_jax.model.linear_attention import LinearAttention
+from llm_jax.model.norm import Norm
+from llm_jax.model.taps import in_order, tap
 from llm_jax.ops.attention import Mask
 from llm_jax.ops.gradient import lookup, settle
-from llm_jax.ops.norm import layer_norm, rms_norm
+from llm_jax.ops.loss import unembed
 from llm_jax.ops.position import sinusoidal
 from llm_jax.sharding import constrain
 
 
 @struct.dataclass
 class Output:
-    """`hidden` is what the head reads; `logits` is None where they were not asked for; `cache` as it came in."""
+    """What a forward pass gives.
+
+    Attributes:
+      hidden: what the head reads.
+      logits: None where they were not asked for.
+      cache: with the new tokens; None where none came in.
+      use: of the experts, with a leading N of the layers that have some; None where none has.
+    """
 
     hidden: Float[Array, "B L D"]
     logits: Float[Array, "B L V"] | None
-    cache: KVCache | None
-
-
-class Norm(nn.Module):
-    """LayerNorm or RMSNorm, with its parameters."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        c = self.config
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:]).astype(x.dtype)
-        if c.norm == "rmsnorm":
-            return rms_norm(x, scale, c.norm_eps)
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:]).astype(x.dtype)
-        return layer_norm(x, scale, bias, c.norm_eps)
+    cache: Cache | None
+    use: Utilisation | None
 
 
 class Block(nn.Module):
-    """One layer: attention, then feed-forward, each added to the residual stream."""
+    """One layer: attention, then feed-forward, each added to the residual stream. Its kind is that of its place."""
+
+    config: ModelConfig
+    place: int = 0
+
+    @nn.compact
+    def __call__(
+        self, carry: tuple[Float[Array, "B L D"], Cache | None], layer: Int[Array, ""] | int, context: Context
+    ) -> tuple[tuple[Float[Array, "B L D"], Cache | None], Utilisation | None]:
+        c, (x, cache) = self.config, carry
+        kind, slot = c.period[self.place], slot_of(c, self.place, layer)
+        mixer = (Attention if kind.mixer in SOFTMAX else LinearAttention)(c, kind.mixer, name="attention")
+
+        x = tap(self, "resid_pre", x, c.kept)
+        y, cache = mixer(self._before("attention", x), context, slot, cache)
+        mid = tap(self, "resid_mid", self._join("attention", x, y, context), c.kept)
+        read = self._before("feedforward", x if c.residual == "parallel" else mid)
+        if kind.moe:
+            segments = context.mask.segments
+            y, use = MixtureOfExperts(c, name="experts")(read, None if segments is None else segments != 0)
+        else:
+            y, use = FeedForward(c, name="feedforward")(read), None
+        x = tap(self, "resid_post", self._join("feedforward", mid, y, context), c.kept)
+        return (constrain(x, "BLD"), cache), use
+
+    def _before(self, sublayer: str, x: Array) -> Array:
+        """What a sublayer reads of the stream."""
+        c = self.config
+        return x if c.residual in ("post", "output") else Norm(c, name=f"{sublayer}_norm")(x)
+
+    def _join(self, sublayer: str, x: Array, y: Array, context: Context) -> Array:
+        """The stream `x` with what a sublayer adds to it."""
+        c = self.config
+        if c.residual in ("sandwich", "output"):
+            y = Norm(c, name=f"{sublayer}_out_norm")(y)
+        y = tap(self, {"attention": "attn_out", "feedforward": "mlp_out"}[sublayer], y, c.kept)
+        x = settle(x + dropout(self, y, context))
+        return Norm(c, name=f"{sublayer}_norm")(x) if c.residual == "post" else x
+
+
+class Period(nn.Module):
+    """The layers of a pattern, one after the other, each with parameters of its own."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(
-        self,
-        carry: tuple[Float[Array, "B L D"], KVCache | None],
-        layer: Int[Array, ""] | int,
-        context: Context,
-    ) -> tuple[tuple[Float[Array, "B L D"], KVCache | None], None]:
-        c, (x, cache) = self.config, carry
-        pre = c.norm_position == "pre"
-        attention, feedforward = Attention(c, name="attention"), FeedForward(c, name="feedforward")
-        attention_norm, feedforward_norm = Norm(c, name="attention_norm"), Norm(c, name="feedforward_norm")
-
-        x = tap(self, "resid_pre", x, c.kept)
-        y, cache = attention(attention_norm(x) if pre else x, context, layer, cache)
-        x = settle(x + dropout(self, tap(self, "attn_out", y, c.kept), context))
-        x = tap(self, "resid_mid", x if pre else attention_norm(x), c.kept)
-        y = feedforward(feedforward_norm(x) if pre else x)
-        x = settle(x + dropout(self, tap(self, "mlp_out", y, c.kept), context))
-        x = tap(self, "resid_post", x if pre else feedforward_norm(x), c.kept)
-        return (constrain(x, "BLD"), cache), None
+        self, carry: tuple[Float[Array, "B L D"], Cache | None], layer: Int[Array, ""] | int, context: Context
+    ) -> tuple[tuple[Float[Array, "B L D"], Cache | None], list[Utilisation | None]]:
+        uses = []
+        for place in range(len(self.config.layers)):
+            carry, use = remat(self.config)(self.config, place, name=str(place))(carry, layer + place, context)
+            uses.append(use)
+        return carry, uses
 
 
 class Transformer(nn.Module):
@@ -94,24 +119,28 @@ class Transformer(nn.Module):
         *,
         segments: Int[Array, "B L"] | None = None,
         positions: Int[Array, "B L"] | None = None,
-        cache: KVCache | None = None,
+        prefix: Bool[Array, "B L"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
+        cache: Cache | None = None,
         train: bool = False,
         logits: bool = True,
     ) -> Output:
         """`segments` keep packed documents apart, `positions` count within them, `cache` holds what came before.
 
-        `train=True` turns dropout on and needs a `dropout` key. `logits=False` stops at `hidden`, for a loss that
-        makes logits chunk by chunk. Raises `ValueError` for more tokens than there are learned positions.
+        Tokens of a `prefix` are seen by all of their document. `lengths` says how many tokens of each row are there,
+        where it is not all. `train=True` turns dropout on and needs a `dropout` key. `logits=False` stops at `hidden`,
+        for a loss that makes logits chunk by chunk. Raises `ValueError` for more tokens than learned positions.
         """
         c, L = self.config, tokens.shape[1]
         if positions is None:
             positions = jnp.arange(L)[None] + (0 if cache is None else cache.length[:, None])
-        kv_length = None if cache is None else cache.length + L
-        mask = Mask(window=c.window, segments=segments, kv_length=kv_length)
-        context = Context(positions=positions, mask=mask, train=train)
+        mask = Mask(segments=segments, prefix=prefix)
+        if cache is not None:
+            mask = mask.replace(kv_length=cache.length + L, prefix=None if prefix is None else cache.spread(prefix))
+        context = Context(positions=positions, mask=mask, lengths=lengths, train=train)
 
         table = self.param("embedding", table_of("embed", c.vocab_size), c)["table"]
-        x = lookup(table, tokens).astype(c.dtype)
+        x = lookup(table, tokens).astype(c.dtype) * jnp.asarray(c.embedding_scale, c.dtype)
         if c.positions == "learned":
             if c.max_seq_len < L:
                 raise ValueError(f"a row of {L} tokens exceeds model.max_seq_len={c.max_seq_len}, all that was learned")
@@ -121,32 +150,41 @@ class Transformer(nn.Module):
             x = x + sinusoidal(positions, c.d_model).astype(c.dtype)
         x = constrain(dropout(self, tap(self, "embed", x), context), "BLD")
 
-        x, cache = self._layers(x, cache, context)
-        x = tap(self, "final", Norm(c, name="final_norm")(x) if c.norm_position == "pre" else x)
+        x, cache, use = self._layers(x, cache, context)
+        x = tap(self, "final", x if c.residual == "post" else Norm(c, name="final_norm")(x))
         head = table if c.tied else self.param("unembedding", table_of("unembed", c.vocab_size), c)["table"]
-        out = None
-        if logits:
-            out = jnp.einsum("BLD,VD->BLV", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
-            out = tap(self, "logits", constrain(out, "BLV"))
-        return Output(hidden=x, logits=out, cache=None if cache is None else cache.advance(L))
-
-    def _layers(self, x: Array, cache: KVCache | None, context: Context) -> tuple[Array, KVCache | None]:
-        c = self.config
-        block = Block if c.remat == "none" else nn.remat(Block, policy=remat_policy(c), prevent_cse=False)
-        if not self.stacked:
-            for layer in range(c.n_layers):
-                (x, cache), _ = block(c, name=f"layers_{layer}")((x, cache), layer, context)
-            return x, cache
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0, "taps": 0, "edits": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  (annotated as an int, takes a tree)
-            length=c.n_layers,
-            unroll=c.unroll,
+        out = (
+            tap(self, "logits", constrain(unembed(x, head.astype(x.dtype), c.logit_softcap), "BLV")) if logits else None
         )
-        (x, cache), _ = layers(c, name="layers")((x, cache), jnp.arange(c.n_layers), context)
-        return x, cache
+        return Output(x, out, None if cache is None else cache.advance(L if lengths is None else lengths), use)
+
+    def _layers(
+        self, x: Array, cache: Cache | None, context: Context
+    ) -> tuple[Array, Cache | None, Utilisation | None]:
+        """All blocks: whole periods in a scan, what is left of the last one behind it. Unstacked: one by one."""
+        c, carry, period = self.config, (x, cache), len(self.config.layers)
+        first = c.scanned if self.stacked else 0
+        uses, rows = [], []
+        if self.stacked:
+            scan = nn.scan(
+                Period if period > 1 else remat(c),
+                variable_axes={"params": 0, "taps": 0, "edits": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  (annotated as an int, takes a tree)
+                length=first // period,
+                unroll=c.unroll,
+            )
+            carry, uses = scan(c, name="layers")(carry, jnp.arange(0, first, period), context)
+            uses = uses if period > 1 else [uses]
+            rows = [range(place, first, period) for place in range(period)]
+        for layer in range(first, c.n_layers):
+            carry, use = remat(c)(c, layer % period, name=f"layers_{layer}")(carry, layer, context)
+            uses, rows = [*uses, jax.tree.map(lambda a: a[None], use)], [*rows, [layer]]
+        known = [(use, layers) for use, layers in zip(uses, rows, strict=True) if use is not None]
+        use = None
+        if known:
+            use = jax.tree.map(lambda *parts: in_order(parts, [layers for _, layers in known]), *(u for u, _ in known))
+        return *carry, use
 
 
 def forward(model: Transformer, params: PyTree, tokens: Int[Array, "B L"], **inputs: Any) -> Output:
@@ -173,16 +211,28 @@ def dropout(module: nn.Module, x: Array, context: Context) -> Array:
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 
 
-def remat_policy(config: ModelConfig) -> Any:
-    """What the backward pass need not compute again: matrix products, the named taps, or nothing."""
+def slot_of(config: ModelConfig, place: int, layer: Int[Array, ""] | int) -> Int[Array, ""] | int:
+    """Which slot of the cache is that of `layer`, at `place` of its period: softmax and linear layers count apart."""
+    like = [(kind.mixer in SOFTMAX) == (config.period[place].mixer in SOFTMAX) for kind in config.period]
+    return layer // len(like) * sum(like) + sum(like[:place])
+
+
+def remat(config: ModelConfig) -> Any:
+    """The block, whose backward pass computes again all but matrix products, the named taps, or nothing of it."""
+    if config.remat == "none":
+        return Block
+    policy = None if config.remat in REMAT else jax.checkpoint_policies.save_only_these_names(*config.kept)
     if config.remat == "dots":
-        return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return None if config.remat in REMAT else jax.checkpoint_policies.save_only_these_names(*config.kept)
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return nn.remat(Block, policy=policy, prevent_cse=False)
 
 
 def unstack(config: ModelConfig, params: Any) -> Any:
-    """The tree that `Transformer(config, stacked=False)` reads: `layers` split into `layers_0 ... layers_{N-1}`."""
-    layers = {
-        f"layers_{i}": jax.tree.map(lambda stacked, i=i: stacked[i], params["layers"]) for i in range(config.n_layers)
-    }
-    return {name: tree for name, tree in params.items() if name != "layers"} | layers
+    """The tree that `Transformer(config, stacked=False)` reads: every layer by itself, `layers_0 ... layers_{N-1}`."""
+    apart = {name: tree for name, tree in params.items() if name != "layers"}
+    for layer in range(config.scanned):
+        path, row = config.home(layer)
+        *_, place = path.split("/")
+        stack = params["layers"] if place == "layers" else params["layers"][place]
+        apart[f"layers_{layer}"] = jax.tree.map(lambda stacked, row=row: stacked[row], stack)
+    return apart

@@ -4,14 +4,19 @@
 gradients faster or in less memory, and decline, with the reason, what they can't do.
 """
 
+import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
+
+from llm_jax.ops.position import alibi_slopes
 
 # A finite stand-in for minus infinity: a row that may see nothing gets a uniform pattern instead of NaN.
 MASKED = -1e30
@@ -23,55 +28,163 @@ class Declined(ValueError):
     """An implementation can't do this case; its message says why."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Sparse:
+    """A pattern of whole blocks of `block` positions, looking back: what it leaves out is never computed.
+
+    `strided` sees the last `local` blocks and every `stride`-th before them; `fixed` sees its own group of `stride`
+    blocks and the last block of every earlier group (Child et al. 2019, arXiv:1904.10509); `bigbird` sees the last
+    `local` blocks, the first `first`, and `random` others, drawn once for each block (Zaheer et al. 2020,
+    arXiv:2007.14062).
+    """
+
+    pattern: Literal["strided", "fixed", "bigbird"] = "strided"
+    block: int = 64
+    local: int = 2
+    stride: int = 8
+    first: int = 1
+    random: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("block", "local", "stride"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"sparse.{name}={getattr(self, name)} must be at least 1")
+        for name in ("first", "random"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"sparse.{name}={getattr(self, name)} must not be negative")
+
+    def view(self, blocks: int) -> Bool[np.ndarray, "blocks blocks"]:
+        """Which block of queries sees which block of keys. More blocks only add rows and columns."""
+        query, key = np.arange(blocks)[:, None], np.arange(blocks)[None]
+        distance = query - key
+        if self.pattern == "strided":
+            seen = (distance < self.local) | (distance % self.stride == 0)
+        elif self.pattern == "fixed":
+            seen = (query // self.stride == key // self.stride) | (key % self.stride == self.stride - 1)
+        else:
+            seen = (distance < self.local) | (key < self.first)
+            for row in range(1, blocks):
+                drawn = np.random.default_rng((self.random, row)).integers(row, size=self.random)
+                seen[row, drawn] = True
+        return seen & (distance >= 0)
+
+
 @struct.dataclass
 class Mask:
-    """Who may look at whom. Every field narrows the view; together they compose.
+    """Who may look at whom. Together the fields compose: a key is seen if no field hides it.
 
     Attributes:
       causal: a query sees no later position.
       window: a query sees only the last `window` positions, itself included.
+      sinks: and the first `sinks` of its document, however far (Xiao et al. 2023, arXiv:2309.17453).
+      sparse: only the blocks of this pattern.
       segments: tokens see only their own segment (documents packed in one row). Needs L = S.
+      prefix: keys that later and earlier queries of their document see alike (prefix-LM, Raffel et al. 2019).
       kv_length: row b of a cache holds `kv_length[b]` keys, and its queries are the last L of them.
     """
 
     causal: bool = struct.field(pytree_node=False, default=True)
     window: int | None = struct.field(pytree_node=False, default=None)
+    sinks: int = struct.field(pytree_node=False, default=0)
+    sparse: Sparse | None = struct.field(pytree_node=False, default=None)
     segments: Int[Array, "B S"] | None = None
+    prefix: Bool[Array, "B S"] | None = None
     kv_length: Int[Array, " B"] | None = None
 
-    def materialise(
-        self, L: int, S: int, start: int | Int[Array, ""] = 0, rows: int | None = None
-    ) -> Bool[Array, "#B L S"]:
-        """The mask as booleans, True where query l may see key s.
-
-        `start` and `rows` pick a block of `rows` queries out of the L, for implementations that work block by block.
-        """
-        rows = L if rows is None else rows
-        keys = jnp.arange(S)[None, None]
-        queries = start + jnp.arange(rows)[None]
+    def distance(self, L: int, S: int, queries: Array | None = None, keys: Array | None = None) -> Int[Array, "#B l s"]:
+        """How far each query stands behind each key. `queries` and `keys` pick some of the L and S by index."""
+        queries = jnp.arange(L) if queries is None else queries
+        keys = jnp.arange(S) if keys is None else keys
         if self.kv_length is not None:
-            queries = queries + (self.kv_length - L)[:, None]
+            stand = queries[None] + (self.kv_length - L)[:, None]
         elif L != S:
             raise ValueError(f"{L} queries and {S} keys need kv_length to say where the queries stand")
-        if self.segments is not None and (self.segments.shape[1],) * 2 != (L, S):
-            raise ValueError(f"segments of {self.segments.shape[1]} tokens can't tell {L} queries and {S} keys apart")
-        distance = queries[:, :, None] - keys
+        else:
+            stand = queries[None]
+        return stand[:, :, None] - keys[None, None]
+
+    def materialise(
+        self, L: int, S: int, queries: Int[Array, " l"] | None = None, keys: Int[Array, " s"] | None = None
+    ) -> Bool[Array, "#B l s"]:
+        """The mask as booleans, True where a query may see a key; `queries` and `keys` as in `distance`."""
+        distance = self.distance(L, S, queries, keys)
+        keys = jnp.arange(S) if keys is None else keys
         mask = jnp.ones(distance.shape, bool)
         if self.causal:
-            mask &= distance >= 0
+            mask = distance >= 0
+            if self.prefix is not None:
+                mask |= self.prefix[:, None, keys]
         if self.window is not None:
-            mask &= distance < self.window
+            near = distance < self.window
+            if self.sinks:
+                near |= (self.places(S)[:, keys] < self.sinks)[:, None]
+            mask &= near
+        if self.sparse is not None:
+            size = self.sparse.block
+            view, last = jnp.asarray(self.sparse.view(-(-S // size))), -(-S // size) - 1
+            stand = distance + keys[None, None]
+            mask &= view[jnp.clip(stand // size, 0, last), keys[None, None] // size]
         if self.kv_length is not None:
-            mask &= keys < self.kv_length[:, None, None]
+            mask &= keys[None, None] < self.kv_length[:, None, None]
         if self.segments is not None:
-            mine = jax.lax.dynamic_slice_in_dim(self.segments, start, rows, axis=1)
-            mask &= mine[:, :, None] == self.segments[:, None, :]
+            if (self.segments.shape[1],) * 2 != (L, S):
+                held = self.segments.shape[1]
+                raise ValueError(f"segments of {held} tokens can't tell {L} queries and {S} keys apart")
+            mine = self.segments if queries is None else self.segments[:, queries]
+            mask &= mine[:, :, None] == self.segments[:, None, keys]
         return mask
 
+    def places(self, S: int) -> Int[Array, "#B S"]:
+        """The place of every key in its own document, from 0."""
+        places = jnp.arange(S)[None]
+        if self.segments is None:
+            return places
+        begins = jnp.pad(self.segments[:, 1:] != self.segments[:, :-1], ((0, 0), (1, 0)))
+        return places - jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
 
+    def view(self, L: int, S: int, rows: int, columns: int) -> Bool[np.ndarray, "l s"]:
+        """Which blocks of `columns` keys any query of a block of `rows` may see; True where only the arrays know."""
+        query, key = np.arange(0, L, rows)[:, None], np.arange(0, S, columns)[None]
+        seen = np.ones((query.size, key.size), bool)
+        if self.kv_length is not None:
+            return seen
+        if self.causal and self.prefix is None:
+            seen &= key < query + rows
+        if self.window is not None and not (self.sinks and self.segments is not None):
+            seen &= (query - key < self.window + columns - 1) | (key < self.sinks)
+        if self.sparse is not None and rows == columns == self.sparse.block:
+            seen &= self.sparse.view(len(seen))
+        return seen
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """How a query and a key make a score.
+
+    Attributes:
+      scale: of their product; None: `H**-0.5`.
+      softcap: scores are squeezed into (-softcap, softcap) by tanh (Gemma 2, arXiv:2408.00118).
+      alibi: each head takes off its slope times the distance (`ops/position.py`).
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+    alibi: bool = False
+
+    def factor(self, H: int) -> float:
+        """What products of heads of size H are multiplied by."""
+        return H**-0.5 if self.scale is None else self.scale
+
+
+@runtime_checkable
 class Implementation(Protocol):
     def __call__(
-        self, q: Float[Array, "B L K G H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Mask
+        self,
+        q: Float[Array, "B L K G H"],
+        k: Float[Array, "B S K H"],
+        v: Float[Array, "B S K H"],
+        mask: Mask,
+        scores: Scores,
     ) -> Float[Array, "B L K G H"]: ...
 
 
@@ -79,42 +192,119 @@ def no_tap(name: str, x: jax.Array) -> jax.Array:
     return x
 
 
-def attend(q: Array, k: Array, v: Array, mask: Bool[Array, "#B L S"], tap: Tap = no_tap) -> Array:
+def soft_cap(x: Array, cap: float | None) -> Array:
+    """`cap * tanh(x / cap)`; None: `x`."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Bool[Array, "#B L S"],
+    distance: Int[Array, "#B L S"],
+    scores: Scores,
+    tap: Tap = no_tap,
+) -> Array:
     """Softmax attention under a materialised mask; logits and softmax are float32 whatever the dtype of `q`."""
-    scale = q.shape[-1] ** -0.5
-    scores = jnp.einsum("BLKGH,BSKH->BKGLS", q * jnp.asarray(scale, q.dtype), k, preferred_element_type=jnp.float32)
-    scores = tap("attn_scores", scores)
-    scores = jnp.where(mask[:, None, None], scores, jnp.asarray(MASKED, scores.dtype))
-    pattern = tap("pattern", jax.nn.softmax(scores, axis=-1))
+    K, G, H = q.shape[-3:]
+    factor = jnp.asarray(scores.factor(H), q.dtype)
+    s = jnp.einsum("BLKGH,BSKH->BKGLS", q * factor, k, preferred_element_type=jnp.float32)
+    s = soft_cap(s, scores.softcap)
+    if scores.alibi:
+        slopes = jnp.asarray(alibi_slopes(K * G), s.dtype).reshape(1, K, G, 1, 1)
+        s = s - slopes * distance[:, None, None].astype(s.dtype)
+    s = tap("attn_scores", s)
+    s = jnp.where(mask[:, None, None], s, jnp.asarray(MASKED, s.dtype))
+    pattern = tap("pattern", jax.nn.softmax(s, axis=-1))
     return jnp.einsum("BKGLS,BSKH->BLKGH", pattern.astype(v.dtype), v)
 
 
-def reference(q: Array, k: Array, v: Array, mask: Mask, tap: Tap = no_tap) -> Array:
+def reference(q: Array, k: Array, v: Array, mask: Mask, scores: Scores, tap: Tap = no_tap) -> Array:
     """The specification: holds all `B K G L S` scores at once."""
-    return attend(q, k, v, mask.materialise(q.shape[1], k.shape[1]), tap)
+    L, S = q.shape[1], k.shape[1]
+    return attend(q, k, v, mask.materialise(L, S), mask.distance(L, S), scores, tap)
 
 
 BLOCK = 128  # queries whose scores exist at one time
+BANDS = 8  # stretches of the row, each compiled for the keys that it sees
 
 
-def chunked(q: Array, k: Array, v: Array, mask: Mask) -> Array:
-    """Block by block over the queries, recomputed in the backward pass: memory is linear in L."""
-    B, L, K, G, H = q.shape
-    if L % BLOCK:
-        raise Declined(f"chunked takes a query length that is a multiple of {BLOCK}, got {L}")
+def chunked(q: Array, k: Array, v: Array, mask: Mask, scores: Scores) -> Array:
+    """Block by block over the queries, recomputed in the backward pass: memory is linear in L.
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def block(_: None, start: Array) -> tuple[None, Array]:
-        queries = jax.lax.dynamic_slice_in_dim(q, start, BLOCK, axis=1)
-        return None, attend(queries, k, v, mask.materialise(L, k.shape[1], start, BLOCK))
+    Blocks of keys that nobody in a block of queries can see are left out: what lies ahead, behind a window, or off a
+    sparse pattern. A band of blocks shares its keys where they are nearly the same, else each block gathers its own.
+    """
+    L, S = q.shape[1], k.shape[1]
+    size = BLOCK if mask.sparse is None else mask.sparse.block
+    if L % size:
+        raise Declined(f"chunked takes a query length that is a multiple of {size}, got {L}")
+    view = mask.view(L, S, size, size)
 
-    _, blocks = jax.lax.scan(block, None, jnp.arange(0, L, BLOCK))
-    return jnp.moveaxis(blocks, 0, 1).reshape(B, L, K, G, H)
+    def over(band: Int[np.ndarray, " blocks"]) -> Array:
+        width, together = view[band].sum(1).max(), np.flatnonzero(view[band].any(0))
+        apart = S % size == 0 and len(together) > 1.5 * width
+        columns = np.argsort(~view[band], kind="stable")[:, :width] if apart else together[None]
+        keys = (columns[..., None] * size + np.arange(size)).reshape(len(columns), -1)
+        shared = None if apart else jnp.asarray(keys[0][keys[0] < S])
+        near = (k, v) if shared is None or shared.size == S else (k[:, shared], v[:, shared])
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def block(_: None, part: tuple[Array, Array | None]) -> tuple[None, Array]:
+            start, own = part
+            queries, keys = start + jnp.arange(size), shared if own is None else own
+            some_k, some_v = near if own is None else (k[:, own], v[:, own])
+            some_q = jax.lax.dynamic_slice_in_dim(q, start, size, axis=1)
+            places = (L, S, queries, keys)
+            return None, attend(some_q, some_k, some_v, mask.materialise(*places), mask.distance(*places), scores)
+
+        parts = (jnp.asarray(band * size), jnp.asarray(keys) if apart else None)
+        return jnp.moveaxis(jax.lax.scan(block, None, parts)[1], 0, 1).reshape(q.shape[0], -1, *q.shape[2:])
+
+    bands = np.array_split(np.arange(L // size), 1 if view.all() else min(BANDS, L // size))
+    return jnp.concatenate([over(band) for band in bands], axis=1)
 
 
-IMPLEMENTATIONS: dict[str, Implementation] = {"reference": reference, "chunked": chunked}
+def kernel(name: str) -> Implementation:
+    """A function of `ops/kernels.py`, which imports this file: here it is looked up by its first call.
+
+    Programs that run no kernel never load Pallas.
+    """
+
+    def run(q: Array, k: Array, v: Array, mask: Mask, scores: Scores) -> Array:
+        from llm_jax.ops import kernels
+
+        return getattr(kernels, name)(q, k, v, mask, scores)
+
+    return run
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "reference": reference,
+    "chunked": chunked,
+    **{name: kernel(name) for name in ("flash", "splash", "cudnn", "tokamax")},
+}
 
 LONG = 1024  # from this many queries on the L x S scores, not the arithmetic, set the limit
+
+# For each platform what to try, in this order, and from how many queries on; where all decline, the reference runs.
+FASTEST: dict[str, dict[str, int]] = {
+    "cpu": {"chunked": LONG},
+    "tpu": {"flash": LONG, "chunked": LONG},
+    "gpu": {"cudnn": 128, "chunked": LONG},
+}
+
+
+def platform() -> str:
+    """Where this program will run: cpu, tpu or gpu.
+
+    The mesh of `jax.set_mesh` says so, even of devices elsewhere for which this process only compiles; without a mesh
+    it is the default backend.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = jax.default_backend() if device is None else device.platform
+    return "gpu" if name == "cuda" else name
 
 
 def attention(
@@ -122,21 +312,24 @@ def attention(
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     mask: Mask,
+    scores: Scores = Scores(),
     *,
     implementation: str | None = None,
     tap: Tap | None = None,
 ) -> Float[Array, "B L K G H"]:
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): query head (k, g) reads key/value head k.
 
-    `implementation=None` takes `reference` for short rows and `chunked` for long ones; a name takes that one or raises
-    `Declined`, a `ValueError`, with the reason. With `tap`, scores and pattern are shown to it, so the reference runs.
+    `implementation=None` takes the first row of `FASTEST` that accepts; a name takes that one or raises `Declined`, a
+    `ValueError`, with the reason. With `tap`, scores and pattern are shown to it, so the reference runs.
     """
     if tap is not None:
-        return reference(q, k, v, mask, tap)
+        return reference(q, k, v, mask, scores, tap)
     if implementation is not None:
         if implementation not in IMPLEMENTATIONS:
             raise ValueError(f"unknown attention {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}")
-        return IMPLEMENTATIONS[implementation](q, k, v, mask)
-    if q.shape[1] >= LONG and q.shape[1] % BLOCK == 0:
-        return chunked(q, k, v, mask)
-    return reference(q, k, v, mask)
+        return IMPLEMENTATIONS[implementation](q, k, v, mask, scores)
+    for name, least in FASTEST.get(platform(), {}).items():
+        if q.shape[1] >= least:
+            with contextlib.suppress(Declined):
+                return IMPLEMENTATIONS[name](q, k, v, mask, scores)
+    return reference(q, k, v, mask, scores)

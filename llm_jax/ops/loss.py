@@ -6,7 +6,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from llm_jax.ops.attention import soft_cap
+
 IGNORE = -1  # a target that counts for nothing: padding, or the last token of a document
+
+
+def unembed(
+    hidden: Float[Array, "*T D"], table: Float[Array, "V D"], softcap: float | None = None
+) -> Float[Array, "*T V"]:
+    """The logits of hidden states, float32, squeezed into (-softcap, softcap) by tanh where there is one."""
+    return soft_cap(jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32), softcap)
 
 
 def cross_entropy(
@@ -39,9 +48,10 @@ def chunked_cross_entropy(
     table: Float[Array, "V D"],
     targets: Int[Array, "B L"],
     chunk: int,
+    softcap: float | None = None,
     **terms: float,
 ) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
-    """`cross_entropy(hidden @ table.T, targets)` with the logits of only `B * chunk` tokens in memory at a time.
+    """The same of `unembed(hidden, table, softcap)`, with the logits of only `B * chunk` tokens in memory at a time.
 
     The backward pass computes each chunk's logits again. Raises `ValueError` unless `chunk` divides L.
     """
@@ -55,8 +65,7 @@ def chunked_cross_entropy(
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one(_: None, part: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
         x, y = part
-        logits = jnp.einsum("BLD,VD->BLV", x, wide.astype(table.dtype), preferred_element_type=jnp.float32)
-        return None, cross_entropy(logits, y, **terms)
+        return None, cross_entropy(unembed(x, wide.astype(table.dtype), softcap), y, **terms)
 
     parts = (hidden.reshape(B, -1, chunk, D).swapaxes(0, 1), targets.reshape(B, -1, chunk).swapaxes(0, 1))
     _, (loss, nll) = jax.lax.scan(one, None, parts)

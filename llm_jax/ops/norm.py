@@ -13,16 +13,16 @@ from jaxtyping import Array, Float
 from llm_jax.ops.gradient import add_bias, over_tokens
 
 
-def rms_norm(x: Float[Array, "B L D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "B L D"]:
+def rms_norm(x: Float[Array, "B L *heads D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "B L *heads D"]:
     """`scale * x / sqrt(mean(x^2) + eps)` (Zhang and Sennrich 2019, arXiv:1910.07467); statistics in float32."""
     return _norm(x, scale, eps, False)
 
 
 def layer_norm(
-    x: Float[Array, "B L D"], scale: Float[Array, " D"], bias: Float[Array, " D"], eps: float
-) -> Float[Array, "B L D"]:
+    x: Float[Array, "B L *heads D"], scale: Float[Array, " D"], bias: Float[Array, " D"], eps: float
+) -> Float[Array, "B L *heads D"]:
     """`scale * (x - mean) / sqrt(var + eps) + bias` (Ba et al. 2016, arXiv:1607.06450); statistics in float32."""
-    return add_bias(_norm(x, scale, eps, True), bias)
+    return add_bias(_norm(x, scale, eps, True), jnp.broadcast_to(bias, x.shape[2:]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -34,18 +34,24 @@ def _norm_forward(x: Array, scale: Array, eps: float, center: bool) -> tuple[Arr
     y = x.astype(jnp.float32)
     mean = y.mean(-1, keepdims=True) if center else jnp.zeros((1,) * x.ndim, jnp.float32)
     inverse = jax.lax.rsqrt(jnp.square(y - mean).mean(-1, keepdims=True) + eps)
-    return ((y - mean) * inverse).astype(x.dtype) * scale[None, None], (x, scale, mean, inverse)
+    return ((y - mean) * inverse).astype(x.dtype) * _along(x, scale), (x, scale, mean, inverse)
 
 
 def _norm_backward(eps: float, center: bool, saved: tuple[Array, ...], g: Array) -> tuple[Array, Array]:
     x, scale, mean, inverse = saved
     unit = (x.astype(jnp.float32) - mean) * inverse
     g = g.astype(jnp.float32)
-    inner = g * scale.astype(jnp.float32)[None, None]
+    inner = g * _along(x, scale.astype(jnp.float32))
     dx = inner - unit * (inner * unit).mean(-1, keepdims=True)
     if center:
         dx = dx - inner.mean(-1, keepdims=True)
-    return (dx * inverse).astype(x.dtype), over_tokens(g * unit).astype(scale.dtype)
+    by_head = over_tokens(g * unit)  # heads share their scale
+    return (dx * inverse).astype(x.dtype), by_head.sum(tuple(range(by_head.ndim - 1))).astype(scale.dtype)
+
+
+def _along(x: Array, scale: Array) -> Array:
+    """`scale` with the rank of `x`, along its last axis."""
+    return scale.reshape((1,) * (x.ndim - 1) + scale.shape)
 
 
 _norm.defvjp(_norm_forward, _norm_backward)

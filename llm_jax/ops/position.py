@@ -1,23 +1,116 @@
-"""Where a token stands: rotary embedding and sinusoidal table."""
+"""Where a token stands: rotary embedding and its scalings, ALiBi slopes, sinusoidal table."""
+
+import dataclasses
+import math
+from typing import Literal
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """Rotary embedding: pair i of a head turns by `theta**(-2i/H)` a position (Su et al. 2021, arXiv:2104.09864).
+
+    Attributes:
+      fraction: of the head that is turned, its first pairs; the rest knows no position (GPT-NeoX turns a quarter).
+      scaling: how a model trained on `original_len` positions reads `factor` times as many: `linear` slows every pair
+        (Chen et al. 2023, arXiv:2306.15595), `ntk` slows pair i by `factor**(2i/(H-2))`, `yarn` and `llama3` slow
+        those that make fewer than `low_turns` over `original_len`, leave those above `high_turns` (32 for YaRN, 4
+        for Llama 3), and blend between: by pair (Peng et al. 2023, arXiv:2309.00071), or by turns.
+      amplitude: of the turned queries and keys; None: 1, for `yarn` `0.1 ln(factor) + 1`.
+      local_theta: of local layers, which are never scaled (Gemma 3); None: as all others.
+    """
+
+    theta: float = 10_000.0
+    fraction: float = 1.0
+    scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
+    factor: float = 1.0
+    original_len: int | None = None
+    low_turns: float = 1.0
+    high_turns: float = 32.0
+    amplitude: float | None = None
+    local_theta: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("theta", "factor", "low_turns", "local_theta", "amplitude"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"rotary.{name}={value} must be positive")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"rotary.fraction={self.fraction} must lie in (0, 1]")
+        if self.high_turns <= self.low_turns:
+            raise ValueError(f"rotary.high_turns={self.high_turns} must exceed rotary.low_turns={self.low_turns}")
+        if self.scaling in ("yarn", "llama3") and self.original_len is None:
+            raise ValueError(f"rotary.scaling={self.scaling} needs rotary.original_len, the positions in training")
+
+    @property
+    def local(self) -> "Rotary":
+        """What local layers use."""
+        return self if self.local_theta is None else Rotary(theta=self.local_theta, fraction=self.fraction)
+
+    def turned(self, H: int) -> int:
+        """How many of a head's H numbers are turned, the first ones."""
+        return int(H * self.fraction)
+
+    def frequencies(self, H: int) -> Float[np.ndarray, " pairs"]:
+        """Radians a position, of every pair."""
+        size = self.turned(H)
+        theta = self.theta * self.factor ** (size / (size - 2)) if self.scaling == "ntk" else self.theta
+        plain = theta ** (-np.arange(0, size, 2) / size)
+        if self.scaling == "linear":
+            return plain / self.factor
+        if self.scaling not in ("yarn", "llama3"):
+            return plain
+        kept = self._kept(plain, size)
+        return plain * kept + plain / self.factor * (1 - kept)
+
+    def _kept(self, frequencies: np.ndarray, size: int) -> np.ndarray:
+        """The share of each pair's frequency that is left as it was."""
+        assert self.original_len is not None
+        if self.scaling == "llama3":
+            turns = self.original_len * frequencies / (2 * math.pi)
+            return np.clip((turns - self.low_turns) / (self.high_turns - self.low_turns), 0, 1)
+
+        def pair(turns: float) -> float:
+            return size * math.log(self.original_len / (2 * math.pi * turns)) / (2 * math.log(self.theta))
+
+        first, last = max(0, math.floor(pair(self.high_turns))), min(size - 1, math.ceil(pair(self.low_turns)))
+        return 1 - np.clip((np.arange(size // 2) - first) / max(last - first, 1e-3), 0, 1)
+
+    @property
+    def scale(self) -> float:
+        """The amplitude in use."""
+        if self.amplitude is not None:
+            return self.amplitude
+        return 0.1 * math.log(self.factor) + 1 if self.scaling == "yarn" and self.factor > 1 else 1.0
+
+
 def rotary(
-    x: Float[Array, "B L *heads H"], positions: Int[Array, "#B L"], theta: float
+    x: Float[Array, "B L *heads H"], positions: Int[Array, "#B L"], config: Rotary
 ) -> Float[Array, "B L *heads H"]:
-    """Turns pairs `(x[i], x[i + H/2])` by `positions * theta**(-2i/H)` (Su et al. 2021, arXiv:2104.09864).
+    """Turns pairs `(x[i], x[i + R/2])` of the first R numbers of every head by their angle at `positions`.
 
     Angles are computed in float32 whatever the dtype of `x`: at position 4096 bfloat16 is off by whole turns.
     """
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequencies = jnp.asarray(config.frequencies(x.shape[-1]), jnp.float32)
+    half = frequencies.size
     angles = jnp.multiply.outer(positions.astype(jnp.float32), frequencies)
     angles = angles.reshape(*angles.shape[:2], *(1,) * (x.ndim - 3), half)
-    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
-    first, second = x[..., :half], x[..., half:]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    cos, sin = ((f(angles) * config.scale).astype(x.dtype) for f in (jnp.cos, jnp.sin))
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+def alibi_slopes(heads: int) -> Float[np.ndarray, " heads"]:
+    """What a key loses for each position of distance, by head (Press et al. 2021, arXiv:2108.12409).
+
+    `2**(-8 i / heads)` for a power of two; else those of the power below, and every other one of the power above.
+    """
+    power = 1 << (heads.bit_length() - 1)
+    slopes = 2.0 ** (-8 / power * np.arange(1, power + 1))
+    between = 2.0 ** (-4 / power * np.arange(1, 2 * power + 1, 2))
+    return np.concatenate([slopes, between[: heads - power]])
 
 
 def sinusoidal(positions: Int[Array, "B L"], d_model: int) -> Float[Array, "B L D"]:

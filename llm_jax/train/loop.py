@@ -18,7 +18,7 @@ from llm_jax.data.loader import Loader, heldout_rows
 from llm_jax.data.shards import Shards, cached, open_shards
 from llm_jax.hardware import reuse_freed_memory
 from llm_jax.infer.generate import generate, prompt_ids
-from llm_jax.model.config import parameter_counts
+from llm_jax.model.count import parameter_counts
 from llm_jax.ops.sampling import Sampling
 from llm_jax.train import run
 from llm_jax.train.checkpoint import Checkpoints, Progress, Report

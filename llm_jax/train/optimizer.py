@@ -9,22 +9,24 @@ import optax
 from jaxtyping import PyTree
 
 from llm_jax import tree as trees
+from llm_jax.sharding import letters_of
 
 # Which parameters weight decay pulls to zero. First match wins; no match raises.
 DECAYED: tuple[tuple[str, bool], ...] = (
-    (r"(scale|bias)$", False),
+    (r"(scale|bias|/log_rate)$", False),
     (r"/b_\w+$", False),
     (r"positions/table$", False),
     (r"(embedding|unembedding)/table$", True),
     (r"/w_\w+$", True),
 )
 
-# Matrices that Muon orthogonalizes, with their (input, output) axes by letter, layers apart; None: AdamW's.
-MUON_AXES: tuple[tuple[str, tuple[int | tuple[int, ...], int | tuple[int, ...]] | None], ...] = (
-    (r"layers/attention/w_q$", (1, (2, 3, 4))),
-    (r"layers/attention/w_[kv]$", (1, (2, 3))),
-    (r"layers/attention/w_o$", ((1, 2, 3), 4)),
-    (r"layers/feedforward/w_\w+$", (1, 2)),
+# Matrices that Muon orthogonalizes, their input and output axes by letter; None: AdamW's.
+MATRICES: tuple[tuple[str, tuple[str, str] | None], ...] = (
+    (r"^layers\S*/attention/w_(q|gate)$", ("D", "KGH")),
+    (r"^layers\S*/attention/w_[kv]$", ("D", "KH")),
+    (r"^layers\S*/attention/w_o$", ("KGH", "D")),
+    (r"^layers\S*/(feedforward|shared|experts)/w_(up|gate)$", ("D", "F")),
+    (r"^layers\S*/(feedforward|shared|experts)/w_down$", ("F", "D")),
     (r".", None),
 )
 
@@ -132,12 +134,12 @@ def _muon(c: OptimizerConfig) -> optax.GradientTransformation:
     """
 
     def role(path: str, _: jnp.ndarray) -> str:
-        return "rest" if trees.first_match(MUON_AXES, path) is None else "matrices"
+        return "rest" if trees.first_match(MATRICES, path) is None else "matrices"
 
-    def axes(path: str, _: jnp.ndarray) -> optax.contrib.MuonDimensionNumbers:
-        pair = trees.first_match(MUON_AXES, path)
+    def axes(path: str, leaf: jnp.ndarray) -> optax.contrib.MuonDimensionNumbers:
+        pair, letters = trees.first_match(MATRICES, path), letters_of(path, leaf.shape)
         assert pair is not None
-        return optax.contrib.MuonDimensionNumbers(*pair)
+        return optax.contrib.MuonDimensionNumbers(*(tuple(map(letters.index, side)) for side in pair))
 
     matrices = optax.contrib.muon(
         1.0,

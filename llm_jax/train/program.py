@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, PyTree
 from llm_jax.data.loader import Batch
 from llm_jax.model.transformer import Transformer
 from llm_jax.sharding import batch_sharding, make_mesh, shardings
+from llm_jax.train.balance import rebalance
 from llm_jax.train.optimizer import make_optimizer, make_schedule
 from llm_jax.train.run import RunConfig
 from llm_jax.train.step import (
@@ -97,13 +98,15 @@ class Program:
 
     @functools.cached_property
     def _train_step(self) -> Any:
-        c = self.config
+        c, experts = self.config, self.config.model.experts
+        follow = experts is not None and experts.balance == "bias"
         step = make_train_step(
             make_loss(self.model, c.loss),
             self._optimizer,
             make_schedule(c.optimizer, c.steps),
             seed=c.seed,
             accumulate=c.accumulate,
+            rebalance=functools.partial(rebalance, c.model) if follow else None,
         )
         replicated = NamedSharding(self.mesh, PartitionSpec())
         chex.clear_trace_counter()  # it counts by name, and every program of this process has a step of that name
@@ -115,7 +118,7 @@ class Program:
 
         def score(params: PyTree, batch: Batch) -> Float[Array, "B L"]:
             def nll(part: Batch) -> Float[Array, "b L"]:
-                return token_losses(self.model, LossConfig(chunk=c.loss.chunk), params, part)[1]
+                return token_losses(self.model, LossConfig(chunk=c.loss.chunk), params, part).nll
 
             # In the microbatches of training: what fits there fits here.
             parts = jax.lax.map(nll, microbatches(batch, c.accumulate))

@@ -11,8 +11,10 @@ from flax import struct
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from llm_jax.data.loader import Batch
+from llm_jax.model.feedforward import Utilisation
 from llm_jax.model.transformer import Transformer, forward, head_table
 from llm_jax.ops.loss import IGNORE, chunked_cross_entropy, cross_entropy
+from llm_jax.train.balance import LOAD, expert_sums, utilisation
 
 Metrics = dict[str, jax.Array]
 # (params, batch, key) -> (sum of the loss over counted tokens, {name: sum over counted tokens}).
@@ -55,10 +57,17 @@ def cast(params: PyTree, dtype: Any) -> PyTree:
     return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
-def token_losses(
-    model: Transformer, config: LossConfig, params: PyTree, batch: Batch, **inputs: Any
-) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
-    """(loss, negative log-likelihood) of every target of the batch, in nats."""
+@struct.dataclass
+class TokenLosses:
+    """Loss and negative log-likelihood of every target, in nats, and how the experts were used on the way."""
+
+    loss: Float[Array, "B L"]
+    nll: Float[Array, "B L"]
+    use: Utilisation | None
+
+
+def token_losses(model: Transformer, config: LossConfig, params: PyTree, batch: Batch, **inputs: Any) -> TokenLosses:
+    """What the model makes of the targets of a batch; `inputs` as `Transformer.__call__`."""
     params = cast(params, model.config.dtype)
     terms = {"z_loss": config.z_loss, "label_smoothing": config.label_smoothing}
     out = forward(
@@ -71,17 +80,24 @@ def token_losses(
         **inputs,
     )
     if out.logits is not None:
-        return cross_entropy(out.logits, batch.targets, **terms)
+        return TokenLosses(*cross_entropy(out.logits, batch.targets, **terms), out.use)
     assert config.chunk is not None
-    return chunked_cross_entropy(out.hidden, head_table(model.config, params), batch.targets, config.chunk, **terms)
+    head, softcap = head_table(model.config, params), model.config.logit_softcap
+    losses = chunked_cross_entropy(out.hidden, head, batch.targets, config.chunk, softcap, **terms)
+    return TokenLosses(*losses, out.use)
 
 
 def make_loss(model: Transformer, config: LossConfig) -> LossFn:
-    """Next-token cross-entropy, summed over the tokens that count."""
+    """Next-token cross-entropy, summed over the tokens that count, and what uneven experts cost."""
 
     def loss_fn(params: PyTree, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
-        loss, nll = token_losses(model, config, params, batch, train=True, rngs={"dropout": key})
-        return loss.sum(), {"nll": nll.sum()}
+        out = token_losses(model, config, params, batch, train=True, rngs={"dropout": key})
+        loss, sums = out.loss.sum(), {"nll": out.nll.sum()}
+        if out.use is not None:
+            assert model.config.experts is not None
+            added, more = expert_sums(model.config.experts, out.use, (batch.targets != IGNORE).sum())
+            loss, sums = loss + added, sums | more
+        return loss, sums
 
     return loss_fn
 
@@ -99,16 +115,19 @@ def make_train_step(
     *,
     seed: int = 0,
     accumulate: int = 1,
+    rebalance: Callable[[PyTree, Float[Array, "N E"]], PyTree] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """One optimizer step over a batch, in `accumulate` microbatches whose gradients are weighted by their tokens.
 
     A loss or gradient that is not finite changes neither parameters nor optimizer state; the step still counts, so
-    that data and learning rate move on, and `metrics["skipped"]` is 1.
+    that data and learning rate move on, and `metrics["skipped"]` is 1. `rebalance` changes the new parameters by the
+    load of the experts.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         (loss, sums), gradients = accumulated(loss_fn, state.params, batch, key, accumulate)
+        load = sums.pop(LOAD, None)
         tokens = jnp.maximum((batch.targets != IGNORE).sum(), 1)
         loss, sums, gradients = jax.tree.map(lambda x: x / tokens.astype(x.dtype), (loss, sums, gradients))
         norm = optax.tree.norm(gradients)
@@ -117,11 +136,12 @@ def make_train_step(
 
         def update(state: TrainState) -> tuple[PyTree, PyTree]:
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-            return optax.apply_updates(state.params, optax.tree.scale(rate, updates)), opt_state
+            params = optax.apply_updates(state.params, optax.tree.scale(rate, updates))
+            return params if rebalance is None else rebalance(params, load), opt_state
 
         params, opt_state = jax.lax.cond(finite, update, lambda s: (s.params, s.opt_state), state)
         metrics = {"loss": loss, **sums, "grad_norm": norm, "learning_rate": rate}
-        metrics |= {"tokens": tokens, "skipped": ~finite}
+        metrics |= {"tokens": tokens, "skipped": ~finite} | ({} if load is None else utilisation(load))
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return train_step

@@ -1,0 +1,240 @@
+"""The mixture of experts: who serves which token, and products of rows with the matrix of their expert.
+
+Each of T tokens goes to k of E experts, which makes A = T k assignments. `route` chooses, `arrange` sorts the
+assignments by expert, `dispatch` copies out their rows, `grouped` multiplies each with its expert's matrix and `mix`
+adds up what a token got back. Every shape is static and no expert has a capacity, so no token is ever dropped
+(Gale et al. 2022, arXiv:2211.15841).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A feed-forward of many experts, of which a token uses few (Shazeer et al. 2017, arXiv:1701.06538).
+
+    Attributes:
+      number: of experts that tokens are routed to, E.
+      active: of them for each token, k.
+      d_ff: width of one expert. None: the model's.
+      shared: experts that serve every token, as one feed-forward `shared * d_ff` wide (DeepSeekMoE, arXiv:2401.06066).
+      renormalise: the weights of a token's experts sum to 1.
+      balance: what evens out the load: `loss`, an auxiliary loss; `bias`, a bias on the choice that follows the load.
+      balance_weight: of the auxiliary loss.
+      bias_rate: how far the bias of an expert moves in a step.
+      router_z_loss: weight of the squared log-partition of the router; 1e-3 where its logits drift.
+    """
+
+    number: int = 8
+    active: int = 2
+    d_ff: int | None = None
+    shared: int = 0
+    renormalise: bool = True
+    balance: Literal["loss", "bias", "none"] = "loss"
+    balance_weight: float = 0.01
+    bias_rate: float = 1e-3
+    router_z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.number < 2:
+            raise ValueError(f"experts.number={self.number} must be at least 2; for one expert leave experts unset")
+        if not 1 <= self.active <= self.number:
+            raise ValueError(f"experts.active={self.active} must lie in [1, experts.number={self.number}]")
+        if self.active == 1 and self.renormalise:
+            raise ValueError(
+                "experts.active=1 renormalised is always weighted 1, from which the router learns nothing; "
+                "set experts.renormalise=false"
+            )
+        if self.d_ff is not None and self.d_ff < 1:
+            raise ValueError(f"experts.d_ff={self.d_ff} must be at least 1; none is the model's")
+        for name in ("shared", "balance_weight", "bias_rate", "router_z_loss"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"experts.{name}={getattr(self, name)} must not be negative; 0 is off")
+
+
+@struct.dataclass
+class Routing:
+    """Where the tokens go, and how evenly.
+
+    Attributes:
+      experts: the k experts of each token, the most probable first.
+      weights: of what these experts give, float32.
+      load: counted tokens that each expert serves; a sum, so microbatches add up.
+      balance_loss: `E * sum(f * P)`, with f the share of tokens that an expert serves and P its mean probability
+        (Fedus et al. 2021, arXiv:2101.03961, eq. 4). Over k choices f sums to k, as in Mixtral: an even router has k.
+      z_loss: mean squared log-partition of the router (Zoph et al. 2022, arXiv:2202.08906, eq. 5).
+    """
+
+    experts: Int[Array, "T k"]
+    weights: Float[Array, "T k"]
+    load: Float[Array, " E"]
+    balance_loss: Float[Array, ""]
+    z_loss: Float[Array, ""]
+
+
+def route(
+    logits: Float[Array, "T E"],
+    config: Experts,
+    bias: Float[Array, " E"] | None = None,
+    counted: Bool[Array, " T"] | None = None,
+) -> Routing:
+    """Softmax over all experts, then the k best of them (Mixtral, Jiang et al. 2024, arXiv:2401.04088).
+
+    `bias` is added for the choice alone, not to the weights (Wang et al. 2024, arXiv:2408.15664). Tokens that are not
+    `counted`, padding for one, are routed as all others but left out of what is measured. Logits are float32.
+    """
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    scores = probabilities if bias is None else probabilities + bias[None]
+    experts = jax.lax.top_k(scores, config.active)[1]
+    chosen = jax.nn.one_hot(experts, config.number)  # sums with it spare a gather, and its gradient a scatter
+    weights = (chosen * probabilities[:, None]).sum(-1)
+    if config.renormalise:
+        weights = weights / weights.sum(-1, keepdims=True)
+    counts = jnp.ones((len(logits), 1)) if counted is None else counted[:, None].astype(jnp.float32)
+    tokens = jnp.maximum(counts.sum(), 1)
+    load = (counts * chosen.sum(1)).sum(0)
+    mean = (counts * probabilities).sum(0) / tokens
+    log_partition = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return Routing(
+        experts=experts,
+        weights=weights,
+        load=load,
+        balance_loss=config.number * (load / tokens * mean).sum(),
+        z_loss=(counts * jnp.square(log_partition)).sum() / tokens,
+    )
+
+
+def rebalanced(bias: Float[Array, "*N E"], load: Float[Array, "*N E"], rate: float) -> Float[Array, "*N E"]:
+    """The bias one step on: up for experts below the mean load, down for those above (arXiv:2408.15664, alg. 1)."""
+    return bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)
+
+
+@struct.dataclass
+class Groups:
+    """The assignments sorted by expert: first all of expert 0, in the order of their tokens, then all of expert 1.
+
+    Attributes:
+      order: row r is assignment `order[r]`, which is choice `order[r] % k` of token `order[r] // k`.
+      place: the inverse: assignment a stands in row `place[a]`.
+      sizes: rows of each expert.
+    """
+
+    order: Int[Array, " A"]
+    place: Int[Array, " A"]
+    sizes: Int[Array, " E"]
+
+
+def arrange(experts: Int[Array, "T k"], number: int) -> Groups:
+    """The `Groups` of the assignments to `number` experts."""
+    chosen = experts.reshape(-1)
+    order = jnp.argsort(chosen, stable=True)
+    sizes = (chosen[:, None] == jnp.arange(number)[None]).sum(0)
+    return Groups(order=order, place=jnp.argsort(order), sizes=sizes)
+
+
+def dispatch(x: Float[Array, "T D"], groups: Groups) -> Float[Array, "A D"]:
+    """A row for every assignment, sorted by expert."""
+    copies = jnp.repeat(x, len(groups.order) // len(x), axis=0)
+    return _permuted(copies, groups.order, groups.place)
+
+
+def mix(rows: Float[Array, "A D"], groups: Groups, weights: Float[Array, "T k"]) -> Float[Array, "T D"]:
+    """The weighted sum of what each token's experts gave it, collected in float32."""
+    back = _permuted(rows, groups.place, groups.order).reshape(*weights.shape, -1)
+    return (weights[..., None] * back.astype(jnp.float32)).sum(1).astype(rows.dtype)
+
+
+@jax.custom_vjp
+def _permuted(x: Array, order: Array, inverse: Array) -> Array:
+    """`x[order]`, whose gradient is a gather too: autodiff would scatter, not knowing that no row comes twice."""
+    return x.at[order].get(mode="promise_in_bounds")
+
+
+_permuted.defvjp(
+    lambda x, order, inverse: (_permuted(x, order, inverse), (order, inverse)),
+    lambda saved, g: (_permuted(g, saved[1], saved[0]), None, None),
+)
+
+
+@jax.custom_vjp
+def grouped(x: Float[Array, "A I"], w: Float[Array, "E I O"], sizes: Int[Array, " E"]) -> Float[Array, "A O"]:
+    """Every row times the matrix of its group: the first `sizes[0]` rows times `w[0]`, and so on; sizes sum to A."""
+    return jax.lax.platform_dependent(x, w, sizes, cpu=_in_blocks, default=jax.lax.ragged_dot)
+
+
+def _grouped_backward(saved: tuple[Array, Array, Array], g: Array) -> tuple[Array, Array, None]:
+    def ragged(x: Array, w: Array, sizes: Array, g: Array) -> tuple[Array, Array]:
+        return jax.vjp(lambda x, w: jax.lax.ragged_dot(x, w, sizes), x, w)[1](g)
+
+    dx, dw = jax.lax.platform_dependent(*saved, g, cpu=_in_blocks_backward, default=ragged)
+    return dx, dw, None
+
+
+grouped.defvjp(lambda x, w, sizes: (grouped(x, w, sizes), (x, w, sizes)), _grouped_backward)
+
+# On CPU `ragged_dot` multiplies all rows with all matrices. The loops below take a block of rows at a time, with the
+# matrix of its group: the work of a dense layer, and half a block more for each group.
+BLOCK = 128
+
+
+def _in_blocks(x: Array, w: Array, sizes: Array) -> Array:
+    def expert(y: Array, part: tuple[Array, ...]) -> tuple[Array, None]:
+        matrix, start, end = part
+
+        def step(y: Array, first: Array, own: Array) -> Array:
+            return _add(y, first, jnp.where(own, _block(x, first), 0) @ matrix)
+
+        return _fold(step, y, len(x), start, end), None
+
+    ends = jnp.cumsum(sizes)
+    y = jnp.zeros((len(x), w.shape[2]), x.dtype)
+    return jax.lax.scan(expert, y, (w, ends - sizes, ends))[0]
+
+
+def _in_blocks_backward(x: Array, w: Array, sizes: Array, g: Array) -> tuple[Array, Array]:
+    def expert(dx: Array, part: tuple[Array, ...]) -> tuple[Array, Array]:
+        matrix, start, end = part
+
+        def step(sums: tuple[Array, Array], first: Array, own: Array) -> tuple[Array, Array]:
+            dx, dw = sums
+            dy = jnp.where(own, _block(g, first), 0)
+            dw = dw + jnp.matmul(_block(x, first).T, dy, preferred_element_type=jnp.float32)
+            return _add(dx, first, dy @ matrix.T), dw
+
+        dx, dw = _fold(step, (dx, jnp.zeros(matrix.shape, jnp.float32)), len(x), start, end)
+        return dx, dw.astype(w.dtype)
+
+    ends = jnp.cumsum(sizes)
+    return jax.lax.scan(expert, jnp.zeros_like(x), (w, ends - sizes, ends))
+
+
+def _fold(step: Callable[..., Any], carry: Any, rows: int, start: Array, end: Array) -> Any:
+    """`carry = step(carry, first, own)` for each block of the rows from `start` to `end`.
+
+    A block begins at row `first`, and `own [block 1]` tells which of its rows to count: the last one may reach into
+    the next group, or is moved up to end where the array does.
+    """
+    size = min(BLOCK, rows)
+
+    def body(i: Array, carry: Any) -> Any:
+        wanted = start + i * size
+        first = jnp.minimum(wanted, rows - size)
+        row = first + jnp.arange(size)
+        return step(carry, first, ((row >= wanted) & (row < end))[:, None])
+
+    return jax.lax.fori_loop(0, (end - start + size - 1) // size, body, carry)
+
+
+def _block(x: Array, first: Array) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, first, min(BLOCK, len(x)))
+
+
+def _add(y: Array, first: Array, block: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(y, _block(y, first) + block, first, axis=0)
