@@ -190,4 +190,4 @@ def test_what_is_out_of_view_is_never_computed(mask: Mask, share: float):
     q, k = (jax.ShapeDtypeStruct((1, L, *heads, H), jnp.float32) for heads in ((1, 1), (1,)))
     program = equations(lambda q, k, v: attention(q, k, v, mask, implementation="chunked"), q, k, k)
     done = product_flops(program) / (4 * L * L * H)
-    assert 0.8 * share < done <= share  # the first rows see less
+    assert 0.7 * share < done <= share  # the first rows see less

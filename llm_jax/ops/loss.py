@@ -18,6 +18,15 @@ def unembed(
     return soft_cap(jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32), softcap)
 
 
+def likeliest(
+    hidden: Float[Array, "B L D"], table: Float[Array, "V D"], chunk: int, softcap: float | None = None
+) -> Int[Array, "B L"]:
+    """Where the logits of every hidden state are largest, with those of only `B * chunk` in memory at a time."""
+    B, L, D = hidden.shape
+    parts = hidden.reshape(B, -1, chunk, D).swapaxes(0, 1)
+    return jax.lax.map(lambda x: unembed(x, table, softcap).argmax(-1), parts).swapaxes(0, 1).reshape(B, L)
+
+
 def cross_entropy(
     logits: Float[Array, "*T V"],
     targets: Int[Array, "*T"],

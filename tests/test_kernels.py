@@ -1,0 +1,235 @@
+"""Our kernels and those of others equal the reference, skip what no query sees, and say why they decline."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
+from jaxprs import equations
+
+from llm_jax.ops import kernels
+from llm_jax.ops.attention import LONG, Declined, Mask, Scores, Sparse, attention, platform
+from llm_jax.sharding import ACTIVATION_AXES, MeshConfig, make_mesh, spec
+
+L = 384  # three tiles of 128
+SEGMENTS = jnp.stack([jnp.repeat(jnp.array([1, 2, 0]), jnp.array(n)) for n in ([5, 370, 9], [150, 200, 34])])
+PREFIX = jnp.arange(L)[None] < jnp.array([[150], [20]])
+
+CASES: dict[str, tuple[Mask, Scores]] = {
+    "causal": (Mask(), Scores()),
+    "both ways, capped, scaled": (Mask(causal=False), Scores(scale=0.5, softcap=3.0)),
+    "window": (Mask(window=50), Scores()),
+    "window both ways": (Mask(causal=False, window=130), Scores()),
+    "documents": (Mask(segments=SEGMENTS), Scores(softcap=3.0)),
+    "sinks": (Mask(window=50, sinks=4), Scores()),
+    "sinks of documents": (Mask(window=50, sinks=4, segments=SEGMENTS), Scores()),
+    "prefix of documents": (Mask(prefix=PREFIX, segments=SEGMENTS), Scores()),
+    "sparse": (Mask(sparse=Sparse("strided", block=128, local=1, stride=2)), Scores()),
+    "alibi, capped": (Mask(), Scores(alibi=True, softcap=3.0)),
+}
+
+
+def inputs(dtype: str = "float32", B: int = 2, L: int = L, K: int = 2) -> list[jax.Array]:
+    """Queries, keys, values and a cotangent, two query heads to each key/value head."""
+    shapes = ((B, L, K, 2, 8), (B, L, K, 8), (B, L, K, 8), (B, L, K, 2, 8))
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return [jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def output_and_gradients(name: str, mask: Mask, scores: Scores, arrays: list[jax.Array]) -> list[jax.Array]:
+    def run(mask: Mask, q: jax.Array, k: jax.Array, v: jax.Array, cotangent: jax.Array) -> list[jax.Array]:
+        out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, mask, scores, implementation=name), q, k, v)
+        return [out, *pull(cotangent)]
+
+    return jax.jit(run)(mask, *arrays)
+
+
+def assert_equals_the_reference(name: str, mask: Mask, scores: Scores) -> None:
+    arrays = inputs()
+    expected = output_and_gradients("reference", mask, scores, arrays)
+    for mine, theirs in zip(output_and_gradients(name, mask, scores, arrays), expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_flash_equals_the_reference(case: str):
+    assert_equals_the_reference("flash", *CASES[case])
+
+
+def test_flash_in_bfloat16_is_the_rounding_of_float32():
+    mask, scores = CASES["sinks of documents"]
+    arrays = inputs("bfloat16")
+    exact = output_and_gradients("reference", mask, scores, [x.astype(jnp.float32) for x in arrays])
+    for mine, theirs in zip(output_and_gradients("flash", mask, scores, arrays), exact, strict=True):
+        assert mine.dtype == jnp.bfloat16
+        assert jnp.abs(mine.astype(jnp.float32) - theirs).max() < 2**-6 * jnp.abs(theirs).max()
+
+
+@pytest.mark.parametrize("case", ["causal", "both ways, capped, scaled", "window", "sparse"])
+def test_the_tiles_visited_are_those_in_view(case: str):
+    view = CASES[case][0].view(8 * 128, 8 * 128, 128, 128)
+    for seen in (view, view.T):
+        blocks, counts = kernels.visits(seen)
+        visited = {(row, int(column)) for row, n in enumerate(counts) for column in blocks[row, :n]}
+        assert visited == {(int(row), int(column)) for row, column in np.argwhere(seen)}
+        assert counts.sum() == seen.sum()
+        assert all((blocks[row, n:] == blocks[row, n - 1]).all() for row, n in enumerate(counts))
+
+
+@pytest.mark.parametrize("case", ["window", "sparse"])
+def test_what_no_query_of_a_tile_sees_is_never_read(case: str):
+    mask, scores = CASES[case]
+    q, k, v, cotangent = inputs()
+    unseen = 0 if case == "window" else 1  # the tile of keys that the last tile of queries does not see
+    assert not mask.view(L, L, 128, 128)[2, unseen]
+    keys, queries = slice(128 * unseen, 128 * (unseen + 1)), slice(256, L)
+    poisoned = [q, k.at[:, keys].set(jnp.nan), v.at[:, keys].set(jnp.nan), cotangent]
+    out, dq, _, _ = output_and_gradients("flash", mask, scores, poisoned)
+    assert jnp.isfinite(out[:, queries]).all()
+    assert jnp.isfinite(dq[:, queries]).all()
+    poisoned = [q.at[:, queries].set(jnp.nan), k, v, cotangent.at[:, queries].set(jnp.nan)]
+    _, _, dk, dv = output_and_gradients("flash", mask, scores, poisoned)
+    assert jnp.isfinite(dk[:, keys]).all()
+    assert jnp.isfinite(dv[:, keys]).all()
+
+
+def test_a_kernel_runs_on_every_device_for_its_own_rows_and_heads():
+    arrays, mask = inputs(B=4), Mask(window=200, segments=jnp.concatenate([SEGMENTS, SEGMENTS[::-1]]))
+    scores = Scores(alibi=True)  # its slopes differ by head, so a device must take its own
+    expected = output_and_gradients("reference", mask, scores, arrays)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    letters = ("BLKGH", "BLKH", "BLKH", "BLKGH")
+    split = [
+        jax.device_put(x, NamedSharding(mesh, spec(word, ACTIVATION_AXES)))
+        for x, word in zip(arrays, letters, strict=True)
+    ]
+    with jax.set_mesh(mesh):
+        found = output_and_gradients("flash", mask, scores, split)
+    for mine, theirs, word in zip(found, expected, ("BLKGH", "BLKGH", "BLKH", "BLKH"), strict=True):
+        assert mine.sharding.is_equivalent_to(NamedSharding(mesh, spec(word, ACTIVATION_AXES)), mine.ndim)
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=5e-6)
+
+
+DECLINED: list[tuple[str, Mask, Scores, int, str]] = [
+    ("flash", Mask(kv_length=jnp.array([300, 384])), Scores(), L, "flash has no kv_length; 'chunked' and"),
+    ("flash", Mask(), Scores(), 200, "flash takes a multiple of 128 tokens, got 200; pad rows to 256"),
+    ("flash", Mask(sparse=Sparse(block=64)), Scores(), L, r"flash takes a sparse.block in \(512, 256, 128\), got 64"),
+    ("splash", Mask(prefix=PREFIX), Scores(alibi=True), L, "splash has no alibi and no prefix"),
+    ("cudnn", Mask(), Scores(), L, "cudnn runs on gpu, got cpu"),
+    ("tokamax", Mask(segments=SEGMENTS), Scores(), L, "tokamax has no segments"),
+]
+
+
+@pytest.mark.parametrize("case", DECLINED, ids=lambda case: f"{case[0]}: {case[-1]}")
+def test_a_kernel_that_declines_says_what_it_lacks(case: tuple[str, Mask, Scores, int, str]):
+    name, mask, scores, length, reason = case
+    q, k, v, _ = inputs(L=length)
+    with pytest.raises(Declined, match=reason):
+        attention(q, k, v, mask, scores, implementation=name)
+
+
+def test_heads_that_do_not_fit_a_chip_are_declined():
+    q = jnp.ones((1, 128, 1, 1, 512))
+    with pytest.raises(Declined, match="flash takes heads of at most 256, got 512"):
+        attention(q, q[:, :, :, 0], q[:, :, :, 0], Mask(), implementation="flash")
+
+
+def test_as_many_keys_as_queries():
+    q, k, v, _ = inputs()
+    with pytest.raises(Declined, match="flash takes as many keys as queries, got 128 and 384"):
+        attention(q, k[:, :128], v[:, :128], Mask(), implementation="flash")
+
+
+@pytest.mark.parametrize("case", ["documents", "window both ways", "both ways, capped, scaled"])
+def test_splash_equals_the_reference(case: str):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        assert_equals_the_reference("splash", *CASES[case])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tokamax") is None, reason="tokamax is not installed")
+@pytest.mark.parametrize("case", ["window", "window both ways", "both ways, capped, scaled"])
+def test_tokamax_equals_the_reference(case: str):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        assert_equals_the_reference("tokamax", *CASES[case])
+
+
+def test_without_tokamax_the_reason_is_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "tokamax", None)  # an import of it fails
+    q, k, v, _ = inputs()
+    with pytest.raises(Declined, match="pip install tokamax"):
+        attention(q, k, v, Mask(), implementation="tokamax")
+
+
+def devices_elsewhere(kind: str, where: str) -> Any:
+    """A mesh of one device that this machine lacks."""
+    device = AbstractDevice(device_kind=kind, num_cores=None, platform=where)
+    sizes, axes = (1, 1, 1), ("data", "fsdp", "tensor")
+    return jax.sharding.use_abstract_mesh(
+        AbstractMesh(sizes, axes, axis_types=(AxisType.Auto,) * 3, abstract_device=device)
+    )
+
+
+def kernels_called(dtype: str, length: int, mask: Mask) -> set[str]:
+    """The primitives outside of JAX's own among what attention does when nobody names an implementation."""
+    q, k, v, _ = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.eval_shape(lambda: inputs(dtype, L=length)))
+    program = equations(lambda q, k, v: attention(q, k, v, mask), q, k, v)
+    names = {equation.primitive.name for _, equation in program}
+    return names & {"pallas_call", "scan", "custom_vjp_call", "dot_product_attention_fwd_wrapper"}
+
+
+def test_the_mesh_says_what_the_program_will_run_on():
+    assert platform() == "cpu"
+    with devices_elsewhere("TPU v5p", "tpu"):
+        assert platform() == "tpu"
+    with devices_elsewhere("NVIDIA H100", "gpu"):
+        assert platform() == "gpu"
+
+
+def test_the_default_takes_our_kernel_for_long_rows_on_tpu_only():
+    assert "pallas_call" not in kernels_called("bfloat16", LONG, Mask())
+    with devices_elsewhere("TPU v5p", "tpu"):
+        assert "pallas_call" in kernels_called("bfloat16", LONG, Mask())
+        assert "pallas_call" not in kernels_called("bfloat16", LONG // 2, Mask())
+        assert "pallas_call" not in kernels_called("bfloat16", LONG, Mask(sparse=Sparse(block=64)))
+
+
+def test_on_gpu_the_default_is_cudnn_where_that_accepts(monkeypatch: pytest.MonkeyPatch):
+    from jax._src.cudnn import fused_attention_stablehlo as theirs
+
+    q, k, v, _ = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs("bfloat16"))
+
+    def lowered(mask: Mask) -> str:
+        def run(q: jax.Array, k: jax.Array, v: jax.Array) -> list[jax.Array]:
+            out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, mask), q, k, v)
+            return [out, *pull(out)]
+
+        return jax.jit(run).trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
+
+    with devices_elsewhere("NVIDIA H100", "gpu"):
+        assert "__cudnn" not in lowered(Mask())  # this machine has no cuDNN
+        with pytest.raises(Declined, match="cudnn: cuDNN is not detected"):
+            attention(*inputs("bfloat16")[:3], Mask(), implementation="cudnn")
+        monkeypatch.setattr(theirs, "check_cudnn_version", lambda: 91000)
+        assert lowered(Mask()).count("__cudnn$fmhaSoftmaxBackward") == 1
+        assert lowered(Mask(window=50)).count("sliding_window_length\\22: 50") == 2
+        assert "__cudnn" not in lowered(Mask(segments=SEGMENTS))
+        with pytest.raises(Declined, match="cudnn has windows under a causal mask only"):
+            attention(*inputs("bfloat16")[:3], Mask(causal=False, window=5), implementation="cudnn")
+        with pytest.raises(Declined, match="cudnn: Q must be fp16/bf16"):
+            attention(*inputs()[:3], Mask(), implementation="cudnn")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu: pip install 'jax[tpu]'")
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
+def test_forward_and_backward_compile_for_tpu(topology: str):
+    """As nobody names an implementation, this is also a test that the default is our kernel there."""
+    program = Path(__file__).parents[1] / "scripts/flash_tpu.py"
+    run = subprocess.run([sys.executable, program, topology, "default"], capture_output=True, text=True)
+    assert run.stdout.count(": 3 kernels, ") == 3, run.stdout + run.stderr
