@@ -103,6 +103,28 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
         ASSIGNMENTS,
         JSON,
     ),
+    "compare": (
+        arg("config", metavar="CONFIG", help="a recipe (llm-jax configs) or a Python file"),
+        ASSIGNMENTS,
+        arg("--steps", type=int, default=200, metavar="N", help="of the run, its first; default: 200"),
+        arg("--out", metavar="DIR", help="where the page goes; default: compare/CONFIG"),
+        arg("--no-compile", dest="compiled", action="store_false", help="leave torch.compile out"),
+        JSON,
+    ),
+    "import_": (
+        arg("source", metavar="PATH|NAME", help="a folder, or a name on the Hugging Face hub"),
+        arg("--run", required=True, metavar="DIR", help="the run folder"),
+        arg("--tokenizer", metavar="NAME", help="in place of the model's own: gpt2, ..., or a folder"),
+        JSON,
+    ),
+    "export": (
+        RUN,
+        arg("--out", required=True, metavar="DIR", help="a folder that does not exist yet"),
+        arg("--family", metavar="NAME", help="default: as imported, or the first that fits"),
+        arg("--dtype", choices=("float32", "bfloat16", "float16"), help="default: model.dtype"),
+        CHECKPOINT,
+        JSON,
+    ),
     "configs": (JSON,),
     "tokenize": (
         arg("text", metavar="TEXT", nargs="?", help="default: standard input"),
@@ -124,7 +146,7 @@ def parser() -> ArgumentParser:
     for name, arguments in SYNTAX.items():
         function = getattr(verbs, name)
         summary, _, rest = (function.__doc__ or "").partition("\n")
-        p = choices.add_parser(name, help=summary, description=summary)
+        p = choices.add_parser(name.rstrip("_"), help=summary, description=summary)
         p.epilog = "\n".join(line.removeprefix("    ") for line in rest.rstrip().splitlines())
         p.formatter_class = argparse.RawDescriptionHelpFormatter
         for add in (*arguments, DEBUG):

@@ -46,6 +46,7 @@ LETTERS: tuple[tuple[str, str], ...] = (
     (r"positions/table$", "SD"),
     (r"final_norm/(scale|bias)$", "D"),
     (r"unembedding/table$", "VD"),
+    (r"classes/table$", "CD"),
 )
 
 # Letter -> mesh axis. A letter that stands in neither table is never split.

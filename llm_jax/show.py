@@ -100,9 +100,11 @@ def describe(config: RunConfig) -> Description:
 
 
 def sizes_of(c: ModelConfig) -> dict[str, int]:
-    """N D K G H F V, and E where there are experts."""
+    """N D K G H F V, and E and C where there are experts and classes."""
     sizes = (c.n_layers, c.d_model, c.K, c.G, c.H, c.F, c.vocab_size)
-    return dict(zip("NDKGHFV", sizes, strict=True)) | ({} if c.experts is None else {"E": c.experts.number})
+    some = {"E": c.experts.number} if c.experts is not None else {}
+    some |= {"C": c.n_classes} if c.n_classes is not None else {}
+    return dict(zip("NDKGHFV", sizes, strict=True)) | some
 
 
 def activations(c: ModelConfig, params: PyTree, tokens: jax.ShapeDtypeStruct) -> Iterator[Activation]:
@@ -149,7 +151,9 @@ def residual_bytes(config: RunConfig, params: PyTree, tokens: jax.ShapeDtypeStru
     """What the backward pass of one microbatch holds on to, beside `params`."""
     loss = make_loss(Transformer(config.model), config.loss)
     apart = tokens if config.data.end_of_text or config.data.packing == "documents" else None
-    batch = Batch(tokens=tokens, targets=tokens, segments=apart, positions=apart)
+    task = config.data.task
+    prefix = jax.ShapeDtypeStruct(tokens.shape, bool) if task is not None and task.kind == "translate" else None
+    batch = Batch(tokens=tokens, targets=tokens, segments=apart, positions=apart, prefix=prefix)
 
     def residuals(params: PyTree, batch: Batch, key: Key[Array, ""]) -> list[Array]:
         _, backward, _ = jax.vjp(lambda p: loss(p, batch, key), params, has_aux=True)
@@ -176,7 +180,8 @@ def meanings(c: ModelConfig, kind: str = "") -> dict[str, tuple[str, str]]:
     normed_before = ", normed" if c.residual in ("sandwich", "output") else ""
     shared = f"; one for {c.G} query heads" if c.G > 1 else ""
     gate = ", times a second spread" if c.gated else ""
-    head = "embedding" if c.tied else "output"
+    head = "output" if c.head == "unembedding" else c.head
+    scored = ("B L V", "the next token") if c.n_classes is None else ("B L C", "the classes, where a question ends")
     view = {"local": f"the last {c.attention.window} keys", "sparse": "the keys of its blocks"}.get(
         mixer, "the keys in view"
     )
@@ -205,7 +210,7 @@ def meanings(c: ModelConfig, kind: str = "") -> dict[str, tuple[str, str]]:
         "mlp_out": ("B L D", f"folded back to the width of the stream{normed_before}"),
         "resid_post": ("B L D", f"the stream, and what the feed-forward adds to it{normed_after}"),
         "final": ("B L D", f"the stream at the end{'' if normed_after else ', normed'}"),
-        "logits": ("B L V", f"scores for the next token, against the {head} table"),
+        "logits": (scored[0], f"scores for {scored[1]}, against the {head} table"),
     }
 
 
@@ -220,6 +225,7 @@ LETTERS = {
     "H": "width of a head",
     "F": "features",
     "V": "vocabulary",
+    "C": "classes",
     "E": "experts",
 }
 WALKED = 3  # up to so many layers are walked through one by one

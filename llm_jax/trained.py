@@ -15,7 +15,7 @@ from llm_jax.data.sources import holds_records
 from llm_jax.sharding import MeshConfig, make_mesh
 from llm_jax.train import run
 from llm_jax.train.checkpoint import Checkpoints
-from llm_jax.train.evaluate import Evaluation, token_lengths
+from llm_jax.train.evaluate import Evaluation, target_lengths
 from llm_jax.train.evaluate import evaluate as measure
 from llm_jax.train.loop import open_data, open_run_data
 from llm_jax.train.program import Program
@@ -65,7 +65,8 @@ def evaluate(
         batches = all_rows(shards, config.data)
     program = on_all_devices(config)
     params, step = restore(folder, program, checkpoint, report=report)
-    return measure(functools.partial(program.score, params), batches, token_lengths(shards.tokenizer)), step
+    lengths = target_lengths(shards.tokenizer, config.data.task)
+    return measure(functools.partial(program.score, params), batches, lengths, config.data.task), step
 
 
 def open_text(uri: str, folder: Path, config: RunConfig, report: Report) -> Shards:

@@ -97,12 +97,14 @@ def generate(args: Namespace) -> None:
     r"""Let the model of RUN write.
 
     Without --prompt every line of standard input is a prompt; on a terminal it asks for one after the other, and
-    from an empty pipe it takes those that the run sampled from. Several texts come one after the other.
+    from an empty pipe it takes those that the run sampled from. Several texts come one after the other. A run that
+    translates writes the answer of each, and a classifier names the likeliest, with its probability.
 
       llm-jax generate runs/quickstart --prompt 'def read_lines(path):' --samples 3
       llm-jax generate runs/quickstart --temperature 0 --stop $'\n\n' < prompts.txt
     """
     from llm_jax import terminal, trained
+    from llm_jax.infer.classify import classify
     from llm_jax.infer.generate import collect, in_turn, stream
     from llm_jax.ops.sampling import Sampling
     from llm_jax.train import loop, run
@@ -117,10 +119,17 @@ def generate(args: Namespace) -> None:
     loop.own_process()
     params, step = trained.restore(args.run, trained.on_one_device(config), args.checkpoint, report=_say)
     params = cast(params, config.model.dtype)
-    options = {"max_tokens": args.max_tokens, "stop": args.stop, "begin": config.data.end_of_text}
+    task, begin = config.data.task, config.data.end_of_text
+    options = {"max_tokens": args.max_tokens, "stop": args.stop, "begin": begin, "task": task}
     texts = []
     for number, given in enumerate([args.prompt] if args.prompt else terminal.read_prompts(config.prompts)):
-        prompts = [prompt for prompt in given for _ in range(args.samples)]
+        if task is not None and config.model.n_classes is not None:
+            answers = classify(config.model, params, tokenizer, task, given, begin=begin)
+            texts += map(dataclasses.asdict, answers)
+            if not args.json:
+                terminal.write("".join(f"{a.prompt}  {a.answer}  {a.probability:.2%}\n" for a in answers))
+            continue
+        prompts = [config.data.ask(prompt) for prompt in given for _ in range(args.samples)]
         seed = args.seed + number
         pieces = stream(config.model, params, tokenizer, prompts, sampling=sampling, seed=seed, **options)
         if args.json:
@@ -134,8 +143,8 @@ def generate(args: Namespace) -> None:
 def evaluate(args: Namespace) -> None:
     """Measure how well RUN predicts text that it has not seen.
 
-    Loss in nats a token, perplexity, and bits per byte, each with the 95 % interval of a bootstrap over documents.
-    The text is what the run held out, or all that --data names.
+    Loss in nats a token, perplexity, bits per byte, and of a task the share of right answers, each with the 95 %
+    interval of a bootstrap over documents. The text is what the run held out, or all that --data names.
 
       llm-jax evaluate runs/quickstart
       llm-jax evaluate runs/quickstart --data essays/ --json
@@ -150,10 +159,12 @@ def evaluate(args: Namespace) -> None:
     if args.json:
         _print_json(found)
         return
-    for name, digits in (("loss", 4), ("perplexity", 2), ("bits_per_byte", 4)):
-        value, low, high = (f"{x:.{digits}f}" for x in (found[name], *found[f"{name}_interval"]))
-        print(f"{name.replace('_', ' '):14} {value:>9}   {low} to {high}")
-    print(f"on {result.tokens:,} tokens, {result.bytes:,} bytes, {result.documents:,} documents")
+    for name, digits in (("loss", 4), ("perplexity", 2), ("bits_per_byte", 4), ("accuracy", 4)):
+        if found[name] is not None:
+            value, low, high = (f"{x:.{digits}f}" for x in (found[name], *found[f"{name}_interval"]))
+            print(f"{name.replace('_', ' '):14} {value:>9}   {low} to {high}")
+    counts = {"tokens": result.tokens, "bytes": result.bytes, "documents": result.documents}
+    print("on " + ", ".join(f"{count:,} {name}" for name, count in counts.items() if count))
 
 
 def show(args: Namespace) -> None:
@@ -190,6 +201,75 @@ def _config(args: Namespace) -> "RunConfig":
         where = f"{args.config} fails: {type(error).__name__}: {error}"
         raise ValueError(f"{where}; mend it (--debug shows the line)") from error
     return override(config, args.assignments)
+
+
+def compare(args: Namespace) -> None:
+    """Train CONFIG in JAX and in PyTorch, from the same weights on the same batches.
+
+    Both take the first steps of the run, in turn, and PyTorch once more compiled, where there is a C++ compiler. DIR
+    comes to hold compare.html and compare.json: the two curves and how far they part, speed, memory. Needs torch.
+
+      llm-jax compare shakespeare_char data.uri=tinyshakespeare.txt
+      llm-jax compare quickstart optimizer.name=adamw optimizer.learning_rate=1e-3 --steps 100
+    """
+    from llm_jax.compat import compare
+    from llm_jax.train import loop
+
+    config, name = _config(args), Path(args.config).stem
+    folder = Path(args.out or f"compare/{name}")
+    loop.own_process()
+    result = compare.compare(config, args.steps, _say, compiled=args.compiled, command=args.command)
+    compare.write(result, folder, name)
+    if args.json:
+        _print_json(dataclasses.asdict(result))
+    else:
+        print(f"{compare.table(result)}\nread {folder}/compare.html")
+
+
+def import_(args: Namespace) -> None:
+    """Make a run of a model from Hugging Face.
+
+    PATH is a folder with config.json, safetensors and tokenizer files; a NAME is downloaded from the hub. The run has
+    weights and a tokenizer: generate, evaluate on text of yours, or train on from it. docs/architectures.md lists
+    the families of models that are known.
+
+      llm-jax import HuggingFaceTB/SmolLM2-135M --run runs/smollm2
+      llm-jax generate runs/smollm2 --prompt 'The sky is'
+      llm-jax train essays.py init_from=runs/smollm2 data.tokenizer=runs/smollm2/tokenizer
+    """
+    from llm_jax.compat import huggingface
+    from llm_jax.model.count import parameter_counts
+    from llm_jax.train import loop
+
+    loop.own_process()
+    config = huggingface.import_run(args.source, args.run, tokenizer=args.tokenizer, command=args.command, report=_say)
+    if args.json:
+        _print_json({"run": args.run, "parameters": sum(parameter_counts(config.model).values())})
+    else:
+        print(f"done; let it write: llm-jax generate {args.run}")
+
+
+def export(args: Namespace) -> None:
+    """Write the model of RUN as Hugging Face has it: config, safetensors, tokenizer files.
+
+    transformers loads the folder and computes the same. A model that no family can say is refused, with what is in
+    the way.
+
+      llm-jax export runs/quickstart --out exported/quickstart
+      llm-jax export runs/llama --out exported/llama --dtype bfloat16 --checkpoint last
+    """
+    from llm_jax import trained
+    from llm_jax.compat import huggingface
+    from llm_jax.train import loop, run
+
+    program = trained.on_one_device(run.load_config(args.run))
+    loop.own_process()
+    params, step = trained.restore(args.run, program, args.checkpoint, report=_say)
+    family = huggingface.export_run(args.run, params, args.out, family=args.family, dtype=args.dtype)
+    if args.json:
+        _print_json({"out": args.out, "family": family.name, "step": step})
+    else:
+        print(f"a {family.name} of step {step:,} in {args.out}; transformers loads it as {family.architecture}")
 
 
 def configs(args: Namespace) -> None:

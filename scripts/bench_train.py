@@ -1,4 +1,4 @@
-"""Training speed on this machine, beside a plain PyTorch GPT measured in turn in the same run.
+"""Training speed on this machine, beside the model's PyTorch twin measured in turn in the same run.
 
     .venv/bin/python scripts/bench_train.py [shakespeare_char | medium | gpt2_124m] [--rounds 8] [--seconds 2]
 
@@ -9,6 +9,8 @@ PyTorch (`pip install torch`) it prints our own figures alone.
 
 import argparse
 import dataclasses
+import importlib.util
+import itertools
 import multiprocessing
 import statistics
 import time
@@ -16,8 +18,10 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import SupportsFloat
 
+import jax
 import numpy as np
 
+from llm_jax.compat.sides import STEPS
 from llm_jax.data.loader import Batch, DataConfig
 from llm_jax.hardware import measured_matmul_flops, reuse_freed_memory
 from llm_jax.model.config import ModelConfig
@@ -32,7 +36,7 @@ GPT = {
     "norm": "layernorm",
     "activation": "gelu",
     "gated": False,
-    "bias": True,
+    "bias": "all",
     "init": "gpt2",
 }
 
@@ -64,85 +68,7 @@ def random_batch(config: RunConfig) -> Batch:
     return Batch(tokens=tokens[:, :-1], targets=tokens[:, 1:], segments=None, positions=None)
 
 
-def ours(config: RunConfig, batch: Batch) -> Step:
-    """The library's own train step: what `llm-jax train` runs."""
-    program = Program.on(config)
-    state = program.init()
-
-    def step() -> SupportsFloat:
-        nonlocal state
-        state, metrics = program.train_step(state, batch)
-        return metrics["loss"]  # on the device still: the caller waits for it
-
-    return step
-
-
-def theirs(config: RunConfig, batch: Batch) -> Step | None:
-    """A GPT-2 of the same sizes in eager PyTorch with its fused attention and fused AdamW; None without PyTorch."""
-    try:
-        import torch
-    except ImportError:
-        return None
-    from torch import nn
-    from torch.nn import functional as F
-
-    c = config.model
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm_1, self.norm_2 = nn.LayerNorm(c.d_model), nn.LayerNorm(c.d_model)
-            self.qkv, self.out = (
-                nn.Linear(c.d_model, 3 * c.d_model, bias=c.bias == "all"),
-                nn.Linear(c.d_model, c.d_model, bias=c.bias == "all"),
-            )
-            self.up, self.down = (
-                nn.Linear(c.d_model, c.F, bias=c.bias == "all"),
-                nn.Linear(c.F, c.d_model, bias=c.bias == "all"),
-            )
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            B, L, D = x.shape
-            q, k, v = (y.view(B, L, c.n_heads, c.H).transpose(1, 2) for y in self.qkv(self.norm_1(x)).split(D, dim=2))
-            z = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, L, D)
-            x = x + self.out(z)
-            return x + self.down(F.gelu(self.up(self.norm_2(x)), approximate="tanh"))
-
-    class GPT2(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.tokens, self.places = (
-                nn.Embedding(c.vocab_size, c.d_model),
-                nn.Embedding(c.max_seq_len, c.d_model),
-            )
-            self.blocks, self.norm = (
-                nn.ModuleList(Block() for _ in range(c.n_layers)),
-                nn.LayerNorm(c.d_model),
-            )
-
-        def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            x = self.tokens(tokens) + self.places(torch.arange(tokens.shape[1]))
-            for block in self.blocks:
-                x = block(x)
-            logits = self.norm(x) @ self.tokens.weight.T
-            return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-    model = GPT2()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
-    tokens, targets = (torch.from_numpy(x.astype(np.int64)) for x in (batch.tokens, batch.targets))
-
-    def step() -> float:
-        loss = model(tokens, targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-
-    return step
-
-
-SIDES = {"llm_jax": ours, "pytorch": theirs}
+SIDES = {"llm_jax": "jax", "pytorch": "eager"}
 step_here: Step | None = None  # of the one side that this process runs
 
 
@@ -150,13 +76,14 @@ def begin(side: str, setting: str) -> None:
     global step_here
     reuse_freed_memory()
     config = SETTINGS[setting]()
-    step_here = SIDES[side](config, random_batch(config))
+    batch, params = random_batch(config), jax.device_get(Program.on(config).init().params)
+    step = STEPS[SIDES[side]](config, params, itertools.repeat(1e-3))
+    step_here = lambda: step(batch)[0]  # noqa: E731  (JAX's loss is on the device still: the caller waits for it)
 
 
-def steps_per_second(seconds: float) -> float | None:
-    """Over at least eight steps; None without PyTorch."""
-    if step_here is None:
-        return None
+def steps_per_second(seconds: float) -> float:
+    """Over at least eight steps."""
+    assert step_here is not None
     start, count = time.perf_counter(), 0
     while True:
         loss = step_here()
@@ -176,12 +103,14 @@ def main() -> None:
 
     # A process for each side: in one they would share a heap and slow each other.
     spawn = multiprocessing.get_context("spawn")
-    sides = {side: ProcessPoolExecutor(1, spawn, begin, (side, arguments.setting)) for side in SIDES}
+    names = list(SIDES) if importlib.util.find_spec("torch") else ["llm_jax"]
+    sides = {side: ProcessPoolExecutor(1, spawn, begin, (side, arguments.setting)) for side in names}
 
-    def rate(side: str) -> float | None:
+    def rate(side: str) -> float:
         return sides[side].submit(steps_per_second, arguments.seconds).result()
 
-    sides = {side: sides[side] for side in sides if rate(side) is not None}  # compiles and warms up
+    for side in sides:
+        rate(side)  # compiles and warms up
     config = SETTINGS[arguments.setting]()
     tokens, flops = random_batch(config).tokens.size, flops_per_token(config.model, config.data.seq_len)
     rates: dict[str, list[float]] = {side: [] for side in sides}
@@ -190,7 +119,7 @@ def main() -> None:
         measured_matmul_flops.cache_clear()
         peaks.append(measured_matmul_flops())
         for side in sides:
-            rates[side].append((rate(side) or 0.0) * tokens)
+            rates[side].append(rate(side) * tokens)
     print(f"{arguments.setting}: {tokens} tokens a step, {flops / 1e6:.2f} MFLOP a token")
     print(f"matmul peak {statistics.median(peaks) / 1e9:.0f} GFLOP/s (median of {len(peaks)})")
     for side, values in rates.items():

@@ -38,6 +38,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "bias": ("none", "qkv", "all"),
     "dropout": (0.0, 0.1),
     "tied": (True, False),
+    "n_classes": (None, 3),
     "dtype": ("float32", "bfloat16"),
     "unroll": (1, 2),
     "attention": (

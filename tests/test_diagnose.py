@@ -10,6 +10,7 @@ import pytest
 
 from llm_jax import tree
 from llm_jax.data.loader import Batch, Loader
+from llm_jax.ops.experts import Experts
 from llm_jax.train.diagnose import diagnose
 from llm_jax.train.loop import open_data
 from llm_jax.train.program import Program
@@ -44,6 +45,20 @@ def planted(params: Any, values: dict[str, tuple[Any, float]]) -> Any:
         return x if index is None else x.at[index].set(value)
 
     return tree.map_with_path(one, params)
+
+
+def test_in_a_pattern_of_layers_the_layer_is_the_one_that_stands_there(config: RunConfig, batch: Batch):
+    """A period of two and a layer more: the second in the scan, and the one behind it."""
+    model = dataclasses.replace(
+        config.model, layers=("delta", "global+moe"), n_layers=3, experts=Experts(number=4, d_ff=8), unroll=1
+    )
+    program = Program.on(dataclasses.replace(config, model=model))
+    params = program.init().params
+    for path, index, expected in (
+        ("layers/1/experts/w_router", (0, 0, 0), "router of layer 1"),
+        ("layers_2/attention/w_q", (0, 0, 0, 0), "q of layer 2"),
+    ):
+        assert diagnose(program, planted(params, {path: (index, jnp.nan)}), batch, 0) == FORWARD + expected
 
 
 UP, GATE, DOWN = (f"layers/feedforward/w_{name}" for name in ("up", "gate", "down"))

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from llm_jax.data import tokenizer
 from llm_jax.data.loader import IGNORE, Batch
-from llm_jax.train.evaluate import Evaluation, evaluate, resampled, token_lengths
+from llm_jax.data.task import TaskConfig
+from llm_jax.train.evaluate import Evaluation, evaluate, resampled, target_lengths
+from llm_jax.train.step import Scored
 
 LENGTHS = np.array([1, 2, 3, 0])
 
@@ -23,19 +25,22 @@ documents = st.lists(
 Documents = Sequence[Sequence[tuple[float, int]]]
 
 
-def batch_of(scored: Sequence[tuple[int, float, int]], padding: int = 0) -> tuple[Batch, np.ndarray]:
-    """One row of (document, nats, token), and its scores; positions without a target score nonsense."""
+def batch_of(scored: Sequence[tuple[int, float, int]], padding: int = 0) -> tuple[Batch, Scored]:
+    """One row of (document, nats, token), and its scores; positions without a target score nonsense.
+
+    As if of four tokens: one of less than log 2 nats is the likeliest for certain.
+    """
     ignored = [(IGNORE, 99.0, IGNORE)] * padding
     of, nats, targets = (np.array([column]) for column in zip(*scored, *ignored, strict=True))
-    return Batch(targets, targets, documents=of), nats.astype(np.float32)
+    return Batch(targets, targets, documents=of), Scored(nats.astype(np.float32), nats < math.log(2))
 
 
-def evaluated(corpus: Documents, rows: int = 3, padding: int = 2) -> Evaluation:
+def evaluated(corpus: Documents, rows: int = 3, padding: int = 2, task: TaskConfig | None = None) -> Evaluation:
     """`corpus` scored over batches of `rows` tokens, so that documents are cut by batches."""
     tokens = [(n, nats, token) for n, document in enumerate(corpus) for nats, token in document]
     batches = [batch_of(tokens[i : i + rows], padding) for i in range(0, len(tokens), rows)]
-    scores = {id(batch): nats for batch, nats in batches}
-    return evaluate(lambda batch: scores[id(batch)], [batch for batch, _ in batches], LENGTHS)
+    scores = {id(batch): scored for batch, scored in batches}
+    return evaluate(lambda batch: scores[id(batch)], [batch for batch, _ in batches], LENGTHS, task)
 
 
 @settings(max_examples=25)
@@ -48,8 +53,23 @@ def test_means_are_over_all_tokens_and_bytes_however_batches_cut_the_documents(c
     assert result.bytes == size
     assert result.documents == len(corpus)
     np.testing.assert_allclose(result.loss, math.fsum(nats) / len(nats), rtol=1e-6)
-    np.testing.assert_allclose(result.bits_per_byte, math.fsum(nats) / math.log(2) / max(size, 1), rtol=1e-6)
+    if size:
+        np.testing.assert_allclose(result.bits_per_byte, math.fsum(nats) / math.log(2) / size, rtol=1e-6)
+    else:
+        assert result.bits_per_byte is result.bits_per_byte_interval is None
     np.testing.assert_allclose(result.perplexity, math.exp(result.loss))
+
+
+@settings(max_examples=25)
+@given(documents)
+def test_an_answer_is_right_if_each_of_its_tokens_is_the_likeliest(corpus: Documents):
+    assert evaluated(corpus).accuracy is None
+    result = evaluated(corpus, task=TaskConfig("translate"))
+    assert result.accuracy is not None
+    right = [all(nats < math.log(2) for nats, _ in document) for document in corpus]
+    np.testing.assert_allclose(result.accuracy, np.mean(right))
+    low, high = result.accuracy_interval or (1.0, 0.0)
+    assert 0 <= low <= result.accuracy <= high <= 1
 
 
 @settings(max_examples=25)
@@ -83,7 +103,7 @@ def test_the_interval_is_that_of_the_mean_of_documents():
     """For documents of equal length the bootstrap's spread is the standard error, s / sqrt(n)."""
     draw = np.random.default_rng(1)
     nats = draw.normal(3, 0.5, size=400)
-    sums = np.stack([nats, np.ones(400), np.ones(400)], axis=1)
+    sums = np.stack([nats, np.ones(400), np.ones(400), np.ones(400)], axis=1)
     spread = resampled(sums)[:, 0].std()
     np.testing.assert_allclose(spread, nats.std() / math.sqrt(400), rtol=0.1)  # 1000 draws: 2 % standard error
 
@@ -106,15 +126,16 @@ def test_a_long_document_counts_as_one_however_many_tokens_it_has():
 
 
 def test_nothing_to_score_is_an_error():
+    batch, scored = batch_of([], padding=1)
     with pytest.raises(ValueError, match="not one held-out token"):
-        evaluate(lambda batch: np.zeros((1, 1), np.float32), [batch_of([], padding=1)[0]], LENGTHS)
+        evaluate(lambda batch: scored, [batch], LENGTHS)
     with pytest.raises(ValueError, match="not one held-out token"):
-        evaluate(lambda batch: np.zeros((1, 1), np.float32), [], LENGTHS)
+        evaluate(lambda batch: scored, [], LENGTHS)
 
 
 def test_lengths_add_up_to_the_bytes_of_the_text_and_end_of_text_has_none():
     byte = tokenizer.build("byte", list)
-    lengths = token_lengths(byte)
+    lengths = target_lengths(byte)
     text = "naïve ☃"
     assert lengths[byte.encode(text)].sum() == len(text.encode())
     assert lengths[byte.end_of_text] == 0

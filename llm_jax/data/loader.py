@@ -14,10 +14,10 @@ from jaxtyping import Int64
 from llm_jax.data import packing
 from llm_jax.data.packing import Plan
 from llm_jax.data.shards import DataConfig, TokenStore
+from llm_jax.data.task import IGNORE, Task, resolve
 
 __all__ = ["IGNORE", "Batch", "DataConfig", "Loader", "heldout_rows"]
 
-IGNORE = -1  # the target of a position that counts for nothing
 PADDING = -1  # where in the stream a position stands that has no token
 LAST_STEP = np.iinfo(np.int64).max
 
@@ -33,6 +33,7 @@ class Batch:
     segments: which document of its row a token belongs to, from 1; 0 in the padding.
     positions: how far a token is from the start of its document in this row.
     documents: the document of each target in the store, -1 where there is none; for evaluation.
+    prefix: whether all of its document sees a token, where a task asks for that.
 
     A stream that is not told apart into documents has neither segments nor positions.
     """
@@ -42,6 +43,7 @@ class Batch:
     segments: Rows = None
     positions: Rows = None
     documents: Rows = None
+    prefix: Rows = None
 
 
 class Loader:
@@ -56,7 +58,7 @@ class Loader:
                 f"{store.n_tokens} tokens are too few for one row: seq_len={config.seq_len} needs "
                 f"{config.seq_len + 1} with the last target; use more text or a smaller seq_len"
             )
-        self._store, self._config = store, config
+        self._store, self._config, self._task = store, config, task_of(store, config)
         self._plan = _plan(store, config)
         self._share = _share(config, process, processes)
         self._order = functools.lru_cache(maxsize=2)(self._draw_order)
@@ -89,7 +91,7 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """The rows of this process at `step`, the same whenever and wherever it is asked for."""
-        batch = _batch(self._store, self._config, self._index(step))
+        batch = _batch(self._store, self._config, self._task, self._index(step))
         return dataclasses.replace(batch, documents=None)
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
@@ -128,14 +130,26 @@ def heldout_rows(store: TokenStore, config: DataConfig, *, process: int = 0, pro
 
     The batches have `documents`. The last one is filled up with empty rows.
     """
-    plan = _plan(store, config, partial=True)
+    plan, task = _plan(store, config, partial=True), task_of(store, config)
     share = _share(config, process, processes)
     # A packed plan has its longest pieces first; shuffled, and always alike, its first batches are a sample of it all.
     order = np.argsort(np.random.Philox(key=0).random_raw(plan.n_rows), kind="stable").tolist()
     for first in range(0, plan.n_rows, config.batch_size):
         rows = [order[first + place] for place in share if first + place < plan.n_rows]
         spans = [plan.spans(row) for row in rows] + [[]] * (len(share) - len(rows))
-        yield _batch(store, config, _index(config, spans))
+        yield _batch(store, config, task, _index(config, spans))
+
+
+def task_of(store: TokenStore, config: DataConfig) -> Task | None:
+    """What `config` asks of the documents of `store`, in its tokens. Raises `ValueError` for one that can't answer."""
+    if config.task is None:
+        return None
+    task = resolve(config.task, store.tokenizer)
+    wrong = task.misfit(store.read(0, store.n_tokens), store.offsets, config.seq_len)
+    if wrong is not None:
+        document, reason = wrong
+        raise ValueError(f"{store.origins([document])[0]} is no question with its answer: {reason}")
+    return task
 
 
 def _plan(store: TokenStore, config: DataConfig, *, partial: bool = False) -> Plan:
@@ -167,12 +181,13 @@ def _index(config: DataConfig, rows: Sequence[list[tuple[int, int]]]) -> Int64[n
     return index
 
 
-def _batch(store: TokenStore, config: DataConfig, index: Int64[np.ndarray, "B L"]) -> Batch:
+def _batch(store: TokenStore, config: DataConfig, task: Task | None, index: Int64[np.ndarray, "B L"]) -> Batch:
     """Inputs and targets, a token apart.
 
     With end-of-text tokens `index` is where the targets stand. Before a document then stands the end of another, and
     before the first one, as on a ring, that of the last: every document begins with end-of-text, and every one of its
     tokens is a target. Without them `index` is where the inputs stand, and a document's last token has no target.
+    Of these targets a task keeps those that it asks for.
     """
     filled, document = index != PADDING, store.documents_of(index)
     inputs = (index - 1) % store.n_tokens if config.end_of_text else index
@@ -189,8 +204,12 @@ def _batch(store: TokenStore, config: DataConfig, index: Int64[np.ndarray, "B L"
     place = np.broadcast_to(np.arange(config.seq_len), index.shape)
     first = np.diff(document, axis=1, prepend=-2) != 0
     start = np.maximum.accumulate(np.where(first, place, 0), axis=1)
-    return dataclasses.replace(
+    batch = dataclasses.replace(
         batch,
         segments=np.where(filled, np.cumsum(first, axis=1), 0).astype(np.int32),
         positions=(place - start).astype(np.int32),
     )
+    if task is None:
+        return batch
+    asked = task.asked(batch.tokens, batch.targets, batch.segments)
+    return dataclasses.replace(batch, targets=asked.targets, prefix=asked.prefix)

@@ -29,6 +29,7 @@ from jaxtyping import Int32, Int64
 from llm_jax.config import nearest
 from llm_jax.data import sources
 from llm_jax.data.sources import Document
+from llm_jax.data.task import TaskConfig
 from llm_jax.data.tokenizer import Tokenizer, build, encode_all, load
 
 FORMAT = 1
@@ -46,6 +47,7 @@ class DataConfig:
     seq_len: tokens in a row.
     batch_size: rows in a step, over all processes.
     epochs: how often a run may see each row; None for as often as its steps need.
+    task: what is asked of the documents, where it is more than their next token.
     """
 
     uri: str = sources.BUILTIN
@@ -59,6 +61,7 @@ class DataConfig:
     batch_size: int = 16
     epochs: float | None = None
     seed: int = 0
+    task: TaskConfig | None = None
 
     def __post_init__(self) -> None:
         _check_heldout(self.heldout, self.heldout_by)
@@ -68,6 +71,16 @@ class DataConfig:
                 raise ValueError(f"{name}={getattr(self, name)} leaves no tokens; use 1 or more")
         if self.epochs is not None and self.epochs <= 0:
             raise ValueError(f"epochs={self.epochs:g} allows no step; use a positive number, or none for no limit")
+        if self.task is not None and self.packing != "documents":
+            raise ValueError(
+                f"a task asks whole documents, and packing={self.packing} cuts them; use packing=documents"
+            )
+        if self.task is not None and self.task.kind == "translate" and not self.end_of_text:
+            raise ValueError("task.kind=translate must learn where an answer ends; set end_of_text=true")
+
+    def ask(self, prompt: str) -> str:
+        """`prompt` as a document would begin: as the question of a task, where there is one."""
+        return prompt if self.task is None else self.task.ask(prompt)
 
 
 @dataclass(frozen=True)
@@ -107,9 +120,14 @@ class TokenStore:
         self.n_documents, self.n_tokens, self.n_bytes = split.documents, split.tokens, split.bytes
         self.offsets = _map(folder / f"{name}_offsets.npy")
         self.document_bytes = _map(folder / f"{name}_bytes.npy")
-        self._origins = folder / f"{name}_origins.txt"
+        self._folder, self._origins = folder, folder / f"{name}_origins.txt"
         self._shards = [_map(folder / file) for file in _token_files(name, split)]
         self._starts = np.cumsum([0, *map(len, self._shards)])
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """What made the tokens."""
+        return load(self._folder / "tokenizer")
 
     def read(self, start: int, stop: int) -> Int32[np.ndarray, "n"]:
         """The tokens from `start` up to `stop`, or up to the end of the stream."""

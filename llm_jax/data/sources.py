@@ -1,6 +1,7 @@
 """Where text comes from: `documents(uri)` reads it one by one, `fingerprint(uri)` tells its content.
 
     builtin:python                      the standard library of the Python that runs: always there, offline
+    builtin:numbers  builtin:brackets   questions with their answers, made by `generated.py`
     tales.txt   src/**/*.rs   folder    text files: one, those of a pattern, all below a folder
     chats.jsonl   part.parquet          records with a `text` field
     hf://datasets/...   s3://...        any of these at an address that fsspec reads
@@ -26,6 +27,7 @@ import fsspec
 from fsspec.compression import compr
 from fsspec.implementations.local import LocalFileSystem
 
+from llm_jax.data.generated import GENERATED
 from llm_jax.data.tokenizer import END_OF_TEXT
 
 BUILTIN = "builtin:python"
@@ -67,6 +69,11 @@ def documents(uri: str, separator: str | None = None) -> Iterator[Document]:
     """
     if separator == "":
         raise ValueError(r"separator='' cuts nowhere; use $'\n\n' to cut at blank lines, or leave it out")
+    if uri in GENERATED:
+        if separator is not None:
+            raise ValueError(f"separator={separator!r} cuts text, and {uri} comes as documents; leave it out")
+        yield from (Document(text, f"{uri}#{number}") for number, text in enumerate(GENERATED[uri]()))
+        return
     empty = True
     for file in _files(uri):
         texts = (text for text in _texts(file, separator) if text)
@@ -80,6 +87,9 @@ def documents(uri: str, separator: str | None = None) -> Iterator[Document]:
 def fingerprint(uri: str) -> str:
     """Hex digest of the content of `uri`; of a remote file, of what its store tells (size, date)."""
     digest = hashlib.sha256()
+    if uri in GENERATED:
+        digest.update("\0".join(GENERATED[uri]()).encode())
+        return digest.hexdigest()
     for file in _files(uri):
         digest.update(file.name.encode() + b"\0")
         if isinstance(file.system, LocalFileSystem):
@@ -92,7 +102,7 @@ def fingerprint(uri: str) -> str:
 
 def holds_records(uri: str) -> bool:
     """Whether `uri` names records, such as JSON lines, which no separator cuts."""
-    return any(_suffix(file.path) in RECORDS for file in _files(uri))
+    return uri in GENERATED or any(_suffix(file.path) in RECORDS for file in _files(uri))
 
 
 def _files(uri: str) -> list[File]:
@@ -117,7 +127,8 @@ def _files_at(uri: str) -> list[File]:
     else:
         paths = [found for found in system.glob(path) if system.isfile(found)]
     if not paths:
-        raise ValueError(f"no data at {uri!r}; expected a file, a folder, a pattern, an address or {BUILTIN}")
+        known = ", ".join((BUILTIN, *GENERATED))
+        raise ValueError(f"no data at {uri!r}; expected a file, a folder, a pattern, an address or {known}")
     root = posixpath.commonpath([posixpath.dirname(path) for path in paths])
     return [File(system, path, posixpath.relpath(path, root)) for path in sorted(paths)]
 

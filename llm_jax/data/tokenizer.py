@@ -39,13 +39,17 @@ NO_BYTES = "\ufffd".encode()  # what an id that an encoding leaves out decodes t
 
 
 class Tokenizer(ABC):
-    """What every tokenizer can do. Ids are the positions of `table`, hence below `vocab_size`."""
+    """What every tokenizer can do. Ids are the positions of `table`, hence below `vocab_size`.
 
-    def __init__(self, name: str, table: Sequence[bytes], end_of_text: int) -> None:
+    A text is written behind `begin_of_text`; None: behind the end of another, as it stood in training.
+    """
+
+    def __init__(self, name: str, table: Sequence[bytes], end_of_text: int, begin_of_text: int | None = None) -> None:
         self.name = name
         self.table = table
         self.vocab_size = len(table)
         self.end_of_text = end_of_text
+        self.begin_of_text = end_of_text if begin_of_text is None else begin_of_text
 
     def encode(self, text: str, *, special: bool = False) -> np.ndarray:
         """The ids of `text`, int32 [n]. Only `special=True` reads `<|endoftext|>` as the special token."""
@@ -102,11 +106,13 @@ class BPETokenizer(Tokenizer):
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self._encoding = encoding
-        specials = {name.encode(): token for name, token in encoding._special_tokens.items()}
+        self.pattern, self.ranks = encoding._pat_str, encoding._mergeable_ranks
+        self.special_tokens = encoding._special_tokens
+        specials = {name.encode(): token for name, token in self.special_tokens.items()}
         table = [NO_BYTES] * encoding.n_vocab
-        for entry, token in [*encoding._mergeable_ranks.items(), *specials.items()]:
+        for entry, token in [*self.ranks.items(), *specials.items()]:
             table[token] = entry
-        super().__init__(encoding.name, table, encoding._special_tokens[END_OF_TEXT])
+        super().__init__(encoding.name, table, self.special_tokens[END_OF_TEXT])
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
         """The ids of any bytes, int32 [n]: UTF-8 as `encode` gives them, each other byte on its own."""
@@ -123,14 +129,10 @@ class BPETokenizer(Tokenizer):
         return np.concatenate(parts).astype(np.int32)
 
     def _description(self) -> dict[str, Any]:
-        return {
-            "kind": "bpe",
-            "pattern": self._encoding._pat_str,
-            "special_tokens": self._encoding._special_tokens,
-        }
+        return {"kind": "bpe", "pattern": self.pattern, "special_tokens": self.special_tokens}
 
     def _ranks(self) -> Mapping[bytes, int]:
-        return self._encoding._mergeable_ranks
+        return self.ranks
 
 
 class ByteTokenizer(Tokenizer):
@@ -227,6 +229,10 @@ def load(folder: str | Path) -> Tokenizer:
             return ByteTokenizer()
         case "char":
             return CharTokenizer(description["alphabet"])
+        case "imported":
+            from llm_jax.data.imported import load_imported  # it knows this file
+
+            return load_imported(folder, name, description)
         case _:
             pattern, specials = description["pattern"], description["special_tokens"]
             return _bpe(name, pattern, _from_lines(ranks), specials)

@@ -13,6 +13,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
 from llm_jax.config import override
+from llm_jax.data.task import Task, TaskConfig, resolve
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.model.cache import Cache, init_cache
 from llm_jax.model.config import ModelConfig
@@ -48,14 +49,15 @@ def next_token(
     state: Decoding,
     tokens: Int[Array, "B L"],
     lengths: Int[Array, " B"],
+    prefix: Bool[Array, "B L"] | None = None,
 ) -> tuple[Decoding, Int[Array, " B"]]:
-    """Reads the first `lengths` tokens of each row, and draws the one behind them.
+    """Reads the first `lengths` tokens of each row, of which all see the `prefix`, and draws the one behind them.
 
     Whole prompts, padded on the right, and single tokens take the same road. What padding writes to the cache
     lies behind the row's end, where nobody looks, and is overwritten as the row grows.
     """
     model = Transformer(config, stacked=False)
-    out = forward(model, params, tokens, lengths=lengths, cache=state.cache, logits=False)
+    out = forward(model, params, tokens, prefix=prefix, lengths=lengths, cache=state.cache, logits=False)
     assert out.cache is not None
     rows = jnp.arange(tokens.shape[0])
     read = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
@@ -77,25 +79,36 @@ def continuations(
     vocab_size: int,
     sampling: Sampling,
     max_tokens: int,
+    task: Task | None = None,
 ) -> Iterator[Int[np.ndarray, " B"]]:
     """Yields one new token a row, `max_tokens` times. Past `max_seq_len` a row's tokens mean nothing.
 
-    `params` are `unstack`ed; ids from `vocab_size` on are never drawn. A row depends on its prompt and key.
+    `params` are `unstack`ed; ids from `vocab_size` on are never drawn. A row depends on its prompt and key. The
+    question of a `task` is read as its prefix; what is written behind it sees all before it anyway.
     """
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    # Sizes come in few steps, so that other prompts seldom need another program.
-    width = _step_up(int(lengths.max()), config.max_seq_len)
-    size = _step_up(width + max_tokens, config.max_seq_len)
-    tokens = np.zeros((len(prompts), width), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
+    tokens, lengths = padded(prompts, config.max_seq_len)
+    size = _step_up(tokens.shape[1] + max_tokens, config.max_seq_len)
+    there = (np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.int32)
+    prefix = None if task is None else task.question(tokens, there)
     state, ones = begin_rows(config, size, vocab_size, keys), np.ones_like(lengths)
-    state, token = next_token(config, sampling, params, state, tokens, lengths)
+    state, token = next_token(config, sampling, params, state, tokens, lengths, prefix)
     for _ in range(max_tokens - 1):
         newest = token
         state, token = next_token(config, sampling, params, state, newest[:, None], ones)
         yield np.asarray(newest)  # read while the device is at the next one
     yield np.asarray(token)
+
+
+def padded(prompts: Sequence[Int[np.ndarray, " _"]], most: int) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, " B"]]:
+    """The prompts as rows, filled up on the right, and their lengths.
+
+    Widths come in few steps, `most` at most, so that other prompts seldom need another program.
+    """
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    tokens = np.zeros((len(prompts), _step_up(int(lengths.max()), most)), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return tokens, lengths
 
 
 def _step_up(length: int, most: int) -> int:
@@ -119,7 +132,7 @@ def prompt_ids(
 
     Raises `ValueError` for a prompt that has none, or that leaves no room in `max_seq_len`.
     """
-    start = [tokenizer.end_of_text] if begin else []
+    start = [tokenizer.begin_of_text] if begin else []
     ids = [np.array([*start, *tokenizer.encode(prompt)], np.int32) for prompt in prompts]
     if not all(map(len, ids)):
         raise ValueError("a prompt without tokens says nothing to go on from; give it some text, if only a line break")
@@ -143,18 +156,24 @@ def stream(
     stop: Sequence[str] = (),
     seed: int = 0,
     begin: bool = True,
+    task: TaskConfig | None = None,
 ) -> Iterator[Piece]:
     """What the model writes behind each prompt, in pieces: whole characters, each as soon as it is certain.
 
     A row ends with the end-of-text token, before the first `stop` text, after `max_tokens`, or where prompt
     and text fill `max_seq_len`. `begin` puts the end-of-text token before each prompt, as a document began in
-    training. A row depends on its prompt, its place among `prompts` and `seed`; at temperature 0, on its
-    prompt alone. Raises `ValueError` for a prompt that is empty or too long.
+    training. Prompts are the questions of a `task`, with its separator or without. A row depends on its prompt, its
+    place among `prompts` and `seed`; at temperature 0, on its prompt alone. Raises `ValueError` for a prompt that is
+    empty or too long, and for a classifier.
     """
+    if config.n_classes is not None:
+        raise ValueError("a classifier writes nothing; let it answer by infer/classify.py")
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens} writes nothing; use 1 or more")
     if "" in stop:
         raise ValueError("an empty stop text would end every text before it begins; leave it out")
+    asked = None if task is None else resolve(task, tokenizer)
+    prompts = prompts if task is None else [task.ask(prompt) for prompt in prompts]
     ids = prompt_ids(config, tokenizer, prompts, begin)
     rooms = [min(max_tokens, config.max_seq_len - len(tokens)) for tokens in ids]
     # What was chosen for rows of training length may decline a single query.
@@ -172,6 +191,7 @@ def stream(
             vocab_size=tokenizer.vocab_size,
             sampling=sampling,
             max_tokens=max(rooms[batch]),
+            task=asked,
         ):
             for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True), start=first):
                 if row.finish is None and ((text := row.add(token)) or row.finish):

@@ -110,6 +110,7 @@ class ModelConfig:
       embedding_scale: what token embeddings are multiplied by.
       logit_softcap: logits are squeezed into (-cap, cap) by tanh.
       tied: the output head is the embedding table.
+      n_classes: the head tells so many classes apart, with a table of its own, instead of the next token.
       init: a row of `model/init.py`; `mup` needs a free head.
       dtype: of the computation. Parameters and optimizer are float32 always.
       remat: what the backward pass computes again: `none`, `full` (all of a block), `dots` (all but matrix
@@ -141,6 +142,7 @@ class ModelConfig:
     logit_softcap: float | None = None
     dropout: float = 0.0
     tied: bool = True
+    n_classes: int | None = None
     init: Literal["gpt2", "scaled", "mup"] = "scaled"
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: str = "none"
@@ -156,7 +158,7 @@ class ModelConfig:
                 raise ValueError(f"model.{name}={value} must be positive")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout={self.dropout} must lie in [0, 1)")
-        if self.init == "mup" and self.tied:
+        if self.init == "mup" and self.head == "embedding":
             raise ValueError(
                 "model.init=mup shrinks the head with width, which the embedding can't; set model.tied=false"
             )
@@ -263,6 +265,22 @@ class ModelConfig:
         if index >= self.scanned:
             return f"layers_{index}", None
         return ("layers" if len(self.layers) == 1 else f"layers/{place}"), period
+
+    def layers_at(self, path: str) -> list[int]:
+        """The layers whose parameters stand at `path`, in the order of their leading N; none, outside of layers."""
+        return [layer for layer in range(self.n_layers) if path.startswith(f"{self.home(layer)[0]}/")]
+
+    def layers_with(self, tap: str) -> list[int]:
+        """The layers that have the activation `tap`; none, outside of layers."""
+        inside = TAPS[tap].startswith("layers/")
+        return [layer for layer in range(self.n_layers) if inside and self.layer(layer).has(tap)]
+
+    @property
+    def head(self) -> str:
+        """The parameter whose table makes the logits."""
+        if self.n_classes is not None:
+            return "classes"
+        return "embedding" if self.tied else "unembedding"
 
     @property
     def scores(self) -> Scores:

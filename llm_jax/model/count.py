@@ -19,7 +19,7 @@ COMPONENTS: tuple[tuple[str, str], ...] = (
     (r"/feedforward/", "feedforward"),
     (r"/experts/", "experts"),
     (r"_norm/", "norms"),
-    (r"^unembedding/", "unembedding"),
+    (r"^(unembedding|classes)/", "unembedding"),
 )
 # Whether a token is multiplied with a parameter.
 MATRICES: tuple[tuple[str, bool], ...] = ((r"/w_convolution$", False), (r"/w_\w+$", True), (r".", False))
@@ -57,7 +57,7 @@ def flops_per_token(c: ModelConfig, seq_len: int) -> int:
     leaves = trees.leaves(shapes(c)).items()
     matrices = sum(_met(c, path, leaf) for path, leaf in leaves if trees.first_match(MATRICES, path))
     keys = sum(_keys_in_view(c, c.layer(i), seq_len) for i in range(c.n_layers))
-    return int(6 * (matrices + c.vocab_size * c.d_model) + 12 * c.n_heads * c.H * keys)
+    return int(6 * (matrices + math.prod(shapes(c)[c.head]["table"].shape)) + 12 * c.n_heads * c.H * keys)
 
 
 def _met(c: ModelConfig, path: str, leaf: jax.ShapeDtypeStruct) -> int:

@@ -100,9 +100,8 @@ def homes(c: ModelConfig, name: str) -> list[tuple[str, list[int] | None]]:
     """
     if not TAPS[name].startswith("layers/"):
         return [(TAPS[name], None)]
-    having = [layer for layer in range(c.n_layers) if c.layer(layer).has(name)]
     homes: dict[str, list[int]] = {}
-    for row, layer in enumerate(having):
+    for row, layer in enumerate(c.layers_with(name)):
         homes.setdefault(TAPS[name].replace("layers", c.home(layer)[0], 1), []).append(row)
     return list(homes.items())
 

@@ -152,9 +152,14 @@ class Transformer(nn.Module):
 
         x, cache, use = self._layers(x, cache, context)
         x = tap(self, "final", x if c.residual == "post" else Norm(c, name="final_norm")(x))
-        head = table if c.tied else self.param("unembedding", table_of("unembed", c.vocab_size), c)["table"]
+        head = table
+        if c.head != "embedding":
+            head = self.param(c.head, table_of("unembed", c.n_classes or c.vocab_size), c)["table"]
+        letters = "BLV" if c.n_classes is None else "BLC"
         out = (
-            tap(self, "logits", constrain(unembed(x, head.astype(x.dtype), c.logit_softcap), "BLV")) if logits else None
+            tap(self, "logits", constrain(unembed(x, head.astype(x.dtype), c.logit_softcap), letters))
+            if logits
+            else None
         )
         return Output(x, out, None if cache is None else cache.advance(L if lengths is None else lengths), use)
 
@@ -199,7 +204,7 @@ def table_of(role: str, rows: int) -> Any:
 
 def head_table(config: ModelConfig, params: Any) -> Float[Array, "V D"]:
     """The table of the output head: the embedding's, where they are tied."""
-    return params["embedding" if config.tied else "unembedding"]["table"]
+    return params[config.head]["table"]
 
 
 def dropout(module: nn.Module, x: Array, context: Context) -> Array:

@@ -102,6 +102,7 @@ class Checkpoints:
         assert not self._read_only
         self.wait()
         items = {"params": state.params, "opt_state": state.opt_state}
+        items = {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}  # weights may come alone
         self._check_room(items, progress.step)
         self._saving = progress.step
         sums = {path: int(number) for path, number in jax.device_get(checksums(items)).items()}

@@ -18,14 +18,14 @@ from llm_jax.train.step import accumulated, cast, make_loss
 
 # In which order the backward pass comes to the parameters of a layer, and to those outside of all layers.
 BACKWARD = (
-    (r"^unembedding/", 0),
+    (r"^(unembedding|classes)/", 0),
     (r"^final_norm/", 1),
-    (r"/feedforward/._down$", 2),
-    (r"/feedforward/", 3),
-    (r"/feedforward_norm/", 4),
+    (r"/(feedforward|experts|shared)/._down$", 2),
+    (r"/(feedforward|experts)/", 3),
+    (r"/feedforward(_out)?_norm/", 4),
     (r"/attention/._o$", 5),
     (r"/attention/", 6),
-    (r"/attention_norm/", 7),
+    (r"/attention(_out)?_norm/", 7),
     (r"^(positions|embedding)/", 8),
 )
 
@@ -36,7 +36,7 @@ def diagnose(program: Program, params: PyTree, batch: Batch, step: int) -> str:
 
 
 def _in_forward_pass(program: Program, params: PyTree, batch: Batch) -> str | None:
-    rows = np.flatnonzero(~np.isfinite(program.score(params, batch)).all(axis=1))
+    rows = np.flatnonzero(~np.isfinite(program.score(params, batch).nll).all(axis=1))
     if not len(rows):
         return None
     # One bad row will do, a copy for each device: the activations of a whole batch need not fit in memory.
@@ -44,9 +44,12 @@ def _in_forward_pass(program: Program, params: PyTree, batch: Batch) -> str | No
     row = jax.tree.map(lambda x: np.repeat(x[rows[:1]], copies, axis=0), batch)
     with jax.set_mesh(program.mesh):
         bad = jax.device_get(_bad_activations(program.model, params, program.put(row)))
-    n = program.config.model.n_layers
+    c, n = program.config.model, program.config.model.n_layers
     places = [
-        (layer, order, name) for order, (name, path) in enumerate(TAPS.items()) for layer in _layers(path, bad[name], n)
+        (layer, order, name)
+        for order, name in enumerate(TAPS)
+        if name in bad
+        for layer in _layers(TAPS[name], bad[name], c.layers_with(name), n)
     ]
     if not places:
         return None
@@ -68,7 +71,7 @@ def _in_backward_pass(program: Program, params: PyTree, batch: Batch, step: int)
     places = [
         (-layer, trees.first_match(BACKWARD, path), path)
         for path, size in sizes.items()
-        for layer in _layers(path, np.asarray(~np.isfinite(size)), n)
+        for layer in _layers(path, np.asarray(~np.isfinite(size)), c.model.layers_at(path), n)
     ]
     if not places:
         path = max(sizes, key=lambda path: sizes[path].max())
@@ -81,7 +84,7 @@ def _in_backward_pass(program: Program, params: PyTree, batch: Batch, step: int)
 def _bad_activations(model: Transformer, params: PyTree, batch: Batch) -> dict[str, Bool[Array, "..."]]:
     """Whether any number of each named activation is not finite; [N] for those inside layers."""
     params = cast(params, model.config.dtype)
-    taps = capture(model, params, batch.tokens, segments=batch.segments, positions=batch.positions)
+    taps = capture(model, params, batch.tokens, segments=batch.segments, positions=batch.positions, prefix=batch.prefix)
     return {name: _by_layer(TAPS[name], ~jnp.isfinite(x), jnp.any) for name, x in taps.items()}
 
 
@@ -89,10 +92,10 @@ def _by_layer(path: str, x: Array, reduce: Callable[..., Array]) -> Array:
     return reduce(x, axis=tuple(range(path.startswith("layers/"), x.ndim)))
 
 
-def _layers(path: str, bad: Bool[np.ndarray, "..."], n_layers: int) -> Sequence[int]:
-    """The layers where what stands at `path` is bad; -1 is before the first of them, `n_layers` after the last."""
-    if path.startswith("layers/"):
-        return np.flatnonzero(bad).tolist()
+def _layers(path: str, bad: Bool[np.ndarray, "..."], layers: Sequence[int], n_layers: int) -> Sequence[int]:
+    """Those of `layers` where what stands at `path` is bad; -1 is before the first of them, `n_layers` after the last."""
+    if layers:
+        return [layers[row] for row in np.flatnonzero(bad)]
     return [-1 if path.startswith(("embed", "positions")) else n_layers] if bad else []
 
 

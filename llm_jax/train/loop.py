@@ -14,7 +14,7 @@ from rich.console import Console
 
 from llm_jax import log
 from llm_jax.config import to_dict
-from llm_jax.data.loader import Loader, heldout_rows
+from llm_jax.data.loader import Loader, heldout_rows, task_of
 from llm_jax.data.shards import Shards, cached, open_shards
 from llm_jax.hardware import reuse_freed_memory
 from llm_jax.infer.generate import generate, prompt_ids
@@ -23,7 +23,7 @@ from llm_jax.ops.sampling import Sampling
 from llm_jax.train import run
 from llm_jax.train.checkpoint import Checkpoints, Progress, Report
 from llm_jax.train.diagnose import diagnose
-from llm_jax.train.evaluate import Evaluation, evaluate, token_lengths
+from llm_jax.train.evaluate import Evaluation, evaluate, target_lengths
 from llm_jax.train.meter import Meter
 from llm_jax.train.optimizer import make_schedule
 from llm_jax.train.program import Program
@@ -31,6 +31,13 @@ from llm_jax.train.report import write_report
 from llm_jax.train.run import RunConfig
 from llm_jax.train.step import TrainState, cast
 from llm_jax.train.stop import stop_signals
+
+# How the numbers of an evaluation are said in a line.
+SAID = {
+    "heldout_loss": "held-out loss {:.4f}",
+    "bits_per_byte": "{:.4f} bits per byte",
+    "heldout_accuracy": "{:.2%} right",
+}
 
 
 class Diverged(ValueError):
@@ -144,10 +151,12 @@ class Session:
         """The program of `config` on `shards`. Raises `ValueError` for what can't work, before anything is computed."""
         if not shards.split("heldout").n_documents:
             raise ValueError(f"data.heldout={config.data.heldout} leaves nothing to evaluate on; set it above 0")
+        task_of(shards.split("heldout"), config.data)  # raises now, and not at the first evaluation
         loader = Loader(shards.split("train"), config.data)
         loader.check_horizon(config.steps)
         try:
-            prompt_ids(config.model, shards.tokenizer, config.prompts, config.data.end_of_text)
+            asked = [config.data.ask(prompt) for prompt in config.prompts]
+            prompt_ids(config.model, shards.tokenizer, asked, config.data.end_of_text)
         except ValueError as error:
             raise ValueError(f"prompts={config.prompts}: {error}; or set prompts= for no samples") from error
         return cls(config, folder, console, shards, Program.on(config), loader, Checkpoints(folder, config.keep))
@@ -239,9 +248,9 @@ class Session:
         step, end = progress.step, progress.step == c.steps
         if end or step % c.evaluate_every == 0:
             result = self.evaluate(state, c.evaluate_batches)
-            row |= {"heldout_loss": result.loss, "bits_per_byte": result.bits_per_byte}
+            row |= (numbers := result.numbers())
             progress = dataclasses.replace(progress, heldout_loss=result.loss)
-            rows.print(f"step {step:,}  held-out loss {result.loss:.4f}  {result.bits_per_byte:.4f} bits per byte")
+            rows.print("  ".join([f"step {step:,}", *(SAID[name].format(x) for name, x in numbers.items())]))
         if c.prompts and (end or step % c.sample_every == 0):
             row["samples"] = self.samples(state)
             rows.print("\n".join(f"  {sample['prompt']}{sample['text']}" for sample in row["samples"]))
@@ -258,25 +267,29 @@ class Session:
     def evaluate(self, state: TrainState, limit: int | None = None) -> Evaluation:
         """Scores the first `limit` held-out batches."""
         batches = itertools.islice(heldout_rows(self.shards.split("heldout"), self.config.data), limit)
-        return evaluate(functools.partial(self.program.score, state.params), batches, self._token_lengths)
+        score = functools.partial(self.program.score, state.params)
+        return evaluate(score, batches, self._target_lengths, self.config.data.task)
 
     @functools.cached_property
-    def _token_lengths(self) -> np.ndarray:
-        return token_lengths(self.shards.tokenizer)
+    def _target_lengths(self) -> np.ndarray:
+        return target_lengths(self.shards.tokenizer, self.config.data.task)
 
     def samples(self, state: TrainState, tokens: int = 80) -> list[dict[str, str]]:
         """What the model writes behind each of the config's prompts."""
         c = self.config
+        prompts = [c.data.ask(prompt) for prompt in c.prompts]
         texts = generate(
             c.model,
             cast(state.params, c.model.dtype),
             self.shards.tokenizer,
-            c.prompts,
-            sampling=Sampling(temperature=0.8, top_p=0.95),
+            prompts,
+            # There are many ways to go on with a text, and one right answer.
+            sampling=Sampling(temperature=0.8, top_p=0.95) if c.data.task is None else Sampling(temperature=0),
             max_tokens=tokens,
             begin=c.data.end_of_text,
+            task=c.data.task,
         )
-        return [{"prompt": prompt, "text": text} for prompt, text in zip(c.prompts, texts, strict=True)]
+        return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
 
     def _report(self) -> None:
         with contextlib.suppress(OSError):  # a page less is no reason to stop, nor to hide one

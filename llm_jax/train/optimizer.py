@@ -16,7 +16,7 @@ DECAYED: tuple[tuple[str, bool], ...] = (
     (r"(scale|bias|/log_rate)$", False),
     (r"/b_\w+$", False),
     (r"positions/table$", False),
-    (r"(embedding|unembedding)/table$", True),
+    (r"(embedding|unembedding|classes)/table$", True),
     (r"/w_\w+$", True),
 )
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import chex
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import PyTree
 
 from llm_jax.data.loader import Batch
 from llm_jax.model.transformer import Transformer
@@ -22,14 +21,14 @@ from llm_jax.train.balance import rebalance
 from llm_jax.train.optimizer import make_optimizer, make_schedule
 from llm_jax.train.run import RunConfig
 from llm_jax.train.step import (
-    LossConfig,
     Metrics,
+    Scored,
     TrainState,
     init_state,
     make_loss,
     make_train_step,
     microbatches,
-    token_losses,
+    score,
 )
 
 
@@ -78,10 +77,10 @@ class Program:
         with jax.set_mesh(self.mesh):
             return self._train_step(state, self.put(batch))
 
-    def score(self, params: PyTree, batch: Batch) -> Float[np.ndarray, "B L"]:
-        """Negative log-likelihood of every target of `batch`, in nats."""
+    def score(self, params: PyTree, batch: Batch) -> Scored:
+        """How well every target of `batch` is predicted; arrays of NumPy."""
         with jax.set_mesh(self.mesh):
-            return np.asarray(self._score(params, self.put(dataclasses.replace(batch, documents=None))))
+            return jax.device_get(self._score(params, self.put(dataclasses.replace(batch, documents=None))))
 
     def put(self, batch: Batch) -> Batch:
         """`batch`, this process's rows of it, as global arrays on the mesh."""
@@ -116,12 +115,10 @@ class Program:
     def _score(self) -> Any:
         c = self.config
 
-        def score(params: PyTree, batch: Batch) -> Float[Array, "B L"]:
-            def nll(part: Batch) -> Float[Array, "b L"]:
-                return token_losses(self.model, LossConfig(chunk=c.loss.chunk), params, part).nll
-
+        def scored(params: PyTree, batch: Batch) -> Scored:
             # In the microbatches of training: what fits there fits here.
-            parts = jax.lax.map(nll, microbatches(batch, c.accumulate))
-            return parts.swapaxes(0, 1).reshape(batch.targets.shape)
+            one = functools.partial(score, self.model, c.loss.chunk, params)
+            parts = jax.lax.map(one, microbatches(batch, c.accumulate))
+            return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch.targets.shape), parts)
 
-        return jax.jit(score)
+        return jax.jit(scored)

@@ -18,6 +18,7 @@ NUMBERS = (
     "loss",
     "heldout_loss",
     "bits_per_byte",
+    "heldout_accuracy",
     "learning_rate",
     "grad_norm",
     "tokens",
@@ -169,6 +170,7 @@ def _headline(numbers: Columns) -> str:
 def _facts(numbers: Columns) -> Iterator[tuple[str, str, str]]:
     """What came out of a run and what it took: name, value, note."""
     loss, heldout, bits = (numbers[name] for name in ("loss", "heldout_loss", "bits_per_byte"))
+    _, right = numbers["heldout_accuracy"]
     finite = {name: values[np.isfinite(values)] for name, (_, values) in numbers.items()}
     if len(loss[1]):
         yield "training loss", f"{smooth(*loss)[1][-1]:.4f}", "smoothed"
@@ -176,6 +178,8 @@ def _facts(numbers: Columns) -> Iterator[tuple[str, str, str]]:
         yield "held-out loss", f"{heldout[1][-1]:.4f}", _best(*heldout)
     if len(bits[1]):
         yield "bits per byte", f"{bits[1][-1]:.4f}", "held out"
+    if len(right):
+        yield "answers right", f"{right[-1]:.2%}", "held out"
     if len(tokens := finite["tokens"]):
         yield "tokens seen", log.quantity(tokens[-1]), f"{tokens[-1]:,.0f}"
     if len(rate := finite["tokens_per_second"]):

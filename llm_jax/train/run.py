@@ -95,6 +95,18 @@ class RunConfig:
             )
         if self.loss.chunk is not None and self.data.seq_len % self.loss.chunk:
             raise ValueError(f"loss.chunk={self.loss.chunk} does not divide data.seq_len={self.data.seq_len}")
+        self._check_task()
+
+    def _check_task(self) -> None:
+        task, n_classes = self.data.task, self.model.n_classes
+        answers = len(task.answers) if task is not None and task.kind == "classify" else None
+        if n_classes != answers:
+            way = f"set model.n_classes={'none' if answers is None else answers}"
+            if answers is None:
+                way += ", or data.task.kind=classify"
+            raise ValueError(f"model.n_classes={n_classes}, but the data has {answers or 'no'} classes; {way}")
+        if n_classes is not None and self.prompts:
+            raise ValueError(f"a classifier writes nothing, and prompts={self.prompts} ask it to; set prompts=")
 
 
 def load_recipe(name: str) -> RunConfig:
@@ -207,7 +219,12 @@ def data_identity(shards: Shards) -> dict[str, Any]:
 
 
 def shards_folder(folder: Path) -> Path:
-    """Where the token shards of the run in `folder` lay when it began."""
+    """Where the token shards of the run in `folder` lay when it began. Raises `ValueError` where it never had any."""
+    if not (folder / "data.json").exists():
+        raise ValueError(
+            f"{folder} was imported: it has weights, and neither data nor an optimizer of its own. Train on from it "
+            f"with init_from={folder}; evaluate it on text of yours: llm-jax evaluate {folder} --data URI"
+        )
     return Path(_read_json(folder / "data.json")["folder"])
 
 

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from llm_jax.data.loader import Batch
 from llm_jax.model.feedforward import Utilisation
 from llm_jax.model.transformer import Transformer, forward, head_table
-from llm_jax.ops.loss import IGNORE, chunked_cross_entropy, cross_entropy
+from llm_jax.ops.loss import IGNORE, chunked_cross_entropy, cross_entropy, likeliest
 from llm_jax.train.balance import LOAD, expert_sums, utilisation
 
 Metrics = dict[str, jax.Array]
@@ -59,10 +59,11 @@ def cast(params: PyTree, dtype: Any) -> PyTree:
 
 @struct.dataclass
 class TokenLosses:
-    """Loss and negative log-likelihood of every target, in nats, and how the experts were used on the way."""
+    """Loss and negative log-likelihood of every target, in nats, what the head read, and how the experts were used."""
 
     loss: Float[Array, "B L"]
     nll: Float[Array, "B L"]
+    hidden: Float[Array, "B L D"]
     use: Utilisation | None
 
 
@@ -76,15 +77,32 @@ def token_losses(model: Transformer, config: LossConfig, params: PyTree, batch: 
         batch.tokens,
         segments=batch.segments,
         positions=batch.positions,
+        prefix=batch.prefix,
         logits=config.chunk is None,
         **inputs,
     )
     if out.logits is not None:
-        return TokenLosses(*cross_entropy(out.logits, batch.targets, **terms), out.use)
+        return TokenLosses(*cross_entropy(out.logits, batch.targets, **terms), out.hidden, out.use)
     assert config.chunk is not None
     head, softcap = head_table(model.config, params), model.config.logit_softcap
     losses = chunked_cross_entropy(out.hidden, head, batch.targets, config.chunk, softcap, **terms)
-    return TokenLosses(*losses, out.use)
+    return TokenLosses(*losses, out.hidden, out.use)
+
+
+@struct.dataclass
+class Scored:
+    """Negative log-likelihood of every target, in nats, and whether it is the likeliest of all tokens, or classes."""
+
+    nll: Float[Array, "B L"]
+    likeliest: Bool[Array, "B L"]
+
+
+def score(model: Transformer, chunk: int | None, params: PyTree, batch: Batch) -> Scored:
+    """How well the model predicts the targets of a batch, `chunk` tokens of a row at once."""
+    out = token_losses(model, LossConfig(chunk=chunk), params, batch)
+    head = head_table(model.config, params).astype(out.hidden.dtype)
+    chosen = likeliest(out.hidden, head, chunk or batch.tokens.shape[1], model.config.logit_softcap)
+    return Scored(out.nll, chosen == batch.targets)
 
 
 def make_loss(model: Transformer, config: LossConfig) -> LossFn:
@@ -128,8 +146,9 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         (loss, sums), gradients = accumulated(loss_fn, state.params, batch, key, accumulate)
         load = sums.pop(LOAD, None)
-        tokens = jnp.maximum((batch.targets != IGNORE).sum(), 1)
-        loss, sums, gradients = jax.tree.map(lambda x: x / tokens.astype(x.dtype), (loss, sums, gradients))
+        targets = jnp.maximum((batch.targets != IGNORE).sum(), 1)
+        loss, sums, gradients = jax.tree.map(lambda x: x / targets.astype(x.dtype), (loss, sums, gradients))
+        tokens = targets if batch.segments is None else (batch.segments != 0).sum()  # what was read, asked or not
         norm = optax.tree.norm(gradients)
         rate = schedule(state.step)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)

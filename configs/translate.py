@@ -1,0 +1,23 @@
+"""A small Llama that translates German number words into English: einundzwanzig, twenty-one.
+
+    llm-jax train translate
+"""
+
+from llm_jax.data.loader import DataConfig
+from llm_jax.data.task import TaskConfig
+from llm_jax.model.config import ModelConfig
+from llm_jax.train.optimizer import OptimizerConfig
+from llm_jax.train.run import RunConfig
+
+config = RunConfig(
+    model=ModelConfig(vocab_size=32, d_model=96, n_layers=3, n_heads=4, max_seq_len=128, unroll=3),
+    data=DataConfig(
+        uri="builtin:numbers", tokenizer="char", task=TaskConfig("translate"), seq_len=128, batch_size=16
+    ),
+    optimizer=OptimizerConfig(
+        name="muon", learning_rate=5e-3, schedule="wsd", warmup_steps=40, decay_fraction=0.4, final_fraction=0.02
+    ),
+    steps=1000,
+    sample_every=500,
+    prompts=("siebzehn", "vierhundertzwölf", "neunundneunzigtausendneunhundertneunundneunzig"),
+)

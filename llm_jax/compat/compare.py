@@ -1,0 +1,283 @@
+"""One training in JAX and in PyTorch: the same weights, batches, AdamW and schedule; both curves on a page."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from llm_jax.compat.sides import NAMES, Side, Stretch, why_not_compiled
+from llm_jax.config import plain, to_dict
+from llm_jax.data.loader import Loader
+from llm_jax.log import visible, write_whole
+from llm_jax.train import loop, run
+from llm_jax.train.chart import GRAY, ORANGE, Series, line_chart
+from llm_jax.train.checkpoint import Report
+from llm_jax.train.optimizer import make_schedule
+from llm_jax.train.program import Program
+from llm_jax.train.report import PAGE, STYLE
+from llm_jax.train.run import RunConfig
+
+WARM_UP = 2  # steps that compile, and count nothing for the speed
+ROUNDS = 10
+WINDOW = 10  # steps in which the charts show the largest gap
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What became of a side.
+
+    Attributes:
+      loss, grad_norm: of every step.
+      tokens_per_second: of every round.
+      first_seconds: what the steps before took, with all that they compiled.
+      imports, peak: bytes that its process held after its imports, and at most.
+    """
+
+    loss: list[float]
+    grad_norm: list[float]
+    tokens_per_second: list[float]
+    first_seconds: float
+    imports: int
+    peak: int
+
+    @classmethod
+    def of(cls, parts: Sequence[Stretch], imports: int, tokens: int) -> "Trained":
+        """Of the stretches of a side, the first of which was its warm-up."""
+        return cls(
+            loss=[x for part in parts for x in part.loss],
+            grad_norm=[x for part in parts for x in part.grad_norm],
+            tokens_per_second=[len(part.loss) * tokens / part.seconds for part in parts[1:]],
+            first_seconds=parts[0].seconds,
+            imports=imports,
+            peak=parts[-1].peak,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Gap:
+    """How far a side of PyTorch is from ours.
+
+    Attributes:
+      loss, grad_norm: the largest distance, in nats and as a share of our norm; each with its step.
+      speed: ours, as a multiple of theirs: lowest, median and highest of the rounds.
+    """
+
+    loss: float
+    loss_step: int
+    grad_norm: float
+    grad_norm_step: int
+    speed: tuple[float, float, float]
+
+    @classmethod
+    def between(cls, ours: Trained, theirs: Trained) -> "Gap":
+        loss, norm = distances(ours, theirs, "loss"), distances(ours, theirs, "grad_norm")
+        ratios = np.divide(ours.tokens_per_second, theirs.tokens_per_second).tolist()
+        speed = min(ratios), statistics.median(ratios), max(ratios)
+        return cls(loss.max().item(), loss.argmax().item() + 1, norm.max().item(), norm.argmax().item() + 1, speed)
+
+
+def distances(ours: Trained, theirs: Trained, number: str) -> Float[np.ndarray, " steps"]:
+    """Between two curves at every step: of the loss in nats, of the gradient norm as a share of ours."""
+    here, there = np.array(getattr(ours, number)), np.array(getattr(theirs, number))
+    return np.abs(there - here) / (here if number == "grad_norm" else 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What compare.json holds. `sides`, `gaps` and `missing`, why a side is not there, go by the keys of `NAMES`."""
+
+    steps: int
+    tokens_per_step: int
+    sides: dict[str, Trained]
+    gaps: dict[str, Gap]
+    missing: dict[str, str]
+    config: dict[str, Any]
+    environment: dict[str, Any]
+
+
+def compare(config: RunConfig, steps: int, report: Report, *, compiled: bool = True, command: str = "") -> Comparison:
+    """Trains the first `steps` steps of `config` on each side. Raises `ValueError` for what can't be compared."""
+    check(config, steps)
+    shards = loop.open_data(config, report)
+    Loader(shards.split("train"), config.data).check_horizon(steps)
+    rates = np.asarray(make_schedule(config.optimizer, config.steps)(jnp.arange(steps)))
+    job = (config, shards.folder, jax.device_get(Program.on(config).init().params), rates)
+    why = why_not_compiled() if compiled else "left out by --no-compile"
+    missing = {"compiled": why} if why else {}
+    imports: dict[str, int] = {}
+    parts: dict[str, list[Stretch]] = {}
+    with contextlib.ExitStack() as stack:
+        sides = {name: stack.enter_context(Side(name)) for name in NAMES if name not in missing}
+        for name, side in list(sides.items()):
+            report(f"{NAMES[name]}: compiles, and takes {WARM_UP} steps")
+            try:
+                imports[name], parts[name] = side.begin(*job), [side.train(WARM_UP)]
+            except ValueError as error:
+                if name != "compiled":
+                    raise
+                missing[name] = str(error)  # the other two are worth their while
+                del sides[name]
+        for turn in np.array_split(np.arange(WARM_UP, steps), min(ROUNDS, steps - WARM_UP)):
+            for name, side in sides.items():
+                parts[name].append(side.train(len(turn)))
+            losses = ", ".join(f"{parts[name][-1].loss[-1]:.6f} {NAMES[name]}" for name in sides)
+            report(f"step {turn[-1] + 1:,} of {steps:,}: loss {losses}")
+    tokens = config.data.batch_size * config.data.seq_len
+    trained = {name: Trained.of(parts[name], imports[name], tokens) for name in sides}
+    return Comparison(
+        steps=steps,
+        tokens_per_step=tokens,
+        sides=trained,
+        gaps={name: Gap.between(trained["jax"], side) for name, side in trained.items() if name != "jax"},
+        missing=missing,
+        config=to_dict(config),
+        environment=run.environment(command) | {"torch": importlib.metadata.version("torch")},
+    )
+
+
+def check(config: RunConfig, steps: int) -> None:
+    """Raises `ValueError` for what two sides can't do alike."""
+    if importlib.util.find_spec("torch") is None:
+        raise ValueError("compare trains a twin in PyTorch, which is not installed: pip install 'llm-jax[torch]'")
+    if not WARM_UP < steps <= config.steps:
+        raise ValueError(f"--steps {steps} must lie between {WARM_UP + 1} and the run's own steps={config.steps}")
+    if config.model.dropout:
+        raise ValueError(
+            f"model.dropout={config.model.dropout}: no two libraries drop the same numbers; set model.dropout=0"
+        )
+    if config.optimizer.name != "adamw":
+        raise ValueError(
+            f"optimizer.name={config.optimizer.name} has no twin in PyTorch; set optimizer.name=adamw, and an "
+            "optimizer.learning_rate that suits it"
+        )
+    if config.init_from is not None:
+        raise ValueError(f"init_from={config.init_from}: both sides start from fresh weights; set init_from=none")
+    if jax.default_backend() != "cpu":
+        raise ValueError(
+            f"both sides are measured on CPU, but JAX runs on {jax.default_backend()}; set JAX_PLATFORMS=cpu before"
+        )
+
+
+def facts(c: Comparison) -> Iterator[tuple[str, dict[str, str]]]:
+    """The table of a comparison, row by row: what, and its value for each side."""
+    sides = c.sides.items()
+    yield "tokens a second", {name: f"{statistics.median(side.tokens_per_second):,.0f}" for name, side in sides}
+    speeds = {name: "{1:.2f} ({0:.2f} to {2:.2f})".format(*gap.speed) for name, gap in c.gaps.items()}
+    yield "llm_jax as a multiple of it", {"jax": "", **speeds}
+    yield "first steps, with compiling", {name: f"{side.first_seconds:.1f} s" for name, side in sides}
+    yield "peak memory", {name: f"{side.peak / 1e6:,.0f} MB" for name, side in sides}
+    yield "of which imports", {name: f"{side.imports / 1e6:,.0f} MB" for name, side in sides}
+    yield "loss of the last step", {name: f"{side.loss[-1]:.6f}" for name, side in sides}
+    gaps = {name: f"{gap.loss:.1e} nats at step {gap.loss_step:,}" for name, gap in c.gaps.items()}
+    yield "largest gap in loss", {"jax": "", **gaps}
+    gaps = {name: f"{gap.grad_norm:.1e} of it at step {gap.grad_norm_step:,}" for name, gap in c.gaps.items()}
+    yield "largest gap in gradient norm", {"jax": "", **gaps}
+
+
+def table(c: Comparison) -> str:
+    """The facts as text, a column a side."""
+    rows = [("", {name: NAMES[name] for name in c.sides}), *facts(c)]
+    lines = [what.ljust(30) + "".join(values[name].rjust(28) for name in c.sides) for what, values in rows]
+    return "\n".join([*lines, *(f"without {NAMES[name]}: {why}" for name, why in c.missing.items())])
+
+
+def write(c: Comparison, folder: Path, name: str) -> None:
+    """Writes compare.json and compare.html there, each all or nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "compare.json", json.dumps(dataclasses.asdict(c), indent=2) + "\n")
+    write_whole(folder / "compare.html", page(c, name))
+
+
+def page(c: Comparison, name: str) -> str:
+    """compare.html: the comparison on one page, with nothing to load and no script."""
+    command, commit, date = (escape(str(c.environment[key])) for key in ("command", "commit", "date"))
+    size = f"{c.steps:,} steps of {c.tokens_per_step:,} tokens"
+    config = "\n".join(f"{key}={plain(value)}" for key, value in _flat(c.config))
+    environment = "\n".join(f"{key:10} {plain(value)}" for key, value in c.environment.items())
+    return PAGE.format(
+        name=f"{escape(visible(name))} in JAX and in PyTorch",
+        style=STYLE + TABLE_STYLE,
+        summary=f"{size} · {date} · commit {commit}<br><code>{command}</code>",
+        headline=f"<dl>{''.join(_headline(c))}</dl>",
+        charts=f"""<figure class="desk">{_losses(c, 960, 360)}</figure>
+<figure class="phone">{_losses(c, 360, 280)}</figure>
+<div class="small">
+<figure>{_gaps(c, "loss", "Gap in loss", "nats")}</figure>
+<figure>{_gaps(c, "grad_norm", "Gap in gradient norm", "share of it")}</figure>
+</div>""",
+        samples=_table(c),
+        config=_fold("Configuration", config),
+        environment=_fold("Environment", environment),
+    )
+
+
+TABLE_STYLE = """
+table.sides { width: 100%; margin: 3rem 0 1rem; }
+.sides th, .sides td { padding: .4rem 1rem .4rem 0; border-bottom: 1px solid var(--line); text-align: right; }
+.sides th { font-size: .85rem; font-weight: 600; }
+.sides td:first-child { text-align: left; font-family: inherit; }
+"""
+
+
+def _headline(c: Comparison) -> Iterator[str]:
+    cell = "<div><dt>{}</dt><dd><b>{}</b><span>{}</span></dd></div>"
+    eager = c.gaps["eager"]
+    yield cell.format("largest gap in loss", f"{eager.loss:.1e}", f"nats, at step {eager.loss_step:,}")
+    yield cell.format("in gradient norm", f"{eager.grad_norm:.1e}", f"of it, at step {eager.grad_norm_step:,}")
+    for name, gap in c.gaps.items():
+        low, median, high = gap.speed
+        yield cell.format(f"speed against {NAMES[name]}", f"{median:.2f} ×", f"{low:.2f} to {high:.2f} by round")
+
+
+def _losses(c: Comparison, width: int, height: int) -> str:
+    """Our curve as a line, PyTorch's as dots: as two lines one would hide the other."""
+    ours, theirs = (np.array(c.sides[name].loss) for name in ("jax", "eager"))
+    steps, every = np.arange(1, c.steps + 1), -(-c.steps // 40)
+    dots = np.where(steps % every == 0, theirs, np.nan)
+    curves = [Series(NAMES["jax"], steps, ours), Series(NAMES["eager"], steps, dots, mark="points", color=ORANGE)]
+    label = "nats a token" + f"; of PyTorch every {every}th step" * (every > 1)
+    return line_chart(curves, title="Loss", x_label="step", y_label=label, width=width, height=height)
+
+
+def _gaps(c: Comparison, number: str, title: str, unit: str) -> str:
+    """How far PyTorch's curves are from ours, as the largest distance in a few steps: in many there is none at all."""
+    curves = []
+    for name, color in (("compiled", GRAY), ("eager", ORANGE)):
+        if name in c.sides:
+            distance = np.pad(distances(c.sides["jax"], c.sides[name], number), (WINDOW - 1, 0))
+            largest = np.lib.stride_tricks.sliding_window_view(distance, WINDOW).max(-1)
+            curves.append(Series(NAMES[name], np.arange(1, c.steps + 1), largest, color=color))
+    label = f"{unit}, largest of {WINDOW} steps, logarithmic"
+    return line_chart(curves, title=title, x_label="step", y_label=label, log_y=True, width=460, height=260)
+
+
+def _table(c: Comparison) -> str:
+    head = "".join(f"<th>{name}</th>" for name in ["", *(NAMES[name] for name in c.sides)])
+    cells = ((what, "".join(f"<td>{values[name]}</td>" for name in c.sides)) for what, values in facts(c))
+    rows = "".join(f"<tr><td>{what}</td>{values}</tr>" for what, values in cells)
+    notes = "".join(f'<p class="note">{NAMES[name]}: {escape(why)}.</p>' for name, why in c.missing.items())
+    return f'<table class="sides"><tr>{head}</tr>{rows}</table>{notes}'
+
+
+def _fold(title: str, text: str) -> str:
+    return f"<details><summary><b>{title}</b></summary><pre>{escape(visible(text))}</pre></details>"
+
+
+def _flat(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested mappings, by the names that the command line has for them."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{where}{key}.")
+        else:
+            yield where + key, value

@@ -1,0 +1,147 @@
+"""What a family of models is: a table of its tensors, what its config says, and both read in two directions."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from llm_jax.compat.layout import Layout
+from llm_jax.compat.lenses import Lens, Theirs, canonical
+from llm_jax.config import from_dict, nearest, to_dict
+from llm_jax.model.config import ModelConfig
+from llm_jax.sharding import LETTERS
+from llm_jax.tree import first_match
+
+Shapes = Mapping[str, tuple[int, ...]]  # of our parameters, by path
+Row = tuple[str, str, tuple[str, ...]]
+
+# What a config.json says beside what the model computes: ids of tokens, the rates of training, how to generate.
+SILENT = re.compile(
+    r"_.*|architectures|model_type|auto_map|transformers.*|unsloth.*|is_llama_config|(torch_)?dtype|.*_token_id|.*dropout"
+    r"|.*_pdrop|initializer_range|use_cache|cache_implementation|output_.*|return_dict.*|task_specific_params|summary_.*"
+    r"|id2label|label2id|problem_type|pretraining_tp|is_decoder|reorder_and_upcast_attn|n_ctx|router_(aux|jitter)_.*"
+    r"|hidden_act|original_max_position_embeddings"  # where no lens reads them: Gemma's of old, and what longrope needs
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One of their tensors; `homes` are the paths of our leaves in it, and where along the first axes of each."""
+
+    name: str
+    layout: Layout
+    homes: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A family of models.
+
+    Attributes:
+      name: what they call it, `model_type`.
+      architecture: the class of transformers that loads it.
+      models: those it is known for.
+      tensors: rows of name, layout and leaves.
+      lenses: what their config says.
+      fixed: fields of `ModelConfig` that are the same in all its models.
+    """
+
+    name: str
+    architecture: str
+    models: str
+    tensors: tuple[Row, ...]
+    lenses: tuple[Lens, ...]
+    fixed: Mapping[str, Any]
+
+    def read(self, theirs: Theirs) -> ModelConfig:
+        """The model of a config.json. Raises `ValueError` for what it says that we don't know, or can't do."""
+        keys = {key for lens in self.lenses for key in lens.keys}
+        strange = [
+            name
+            for name, value in theirs.items()
+            if name not in keys and not SILENT.fullmatch(name) and value not in (None, False)
+        ]
+        if strange:
+            said = ", ".join(f"{name}={theirs[name]}" for name in strange)
+            raise ValueError(
+                f"config.json says {said}, which no {self.name} of llm-jax can do; {nearest(strange[0], keys)} "
+                "If it does not change what the model computes, delete it there"
+            )
+        fields = dict(self.fixed)
+        for lens in self.lenses:
+            try:
+                fields |= lens.ours(theirs)
+            except KeyError as error:
+                raise ValueError(f"config.json of a {self.name} lacks {error}; download it again") from None
+        return from_dict(ModelConfig, _grouped(fields), "model.")
+
+    def write(self, c: ModelConfig) -> dict[str, Any]:
+        """The config.json of a model. `misfits` says where it falls short."""
+        c = canonical(c)
+        return {name: value for lens in self.lenses for name, value in lens.theirs(c).items()}
+
+    def misfits(self, c: ModelConfig, shapes: Shapes) -> list[str]:
+        """What keeps a model out of the family: where its config, written and read again, is another, and parameters
+        without a place.
+        """
+        try:
+            theirs = _flat(to_dict(canonical(self.read(self.write(c)))))
+        except ValueError as error:
+            return [str(error)]
+        ours = _flat(to_dict(canonical(c)))
+        fields = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+        placed = {path for tensor in self.tensors_of(c, shapes) for path, _ in tensor.homes}
+        return [
+            *(f"model.{name}={ours.get(name)} (there: {theirs.get(name)})" for name in fields),
+            *(f"the parameter {path}" for path in shapes if path not in placed),
+        ]
+
+    def tensors_of(self, c: ModelConfig, shapes: Shapes) -> Iterator[Tensor]:
+        """Every tensor of one model, whose parameters have these shapes."""
+        for row in self.tensors:
+            for i in range(c.n_layers) if "{i}" in row[0] else [None]:
+                yield from _tensors(row, i, *(("", None) if i is None else c.home(i)), shapes)
+
+
+def _tensors(row: Row, i: int | None, home: str, place: int | None, shapes: Shapes) -> Iterator[Tensor]:
+    """The tensors of a row in one layer, at `home` and its place there: one, one for each expert, or none."""
+    name, layout, leaves = row
+    paths = [f"{home}/{leaf}".lstrip("/") for leaf in leaves]
+    if not all(path in shapes for path in paths):
+        return
+    letters = [first_match(LETTERS, path).removeprefix("N" if place is None else "") for path in paths]
+    sizes = {
+        letter: size
+        for path, axes in zip(paths, letters, strict=True)
+        for letter, size in zip(axes, shapes[path], strict=True)
+    }
+    for e in range(sizes["E"]) if "{e}" in name else [None]:
+        index = tuple(each for each in (place, e) if each is not None)
+        ours = tuple(axes[len(index) :] for axes in letters)
+        yield Tensor(name.format(i=i, e=e), Layout(layout, ours, sizes), tuple((path, index) for path in paths))
+
+
+def table(text: str) -> tuple[Row, ...]:
+    """Rows of name, layout and leaves, as they are written below."""
+    words = (line.split() for line in text.strip().splitlines())
+    return tuple((name, layout, tuple(leaves)) for name, layout, *leaves in words)
+
+
+def _grouped(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"attention.window": 8}` as `{"attention": {"window": 8}}`."""
+    groups: dict[str, Any] = {}
+    for path, value in fields.items():
+        group, dot, name = path.partition(".")
+        if dot:
+            groups.setdefault(group, {})[name] = value
+        else:
+            groups[path] = value
+    return groups
+
+
+def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `_grouped`."""
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        flat |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, Mapping) else {name: value}
+    return flat

@@ -1,0 +1,246 @@
+"""Keys of config.json and the fields of `ModelConfig` that say the same, each pair a lens that looks both ways."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from llm_jax.model.config import ModelConfig
+from llm_jax.ops.experts import Experts
+from llm_jax.ops.position import Rotary
+
+Theirs = Mapping[str, Any]  # a config.json
+Fields = dict[str, Any]  # of `ModelConfig`, by path: `attention.window`
+
+REQUIRED = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Lens:
+    """`ours` reads these keys, `theirs` writes them, of a config that is `canonical`."""
+
+    keys: tuple[str, ...]
+    ours: Callable[[Theirs], Fields]
+    theirs: Callable[[ModelConfig], dict[str, Any]]
+
+
+def key(theirs: str, ours: str, default: Any = REQUIRED, values: Mapping[Any, Any] | None = None) -> Lens:
+    """A key and a field; `default` is what its absence means, `values` their words for ours where they differ."""
+    words = {word: name for name, word in reversed(list((values or {}).items()))}  # of several, the first
+
+    def read(config: Theirs) -> Fields:
+        value = config[theirs] if default is REQUIRED else config.get(theirs, default)
+        return {ours: value if values is None else known(theirs, values, value)}
+
+    def write(c: ModelConfig) -> dict[str, Any]:
+        value = functools.reduce(lambda group, name: getattr(group, name, default), ours.split("."), c)
+        return {theirs: value if values is None else words.get(value, next(iter(values)))}
+
+    return Lens((theirs,), read, write)
+
+
+# ---- which layers see how much
+
+KINDS = {"full_attention": "global", "sliding_attention": "local"}
+
+
+def pattern(kinds: Sequence[str], window: int | None) -> Fields:
+    """The fields of layers of these kinds; `window` is that of those that have one."""
+    return {"layers": period(kinds), "attention.window": window if any("local" in kind for kind in kinds) else None}
+
+
+def period(kinds: Sequence[str]) -> tuple[str, ...]:
+    """The shortest beginning of `kinds` that makes all of them, repeated."""
+    sizes = range(1, len(kinds) + 1)
+    size = next(n for n in sizes if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
+    return tuple(kinds[:size])
+
+
+def kinds_of(c: ModelConfig) -> list[str]:
+    """The kind of every layer."""
+    return [c.layers[i % len(c.layers)] for i in range(c.n_layers)]
+
+
+def window(default: int | None, feedforward: str = "") -> Lens:
+    """`sliding_window`, where all layers have it or none."""
+
+    def read(config: Theirs) -> Fields:
+        size = config.get("sliding_window", default)
+        return pattern([("global" if size is None else "local") + feedforward], size)
+
+    return Lens(("sliding_window",), read, lambda c: {"sliding_window": c.attention.window})
+
+
+def layer_types(guess: Callable[[Theirs, int], bool], keys: tuple[str, ...], use: bool = False) -> Lens:
+    """`layer_types`; where they are not given, `guess` says from `keys` whether the i-th layer has a window.
+
+    `use`: the family has a switch `use_sliding_window`.
+    """
+
+    def read(config: Theirs) -> Fields:
+        types = config.get("layer_types")
+        if types is None:
+            layers = range(config["num_hidden_layers"])
+            types = ["sliding_attention" if guess(config, i) else "full_attention" for i in layers]
+        return pattern([known("layer_types", KINDS, name) for name in types], config.get("sliding_window", 4096))
+
+    def write(c: ModelConfig) -> dict[str, Any]:
+        local = ["local" in kind for kind in kinds_of(c)]
+        types = ["sliding_attention" if near else "full_attention" for near in local]
+        switch = {"use_sliding_window": any(local)} if use else {}
+        return {"layer_types": types, "sliding_window": c.attention.window, **switch}
+
+    return Lens(("layer_types", "sliding_window", *keys), read, write)
+
+
+def no_rope_layers() -> Lens:
+    """SmolLM3: where `no_rope_layers` says 0 (every fourth layer) there are no positions, but maybe a window."""
+
+    def read(config: Theirs) -> Fields:
+        every, layers = config.get("no_rope_layer_interval", 4), range(config["num_hidden_layers"])
+        turned = config.get("no_rope_layers") or [(i + 1) % every for i in layers]
+        sliding = config.get("sliding_window") if config.get("use_sliding_window") else None
+        types = config.get("layer_types")
+        if types is None:
+            types = ["full_attention" if turns or sliding is None else "sliding_attention" for turns in turned]
+        kinds = [known("layer_types", KINDS, name) for name in types]
+        if any(kind == "local" and not turns for kind, turns in zip(kinds, turned, strict=True)):
+            raise ValueError(
+                "config.json has layers with a window and without positions (no_rope_layers has a 0 where layer_types "
+                "has sliding_attention), a kind that llm-jax lacks; known: global, local, nope"
+            )
+        return pattern([kind if turns else "nope" for kind, turns in zip(kinds, turned, strict=True)], sliding)
+
+    def write(c: ModelConfig) -> dict[str, Any]:
+        kinds = kinds_of(c)
+        return {
+            "no_rope_layers": [int(kind != "nope") for kind in kinds],
+            "layer_types": ["sliding_attention" if kind == "local" else "full_attention" for kind in kinds],
+            "use_sliding_window": "local" in kinds,
+            "sliding_window": c.attention.window,
+        }
+
+    keys = ("no_rope_layers", "no_rope_layer_interval", "layer_types", "use_sliding_window", "sliding_window")
+    return Lens(keys, read, write)
+
+
+# ---- where tokens stand
+
+# Their name of a scaling -> ours, and of what it needs beside theta.
+SCALINGS: dict[str, tuple[str, dict[str, str]]] = {
+    "default": ("none", {}),
+    "linear": ("linear", {"factor": "factor"}),
+    "llama3": (
+        "llama3",
+        {
+            "factor": "factor",
+            "original_max_position_embeddings": "original_len",
+            "low_freq_factor": "low_turns",
+            "high_freq_factor": "high_turns",
+        },
+    ),
+    "yarn": (
+        "yarn",
+        {
+            "factor": "factor",
+            "original_max_position_embeddings": "original_len",
+            "beta_slow": "low_turns",
+            "beta_fast": "high_turns",
+            "attention_factor": "amplitude",
+        },
+    ),
+}
+
+
+def rope(theta: float = 1e4, fraction: float | None = None, old: tuple[str, str] = ("rope_theta", "")) -> Lens:
+    """`rope_parameters`, or the `rope_theta` and `rope_scaling` of before; `fraction` where the family has one.
+
+    `old` are the names of theta and of the fraction outside of `rope_parameters`.
+    """
+
+    def read(config: Theirs) -> Fields:
+        outside = {"rope_theta": config.get(old[0], theta)}
+        if fraction is not None:
+            outside["partial_rotary_factor"] = config.get(old[1], fraction)
+        parameters = outside | (config.get("rope_parameters") or config.get("rope_scaling") or {})
+        return _rotary(parameters, config, fraction is not None)
+
+    def write(c: ModelConfig) -> dict[str, Any]:
+        part = {} if fraction is None else {"partial_rotary_factor": c.rotary.fraction}
+        return {"rope_parameters": _parameters(c.rotary) | part}
+
+    return Lens(("rope_parameters", "rope_scaling", *filter(None, old)), read, write)
+
+
+def rope_by_type() -> Lens:
+    """Gemma 3: local layers have a theta of their own, and are not scaled."""
+
+    def read(config: Theirs) -> Fields:
+        given = config.get("rope_parameters") or {"full_attention": config.get("rope_scaling")}
+        full = {"rope_theta": config.get("rope_theta", 1e6)} | (given.get("full_attention") or {})
+        local = {"rope_theta": config.get("rope_local_base_freq", 1e4)} | (given.get("sliding_attention") or {})
+        if local.get("rope_type", "default") != "default":
+            raise ValueError(
+                f"config.json scales the positions of sliding_attention by {local['rope_type']}; known: default"
+            )
+        return _rotary(full, config) | {"rotary.local_theta": local["rope_theta"]}
+
+    def write(c: ModelConfig) -> dict[str, Any]:
+        local = {"rope_type": "default", "rope_theta": c.rotary.local.theta}
+        return {"rope_parameters": {"full_attention": _parameters(c.rotary), "sliding_attention": local}}
+
+    return Lens(("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq"), read, write)
+
+
+def _rotary(parameters: Theirs, config: Theirs, partial: bool = False) -> Fields:
+    name = parameters.get("rope_type", parameters.get("type", "default"))
+    scaling, fields = known("rope_type", SCALINGS, name)
+    given = {key: value for key, value in parameters.items() if value is not None}
+    if "original_max_position_embeddings" in fields:  # where a config does not say, it means all there are
+        given.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+    names = {"rope_theta": "theta", **fields} | ({"partial_rotary_factor": "fraction"} if partial else {})
+    strange = given.keys() - names.keys() - {"rope_type", "type"}
+    if strange:
+        raise ValueError(f"rope_type={name} comes with {', '.join(sorted(strange))}; known: {', '.join(names)}")
+    return {"rotary.scaling": scaling} | {f"rotary.{names[key]}": given[key] for key in given if key in names}
+
+
+def _parameters(rotary: Rotary) -> dict[str, Any]:
+    name, fields = next(
+        ((name, fields) for name, (ours, fields) in SCALINGS.items() if ours == rotary.scaling), ("default", {})
+    )
+    values = {theirs: getattr(rotary, ours) for theirs, ours in fields.items()}
+    return {"rope_type": name, "rope_theta": rotary.theta} | {k: v for k, v in values.items() if v is not None}
+
+
+def known(name: str, names: Mapping[Any, Any], value: Any) -> Any:
+    """`names[value]`. Raises `ValueError` for a value that is not there."""
+    if value not in names:
+        raise ValueError(f"config.json has {name}={value}, which llm-jax can't do; known: {', '.join(map(str, names))}")
+    return names[value]
+
+
+def canonical(c: ModelConfig) -> ModelConfig:
+    """The same function said in one way: nothing left to follow from another field, and nothing about training."""
+    experts, d_ff = c.experts, c.F
+    if experts is not None:
+        experts = Experts(experts.number, experts.active, experts.d_ff or c.F, experts.shared, experts.renormalise)
+        d_ff = experts.d_ff if all(layer.moe for layer in c.period) else d_ff
+    rotary = Rotary() if c.positions != "rotary" else c.rotary
+    if rotary.scaling == "none" and rotary.local_theta == rotary.theta:
+        rotary = dataclasses.replace(rotary, local_theta=None)
+    return dataclasses.replace(
+        c,
+        n_kv_heads=c.K,
+        head_dim=c.H,
+        d_ff=d_ff,
+        layers=period(kinds_of(c)),
+        rotary=rotary,
+        attention=dataclasses.replace(c.attention, scale=c.scores.factor(c.H), convolution=4, implementation=None),
+        experts=experts,
+        dropout=0.0,
+        init="scaled",
+        dtype="float32",
+        remat="none",
+        unroll=1,
+    )

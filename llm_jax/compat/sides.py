@@ -1,0 +1,155 @@
+"""The sides of a comparison: ways to take the same train step, each in a process of its own.
+
+In one process they would share a heap and slow each other. Told to take their steps in turn, they are slowed alike by
+whatever else the machine does, so that ratios within a round can be trusted.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, SupportsFloat
+
+import jax
+from jaxtyping import PyTree
+
+from llm_jax.data.loader import Batch, Loader
+from llm_jax.data.shards import open_shards
+from llm_jax.hardware import reuse_freed_memory
+from llm_jax.train import loop
+from llm_jax.train.program import Program
+from llm_jax.train.run import RunConfig
+
+Step = Callable[[Batch], tuple[SupportsFloat, SupportsFloat]]  # loss and gradient norm, perhaps still being computed
+NAMES = {"jax": "llm_jax", "eager": "PyTorch", "compiled": "PyTorch, compiled"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """Some steps of a side: loss and gradient norm of each, the seconds they took, the memory until then in bytes."""
+
+    loss: list[float]
+    grad_norm: list[float]
+    seconds: float
+    peak: int
+
+
+class Side:
+    """A way to train, in a process that takes steps when it is told to and ends with this one, however that ends."""
+
+    def __init__(self, name: str) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self.name, (self._pipe, there) = name, spawn.Pipe()
+        self._process = spawn.Process(target=_serve, args=(name, there), daemon=True)
+        was = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the process inherits: Ctrl-C is for us to handle
+        try:
+            self._process.start()
+        finally:
+            signal.signal(signal.SIGINT, was)
+        there.close()
+
+    def __enter__(self) -> "Side":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.join(10)
+        self._process.kill()  # where a compiler would not be interrupted
+        self._process.join()
+
+    def begin(self, config: RunConfig, shards: Path, params: PyTree, rates: Iterable[float]) -> int:
+        """Builds the model from `params`; returns the bytes that the process held before."""
+        return self._ask((config, shards, params, rates))
+
+    def train(self, steps: int) -> Stretch:
+        """The next steps. Raises `ValueError` where the process fails."""
+        return self._ask(steps)
+
+    def _ask(self, what: Any) -> Any:
+        try:
+            self._pipe.send(what)
+            return self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            status = self._process.exitcode
+            how = "was killed, perhaps for want of memory" if status == -signal.SIGKILL else "failed, as told above"
+            raise ValueError(f"the process of {NAMES[self.name]} {how} (status {status})") from None
+
+
+def _serve(name: str, pipe: Connection) -> None:
+    """The life of a side's process: a job, then steps on demand, until it is told to end or the other end is gone."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # in order, with what libraries have to give back
+    if name == "jax":
+        loop.own_process()
+    else:
+        reuse_freed_memory()
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # processes that compile might outlive this one
+        importlib.import_module("llm_jax.compat.torch_step")
+    imports = peak_memory()
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        config, shards, params, rates = pipe.recv()
+        step = STEPS[name](config, params, rates)
+        batches = Loader(open_shards(shards).split("train"), config.data).batches()
+        pipe.send(imports)
+        while True:
+            pipe.send(_stretch(step, batches, pipe.recv()))
+
+
+def _stretch(step: Step, batches: Iterator[Batch], steps: int) -> Stretch:
+    start = time.perf_counter()
+    taken = [step(next(batches)) for _ in range(steps)]
+    loss, grad_norm = ([float(pair[i]) for pair in taken] for i in (0, 1))  # waits for the last
+    return Stretch(loss, grad_norm, time.perf_counter() - start, peak_memory())
+
+
+def jax_step(config: RunConfig, params: PyTree, rates: Iterable[float]) -> Step:
+    """What `llm-jax train` does; it makes its rates of the config itself."""
+    program = Program.on(config)
+    state = program.init()
+    placed = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), params, state.params)
+    state = dataclasses.replace(state, params=placed)
+
+    def step(batch: Batch) -> tuple[SupportsFloat, SupportsFloat]:
+        nonlocal state
+        state, metrics = program.train_step(state, batch)
+        return metrics["loss"], metrics["grad_norm"]
+
+    return step
+
+
+def torch_step(config: RunConfig, params: PyTree, rates: Iterable[float], *, compiled: bool = False) -> Step:
+    """The same on the twin."""
+    from llm_jax.compat.torch_step import TorchStep
+
+    return TorchStep(config, params, rates, compiled=compiled)
+
+
+STEPS: dict[str, Callable[[RunConfig, PyTree, Iterable[float]], Step]] = {
+    "jax": jax_step,
+    "eager": torch_step,
+    "compiled": lambda *job: torch_step(*job, compiled=True),
+}
+
+
+def why_not_compiled() -> str | None:
+    """The reason why `torch.compile` can't run here; None where it can."""
+    if any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        return None
+    return "torch.compile needs a C++ compiler, and there is no g++ here"
+
+
+def peak_memory() -> int:
+    """The largest resident set of this process until now, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the parent held when it started us
+        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line[:6] == "VmHWM:")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

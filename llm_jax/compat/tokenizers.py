@@ -1,0 +1,100 @@
+"""Our tokenizers as tokenizer.json, which the library `tokenizers` and transformers read."""
+
+import itertools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from llm_jax.data.imported import BYTE_LETTERS, ImportedTokenizer
+from llm_jax.data.tokenizer import END_OF_TEXT, BPETokenizer, ByteTokenizer, Tokenizer
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+
+
+def files_of(tokenizer: Tokenizer, max_len: int) -> Mapping[str, bytes]:
+    """Tokenizer files by name: those that an imported one came with, or tokenizer.json and its config."""
+    if isinstance(tokenizer, ImportedTokenizer):
+        return tokenizer.files
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "model_max_length": max_len,
+        "clean_up_tokenization_spaces": False,
+    }
+    return {"tokenizer.json": _json(describe(tokenizer)), "tokenizer_config.json": _json(config)}
+
+
+def describe(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The tokenizer.json of one of ours: each is a byte-pair encoding, that of bytes or characters one without merges.
+
+    Characters that a `char` tokenizer does not know, for which it raises, theirs passes over.
+    """
+    merges: list[tuple[str, str]] = []
+    pre: dict[str, Any] | None = BYTE_LEVEL
+    decoder: dict[str, Any] = BYTE_LEVEL
+    specials = {END_OF_TEXT: tokenizer.end_of_text}
+    if isinstance(tokenizer, BPETokenizer):
+        specials = tokenizer.special_tokens
+        merges = [(spell(left), spell(right)) for left, right in merges_of(tokenizer.ranks)]
+        vocab = {spell(entry): rank for entry, rank in tokenizer.ranks.items()}
+        split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
+        pre = {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL]}
+    elif isinstance(tokenizer, ByteTokenizer):
+        vocab = {spell(entry): token for token, entry in enumerate(tokenizer.table[:-1])}
+    else:
+        vocab = {entry.decode(): token for token, entry in enumerate(tokenizer.table[:-1])}
+        pre, decoder = None, {"type": "Fuse"}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [_special(text, token) for text, token in sorted(specials.items(), key=lambda item: item[1])],
+        "normalizer": None,
+        "pre_tokenizer": pre,
+        "post_processor": None,
+        "decoder": decoder,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,
+            "vocab": vocab,
+            "merges": merges,
+        },
+    }
+
+
+def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The pairs that a byte-pair encoding merges, in order: what each entry was just before it became one."""
+    merges = []
+    for entry, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(entry) > 1:
+            parts = [entry[i : i + 1] for i in range(len(entry))]
+            while len(parts) > 2:
+                pairs = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
+                first = pairs.index(min(pairs))
+                if pairs[first] >= rank:
+                    break
+                parts[first : first + 2] = [parts[first] + parts[first + 1]]
+            if len(parts) == 2:
+                merges.append((parts[0], parts[1]))
+    return merges
+
+
+def spell(entry: bytes) -> str:
+    """Bytes in the letters that byte-level encodings write them in."""
+    return "".join(BYTE_LETTERS[byte] for byte in entry)
+
+
+def _special(text: str, token: int) -> dict[str, Any]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {"id": token, "content": text, **flags}
+
+
+def _json(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()

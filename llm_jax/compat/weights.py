@@ -1,0 +1,113 @@
+"""Parameters out of a family's tensors, and back.
+
+Read leaf by leaf and written tensor by tensor: neither way takes much more memory than the parameters themselves.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from llm_jax import tree as trees
+from llm_jax.compat import safetensors
+from llm_jax.compat.family import Family, Shapes, Tensor
+from llm_jax.compat.safetensors import Stored
+from llm_jax.model.config import ModelConfig
+from llm_jax.model.transformer import Transformer
+
+# Files of old carry buffers, which follow from the config.
+BUFFERS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)(attn|attention)\.(masked_)?bias$")
+
+
+def load(folder: Path, family: Family, config: ModelConfig) -> PyTree:
+    """The parameters of the model in `folder`, float32.
+
+    Raises `ValueError` with the names of tensors that are missing, have no place, or have another shape, before it
+    reads any.
+    """
+    abstract = abstract_params(config)
+    tensors = list(family.tensors_of(config, shapes_of(abstract)))
+    stored = matched(family, config, tensors, safetensors.open_folder(folder))
+    holders: dict[str, list[tuple[Tensor, int, tuple[int, ...]]]] = {}
+    for tensor in tensors:
+        for part, (path, place) in enumerate(tensor.homes):
+            holders.setdefault(path, []).append((tensor, part, place))
+
+    def leaf(path: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        x = _empty(shape.shape)
+        for tensor, part, place in holders[path]:
+            x[place] = tensor.layout.split(stored[tensor.name].read())[part]
+        return jax.device_put(x)
+
+    return trees.map_with_path(leaf, abstract)
+
+
+def _empty(shape: tuple[int, ...]) -> np.ndarray:
+    """Room for float32 numbers that begins at a multiple of 64 bytes: such an array JAX takes over on CPU, uncopied."""
+    room = np.empty(4 * math.prod(shape) + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + 4 * math.prod(shape)].view(np.float32).reshape(shape)
+
+
+def save(path: Path, family: Family, config: ModelConfig, params: PyTree, dtype: str) -> None:
+    """Writes the parameters as the family's tensors, one behind the other."""
+    leaves = {name: np.asarray(leaf) for name, leaf in trees.leaves(params).items()}
+    tensors = {tensor.name: tensor for tensor in family.tensors_of(config, shapes_of(params))}
+
+    def read(name: str) -> np.ndarray:
+        return tensors[name].layout.join([leaves[path][place] for path, place in tensors[name].homes])
+
+    safetensors.write_file(path, {name: tensor.layout.shape for name, tensor in tensors.items()}, dtype, read)
+
+
+def abstract_params(config: ModelConfig) -> PyTree:
+    """The parameters of a model, shapes only."""
+    return jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def shapes_of(params: PyTree) -> Shapes:
+    """The shape of every leaf, by path."""
+    return {path: leaf.shape for path, leaf in trees.leaves(params).items()}
+
+
+def matched(
+    family: Family, config: ModelConfig, tensors: Sequence[Tensor], stored: Mapping[str, Stored]
+) -> dict[str, Stored]:
+    """What is stored, by the names of `tensors`. Raises `ValueError` unless it is just those, in their shapes."""
+    embedding = tensors[0].name
+    prefix = embedding.partition(".")[0] + "."
+    if not any(name.startswith(prefix) for name in stored):  # saved without its head, as GPT-2 was
+        stored = {prefix + name: tensor for name, tensor in stored.items()}
+    found = {name: tensor for name, tensor in stored.items() if not BUFFERS.search(name)}
+    head = next(name for name, _, leaves in family.tensors if leaves == ("unembedding/table",))
+    copy = found.pop(head, None) if config.tied else None
+    if copy is not None and embedding in found and not np.array_equal(copy.read(), found[embedding].read()):
+        raise ValueError(
+            f"config.json ties {head} to {embedding}, but they differ; set tie_word_embeddings to false there"
+        )
+    wanted = {tensor.name: tensor.layout.shape for tensor in tensors}
+    problems = {
+        "missing": [name for name in wanted if name not in found],
+        "without a place": [name for name in found if name not in wanted],
+        "of another shape": [
+            f"{name} {list(found[name].shape)} instead of {list(shape)}"
+            for name, shape in wanted.items()
+            if name in found and found[name].shape != shape
+        ],
+    }
+    if any(problems.values()):
+        said = "; ".join(f"{what}: {_first(names)}" for what, names in problems.items() if names)
+        raise ValueError(
+            f"the tensors are not those of the {family.name} in config.json; {said}. Are both of one model?"
+        )
+    return found
+
+
+def _first(names: Sequence[str], most: int = 6) -> str:
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,62 @@
+"""Answers from a classifier: every question is read once, and nothing is written."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree
+
+from llm_jax.config import override
+from llm_jax.data.task import TaskConfig, resolve
+from llm_jax.data.tokenizer import Tokenizer
+from llm_jax.infer.generate import BATCH, padded, prompt_ids
+from llm_jax.model.config import ModelConfig
+from llm_jax.model.transformer import Transformer, forward, head_table
+from llm_jax.ops.loss import unembed
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The likeliest answer to a prompt."""
+
+    prompt: str
+    answer: str
+    probability: float
+
+
+def classify(
+    config: ModelConfig,
+    params: PyTree,
+    tokenizer: Tokenizer,
+    task: TaskConfig,
+    prompts: Sequence[str],
+    *,
+    begin: bool = True,
+) -> list[Answer]:
+    """The likeliest of a task's answers to each prompt; `begin` as for `generate`.
+
+    Raises `ValueError` for a prompt that is too long.
+    """
+    separator = resolve(task, tokenizer).separator
+    ids = prompt_ids(config, tokenizer, [task.ask(prompt) for prompt in prompts], begin)
+    config = override(config, ["attention.implementation=none"])  # what suits rows of training length may decline these
+    answers = []
+    for first in range(0, len(ids), BATCH):
+        tokens, _ = padded(ids[first : first + BATCH], config.max_seq_len)
+        pooled = (tokens == separator).argmax(1)  # every question has one; the first ends it
+        chances = np.asarray(probabilities(config, params, tokens, pooled))
+        answers += [(task.answers[row.argmax()], row.max().item()) for row in chances]
+    return [Answer(prompt, *answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def probabilities(
+    config: ModelConfig, params: PyTree, tokens: Int[Array, "B L"], pooled: Int[Array, " B"]
+) -> Float[Array, "B C"]:
+    """Of every class, told at one token of each row; what stands behind it changes nothing."""
+    out = forward(Transformer(config), params, tokens, lengths=pooled + 1, logits=False)
+    last = out.hidden[jnp.arange(len(tokens)), pooled]
+    return jax.nn.softmax(unembed(last, head_table(config, params).astype(last.dtype), config.logit_softcap))

@@ -1,0 +1,331 @@
+"""Every family of models in and out: the same tensors, the same configs, and, with transformers, the same numbers.
+
+The slow tests, which need torch and transformers, compare with them. `python tests/test_families.py` does so for all
+families and writes what it found into docs/architectures.md.
+"""
+
+import functools
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from architectures import CASES, PAGE, SIZES, YARN, config_json, record, table
+from grid import tiny
+
+from llm_jax import trained
+from llm_jax.compat import weights
+from llm_jax.compat.families import FAMILIES
+from llm_jax.compat.family import Family, Shapes
+from llm_jax.compat.huggingface import choose, export_run, family_of, import_run
+from llm_jax.compat.lenses import canonical
+from llm_jax.compat.safetensors import open_file, write_file
+from llm_jax.model.config import AttentionConfig, ModelConfig
+from llm_jax.model.taps import capture
+from llm_jax.model.transformer import Transformer
+from llm_jax.ops.experts import Experts
+from llm_jax.ops.position import Rotary
+
+
+def compare(case: str, folder: Path) -> float:
+    """Imports and exports a random model of transformers; how far our logits and residuals are from its own.
+
+    The largest difference, as a share of the largest value. Everything else must be equal, to the last bit.
+    """
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    theirs, there, here, back = config_json(case), folder / "theirs", folder / "run", folder / "back"
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**theirs), attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # scales of 1 and biases of 0 would hide what is left out
+            parameter += torch.randn(parameter.shape) * (0.25 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
+    model.save_pretrained(there)
+
+    quiet = lambda _: None  # noqa: E731
+    imported = import_run(str(there), here, tokenizer="byte", report=quiet)
+    config = imported.model
+    params, _ = trained.restore(here, trained.on_one_device(imported), report=quiet)
+    tokens = np.random.default_rng(0).integers(config.vocab_size, size=(2, 24))
+    taps = capture(Transformer(config), params, jnp.asarray(tokens, jnp.int32))
+    with torch.no_grad():
+        out = model(torch.from_numpy(tokens), output_hidden_states=True)
+    pairs = [(taps["logits"], out.logits), (taps["final"], out.hidden_states[-1])]
+    for i in range(config.n_layers):
+        pairs += [(taps["resid_pre"][i], out.hidden_states[i])]
+        pairs += [(taps["resid_post"][i], out.hidden_states[i + 1])] if i + 1 < config.n_layers else []
+
+    assert export_run(here, params, back).name == theirs["model_type"]
+    before, after = open_file(there / "model.safetensors"), open_file(back / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(before[name].read().tobytes() == after[name].read().tobytes() for name in before)
+    again = transformers.AutoModelForCausalLM.from_pretrained(back, attn_implementation="eager")
+    with torch.no_grad():
+        assert torch.equal(again(torch.from_numpy(tokens)).logits, out.logits)
+    return max(distance(np.asarray(ours), theirs.numpy()) for ours, theirs in pairs)
+
+
+def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_an_imported_model_computes_what_transformers_computes(case: str, tmp_path: Path):
+    assert compare(case, tmp_path) < 1e-5
+
+
+@functools.cache
+def model_of(case: str) -> tuple[Family, ModelConfig]:
+    theirs = config_json(case)
+    family = family_of(theirs)
+    return family, family.read(theirs)
+
+
+def random_file(case: str, path: Path, without: str = "", **more: tuple[int, ...]) -> None:
+    """A safetensors file of the case's tensors, all numbers different; without one tensor, and with others."""
+    family, config = model_of(case)
+    shapes = weights.shapes_of(weights.abstract_params(config))
+    tensors = {tensor.name: tensor.layout.shape for tensor in family.tensors_of(config, shapes)} | more
+    tensors.pop(without, None)
+    rng = np.random.default_rng(0)
+    write_file(path, tensors, "float32", lambda name: rng.normal(size=tensors[name]).astype(np.float32))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tensors_come_back_byte_for_byte(case: str, tmp_path: Path):
+    family, config = model_of(case)
+    random_file(case, tmp_path / "model.safetensors")
+    params = weights.load(tmp_path, family, config)
+    weights.save(tmp_path / "back.safetensors", family, config, params, "float32")
+    there, back = (open_file(tmp_path / f"{name}.safetensors") for name in ("model", "back"))
+    assert list(there) == list(back)
+    assert all(there[name].read().tobytes() == back[name].read().tobytes() for name in there)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_config_comes_back_as_the_same_model(case: str):
+    family, config = model_of(case)
+    assert canonical(family.read(family.write(config))) == canonical(config)
+    assert family.misfits(config, weights.shapes_of(weights.abstract_params(config))) == []
+
+
+def test_every_switch_of_the_cases_reaches_the_model():
+    """A lens that reads nothing would come back as it went."""
+    read = {case: model_of(case)[1] for case in CASES}
+    assert read["llama llama3"].rotary == Rotary(5e5, 1.0, "llama3", 8.0, 16, 1.0, 4.0)
+    assert read["llama linear tied"].rotary == Rotary(1e4, 1.0, "linear", 3.0)
+    assert read["mistral yarn"].rotary == Rotary(1e3, 1.0, "yarn", 4.0, 16, 0.5, 8.0, 1.3)
+    assert (read["llama llama3"].bias, read["qwen2 yarn"].bias, read["qwen3"].bias) == ("all", "qkv", "none")
+    assert (read["llama linear tied"].tied, read["llama llama3"].tied) == (True, False)
+    assert (read["mistral yarn"].layers, read["mistral yarn"].attention.window) == (("local",), 5)
+    assert (read["mixtral"].layers, read["mixtral"].experts) == (("local+moe",), Experts(number=5, active=2))
+    assert read["qwen2 yarn"].layers == ("global", "local", "local")
+    assert (read["qwen3"].layers, read["qwen3"].attention.qk_norm) == (("local", "global"), "head")
+    assert (read["gemma2"].layers, read["gemma2"].embedding_scale) == (("local", "global"), 24**0.5)
+    assert (read["gemma2"].attention.softcap, read["gemma2"].logit_softcap) == (1.5, 4.0)
+    assert (read["gemma2"].attention.scale, read["gemma2"].residual) == (10**-0.5, "sandwich")
+    assert read["gemma3_text"].layers == (*["local"] * 5, "global")
+    assert read["gemma3_text"].rotary == Rotary(1e6, 1.0, "linear", 8.0, local_theta=1e3)
+    assert (read["olmo2"].residual, read["olmo2"].attention.qk_norm) == ("output", "whole")
+    assert (read["gpt2"].positions, read["gpt2"].activation, read["gpt2"].gated) == ("learned", "gelu", False)
+    assert (read["gpt_neox"].residual, read["gpt_neox"].rotary.fraction) == ("parallel", 0.25)
+    assert (read["phi3"].rotary.fraction, read["phi3"].attention.window) == (0.5, 6)
+    assert read["smollm3"].layers == ("local", "nope", "global", "nope", "global")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 2}}, Rotary(1e6, 1.0, "linear", 2.0)),
+        ({"rope_theta": 7e3, "rope_scaling": None}, Rotary(7e3)),
+        ({}, Rotary(1e4)),
+    ],
+)
+def test_the_names_of_before_are_read_too(old: dict[str, Any], new: Rotary):
+    assert FAMILIES["llama"].read(SIZES | old).rotary == new
+
+
+def test_what_stands_in_the_config_files_of_the_hub_is_read():
+    """Keys as in the files of Pythia, Gemma 3, SmolLM2, Qwen2.5 and Phi-3 mini, in small sizes."""
+    pythia = {"rotary_emb_base": 10_000, "rotary_pct": 0.25, "use_parallel_residual": True, "torch_dtype": "float16"}
+    assert FAMILIES["gpt_neox"].read(CASES["gpt_neox"] | pythia).rotary == Rotary(1e4, 0.25)
+    gemma = {"rope_theta": 1e6, "rope_local_base_freq": 2e4, "sliding_window_pattern": 2, "rope_scaling": None}
+    gemma |= {"cache_implementation": "hybrid", "attn_logit_softcapping": None, "sliding_window": 4, "head_dim": 8}
+    read = FAMILIES["gemma3_text"].read(SIZES | gemma)
+    assert (read.layers, read.rotary) == (("local", "global"), Rotary(1e6, local_theta=2e4))
+    smol = {"rope_interleaved": False, "is_llama_config": True, "transformers.js_config": {}, "rope_theta": 100_000}
+    assert FAMILIES["llama"].read(SIZES | smol).rotary.theta == 1e5
+    qwen = {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 21, "use_mrope": False}
+    assert FAMILIES["qwen2"].read(SIZES | qwen).attention.window is None
+    phi = {"original_max_position_embeddings": 4096, "attention_bias": False, "embd_pdrop": 0.0, "rope_scaling": None}
+    assert FAMILIES["phi3"].read(SIZES | phi).layers == ("global",)
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "says"),
+    [
+        (
+            "llama llama3",
+            {"hidden_sise": 3},
+            r"config.json says hidden_sise=3, .* did you mean 'hidden_size'\? .*delete it",
+        ),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "says attn_logit_softcapping=50.0, which no gemma3_text"),
+        ("qwen3", {"quantization_config": {"bits": 4}}, "says quantization_config="),
+        ("qwen3", {"attention_bias": True}, "says attention_bias=True"),
+        ("llama llama3", {"mlp_bias": False}, r"attention_bias, mlp_bias=\(True, False\), .* known: \(False, False\)"),
+        (
+            "llama llama3",
+            {"rope_parameters": {"rope_type": "longrope"}},
+            "rope_type=longrope, .* known: default, linear",
+        ),
+        ("mistral yarn", {"rope_parameters": YARN | {"truncate": False}}, "rope_type=yarn comes with truncate"),
+        ("gemma3_text", {"rope_parameters": {"sliding_attention": YARN}}, "positions of sliding_attention by yarn"),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=False, .* known: True"),
+        ("gpt2", {"activation_function": "mish"}, "activation_function=mish, .* known: gelu_new"),
+        ("gpt2", {"n_head": 5}, "model.n_heads=5 does not divide model.d_model=24"),
+        ("gpt2", {"n_head": "five"}, "model.n_heads takes a whole number, got 'five'"),
+        ("smollm3", {"layer_types": ["sliding_attention"] * 5}, "a window and without positions"),
+        (
+            "qwen3",
+            {"layer_types": ["full_attention", "linear_attention", "x"]},
+            "layer_types=linear_attention, .* known",
+        ),
+    ],
+)
+def test_a_config_that_we_can_not_follow_says_which_key_and_what_is_known(case: str, change: dict[str, Any], says: str):
+    with pytest.raises(ValueError, match=says):
+        family_of(config_json(case)).read(config_json(case) | change)
+
+
+def test_a_config_without_its_sizes_names_the_key():
+    with pytest.raises(ValueError, match=r"config.json of a llama lacks 'hidden_size'"):
+        FAMILIES["llama"].read({"vocab_size": 8})
+
+
+@pytest.mark.parametrize(
+    ("theirs", "says"),
+    [
+        ({"model_type": "lama"}, "model_type=lama, a family without a map; did you mean 'llama'"),
+        ({"model_type": "bert"}, "model_type=bert, a family without a map; known: gemma2"),
+        ({"model_type": "gemma3", "text_config": {}}, "save the text model alone"),
+        ({}, "model_type=None, a family"),
+    ],
+)
+def test_a_family_without_a_map_is_named(theirs: dict[str, Any], says: str):
+    with pytest.raises(ValueError, match=says):
+        family_of(theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"without": "model.norm.weight"}, "missing: model.norm.weight. Are"),
+        ({"model.extra.weight": (3,)}, "without a place: model.extra.weight. Are"),
+        ({"model.norm.weight": (23,)}, r"of another shape: model.norm.weight \[23\] instead of \[24\]"),
+        (
+            {"without": "model.layers.2.self_attn.k_proj.weight", "more": (1,)},
+            "missing: model.*; without a place: more",
+        ),
+    ],
+)
+def test_tensors_that_are_not_the_models_are_named(change: dict[str, Any], says: str, tmp_path: Path):
+    random_file("olmo2", tmp_path / "model.safetensors", **change)
+    with pytest.raises(ValueError, match=f"not those of the olmo2 in config.json; {says}"):
+        weights.load(tmp_path, *model_of("olmo2"))
+
+
+def test_old_files_are_read_buffers_missing_prefix_and_all(tmp_path: Path):
+    """GPT-2 lies on the hub without the prefix `transformer.`, and with its causal masks."""
+    random_file("gpt2", tmp_path / "new.safetensors")
+    new = open_file(tmp_path / "new.safetensors")
+    old = {name.removeprefix("transformer."): tensor.read() for name, tensor in new.items()}
+    old |= {"h.0.attn.bias": np.ones((1, 1, 40, 40), np.float32), "h.0.attn.masked_bias": np.zeros((), np.float32)}
+    write_file(tmp_path / "model.safetensors", {n: a.shape for n, a in old.items()}, "float32", old.__getitem__)
+    params = weights.load(tmp_path, *model_of("gpt2"))
+    np.testing.assert_array_equal(params["embedding"]["table"], old["wte.weight"])
+
+
+def test_a_tied_head_may_be_in_the_file_if_it_is_the_embedding(tmp_path: Path):
+    family, config = model_of("llama linear tied")
+    random_file("llama linear tied", tmp_path / "one.safetensors")
+    tensors = {name: tensor.read() for name, tensor in open_file(tmp_path / "one.safetensors").items()}
+    for head, fits in ((tensors["model.embed_tokens.weight"], True), (1 + tensors["model.embed_tokens.weight"], False)):
+        tensors["lm_head.weight"] = head
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        write_file(tmp_path / "model.safetensors", shapes, "float32", tensors.__getitem__)
+        if fits:
+            weights.load(tmp_path, family, config)
+        else:
+            with pytest.raises(ValueError, match=r"ties lm_head.weight to model.embed_tokens.weight, but they differ"):
+                weights.load(tmp_path, family, config)
+
+
+def shapes_of(config: ModelConfig) -> Shapes:
+    return weights.shapes_of(weights.abstract_params(config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "llama"),
+        ({"tied": False, "n_kv_heads": None, "head_dim": 10}, "llama"),
+        ({"layers": ("global", "global")}, "llama"),
+        ({"bias": "all"}, "llama"),
+        ({"bias": "qkv"}, "qwen2"),
+        ({"attention": AttentionConfig(qk_norm="head")}, "qwen3"),
+        ({"layers": ("local",), "attention": AttentionConfig(window=4)}, "mistral"),
+        ({"layers": ("local", "global"), "attention": AttentionConfig(window=4)}, "smollm3"),
+        ({"layers": ("global+moe",), "experts": Experts(number=4, d_ff=12)}, "mixtral"),
+        ({"residual": "output", "attention": AttentionConfig(qk_norm="whole")}, "olmo2"),
+        (
+            {"positions": "learned", "norm": "layernorm", "gated": False, "bias": "all", "n_kv_heads": None}
+            | {"activation": "gelu"},
+            "gpt2",
+        ),
+        ({"rotary": Rotary(fraction=0.5)}, "phi3"),
+    ],
+)
+def test_a_model_of_ours_is_exported_as_the_family_that_can_say_it(changes: dict[str, Any], name: str):
+    config = tiny(**changes)
+    assert choose(config, shapes_of(config), None).name == name
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"positions": "alibi"}, r"closest, llama, lacks model.positions=alibi \(there: rotary\)"),
+        ({"residual": "post"}, r"lacks model.residual=post \(there: pre\)\."),
+        ({"layers": ("delta", "global")}, r"lacks model.layers=\['delta', 'global'\]"),
+        (
+            {"layers": ("global+moe",), "experts": Experts(balance="bias")},
+            "closest, mixtral, lacks the parameter layers/experts/router_bias",
+        ),
+    ],
+)
+def test_what_no_family_can_say_is_named(changes: dict[str, Any], says: str):
+    config = tiny(**changes)
+    with pytest.raises(ValueError, match=says):
+        choose(config, shapes_of(config), None)
+
+
+def test_the_page_has_the_results_of_every_family():
+    assert table() in PAGE.read_text(), "run python tests/architectures.py"
+    for family in FAMILIES.values():
+        assert re.search(rf"\| `{family.name}` \| [\d.]+e-\d+ \| byte-equal \|", PAGE.read_text()), family.name
+
+
+if __name__ == "__main__":
+    for name in FAMILIES:
+        worst = 0.0
+        for case in CASES:
+            if case.split()[0] == name:
+                with tempfile.TemporaryDirectory() as folder:
+                    found = compare(case, Path(folder))
+                    print(f"{case:32} {found:.1e}", flush=True)
+                    worst = max(worst, found)
+        record(name, parity=f"{worst:.1e}", round_trip="byte-equal")

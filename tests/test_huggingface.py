@@ -1,0 +1,545 @@
+"""Models of Hugging Face become runs, and runs become such models: files, tokenizers, verbs, and what can go wrong.
+
+What is particular to a family stands in `test_families.py`.
+"""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from architectures import config_json
+from tiny_run import console, write_corpus
+
+from llm_jax import trained
+from llm_jax.cli import main
+from llm_jax.compat import safetensors, weights
+from llm_jax.compat.huggingface import export_run, fetch, import_run, open_tokenizer, special_id
+from llm_jax.compat.layout import Layout
+from llm_jax.compat.tokenizers import files_of, merges_of
+from llm_jax.config import override
+from llm_jax.data import tokenizer
+from llm_jax.data.imported import ImportedTokenizer
+from llm_jax.data.tokenizer import END_OF_TEXT, Tokenizer
+from llm_jax.infer.generate import prompt_ids
+from llm_jax.model.transformer import Transformer, forward
+from llm_jax.train import loop, run
+from llm_jax.tree import fingerprint
+
+TEXT = "The cat's mat: 12345 mats, naïve 🐈\n\n    def sit(mat):\n\treturn  mat  # <|endoftext|> </s>\r\n ß"
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def save_model(folder: Path, theirs: Mapping[str, Any], dtype: str = "float32", shards: int = 1) -> Path:
+    """A folder as Hugging Face has it, with random weights, but without a tokenizer."""
+    from llm_jax.compat.huggingface import family_of
+
+    family = family_of(theirs)
+    config = family.read(theirs)
+    shapes = weights.shapes_of(weights.abstract_params(config))
+    tensors = {tensor.name: tensor.layout.shape for tensor in family.tensors_of(config, shapes)}
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({**theirs, "dtype": dtype}))
+    files = {}
+    for shard in range(shards):
+        name = "model.safetensors" if shards == 1 else f"model-{shard}.safetensors"
+        part = {tensor: shape for i, (tensor, shape) in enumerate(tensors.items()) if i % shards == shard}
+        safetensors.write_file(folder / name, part, dtype, lambda tensor: 0.1 * rng.normal(size=tensors[tensor]))
+        files |= dict.fromkeys(part, name)
+    if shards > 1:
+        (folder / safetensors.INDEX).write_text(json.dumps({"weight_map": files}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("theirs") / "llama", config_json("llama llama3"))
+
+
+@pytest.fixture(scope="module")
+def imported(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("imported") / "run"
+    import_run(str(llama), folder, tokenizer="byte", command="llm-jax import", report=quiet)
+    return folder
+
+
+# ---- the format
+
+
+def test_a_layout_says_where_each_of_our_numbers_stands():
+    """By hand: for head k, its two queries, then its key, then its value, each of H numbers."""
+    K, G, H, D = 2, 2, 3, 5
+    layout = Layout("(K[GH|H|H])D", ("DKGH", "DKH", "DKH"), {"K": K, "G": G, "H": H, "D": D})
+    assert layout.shape == (K * (G + 2) * H, D)
+    theirs = np.arange(np.prod(layout.shape)).reshape(layout.shape)
+    q, k, v = layout.split(theirs)
+    assert (q.shape, k.shape, v.shape) == ((D, K, G, H), (D, K, H), (D, K, H))
+    assert q[4, 1, 1, 2] == theirs[1 * 12 + 1 * 3 + 2, 4]
+    assert k[0, 1, 2] == theirs[1 * 12 + 2 * 3 + 2, 0]
+    assert v[3, 0, 1] == theirs[0 * 12 + 3 * 3 + 1, 3]
+    np.testing.assert_array_equal(layout.join([q, k, v]), theirs)
+
+
+def test_parts_of_a_tensor_may_differ_in_size():
+    layout = Layout("D[KGH|KH|KH]", ("DKGH", "DKH", "DKH"), {"K": 2, "G": 3, "H": 4, "D": 5})
+    theirs = np.arange(5 * 40).reshape(5, 40)
+    assert layout.shape == (5, 40)
+    np.testing.assert_array_equal(layout.split(theirs)[1][3], theirs[3, 24:32].reshape(2, 4))
+    np.testing.assert_array_equal(layout.join(layout.split(theirs)), theirs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_file_is_what_the_library_of_the_format_reads_and_writes(dtype: str, tmp_path: Path):
+    library = pytest.importorskip("safetensors.numpy")
+    arrays = {"a": np.arange(6.0).reshape(2, 3), "b": np.ones(())}
+    arrays = {name: x.astype(np.dtype(getattr(jnp, dtype))) for name, x in arrays.items()}
+    shapes = {name: x.shape for name, x in arrays.items()}
+    safetensors.write_file(tmp_path / "ours", shapes, dtype, arrays.__getitem__)
+    found = library.load_file(tmp_path / "ours")
+    assert found.keys() == arrays.keys()
+    assert all((found[name].dtype, found[name].tolist()) == (x.dtype, x.tolist()) for name, x in arrays.items())
+    library.save_file(arrays, tmp_path / "theirs")
+    for name, tensor in safetensors.open_file(tmp_path / "theirs").items():
+        assert (tensor.shape, tensor.read().tobytes()) == (arrays[name].shape, arrays[name].tobytes())
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda data: data[:-1], "is damaged: it has .* bytes of"),
+        (lambda data: data + b"x", "is damaged: it has .* bytes of"),
+        (lambda data: b"", "no safetensors file, or damaged"),
+        (lambda data: b"\xff" * 100, "no safetensors file, or damaged"),
+        (lambda data: data[:8] + b"x" + data[9:], "no safetensors file, or damaged"),
+    ],
+)
+def test_a_damaged_file_is_named(damage: Callable[[bytes], bytes], says: str, tmp_path: Path):
+    path = tmp_path / "model.safetensors"
+    safetensors.write_file(path, {"a": (3,)}, "float32", lambda name: np.ones(3))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=f"model.safetensors {says}|model.safetensors is {says}"):
+        safetensors.open_file(path)
+
+
+def test_quantised_tensors_are_not_taken_for_numbers(tmp_path: Path):
+    header = json.dumps({"a": {"dtype": "I8", "shape": [2], "data_offsets": [0, 2]}}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"ab")
+    with pytest.raises(ValueError, match="holds I8 numbers; known: F32, BF16, F16"):
+        safetensors.open_file(path)["a"].read()
+
+
+def test_a_model_in_shards_is_the_model_in_one_file(llama: Path, tmp_path: Path):
+    whole = {name: tensor.read() for name, tensor in safetensors.open_folder(llama).items()}
+    shards = {name: [n for i, n in enumerate(whole) if i % 3 == k] for k, name in enumerate("abc")}
+    for name, part in shards.items():
+        file = tmp_path / f"{name}.safetensors"
+        safetensors.write_file(file, {n: whole[n].shape for n in part}, "float32", whole.__getitem__)
+    index = {n: f"{name}.safetensors" for name, part in shards.items() for n in part}
+    (tmp_path / safetensors.INDEX).write_text(json.dumps({"weight_map": index}))
+    found = {name: tensor.read() for name, tensor in safetensors.open_folder(tmp_path).items()}
+    assert found.keys() == whole.keys()
+    assert all((found[name] == whole[name]).all() for name in whole)
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has no b.safetensors; download the model again"):
+        safetensors.open_folder(tmp_path)
+
+
+def test_pickled_weights_are_not_read(tmp_path: Path):
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(ValueError, match=r"pickled .bin files only, .* save it as safetensors"):
+        safetensors.open_folder(tmp_path)
+
+
+@pytest.mark.slow
+def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path):
+    """200 MB of them, in a process of its own. Seen: 1.03 times."""
+    sizes = {"vocab_size": 8000, "n_embd": 768, "n_layer": 6, "n_head": 12, "n_positions": 1024}
+    folder = save_model(tmp_path / "big", {"model_type": "gpt2", "eos_token_id": 0, **sizes})
+    program = """
+import sys; from pathlib import Path
+from llm_jax.compat import weights
+from llm_jax.compat.huggingface import family_of, read_json
+
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+folder = Path(sys.argv[1])
+family = family_of(read_json(folder / "config.json"))
+config = family.read(read_json(folder / "config.json"))
+weights.abstract_params(config)
+before = peak()
+params = weights.load(folder, family, config)
+print((peak() - before) * 1024 / (folder / "model.safetensors").stat().st_size)
+"""
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[1])}
+    out = subprocess.run(
+        [sys.executable, "-c", program, str(folder)], env=environment, capture_output=True, text=True, check=True
+    )
+    assert float(out.stdout) < 1.25
+
+
+# ---- runs
+
+
+def test_an_imported_run_is_of_the_weights_in_the_files(llama: Path, imported: Path):
+    config = run.load_config(imported)
+    params, step = trained.restore(imported, trained.on_one_device(config), report=quiet)
+    file = safetensors.open_folder(llama)
+    q = file["model.layers.1.self_attn.q_proj.weight"].read()  # [KGH D]
+    assert step == 0
+    np.testing.assert_array_equal(params["layers"]["attention"]["w_q"][1], q.T.reshape(24, 3, 2, 8))
+    assert (config.data.seq_len, config.model.dtype) == (64, "float32")
+    assert json.loads((imported / "environment.json").read_text())["command"] == "llm-jax import"
+
+
+def test_bfloat16_weights_are_computed_with_and_given_back_as_they_were(tmp_path: Path):
+    there = save_model(tmp_path / "theirs", config_json("gemma2"), "bfloat16", shards=2)
+    config = import_run(str(there), tmp_path / "run", tokenizer="byte", report=quiet)
+    assert config.model.dtype == "bfloat16"
+    params, _ = trained.restore(tmp_path / "run", trained.on_one_device(config), report=quiet)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+    export_run(tmp_path / "run", params, tmp_path / "out")
+    before, after = safetensors.open_folder(there), safetensors.open_folder(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(before[name].read().tobytes() == after[name].read().tobytes() for name in before)
+
+
+def test_an_exported_run_imports_as_the_same_run(imported: Path, tmp_path: Path):
+    config = run.load_config(imported)
+    params, _ = trained.restore(imported, trained.on_one_device(config), report=quiet)
+    assert export_run(imported, params, tmp_path / "out").name == "llama"
+    again = import_run(str(tmp_path / "out"), tmp_path / "again", tokenizer="byte", report=quiet)
+    there, _ = trained.restore(tmp_path / "again", trained.on_one_device(again), report=quiet)
+    assert again.model == config.model
+    assert fingerprint(there) == fingerprint(params)
+
+
+def test_an_imported_run_writes_is_measured_and_shown(imported: Path, tmp_path: Path, capsys: Any):
+    assert main(["generate", str(imported), "--prompt", "ab", "--max-tokens", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 0
+    corpus = write_corpus(tmp_path / "corpus", documents=3)
+    assert main(["evaluate", str(imported), "--data", str(corpus), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["documents"] == 3
+    assert main(["show", str(imported), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sizes"]["D"] == 24
+
+
+def test_training_goes_on_from_an_imported_run(imported: Path, tmp_path: Path):
+    corpus = write_corpus(tmp_path / "corpus")
+    config = override(run.load_config(imported), [f"data.uri={corpus}", f"init_from={imported}", "steps=2", "prompts="])
+    config = override(config, ["data.seq_len=32", "data.batch_size=8", "data.heldout=0.2", "optimizer.warmup_steps=1"])
+    by = console()
+    loop.train(config, tmp_path / "run", console=by)
+    assert f"restored from {imported} at step 0: weights, nothing else" in by.file.getvalue()  # pyright: ignore
+
+
+@pytest.mark.parametrize("words", [["resume"], ["evaluate"]])
+def test_what_an_imported_run_does_not_have_is_said(words: list[str], imported: Path, capsys: Any):
+    assert main([*words, str(imported)]) == 2
+    says = rf"was imported: .* init_from={imported}; .* llm-jax evaluate {imported} --data URI"
+    assert re.search(says, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda there: (there / "config.json").unlink(), "has no config.json; name the folder of a model"),
+        (lambda there: (there / "config.json").write_text("{"), "config.json is not JSON"),
+        (lambda there: (there / "config.json").write_text('{"model_type": "bert"}'), "a family without a map"),
+        (lambda there: (there / "model.safetensors").unlink(), "has no model.safetensors"),
+        (lambda there: None, "has no tokenizer.json. .* --tokenizer gpt2"),
+    ],
+)
+def test_an_import_that_fails_leaves_nothing_behind(damage: Any, says: str, llama: Path, tmp_path: Path, capsys: Any):
+    there = tmp_path / "theirs"
+    there.mkdir()
+    for path in llama.iterdir():
+        (there / path.name).write_bytes(path.read_bytes())
+    damage(there)
+    words = [] if "tokenizer" in says else ["--tokenizer", "byte"]
+    (tmp_path / "runs").mkdir()
+    assert main(["import", str(there), "--run", str(tmp_path / "runs" / "new"), *words]) == 2
+    assert re.search(says, capsys.readouterr().err)
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_folder_that_holds_a_run_is_not_written_to(llama: Path, imported: Path, capsys: Any):
+    assert main(["import", str(llama), "--run", str(imported), "--tokenizer", "byte"]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert main(["export", str(imported), "--out", str(imported)]) == 2
+    assert "an export makes a folder of its own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--family", "lama"], "model_type=lama, a family without a map; did you mean 'llama'"),
+        (["--family", "qwen3"], "closest, qwen3, lacks model.attention.qk_norm=none"),
+        (["--checkpoint", "7"], "no checkpoint of step 7"),
+    ],
+)
+def test_an_export_that_fails_leaves_nothing_behind(
+    words: list[str], says: str, imported: Path, tmp_path: Path, capsys: Any
+):
+    assert main(["export", str(imported), "--out", str(tmp_path / "out"), *words]) == 2
+    assert says in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_verbs_say_what_they_made(llama: Path, tmp_path: Path, capsys: Any):
+    a_run, out = str(tmp_path / "run"), str(tmp_path / "out")
+    assert main(["import", str(llama), "--run", a_run, "--tokenizer", "byte", "--json"]) == 0
+    count = sum(np.prod(tensor.shape) for tensor in safetensors.open_folder(llama).values())
+    assert json.loads(capsys.readouterr().out) == {"run": a_run, "parameters": count}
+    assert main(["export", a_run, "--out", out, "--dtype", "bfloat16", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"out": out, "family": "llama", "step": 0}
+    assert {tensor.dtype for tensor in safetensors.open_folder(Path(out)).values()} == {"BF16"}
+    assert sorted(os.listdir(out)) == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+
+
+# ---- the hub
+
+
+def hub(snapshot_download: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes the place of the library that downloads."""
+    module = ModuleType("huggingface_hub")
+    monkeypatch.setattr(module, "snapshot_download", snapshot_download, raising=False)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+
+
+def test_a_name_is_downloaded_from_the_hub(llama: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def snapshot_download(name: str, **options: Any) -> str:
+        asked.append((name, options))
+        return str(llama)
+
+    hub(snapshot_download, monkeypatch)
+    assert fetch("someone/llama") == llama
+    [(name, options)] = asked
+    assert name == "someone/llama"
+    assert "*.safetensors" in options["allow_patterns"]
+    assert not any("bin" in pattern for pattern in options["allow_patterns"])
+
+
+def test_a_hub_that_does_not_answer_is_said_with_the_way_out(monkeypatch: pytest.MonkeyPatch):
+    def snapshot_download(name: str, **options: Any) -> str:
+        raise ConnectionError("no route\nto host")
+
+    hub(snapshot_download, monkeypatch)
+    with pytest.raises(ValueError, match=r"and the hub does not give it \(no route to host\); .* folder"):
+        fetch("someone/llama")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match=r"this needs huggingface_hub; install it: pip install 'llm-jax\[hf\]'"):
+        fetch("someone/llama")
+
+
+def test_what_is_neither_a_folder_nor_a_name_is_not_looked_for(tmp_path: Path):
+    (tmp_path / "file").touch()
+    for source in ("/no/such/folder", "./a/b/c", str(tmp_path / "file"), ""):
+        with pytest.raises(ValueError, match="is no folder, nor a name on the Hugging Face hub"):
+            fetch(source)
+
+
+# ---- tokenizers
+
+
+@functools.cache
+def byte_level() -> str:
+    """A tokenizer.json as GPT-2 and Llama 3 have it, trained by the library."""
+    library = pytest.importorskip("tokenizers")
+    coder = library.Tokenizer(library.models.BPE())
+    coder.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    coder.decoder = library.decoders.ByteLevel()
+    alphabet = library.pre_tokenizers.ByteLevel.alphabet()
+    trainer = library.trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    coder.train_from_iterator([TEXT] * 3, trainer)
+    coder.enable_truncation(4)
+    return coder.to_str()
+
+
+@functools.cache
+def with_byte_fallback() -> str:
+    """A tokenizer.json as Llama 2 and Gemma have it: blanks as U+2581, unknown characters as bytes."""
+    library = pytest.importorskip("tokenizers")
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    vocab |= {entry: 259 + i for i, entry in enumerate(["▁", "T", "h", "e", "Th", "The", "▁The"])}
+    merges = [("T", "h"), ("Th", "e"), ("▁", "The")]
+    coder = library.Tokenizer(library.models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    coder.add_special_tokens(["<unk>", "<s>", "</s>"])
+    coder.normalizer = library.normalizers.Sequence(
+        [library.normalizers.Prepend("▁"), library.normalizers.Replace(" ", "▁")]
+    )
+    decoders = library.decoders
+    coder.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return coder.to_str()
+
+
+def folder_of(text: str, folder: Path, **more: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": [1, 5], "bos_token_id": 0, **more}))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
+
+
+@pytest.mark.parametrize("make", [byte_level, with_byte_fallback])
+def test_an_imported_tokenizer_gives_the_ids_of_the_library(make: Callable[[], str], tmp_path: Path):
+    library = pytest.importorskip("tokenizers")
+    config = shapes_vocab(400)
+    coder = open_tokenizer(folder_of(make(), tmp_path / "theirs"), None, config)
+    theirs = library.Tokenizer.from_str(make())
+    theirs.no_truncation()
+    for text in (TEXT.replace("</s>", ""), "The The", "", "🐈" * 50):
+        ids = theirs.encode(text, add_special_tokens=False).ids
+        assert coder.encode(text).tolist() == ids
+        assert coder.decode(ids) == theirs.decode(ids, skip_special_tokens=False)
+        assert coder.decode_bytes(ids).decode().removeprefix(" ") == text.removeprefix(" ")
+    assert (coder.begin_of_text, coder.end_of_text) == (0, 1)
+    assert coder.encode("</s>").tolist() != [theirs.token_to_id("</s>")]
+    assert theirs.token_to_id("</s>") in coder.encode("a</s>", special=True).tolist()
+
+
+def test_an_imported_tokenizer_is_kept_as_it_is(tmp_path: Path):
+    there = folder_of(byte_level(), tmp_path / "theirs")
+    coder = open_tokenizer(there, None, shapes_vocab(400))
+    coder.save(tmp_path / "kept")
+    again = tokenizer.load(tmp_path / "kept")
+    assert (again.fingerprint, again.name, again.begin_of_text) == (coder.fingerprint, "theirs", 0)
+    assert (again.encode(TEXT) == coder.encode(TEXT)).all()
+    for name, content in files_of(again, 10).items():
+        assert content == (there / name).read_bytes()
+    (tmp_path / "kept" / "tokenizer.json").write_text(with_byte_fallback(), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"is damaged: its tokenizer.json is another; import the model again"):
+        tokenizer.load(tmp_path / "kept")
+
+
+def test_a_text_begins_with_the_token_that_the_model_knows_for_it(tmp_path: Path):
+    coder = open_tokenizer(folder_of(byte_level(), tmp_path / "theirs"), None, shapes_vocab(400))
+    [ids] = prompt_ids(shapes_vocab(400), coder, [""], begin=True)
+    assert ids.tolist() == [0]
+    [ids] = prompt_ids(shapes_vocab(400), tokenizer.ByteTokenizer(), [""], begin=True)
+    assert ids.tolist() == [256]
+
+
+def shapes_vocab(size: int) -> Any:
+    from grid import tiny
+
+    return tiny(vocab_size=size)
+
+
+@pytest.mark.parametrize(
+    ("files", "end"),
+    [
+        ({"config.json": {"eos_token_id": 7}, "generation_config.json": {"eos_token_id": 8}}, 7),
+        ({"config.json": {"eos_token_id": None}, "generation_config.json": {"eos_token_id": [8, 9]}}, 8),
+        ({"config.json": {}, "tokenizer_config.json": {"eos_token": "<end>"}}, 3),
+        ({"config.json": {}, "tokenizer_config.json": {"eos_token": {"content": "<end>"}}}, 3),
+        ({"config.json": {}}, None),
+    ],
+)
+def test_the_end_of_a_text_is_looked_for_where_it_may_stand(files: dict[str, Any], end: int | None, tmp_path: Path):
+    files["tokenizer.json"] = {"added_tokens": [{"content": "<end>", "id": 3}]}
+    for name, values in files.items():
+        (tmp_path / name).write_text(json.dumps(values))
+    assert special_id(tmp_path, "eos") == end
+
+
+@pytest.mark.parametrize(
+    ("more", "vocab_size", "says"),
+    [
+        ({"eos_token_id": None}, 400, "does not say what ends a text; set eos_token_id"),
+        (
+            {"eos_token_id": 999},
+            400,
+            "token 999 is to begin or end a text, but the tokenizer theirs has the ids 0 to 299",
+        ),
+        ({}, 20, "the tokenizer theirs has 300 ids, but the model knows 20; name another: --tokenizer"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_is_refused(more: dict[str, Any], vocab_size: int, says: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=says):
+        open_tokenizer(folder_of(byte_level(), tmp_path / "theirs", **more), None, shapes_vocab(vocab_size))
+
+
+def test_without_the_library_an_imported_tokenizer_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match=r"runs on the library tokenizers; install it: pip install 'llm-jax\[hf\]'"):
+        ImportedTokenizer("x", {"tokenizer.json": b"{}"}, 0, 0)
+
+
+def test_a_file_that_is_no_tokenizer_is_named():
+    pytest.importorskip("tokenizers")
+    with pytest.raises(ValueError, match=r"the tokenizer.json of x can't be read by tokenizers"):
+        ImportedTokenizer("x", {"tokenizer.json": b"{}"}, 0, 0)
+
+
+def ours() -> list[Tokenizer]:
+    return [tokenizer.train(320, [TEXT]), tokenizer.ByteTokenizer(), tokenizer.CharTokenizer(TEXT)]
+
+
+def test_the_merges_of_an_encoding_are_found_in_its_ranks():
+    ranks = {b"a": 0, b"b": 1, b"c": 2, b"ab": 3, b"abc": 4, b"cab": 5, b"abcab": 6}
+    assert merges_of(ranks) == [(b"a", b"b"), (b"ab", b"c"), (b"c", b"ab"), (b"abc", b"ab")]
+
+
+@pytest.mark.parametrize("coder", ours(), ids=lambda coder: coder.name)
+def test_our_tokenizers_are_exported_with_the_same_ids(coder: Tokenizer):
+    library = pytest.importorskip("tokenizers")
+    theirs = library.Tokenizer.from_str(files_of(coder, 64)["tokenizer.json"].decode())
+    assert theirs.get_vocab_size() == coder.vocab_size
+    for text in (TEXT.replace(END_OF_TEXT, ""), TEXT, "mat" * 9, "  \n", ""):
+        ids = coder.encode(text, special=True).tolist()
+        assert theirs.encode(text).ids == ids
+        assert theirs.decode(ids, skip_special_tokens=False) == text
+
+
+@pytest.mark.slow
+def test_transformers_loads_an_exported_run_and_computes_the_same(tmp_path: Path):
+    """A run as quickstart makes it, trained for a step here."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    corpus = write_corpus(tmp_path / "corpus")
+    config = run.load_recipe("quickstart")
+    changes = [
+        "steps=2",
+        "optimizer.warmup_steps=0",
+        "prompts=",
+        "data.batch_size=8",
+        "accumulate=1",
+        "evaluate_batches=1",
+        "data.heldout=0.2",
+    ]
+    sizes = ["data.tokenizer=train:300", "model.vocab_size=320", "model.n_layers=2"]
+    config = override(config, [f"data.uri={corpus}", *changes, *sizes])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLM_JAX_CACHE", str(tmp_path / "cache"))
+        loop.train(config, tmp_path / "run", console=console())
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--dtype", "float32"]) == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    theirs, coder = transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), run.load_tokenizer(tmp_path / "run")
+    text = "abc def" + END_OF_TEXT + "gh"
+    ids = coder.encode(text, special=True)
+    assert theirs(text)["input_ids"] == ids.tolist()
+    assert (theirs.eos_token_id, model.config.eos_token_id) == (coder.end_of_text,) * 2
+    params, _ = trained.restore(tmp_path / "run", trained.on_one_device(config), report=quiet)
+    out = forward(Transformer(override(config.model, ["dtype=float32"])), params, jnp.asarray(ids)[None])
+    with torch.no_grad():
+        logits = model(torch.from_numpy(ids.astype(np.int64))[None]).logits.numpy()
+    np.testing.assert_allclose(np.asarray(out.logits), logits, atol=1e-5 * np.abs(logits).max())

@@ -1,0 +1,226 @@
+"""The PyTorch twin computes what the model computes, switch by switch: logits, gradients, and a short training.
+
+`python tests/test_torch_twin.py` prints how far apart they are, and writes it into docs/architectures.md by family.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from architectures import CASES, config_json, record
+from grid import GRID, tiny, weights
+from jaxtyping import PyTree
+
+from llm_jax.compat.families import FAMILIES
+from llm_jax.compat.huggingface import family_of
+from llm_jax.compat.sides import jax_step, torch_step
+from llm_jax.data.loader import IGNORE, Batch, DataConfig
+from llm_jax.model.config import AttentionConfig, ModelConfig
+from llm_jax.model.transformer import Transformer, forward, unstack
+from llm_jax.ops.attention import Sparse
+from llm_jax.ops.experts import Experts
+from llm_jax.ops.position import Rotary
+from llm_jax.train.optimizer import OptimizerConfig, make_schedule
+from llm_jax.train.run import RunConfig
+from llm_jax.train.step import LossConfig, make_loss
+from llm_jax.tree import leaves
+
+torch = pytest.importorskip("torch")
+
+from llm_jax.compat.torch_step import TorchStep, tensors  # noqa: E402
+from llm_jax.compat.torch_twin import parameters  # noqa: E402
+
+STEPS = 15
+# How far a switch may be off: the logits as a share of the largest, each leaf's gradient as a share of its largest
+# number, and the curve over STEPS steps in nats.
+FORWARD, GRADIENT, CURVE = 1e-5, 1e-4, 1e-4
+
+
+def attending(layers: str = "global", model: dict[str, Any] | None = None, **fields: Any) -> ModelConfig:
+    """Attention of a kind; with three layers there is one behind the last whole period of two."""
+    return tiny(n_layers=3, layers=tuple(layers.split(",")), attention=AttentionConfig(**fields), **(model or {}))
+
+
+def turning(**fields: Any) -> ModelConfig:
+    return tiny(head_dim=16, rotary=Rotary(**fields))
+
+
+def expert(**fields: Any) -> ModelConfig:
+    return tiny(layers=("global+moe",), experts=Experts(number=4, **fields))
+
+
+SWITCHES = {
+    "plain": tiny(),
+    "every head its own keys": tiny(n_kv_heads=None),
+    "one key for all heads": tiny(n_kv_heads=1),
+    "head_dim": tiny(head_dim=10),
+    "rotary by half": turning(fraction=0.5),
+    "rotary linear": turning(scaling="linear", factor=4.0),
+    "rotary ntk": turning(scaling="ntk", factor=4.0),
+    "rotary yarn": turning(scaling="yarn", factor=4.0, original_len=100, fraction=0.5),
+    "rotary llama3": turning(scaling="llama3", factor=4.0, original_len=100, high_turns=4.0),
+    "rotary amplitude": turning(theta=100.0, amplitude=1.3),
+    "alibi": tiny(positions="alibi"),
+    "learned": tiny(positions="learned"),
+    "sinusoidal": tiny(positions="sinusoidal"),
+    "no positions": tiny(positions="none"),
+    "layernorm": tiny(norm="layernorm"),
+    "rmsnorm_1p": tiny(norm="rmsnorm_1p"),
+    "norm_eps": tiny(norm_eps=0.1),
+    "post": tiny(residual="post"),
+    "sandwich": tiny(residual="sandwich"),
+    "output": tiny(residual="output"),
+    "parallel": tiny(residual="parallel"),
+    "qk_norm by head": attending(qk_norm="head"),
+    "qk_norm of the whole": attending(qk_norm="whole"),
+    "scale": attending(scale=0.1),
+    "softcap": attending(softcap=1.0, scale=0.4),
+    "softcap and alibi": attending(model={"positions": "alibi"}, softcap=1.0),
+    "local": attending("local", window=3),
+    "local with sinks": attending("local", window=3, sinks=2),
+    "local and global": attending("local,global", {"rotary": Rotary(local_theta=100.0)}, window=4),
+    "local and nope": attending("local,nope", window=4),
+    "strided": attending("sparse", sparse=Sparse(block=2, local=1, stride=2)),
+    "fixed": attending("sparse", sparse=Sparse("fixed", block=2, stride=2)),
+    "bigbird": attending("sparse,global", sparse=Sparse("bigbird", block=2, local=1, random=1)),
+    "linear": attending("linear"),
+    "delta": attending("delta"),
+    "delta and global": attending("delta,global", {"bias": "qkv"}, convolution=2, qk_norm="head"),
+    "bias of q, k, v": tiny(bias="qkv"),
+    "bias everywhere": tiny(bias="all"),
+    "not gated, relu": tiny(gated=False, activation="relu"),
+    "not gated, relu2": tiny(gated=False, activation="relu2"),
+    "gelu": tiny(activation="gelu"),
+    "gelu_exact": tiny(activation="gelu_exact", gated=False),
+    "embedding_scale": tiny(embedding_scale=4.9),
+    "logit_softcap": tiny(logit_softcap=2.0),
+    "head of its own": tiny(tied=False),
+    "classes": tiny(n_classes=14),
+    "experts": expert(),
+    "experts, weights as they are": expert(active=1, renormalise=False, d_ff=7),
+    "experts, shared": expert(shared=2, d_ff=7, active=3),
+    "experts, bias": expert(balance="bias", bias_rate=0.05),
+    "experts, no balance": expert(balance="none", router_z_loss=0.1),
+    "experts every other layer": attending("global,local+moe", {"experts": Experts(number=3)}, window=4),
+}
+
+RUNS: dict[str, dict[str, Any]] = {
+    "accumulate": {"accumulate": 4},
+    "z_loss and smoothing": {"loss": LossConfig(z_loss=0.01, label_smoothing=0.1)},
+    "chunks of logits": {"loss": LossConfig(chunk=5)},
+    "no clipping, linear": {"optimizer": OptimizerConfig(clip=None, schedule="linear", warmup_steps=0)},
+    "hard clipping, wsd": {"optimizer": OptimizerConfig(clip=0.01, schedule="wsd", warmup_steps=3, b1=0.8, eps=1e-3)},
+    "decay": {"optimizer": OptimizerConfig(weight_decay=10.0, warmup_steps=2)},
+    "experts in microbatches": {"accumulate": 2, "model": expert(balance_weight=1.0, router_z_loss=0.1)},
+    "biased experts in microbatches": {"accumulate": 2, "model": expert(balance="bias", bias_rate=0.1)},
+}
+FAST = ("plain", "local with sinks", "delta and global", "experts, bias")
+
+
+def slow_but(fast: tuple[str, ...], names: Iterable[str]) -> list[Any]:
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def rows(seed: int = 0, vocab_size: int = 14) -> Batch:
+    """Rows of a document."""
+    tokens = np.random.default_rng(seed).integers(vocab_size, size=(8, 11), dtype=np.int32)
+    return Batch(tokens=tokens[:, :-1], targets=tokens[:, 1:])
+
+
+def filled(batch: Batch) -> Batch:
+    """The same, with all said that goes without saying: what is compiled for `packed` takes it too."""
+    shape, place = batch.tokens.shape, np.arange(10, dtype=np.int32)
+    said = {"segments": np.ones(shape, np.int32), "positions": np.broadcast_to(place, shape)}
+    return dataclasses.replace(batch, **said, prefix=np.zeros(shape, bool))
+
+
+def packed(seed: int = 0, vocab_size: int = 14) -> Batch:
+    """Rows of two documents and some padding; each document is seen whole up to a place in it."""
+    rng, batch, place = np.random.default_rng(seed), rows(seed, vocab_size), np.arange(10)[None]
+    cut, end = rng.integers(2, 8, size=(8, 1)), rng.integers(8, 11, size=(8, 1))
+    position = np.where(place < cut, place, place - cut)
+    return Batch(
+        tokens=np.where(place < end, batch.tokens, 0),
+        targets=np.where((place == cut - 1) | (place >= end - 1), IGNORE, batch.targets),
+        segments=np.where(place < end, 1 + (place >= cut), 0).astype(np.int32),
+        positions=position.astype(np.int32),
+        prefix=(position < rng.integers(4, size=(8, 1))) & (place < end),
+    )
+
+
+def distance(theirs: Any, ours: Any) -> float:
+    """The largest difference, as a share of our largest number."""
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    return float(np.abs(theirs - ours).max() / max(np.abs(ours).max(), 1e-6))
+
+
+def run_of(model: ModelConfig, **changes: Any) -> RunConfig:
+    """A short run that learns fast."""
+    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=2)
+    fields = {"model": model, "optimizer": optimizer, "data": DataConfig(seq_len=10, batch_size=8), "steps": STEPS}
+    return RunConfig(**fields | {"prompts": ()} | changes)
+
+
+def gaps(model: ModelConfig) -> tuple[float, dict[str, float]]:
+    """How far the twin's logits are, and the gradient of every leaf, on plain rows or on packed ones."""
+    config, params = run_of(model), weights(model)
+
+    @jax.jit
+    def ours(batch: Batch) -> tuple[jax.Array, PyTree]:
+        inputs = {name: getattr(batch, name) for name in ("segments", "positions", "prefix")}
+        logits = forward(Transformer(model), params, batch.tokens, **inputs).logits
+        loss = lambda params: make_loss(Transformer(model), config.loss)(params, batch, jax.random.key(0))[0]  # noqa: E731
+        return logits, unstack(model, jax.grad(loss)(params))
+
+    logit_gap, leaf_gaps = 0.0, {}
+    plain, mixed = rows(vocab_size=model.vocab_size), packed(vocab_size=model.vocab_size)
+    for batch, given in ((filled(plain), tensors(plain)), (mixed, tensors(mixed))):
+        logits, gradient = ours(jax.tree.map(jnp.asarray, batch))
+        step = TorchStep(config, params, [])
+        step.loss(**given)[0].backward()
+        del given["targets"]
+        logit_gap = max(logit_gap, distance(step.twin(**given).logits.detach(), logits))
+        for path, parameter in parameters(step.twin).items():
+            theirs = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            leaf_gaps[path] = max(leaf_gaps.get(path, 0.0), distance(theirs, leaves(gradient)[path]))
+    return logit_gap, leaf_gaps
+
+
+def curves(config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Loss and gradient norm of every step: ours, theirs."""
+    rates = np.asarray(make_schedule(config.optimizer, config.steps)(jnp.arange(config.steps)))
+    batches = [packed(seed, config.model.vocab_size) for seed in range(config.steps)]
+    steps = [make(config, weights(config.model), rates) for make in (jax_step, torch_step)]
+    ours, theirs = (np.array([[float(x) for x in step(batch)] for batch in batches]) for step in steps)
+    return ours, theirs
+
+
+def family_models(family: str) -> list[ModelConfig]:
+    """The tiny models of a family, as its map reads them."""
+    found = [config_json(case) for case in CASES if case.split()[0] == family]
+    return [family_of(theirs).read(theirs) for theirs in found]
+
+
+if __name__ == "__main__":
+    import sys
+    import time
+    torch.set_num_threads(1)
+    jax.config.update("jax_default_matmul_precision", "highest")
+    every = {**SWITCHES, **{f"family {name} {i}": c for name in FAMILIES for i, c in enumerate(family_models(name))}}
+    for name, config in every.items():
+        if len(sys.argv) > 1 and not name.startswith(sys.argv[1]):
+            continue
+        t=time.time()
+        fw, gr = gaps(config)
+        worst = max(gr, key=gr.get)
+        ours, theirs = curves(run_of(config))
+        print(f"{name:32} {fw:.1e}  {gr[worst]:.1e} {worst:30} {np.abs(ours-theirs).max(0)} {ours[[0,-1],0]} {time.time()-t:.0f}s", flush=True)
+    for name, changes in RUNS.items():
+        if len(sys.argv) > 1 and not name.startswith(sys.argv[1]):
+            continue
+        ours, theirs = curves(run_of(**{"model": tiny(), **changes}))
+        print(f"{name:32} {np.abs(ours-theirs).max(0)} {ours[[0,-1]].tolist()}", flush=True)
