@@ -1,6 +1,6 @@
 """A small Llama that translates German number words into English: einundzwanzig, twenty-one.
 
-    llm-jax train translate
+llm-jax train translate
 """
 
 from llm_jax.data.loader import DataConfig
@@ -10,14 +10,16 @@ from llm_jax.train.optimizer import OptimizerConfig
 from llm_jax.train.run import RunConfig
 
 config = RunConfig(
-    model=ModelConfig(vocab_size=32, d_model=96, n_layers=3, n_heads=4, max_seq_len=128, unroll=3),
+    model=ModelConfig(vocab_size=32, d_model=96, n_layers=3, n_heads=4, max_seq_len=256, unroll=3),
     data=DataConfig(
-        uri="builtin:numbers", tokenizer="char", task=TaskConfig("translate"), seq_len=128, batch_size=16
+        uri="builtin:numbers", tokenizer="char", task=TaskConfig("translate"), heldout=0.1, seq_len=256, batch_size=8
     ),
     optimizer=OptimizerConfig(
         name="muon", learning_rate=5e-3, schedule="wsd", warmup_steps=40, decay_fraction=0.4, final_fraction=0.02
     ),
-    steps=1000,
-    sample_every=500,
-    prompts=("siebzehn", "vierhundertzwölf", "neunundneunzigtausendneunhundertneunundneunzig"),
+    steps=800,
+    evaluate_every=200,
+    checkpoint_every=200,
+    sample_every=200,
+    prompts=("einundzwanzig", "vierhundertzwölf", "neuntausendachthundertsiebenundsechzig"),
 )

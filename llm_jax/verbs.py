@@ -79,7 +79,7 @@ def _say_what_next(args: Namespace, folder: Path | str, step: int, steps: int) -
 def prepare(args: Namespace) -> None:
     """Turn the text at URI into token shards, once.
 
-    URI is builtin:python, a file, a folder, a pattern, .jsonl, .parquet, hf://datasets/..., or any address that
+    URI is builtin:python, builtin:numbers or builtin:brackets, a file, a folder, a pattern, .jsonl, .parquet, hf://datasets/..., or any address that
     fsspec reads. Training does all this by itself, into a cache; do it by hand for text that several machines share.
 
       llm-jax prepare builtin:python --out data/python --tokenizer train:8192
@@ -221,7 +221,7 @@ def compare(args: Namespace) -> None:
     result = compare.compare(config, args.steps, _say, compiled=args.compiled, command=args.command)
     compare.write(result, folder, name)
     if args.json:
-        _print_json(dataclasses.asdict(result))
+        _print_json(compare.as_json(result))
     else:
         print(f"{compare.table(result)}\nread {folder}/compare.html")
 

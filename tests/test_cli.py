@@ -13,7 +13,8 @@ import pytest
 from llm_jax import verbs
 from llm_jax.cli import main, parser
 
-VERBS = "train resume prepare generate evaluate show compare import export configs tokenize".split()
+VERBS = ["train", "resume", "prepare", "generate", "evaluate", "show", "compare", "import", "export", "configs"]
+VERBS += ["tokenize"]
 RECIPE = """
 from llm_jax.model.config import ModelConfig
 from llm_jax.train.run import RunConfig

@@ -1,6 +1,5 @@
 """`llm-jax compare` takes the same steps on every side, and tells what came of it, or what is in the way."""
 
-import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 
 from llm_jax.compat import compare as module
-from llm_jax.compat.compare import Comparison, Gap, Trained, check, compare, page, table, write
+from llm_jax.compat.compare import Comparison, Gap, as_json, check, compare, table, write
 from llm_jax.compat.sides import Side, Stretch
 from llm_jax.train.optimizer import OptimizerConfig
 from llm_jax.train.run import RunConfig
@@ -51,17 +50,19 @@ def test_without_pytorch_it_says_how_to_get_it(config: RunConfig, monkeypatch: p
         check(comparable(config), 20)
 
 
-class Played(contextlib.nullcontext):
+class Played(Side):
     """A side without a process: its loss is the number of its step, and PyTorch's a little more from step 5 on."""
 
     asked: list[tuple[str, int]] = []  # noqa: RUF012  (of all sides, in turn)
 
     def __init__(self, name: str) -> None:
-        super().__init__(self)
         self.name, self.taken = name, 0
 
-    def begin(self, *job: Any) -> int:
-        return 100_000_000
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def begin(self, *job: Any) -> None:
+        pass
 
     def train(self, steps: int) -> Stretch:
         if self.name == "compiled":
@@ -72,16 +73,16 @@ class Played(contextlib.nullcontext):
         off = 0.5 if self.name == "eager" else 0.0
         loss = [number + off * (number == 5) for number in numbers]
         norm = [number * (1 + off * (number == 7)) for number in numbers]
-        return Stretch(loss, norm, seconds=steps * (1 + 2 * off), peak=300_000_000)
+        return Stretch(loss, norm, seconds=steps * (1 + 2 * off), imports=100, peak=300)
 
 
-@pytest.fixture
-def played(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Comparison:
+@pytest.fixture(scope="module")
+def played(config: RunConfig) -> Comparison:
     pytest.importorskip("torch")
-    monkeypatch.setattr(module, "Side", Played)
-    monkeypatch.setattr(module, "why_not_compiled", lambda: None)
-    Played.asked.clear()
-    return compare(comparable(config), 25, lambda line: None, command="llm-jax compare <tiny>")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "Side", Played)
+        patch.setattr(module, "why_not_compiled", lambda: None)
+        return compare(comparable(config), 25, lambda line: None, command="llm-jax compare <tiny>")
 
 
 def test_the_sides_take_all_their_steps_in_turn(played: Comparison):
@@ -113,6 +114,12 @@ def test_the_page_is_whole_and_says_what_the_file_says(played: Comparison, tmp_p
     assert "optimizer.weight_decay=0.1" in html
     assert "the compiler is not well" in html
     assert not re.search(r"<script|\b(src|href)=|https?://(?!www\.w3\.org/2000/svg)", html)
+
+
+def test_what_is_not_a_number_is_null_in_the_file(played: Comparison):
+    lost = dataclasses.replace(played.sides["jax"], loss=[float("nan")] * 25)
+    found = as_json(dataclasses.replace(played, sides=played.sides | {"jax": lost}))
+    assert found["sides"]["jax"]["loss"] == [None] * 25
 
 
 def test_a_side_that_is_killed_is_told_of():
@@ -161,7 +168,10 @@ def test_jax_and_pytorch_train_alike(tmp_path: Path):
     assert process.returncode == 0, err
     found = json.loads(out)
     assert found == json.loads((tmp_path / "compare" / "tiny" / "compare.json").read_text())
-    assert {name: len(side["loss"]) for name, side in found["sides"].items()}.items() >= {"jax": 30, "eager": 30}.items()
+    assert {name: len(side["loss"]) for name, side in found["sides"].items()}.items() >= {
+        "jax": 30,
+        "eager": 30,
+    }.items()
     assert found["sides"]["jax"]["loss"][-1] < found["sides"]["jax"]["loss"][0] - 0.1
     assert max(gap["loss"] for gap in found["gaps"].values()) < 1e-5
     assert max(gap["grad_norm"] for gap in found["gaps"].values()) < 1e-4
@@ -176,7 +186,16 @@ def test_ctrl_c_leaves_no_process_behind(tmp_path: Path):
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err.strip().splitlines()[-1]) == (130, "llm-jax: error: interrupted")
-    with pytest.raises(ProcessLookupError):
-        for _ in range(100):  # what has ended is still there until the system has noticed
-            os.killpg(process.pid, 0)
-            time.sleep(0.1)
+    deadline = time.monotonic() + 10  # what has ended is still there until the system has noticed
+    while there(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not there(process.pid)
+
+
+def there(group: int) -> bool:
+    """Whether any process of a group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -6,6 +6,7 @@
 
 import functools
 import json
+import string
 import sys
 import warnings
 from collections.abc import Sequence
@@ -110,11 +111,17 @@ def conformance(name: str) -> dict[str, str]:
 
 def table(golden: dict[str, dict[str, str]]) -> str:
     """Cases by implementations; a letter stands for the reason written below."""
-    reasons = list(dict.fromkeys(a for column in golden.values() for a in column.values() if a != "equal"))
-    mark = {reason: f"({'abcdefghijklmnopqrstuvwxyz'[i]})" for i, reason in enumerate(reasons)} | {"equal": "equal"}
-    lines = [f"| | {' | '.join(golden)} |", f"|{'---|' * (len(golden) + 1)}"]
-    lines += [f"| {case} | {' | '.join(mark[column[case]] for column in golden.values())} |" for case in CASES]
-    return "\n".join([*lines, "", *(f"- {mark[reason]} {reason}" for reason in reasons)])
+    short = {n: {case: reason(n, answer) for case, answer in column.items()} for n, column in golden.items()}
+    reasons = list(dict.fromkeys(r for column in short.values() for r in column.values() if r != "equal"))
+    mark = {r: f"({string.ascii_lowercase[i]})" for i, r in enumerate(reasons)} | {"equal": "equal"}
+    lines = [f"| | {' | '.join(short)} |", f"|{'---|' * (len(short) + 1)}"]
+    lines += [f"| {case} | {' | '.join(mark[column[case]] for column in short.values())} |" for case in CASES]
+    return "\n".join([*lines, "", *(f"- {mark[r]} {r}" for r in reasons)])
+
+
+def reason(name: str, answer: str) -> str:
+    """An answer without the name and the way out."""
+    return answer.removeprefix(name).partition(";")[0].lstrip(": ")
 
 
 def between(page: str) -> tuple[str, str, str]:
@@ -142,7 +149,7 @@ def test_the_page_shows_every_case_of_every_implementation():
 
 
 if __name__ == "__main__":
-    chosen = sys.argv[1:] or list(IMPLEMENTATIONS)
+    chosen = sys.argv[1:] or IMPLEMENTATIONS
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     golden |= {name: conformance(name) for name in chosen}
     golden = {name: golden[name] for name in IMPLEMENTATIONS if name in golden}

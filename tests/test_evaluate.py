@@ -53,10 +53,9 @@ def test_means_are_over_all_tokens_and_bytes_however_batches_cut_the_documents(c
     assert result.bytes == size
     assert result.documents == len(corpus)
     np.testing.assert_allclose(result.loss, math.fsum(nats) / len(nats), rtol=1e-6)
-    if size:
+    assert (result.bits_per_byte is None) == (result.bits_per_byte_interval is None) == (size == 0)
+    if result.bits_per_byte is not None:
         np.testing.assert_allclose(result.bits_per_byte, math.fsum(nats) / math.log(2) / size, rtol=1e-6)
-    else:
-        assert result.bits_per_byte is result.bits_per_byte_interval is None
     np.testing.assert_allclose(result.perplexity, math.exp(result.loss))
 
 

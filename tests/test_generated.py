@@ -42,13 +42,10 @@ def read_english(text: str) -> int:
     return whole + part
 
 
-def test_both_languages_read_back_as_the_same_number_and_none_comes_twice():
+def test_both_languages_read_back_as_the_same_number_and_every_number_comes_once():
     pairs = [text.split("\t") for text in generated.numbers()]
     read = [(read_german(german), read_english(english)) for german, english in pairs]
-    assert all(german == english for german, english in read)
-    found = {n for n, _ in read}
-    assert len(found) == len(pairs) == 30_000
-    assert set(range(10_000)) < found < set(range(100_000))
+    assert read == [(n, n) for n in range(10_000)]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +84,7 @@ def test_neither_length_nor_counts_tell_the_answer():
         assert sum(a != b for a, b in zip(right, wrong, strict=True)) == 2
 
 
-@pytest.mark.parametrize(("uri", "begins"), [("builtin:numbers", "b56cd5191b68"), ("builtin:brackets", "1aca24d3ed23")])
+@pytest.mark.parametrize(("uri", "begins"), [("builtin:numbers", "e9ae0a78209d"), ("builtin:brackets", "1aca24d3ed23")])
 def test_a_generated_source_is_read_like_any_other_and_never_changes(uri: str, begins: str):
     first = next(documents(uri))
     assert first.text == next(generated.GENERATED[uri]())

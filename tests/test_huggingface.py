@@ -3,6 +3,7 @@
 What is particular to a family stands in `test_families.py`.
 """
 
+import errno
 import functools
 import json
 import os
@@ -278,6 +279,20 @@ def test_an_import_that_fails_leaves_nothing_behind(damage: Any, says: str, llam
     assert list((tmp_path / "runs").iterdir()) == []
 
 
+def test_a_folder_that_could_not_be_filled_is_gone(
+    llama: Path, imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "no space", "disk")
+
+    monkeypatch.setattr(run, "save_config", fail)  # the last that is written, each time
+    monkeypatch.setattr(weights, "save", fail)
+    assert main(["import", str(llama), "--run", str(tmp_path / "run"), "--tokenizer", "byte"]) == 2
+    assert main(["export", str(imported), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.count("no space left on the disk") == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_holds_a_run_is_not_written_to(llama: Path, imported: Path, capsys: Any):
     assert main(["import", str(llama), "--run", str(imported), "--tokenizer", "byte"]) == 2
     assert "already holds a run" in capsys.readouterr().err
@@ -335,6 +350,7 @@ def test_a_name_is_downloaded_from_the_hub(llama: Path, monkeypatch: pytest.Monk
     assert name == "someone/llama"
     assert "*.safetensors" in options["allow_patterns"]
     assert not any("bin" in pattern for pattern in options["allow_patterns"])
+    assert options["ignore_patterns"] == ["*/*", "consolidated*"]  # the same weights, in another form
 
 
 def test_a_hub_that_does_not_answer_is_said_with_the_way_out(monkeypatch: pytest.MonkeyPatch):
@@ -492,7 +508,10 @@ def test_a_file_that_is_no_tokenizer_is_named():
 
 
 def ours() -> list[Tokenizer]:
-    return [tokenizer.train(320, [TEXT]), tokenizer.ByteTokenizer(), tokenizer.CharTokenizer(TEXT)]
+    """The second has an entry that no merges lead to, which a whole piece of text may be."""
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"mats": 256}
+    odd = tokenizer._bpe("odd", r"\w+|\W", ranks, {END_OF_TEXT: 257})
+    return [tokenizer.train(320, [TEXT]), odd, tokenizer.ByteTokenizer(), tokenizer.CharTokenizer(TEXT)]
 
 
 def test_the_merges_of_an_encoding_are_found_in_its_ranks():

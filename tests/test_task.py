@@ -108,7 +108,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Shards]:
 
 
 def rows_of(task: TaskConfig | None, **changes: Any) -> DataConfig:
-    return DataConfig(task=task, **{"seq_len": 24, "batch_size": 4} | changes)
+    small: dict[str, Any] = {"seq_len": 24, "batch_size": 4}
+    return DataConfig(task=task, **small | changes)
 
 
 def test_the_loader_asks_in_training_and_on_held_out_rows_alike(shards: dict[str, Shards]):
@@ -161,7 +162,9 @@ def documents(texts: list[str], task: TaskConfig) -> Batch:
 @functools.partial(jax.jit, static_argnums=0)
 def logits(config: ModelConfig, batch: Batch) -> jax.Array:
     inputs = {"segments": batch.segments, "positions": batch.positions, "prefix": batch.prefix}
-    return forward(Transformer(config), weights(config), batch.tokens, **inputs).logits
+    out = forward(Transformer(config), weights(config), batch.tokens, **inputs).logits
+    assert out is not None
+    return out
 
 
 def test_a_question_never_sees_its_answer_nor_another_document_but_all_of_itself():
@@ -308,14 +311,16 @@ def test_a_document_that_is_no_question_with_its_answer_is_named(texts: list[str
 # The whole path.
 
 
-def tiny(task: TaskConfig, uri: Path, **changes: Any) -> RunConfig:
+def tiny(task: TaskConfig, uri: Path) -> RunConfig:
     classes = len(task.answers) or None
     return RunConfig(
         model=ModelConfig(vocab_size=16, d_model=32, n_layers=2, n_heads=2, max_seq_len=32, d_ff=64, n_classes=classes),
         data=DataConfig(str(uri), "char", heldout=0.3, seq_len=32, batch_size=16, task=task),
         optimizer=OptimizerConfig(name="muon", learning_rate=5e-3, warmup_steps=2),
         prompts=() if classes else ("abc", "fed\t"),
-        **{"steps": 50, "evaluate_every": 25, "sample_every": 50} | changes,
+        steps=50,
+        evaluate_every=25,
+        sample_every=50,
     )
 
 

@@ -52,14 +52,14 @@ class Trained:
     peak: int
 
     @classmethod
-    def of(cls, parts: Sequence[Stretch], imports: int, tokens: int) -> "Trained":
+    def of(cls, parts: Sequence[Stretch], tokens: int) -> "Trained":
         """Of the stretches of a side, the first of which was its warm-up."""
         return cls(
             loss=[x for part in parts for x in part.loss],
             grad_norm=[x for part in parts for x in part.grad_norm],
             tokens_per_second=[len(part.loss) * tokens / part.seconds for part in parts[1:]],
             first_seconds=parts[0].seconds,
-            imports=imports,
+            imports=parts[0].imports,
             peak=parts[-1].peak,
         )
 
@@ -115,26 +115,14 @@ def compare(config: RunConfig, steps: int, report: Report, *, compiled: bool = T
     job = (config, shards.folder, jax.device_get(Program.on(config).init().params), rates)
     why = why_not_compiled() if compiled else "left out by --no-compile"
     missing = {"compiled": why} if why else {}
-    imports: dict[str, int] = {}
-    parts: dict[str, list[Stretch]] = {}
     with contextlib.ExitStack() as stack:
         sides = {name: stack.enter_context(Side(name)) for name in NAMES if name not in missing}
-        for name, side in list(sides.items()):
-            report(f"{NAMES[name]}: compiles, and takes {WARM_UP} steps")
-            try:
-                imports[name], parts[name] = side.begin(*job), [side.train(WARM_UP)]
-            except ValueError as error:
-                if name != "compiled":
-                    raise
-                missing[name] = str(error)  # the other two are worth their while
-                del sides[name]
-        for turn in np.array_split(np.arange(WARM_UP, steps), min(ROUNDS, steps - WARM_UP)):
-            for name, side in sides.items():
-                parts[name].append(side.train(len(turn)))
-            losses = ", ".join(f"{parts[name][-1].loss[-1]:.6f} {NAMES[name]}" for name in sides)
-            report(f"step {turn[-1] + 1:,} of {steps:,}: loss {losses}")
+        first = {name: first_steps(side, job, report) for name, side in sides.items()}
+        missing |= {name: why for name, why in first.items() if isinstance(why, str)}
+        begun = {name: stretch for name, stretch in first.items() if isinstance(stretch, Stretch)}
+        rest = in_turn({name: sides[name] for name in begun}, steps, report)
     tokens = config.data.batch_size * config.data.seq_len
-    trained = {name: Trained.of(parts[name], imports[name], tokens) for name in sides}
+    trained = {name: Trained.of([begun[name], *rest[name]], tokens) for name in begun}
     return Comparison(
         steps=steps,
         tokens_per_step=tokens,
@@ -144,6 +132,29 @@ def compare(config: RunConfig, steps: int, report: Report, *, compiled: bool = T
         config=to_dict(config),
         environment=run.environment(command) | {"torch": importlib.metadata.version("torch")},
     )
+
+
+def first_steps(side: Side, job: tuple[Any, ...], report: Report) -> Stretch | str:
+    """The steps that compile; or why there are none, of a side without which there is still much to see."""
+    report(f"{NAMES[side.name]}: compiles, and takes {WARM_UP} steps")
+    try:
+        side.begin(*job)
+        return side.train(WARM_UP)
+    except ValueError as error:
+        if side.name == "compiled":
+            return str(error)
+        raise
+
+
+def in_turn(sides: Mapping[str, Side], steps: int, report: Report) -> dict[str, list[Stretch]]:
+    """The rest of `steps`, a stretch of each side a round."""
+    parts: dict[str, list[Stretch]] = {name: [] for name in sides}
+    for turn in np.array_split(np.arange(WARM_UP, steps), min(ROUNDS, steps - WARM_UP)):
+        for name, side in sides.items():
+            parts[name].append(side.train(len(turn)))
+        losses = ", ".join(f"{stretches[-1].loss[-1]:.6f} {NAMES[name]}" for name, stretches in parts.items())
+        report(f"step {turn[-1] + 1:,} of {steps:,}: loss {losses}")
+    return parts
 
 
 def check(config: RunConfig, steps: int) -> None:
@@ -195,8 +206,13 @@ def table(c: Comparison) -> str:
 def write(c: Comparison, folder: Path, name: str) -> None:
     """Writes compare.json and compare.html there, each all or nothing."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "compare.json", json.dumps(dataclasses.asdict(c), indent=2) + "\n")
+    write_whole(folder / "compare.json", json.dumps(as_json(c), indent=2) + "\n")
     write_whole(folder / "compare.html", page(c, name))
+
+
+def as_json(c: Comparison) -> dict[str, Any]:
+    """What compare.json says: a number that is not finite, for which JSON has no word, is null."""
+    return json.loads(json.dumps(dataclasses.asdict(c)), parse_constant=lambda _: None)
 
 
 def page(c: Comparison, name: str) -> str:

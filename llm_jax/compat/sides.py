@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, SupportsFloat
@@ -35,11 +35,15 @@ NAMES = {"jax": "llm_jax", "eager": "PyTorch", "compiled": "PyTorch, compiled"}
 
 @dataclasses.dataclass(frozen=True)
 class Stretch:
-    """Some steps of a side: loss and gradient norm of each, the seconds they took, the memory until then in bytes."""
+    """Some steps of a side: loss and gradient norm of each, and the seconds that they took.
+
+    `imports` and `peak` are the bytes that its process held before there was a model, and at most until now.
+    """
 
     loss: list[float]
     grad_norm: list[float]
     seconds: float
+    imports: int
     peak: int
 
 
@@ -66,9 +70,9 @@ class Side:
         self._process.kill()  # where a compiler would not be interrupted
         self._process.join()
 
-    def begin(self, config: RunConfig, shards: Path, params: PyTree, rates: Iterable[float]) -> int:
-        """Builds the model from `params`; returns the bytes that the process held before."""
-        return self._ask((config, shards, params, rates))
+    def begin(self, config: RunConfig, shards: Path, params: PyTree, rates: Iterable[float]) -> None:
+        """Builds the model, with these parameters."""
+        self._ask((config, shards, params, rates))
 
     def train(self, steps: int) -> Stretch:
         """The next steps. Raises `ValueError` where the process fails."""
@@ -99,16 +103,12 @@ def _serve(name: str, pipe: Connection) -> None:
         config, shards, params, rates = pipe.recv()
         step = STEPS[name](config, params, rates)
         batches = Loader(open_shards(shards).split("train"), config.data).batches()
-        pipe.send(imports)
+        pipe.send("ready")
         while True:
-            pipe.send(_stretch(step, batches, pipe.recv()))
-
-
-def _stretch(step: Step, batches: Iterator[Batch], steps: int) -> Stretch:
-    start = time.perf_counter()
-    taken = [step(next(batches)) for _ in range(steps)]
-    loss, grad_norm = ([float(pair[i]) for pair in taken] for i in (0, 1))  # waits for the last
-    return Stretch(loss, grad_norm, time.perf_counter() - start, peak_memory())
+            steps, start = pipe.recv(), time.perf_counter()
+            taken = [step(next(batches)) for _ in range(steps)]
+            loss, grad_norm = ([float(pair[i]) for pair in taken] for i in (0, 1))  # waits for the last
+            pipe.send(Stretch(loss, grad_norm, time.perf_counter() - start, imports, peak_memory()))
 
 
 def jax_step(config: RunConfig, params: PyTree, rates: Iterable[float]) -> Step:

@@ -22,17 +22,14 @@ TENS = {
 UNITS = {language: words.split() for language, words in UNITS.items()}
 TENS = {language: words.split() for language, words in TENS.items()}
 
-SMALL, LARGE, BELOW = 10_000, 20_000, 100_000
-STRIDE = 61_801  # has no factor in common with BELOW - SMALL: none comes twice
+NUMBERS = 10_000
 TEXTS, PAIRS = 60_000, (4, 8)
 CLOSING = {"(": ")", "[": "]", "{": "}", "<": ">"}
 
 
 def numbers() -> Iterator[str]:
-    """All numbers below `SMALL`, and from there to `BELOW` another `LARGE`, spread evenly; no two alike."""
-    for i in range(SMALL + LARGE):
-        n = i if i < SMALL else SMALL + i * STRIDE % (BELOW - SMALL)
-        yield f"{german(n)}\t{english(n)}"
+    """Every number below ten thousand."""
+    return (f"{german(n)}\t{english(n)}" for n in range(NUMBERS))
 
 
 def german(n: int) -> str:

@@ -75,7 +75,7 @@ class Task:
 
     def question(self, tokens: Int[np.ndarray, "B L"], segments: Int[np.ndarray, "B L"]) -> Bool[np.ndarray, "B L"]:
         """Which tokens stand in the question of their document: all up to its first separator, and this too."""
-        separates = (tokens == self.separator) & (segments != 0)
+        separates = tokens == self.separator
         before = np.cumsum(separates, axis=1) - separates  # separators before each token, in the whole row
         begins = np.diff(segments, axis=1, prepend=0) != 0
         before_document = np.maximum.accumulate(np.where(begins, before, 0), axis=1)

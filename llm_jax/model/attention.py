@@ -1,5 +1,7 @@
 """The attention layer: project, place, attend, project back."""
 
+import dataclasses
+
 import flax.linen as nn
 from flax import struct
 from jaxtyping import Array, Float, Int
@@ -77,9 +79,9 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "B L K G H"], Cache | None]:
         c, mask = self.config, context.mask
         if self.mixer == "local":
-            mask = mask.replace(window=c.attention.window, sinks=c.attention.sinks)
+            mask = dataclasses.replace(mask, window=c.attention.window, sinks=c.attention.sinks)
         elif self.mixer == "sparse":
-            mask = mask.replace(sparse=c.attention.sparse)
+            mask = dataclasses.replace(mask, sparse=c.attention.sparse)
         if cache is not None:
             cache = cache.write(slot, k, v)
             k, v = cache.view(slot)

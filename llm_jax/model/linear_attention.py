@@ -1,5 +1,7 @@
 """Linear attention layers: the projections of attention around a state of fixed size."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,7 @@ class LinearAttention(Attention):
         self, x: Float[Array, "B L D"], q: Array, k: Array, v: Array, context: Context, slot: Slot, cache: Cache | None
     ) -> tuple[Float[Array, "B L K G H"], Cache | None]:
         state, recent = (None, None) if cache is None else cache.recall(slot)
-        where = {"segments": context.mask.segments, "lengths": context.lengths}
+        where: dict[str, Any] = {"segments": context.mask.segments, "lengths": context.lengths}
         if self.mixer == "linear":
             z, state = linear_attention(q, k, v, state, **where)
             return z, None if cache is None else cache.remember(slot, state, None)

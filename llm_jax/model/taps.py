@@ -63,7 +63,7 @@ def capture(model: nn.Module, params: Any, tokens: Array, **inputs: Any) -> dict
             found[path] if rows is None or path.startswith("layers/") else found[path][None] for path, rows in places
         ]
         if places:
-            taps[name] = parts[0] if len(places) == 1 else in_order(parts, [rows for _, rows in places])
+            taps[name] = parts[0] if len(places) == 1 else in_order(parts, [rows or [] for _, rows in places])
     return taps
 
 

@@ -9,6 +9,7 @@ does not grow with depth. `Transformer(config, stacked=False)` reads the same tr
 layers_{N-1}` by `unstack`, which spares a decoder on CPU a copy of every layer for every token.
 """
 
+import dataclasses
 from typing import Any, cast
 
 import flax.linen as nn
@@ -136,7 +137,8 @@ class Transformer(nn.Module):
             positions = jnp.arange(L)[None] + (0 if cache is None else cache.length[:, None])
         mask = Mask(segments=segments, prefix=prefix)
         if cache is not None:
-            mask = mask.replace(kv_length=cache.length + L, prefix=None if prefix is None else cache.spread(prefix))
+            spread = None if prefix is None else cache.spread(prefix)
+            mask = dataclasses.replace(mask, kv_length=cache.length + L, prefix=spread)
         context = Context(positions=positions, mask=mask, lengths=lengths, train=train)
 
         table = self.param("embedding", table_of("embed", c.vocab_size), c)["table"]
@@ -152,15 +154,12 @@ class Transformer(nn.Module):
 
         x, cache, use = self._layers(x, cache, context)
         x = tap(self, "final", x if c.residual == "post" else Norm(c, name="final_norm")(x))
-        head = table
         if c.head != "embedding":
-            head = self.param(c.head, table_of("unembed", c.n_classes or c.vocab_size), c)["table"]
-        letters = "BLV" if c.n_classes is None else "BLC"
-        out = (
-            tap(self, "logits", constrain(unembed(x, head.astype(x.dtype), c.logit_softcap), letters))
-            if logits
-            else None
-        )
+            table = self.param(c.head, table_of("unembed", c.n_classes or c.vocab_size), c)["table"]
+        out = None
+        if logits:
+            out = unembed(x, table.astype(x.dtype), c.logit_softcap)
+            out = tap(self, "logits", constrain(out, "BLV" if c.n_classes is None else "BLC"))
         return Output(x, out, None if cache is None else cache.advance(L if lengths is None else lengths), use)
 
     def _layers(
@@ -169,7 +168,7 @@ class Transformer(nn.Module):
         """All blocks: whole periods in a scan, what is left of the last one behind it. Unstacked: one by one."""
         c, carry, period = self.config, (x, cache), len(self.config.layers)
         first = c.scanned if self.stacked else 0
-        uses, rows = [], []
+        uses, rows = [], []  # of the experts, and in which layers
         if self.stacked:
             scan = nn.scan(
                 Period if period > 1 else remat(c),
@@ -189,7 +188,8 @@ class Transformer(nn.Module):
         use = None
         if known:
             use = jax.tree.map(lambda *parts: in_order(parts, [layers for _, layers in known]), *(u for u, _ in known))
-        return *carry, use
+        x, cache = carry
+        return x, cache, use
 
 
 def forward(model: Transformer, params: PyTree, tokens: Int[Array, "B L"], **inputs: Any) -> Output:

@@ -39,7 +39,7 @@ class Sparse:
     """
 
     pattern: Literal["strided", "fixed", "bigbird"] = "strided"
-    block: int = 64
+    block: int = 128
     local: int = 2
     stride: int = 8
     first: int = 1

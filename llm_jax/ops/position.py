@@ -67,13 +67,14 @@ class Rotary:
 
     def _kept(self, frequencies: np.ndarray, size: int) -> np.ndarray:
         """The share of each pair's frequency that is left as it was."""
-        assert self.original_len is not None
+        trained = self.original_len
+        assert trained is not None
         if self.scaling == "llama3":
-            turns = self.original_len * frequencies / (2 * math.pi)
+            turns = trained * frequencies / (2 * math.pi)
             return np.clip((turns - self.low_turns) / (self.high_turns - self.low_turns), 0, 1)
 
         def pair(turns: float) -> float:
-            return size * math.log(self.original_len / (2 * math.pi * turns)) / (2 * math.log(self.theta))
+            return size * math.log(trained / (2 * math.pi * turns)) / (2 * math.log(self.theta))
 
         first, last = max(0, math.floor(pair(self.high_turns))), min(size - 1, math.ceil(pair(self.low_turns)))
         return 1 - np.clip((np.arange(size // 2) - first) / max(last - first, 1e-3), 0, 1)

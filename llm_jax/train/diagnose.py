@@ -93,9 +93,9 @@ def _by_layer(path: str, x: Array, reduce: Callable[..., Array]) -> Array:
 
 
 def _layers(path: str, bad: Bool[np.ndarray, "..."], layers: Sequence[int], n_layers: int) -> Sequence[int]:
-    """Those of `layers` where what stands at `path` is bad; -1 is before the first of them, `n_layers` after the last."""
+    """Those of `layers` where what stands at `path` is bad; -1 is before all layers, `n_layers` after them."""
     if layers:
-        return [layers[row] for row in np.flatnonzero(bad)]
+        return [layers[row] for row in np.flatnonzero(bad).tolist()]
     return [-1 if path.startswith(("embed", "positions")) else n_layers] if bad else []
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
@@ -93,8 +94,8 @@ def token_losses(model: Transformer, config: LossConfig, params: PyTree, batch: 
 class Scored:
     """Negative log-likelihood of every target, in nats, and whether it is the likeliest of all tokens, or classes."""
 
-    nll: Float[Array, "B L"]
-    likeliest: Bool[Array, "B L"]
+    nll: Float[Array | np.ndarray, "B L"]
+    likeliest: Bool[Array | np.ndarray, "B L"]
 
 
 def score(model: Transformer, chunk: int | None, params: PyTree, batch: Batch) -> Scored:
@@ -156,7 +157,7 @@ def make_train_step(
         def update(state: TrainState) -> tuple[PyTree, PyTree]:
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, optax.tree.scale(rate, updates))
-            return params if rebalance is None else rebalance(params, load), opt_state
+            return params if rebalance is None or load is None else rebalance(params, load), opt_state
 
         params, opt_state = jax.lax.cond(finite, update, lambda s: (s.params, s.opt_state), state)
         metrics = {"loss": loss, **sums, "grad_norm": norm, "learning_rate": rate}
