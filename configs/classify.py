@@ -1,6 +1,11 @@
-"""A small Llama that tells whether brackets are balanced.
+"""A small Llama that tells whether brackets are balanced, where neither length nor counts give it away.
 
     llm-jax train classify
+    llm-jax generate runs/classify --prompt '([]{<>})'
+
+Gave, on two cores that had much other work (working tree just before commit fdcead0, 227 s in training steps, Python
+3.11, JAX 0.10.2): of 2,964 held-out texts 96.5 % right, 95 % interval 95.9 to 97.1, by `llm-jax evaluate`; half is
+chance.
 """
 
 from llm_jax.data.loader import DataConfig

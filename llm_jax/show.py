@@ -155,7 +155,7 @@ def residual_bytes(config: RunConfig, params: PyTree, tokens: jax.ShapeDtypeStru
     prefix = jax.ShapeDtypeStruct(tokens.shape, bool) if task is not None and task.kind == "translate" else None
     batch = Batch(tokens=tokens, targets=tokens, segments=apart, positions=apart, prefix=prefix)
 
-    def residuals(params: PyTree, batch: Batch, key: Key[Array, ""]) -> list[Array]:
+    def residuals(params: PyTree, batch: Batch, key: Key[Array, ""]) -> PyTree:
         _, backward, _ = jax.vjp(lambda p: loss(p, batch, key), params, has_aux=True)
         given = {id(x) for x in jax.tree.leaves(params)}
         return [x for x in jax.tree.leaves(backward) if id(x) not in given]

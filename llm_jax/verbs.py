@@ -79,8 +79,9 @@ def _say_what_next(args: Namespace, folder: Path | str, step: int, steps: int) -
 def prepare(args: Namespace) -> None:
     """Turn the text at URI into token shards, once.
 
-    URI is builtin:python, builtin:numbers or builtin:brackets, a file, a folder, a pattern, .jsonl, .parquet, hf://datasets/..., or any address that
-    fsspec reads. Training does all this by itself, into a cache; do it by hand for text that several machines share.
+    URI is builtin:python (or numbers, or brackets), a file, a folder, a pattern, .jsonl, .parquet, hf://datasets/...,
+    or any address that fsspec reads. Training does all this by itself, into a cache; do it by hand for text that
+    several machines share.
 
       llm-jax prepare builtin:python --out data/python --tokenizer train:8192
       llm-jax train quickstart data.uri=data/python data.tokenizer=train:8192 model.vocab_size=8192

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llm_jax.data import tokenizer
@@ -45,6 +45,7 @@ def evaluated(corpus: Documents, rows: int = 3, padding: int = 2, task: TaskConf
 
 @settings(max_examples=25)
 @given(documents)
+@example([[(1.0, 3)]])  # a token without bytes
 def test_means_are_over_all_tokens_and_bytes_however_batches_cut_the_documents(corpus: Documents):
     result = evaluated(corpus)
     nats = [pair[0] for document in corpus for pair in document]
