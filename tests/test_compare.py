@@ -102,7 +102,7 @@ def test_gaps_and_speeds_are_those_of_the_steps(played: Comparison):
 def test_a_compiler_that_fails_costs_only_its_own_side(played: Comparison):
     assert list(played.sides) == ["jax", "eager"]
     assert played.missing == {"compiled": "the compiler is not well"}
-    assert "without PyTorch, compiled: the compiler is not well" in table(played)
+    assert "without compiled PyTorch: the compiler is not well" in table(played)
 
 
 def test_the_page_is_whole_and_says_what_the_file_says(played: Comparison, tmp_path: Path):

@@ -253,7 +253,7 @@ def _headline(c: Comparison) -> Iterator[str]:
     yield cell.format("in gradient norm", f"{eager.grad_norm:.1e}", f"of it, at step {eager.grad_norm_step:,}")
     for name, gap in c.gaps.items():
         low, median, high = gap.speed
-        yield cell.format(f"speed against {NAMES[name]}", f"{median:.2f} ×", f"{low:.2f} to {high:.2f} by round")
+        yield cell.format(f"against {NAMES[name]}", f"{median:.2f} ×", f"as fast; {low:.2f} to {high:.2f} by round")
 
 
 def _losses(c: Comparison, width: int, height: int) -> str:

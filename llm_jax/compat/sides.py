@@ -30,7 +30,7 @@ from llm_jax.train.program import Program
 from llm_jax.train.run import RunConfig
 
 Step = Callable[[Batch], tuple[SupportsFloat, SupportsFloat]]  # loss and gradient norm, perhaps still being computed
-NAMES = {"jax": "llm_jax", "eager": "PyTorch", "compiled": "PyTorch, compiled"}
+NAMES = {"jax": "llm_jax", "eager": "PyTorch", "compiled": "compiled PyTorch"}
 
 
 @dataclasses.dataclass(frozen=True)
