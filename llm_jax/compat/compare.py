@@ -159,8 +159,6 @@ def in_turn(sides: Mapping[str, Side], steps: int, report: Report) -> dict[str, 
 
 def check(config: RunConfig, steps: int) -> None:
     """Raises `ValueError` for what two sides can't do alike."""
-    if importlib.util.find_spec("torch") is None:
-        raise ValueError("compare trains a twin in PyTorch, which is not installed: pip install 'llm-jax[torch]'")
     if not WARM_UP < steps <= config.steps:
         raise ValueError(f"--steps {steps} must lie between {WARM_UP + 1} and the run's own steps={config.steps}")
     if config.model.dropout:
@@ -178,6 +176,8 @@ def check(config: RunConfig, steps: int) -> None:
         raise ValueError(
             f"both sides are measured on CPU, but JAX runs on {jax.default_backend()}; set JAX_PLATFORMS=cpu before"
         )
+    if importlib.util.find_spec("torch") is None:
+        raise ValueError("compare trains a twin in PyTorch, which is not installed: pip install 'llm-jax[torch]'")
 
 
 def facts(c: Comparison) -> Iterator[tuple[str, dict[str, str]]]:
