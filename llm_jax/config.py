@@ -69,6 +69,16 @@ def checked(config: Config) -> Config:
     return from_dict(type(config), to_dict(config))
 
 
+def check_choices(config: Any, where: str) -> None:
+    """Raises `ValueError` for a field, here or in a config inside, that has none of the few values it may have."""
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            check_choices(value, f"{where}{name}.")
+        elif get_origin(kind) is Literal and value not in get_args(kind):
+            raise _wrong_type(value, (kind,), where + name)
+
+
 def plain(value: Any) -> str:
     """A value as the command line takes it."""
     if isinstance(value, list | tuple):

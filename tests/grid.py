@@ -88,7 +88,9 @@ def fitted(row: dict[str, Any]) -> ModelConfig:
         | {
             "n_layers": len(row["layers"]) + 1,  # a period, and one layer of the next
             "tied": row["tied"] and row["init"] != "mup",
-            "attention": dataclasses.replace(attention, window=window, sparse=sparse),
+            "attention": dataclasses.replace(
+                attention, window=window, sparse=sparse, sinks=attention.sinks if window else 0
+            ),
             "experts": row["experts"] if "moe" in layers else None,
         }
     )

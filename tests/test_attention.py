@@ -92,8 +92,7 @@ def test_random_blocks_are_as_many_as_were_asked_for_and_stay_where_they_are():
     sparse = Sparse("bigbird", local=1, first=0, random=3)
     view = sparse.view(64)
     assert (view[:40, :40] == sparse.view(40)).all()
-    assert (view.sum(1) <= 4).all()
-    assert view[20:].sum(1).mean() > 3.5
+    assert (view[4:].sum(1) == 4).all()
     assert not np.triu(view, 1).any()
 
 
@@ -165,6 +164,24 @@ def test_an_unknown_implementation_is_answered_with_the_known_ones():
     q = jnp.ones((1, SHORT, 2, 3, 8))
     with pytest.raises(ValueError, match="unknown attention 'flesh'; known: reference, "):
         attention(q, q[:, :, :, 0], q[:, :, :, 0], Mask(), implementation="flesh")
+
+
+def test_many_blocks_lose_no_digits_of_the_gradients_of_keys_and_values():
+    """In bfloat16 a sum over 16 blocks, kept in bfloat16, is three times as far off."""
+    L, H = 2048, 16
+    q, k, v, g = (jax.random.normal(key, (1, L, 1, 1, H)) for key in jax.random.split(jax.random.key(0), 4))
+    inputs = [x.astype(jnp.bfloat16) for x in (q, k[..., 0, :], v[..., 0, :], g)]
+
+    def gradients(name: str, q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> list[jax.Array]:
+        pull = jax.vjp(lambda k, v: attention(q, k, v, Mask(causal=False), implementation=name), k, v)[1]
+        return [x.astype(jnp.float32) for x in pull(g)]
+
+    exact = gradients("reference", *(x.astype(jnp.float32) for x in inputs))
+    off = {
+        name: [float(jnp.square(x - y).mean()) ** 0.5 for x, y in zip(gradients(name, *inputs), exact, strict=True)]
+        for name in ("reference", "chunked")
+    }
+    assert np.less(off["chunked"], 1.5 * np.array(off["reference"])).all(), off
 
 
 @pytest.mark.parametrize("L", [SHORT, 1024])

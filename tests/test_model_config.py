@@ -153,6 +153,18 @@ def test_the_counted_keys_are_those_that_the_mask_shows(L: int, window: int | No
     assert abs(flops_per_token(config, L) - expected) <= 1
 
 
+def test_a_word_that_no_field_knows_is_answered_with_those_it_knows():
+    with pytest.raises(ValueError, match=r"model\.norm takes one of rmsnorm, rmsnorm_1p, layernorm, got 'layer'"):
+        tiny(norm="layer")
+    with pytest.raises(ValueError, match=r"model\.attention\.qk_norm takes one of none, head, whole, got True"):
+        tiny(attention=AttentionConfig(qk_norm=True))  # pyright: ignore[reportArgumentType]
+
+
+def test_sinks_that_no_layer_would_see_are_refused():
+    with pytest.raises(ValueError, match=r"model\.attention\.sinks=2 .* model\.layers=global has none; set sinks to 0"):
+        tiny(attention=AttentionConfig(sinks=2))
+
+
 @pytest.mark.parametrize("name", ["pattern", "attn_scores", "embed", "logits"])
 def test_a_tap_that_a_block_does_not_hold_cannot_be_kept(name: str):
     with pytest.raises(ValueError, match=f"can't keep '{name}'"):

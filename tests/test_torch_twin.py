@@ -158,6 +158,12 @@ def packed(seed: int = 0, vocab_size: int = 14) -> Batch:
     )
 
 
+def answerable(model: ModelConfig, batch: Batch) -> Batch:
+    """The same, with targets among the classes of a model that has some."""
+    classes = model.n_classes or model.vocab_size
+    return dataclasses.replace(batch, targets=np.where(batch.targets < 0, IGNORE, batch.targets % classes))
+
+
 def params_of(model: ModelConfig) -> PyTree:
     """Weights, biases and scales, no two alike. Scales are drawn around 1; around 0 where 1 is added to them."""
     off = np.float32(model.norm == "rmsnorm_1p")
@@ -191,7 +197,7 @@ def gaps(model: ModelConfig) -> tuple[float, dict[str, float]]:
         return logits, unstack(model, jax.grad(loss)(params))
 
     logit_gap, leaf_gaps = 0.0, {}
-    plain, mixed = rows(vocab_size=model.vocab_size), packed(vocab_size=model.vocab_size)
+    plain, mixed = (answerable(model, make(vocab_size=model.vocab_size)) for make in (rows, packed))
     for batch, given in ((filled(plain), tensors(plain)), (mixed, tensors(mixed))):
         logits, gradient = ours(jax.tree.map(jnp.asarray, batch))
         step = TorchStep(config, params, [])

@@ -195,7 +195,7 @@ def dtypes(program: list, *primitives: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"norm": "layernorm", "bias": True, "positions": "learned", "gated": False}], ids=str
+    "changes", [{}, {"norm": "layernorm", "bias": "all", "positions": "learned", "gated": False}], ids=str
 )
 def test_bfloat16_multiplies_matrices_and_float32_does_the_delicate_parts(changes: dict):
     config = tiny(dtype="bfloat16", activation="relu", **changes)

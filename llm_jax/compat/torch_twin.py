@@ -167,7 +167,7 @@ class Twin(nn.Module):
         if c.positions != "alibi":
             return seen
         slopes = torch.tensor(alibi_slopes(c.n_heads), device=place.device)[:, None, None]
-        return torch.where(seen, -slopes * behind, -math.inf)
+        return torch.where(seen, -slopes * behind.abs(), -math.inf)
 
 
 def parameters(twin: Twin) -> dict[str, nn.Parameter]:

@@ -57,7 +57,7 @@ class Attention(nn.Module):
         return constrain(out, "BLD"), cache
 
     def _project(self, name: str, x: Float[Array, "B L D"], heads: tuple[int, ...]) -> Array:
-        letters = "KGH"[-len(heads) :] if len(heads) == 3 else "KH"
+        letters = "KGH" if len(heads) == 3 else "KH"
         w = self.param(f"w_{name}", normal(self.config, "hidden", x.shape[-1]), (x.shape[-1], *heads)).astype(x.dtype)
         y = linear(f"BLD,D{letters}->BL{letters}", x, w)
         if self.config.bias != "none":

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from llm_jax.config import nearest
+from llm_jax.config import check_choices, nearest
 from llm_jax.ops.attention import Scores, Sparse
 from llm_jax.ops.experts import Experts
 from llm_jax.ops.position import Rotary
@@ -149,6 +149,7 @@ class ModelConfig:
     unroll: int = 1
 
     def __post_init__(self) -> None:
+        check_choices(self, "model.")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if type(value) is int and value < 1:
@@ -190,6 +191,11 @@ class ModelConfig:
             ("sparse", "attention.sparse", self.attention.sparse, "strided, as model.attention.sparse.pattern"),
             ("+moe", "experts", self.experts, "8, as model.experts.number"),
         )
+        if self.attention.sinks and "local" not in mixers:
+            raise ValueError(
+                f"model.attention.sinks={self.attention.sinks} are what local layers see besides their window, but "
+                f"model.layers={','.join(self.layers)} has none; set sinks to 0, or name a layer local"
+            )
         for kind, name, value, example in needs:
             used = any(layer.moe for layer in self.period) if kind == "+moe" else kind in mixers
             if used and value is None:

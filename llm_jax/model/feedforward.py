@@ -1,4 +1,4 @@
-"""The feed-forward layer, plain or gated."""
+"""The feed-forward layer: plain, gated, or a mixture of experts."""
 
 import functools
 

@@ -1,6 +1,7 @@
 """The norm layer."""
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from llm_jax.model.config import ModelConfig
@@ -16,8 +17,9 @@ class Norm(nn.Module):
     def __call__(self, x: Float[Array, "B L *heads D"]) -> Float[Array, "B L *heads D"]:
         c = self.config
         if c.norm == "rmsnorm_1p":
-            scale = 1 + self.param("scale", nn.initializers.zeros, x.shape[-1:])
-            return rms_norm(x, scale.astype(x.dtype), c.norm_eps)
+            # In float32: near 1 bfloat16 has steps of 1/128, and would swallow what is added there.
+            scale = 1 + self.param("scale", nn.initializers.zeros, x.shape[-1:]).astype(jnp.float32)
+            return rms_norm(x, scale, c.norm_eps)
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:]).astype(x.dtype)
         if c.norm == "rmsnorm":
             return rms_norm(x, scale, c.norm_eps)

@@ -34,8 +34,8 @@ class Sparse:
 
     `strided` sees the last `local` blocks and every `stride`-th before them; `fixed` sees its own group of `stride`
     blocks and the last block of every earlier group (Child et al. 2019, arXiv:1904.10509); `bigbird` sees the last
-    `local` blocks, the first `first`, and `random` others, drawn once for each block (Zaheer et al. 2020,
-    arXiv:2007.14062).
+    `local` blocks, the first `first`, and `random` others, drawn once for each block and alike in every layer and head
+    (Zaheer et al. 2020, arXiv:2007.14062).
     """
 
     pattern: Literal["strided", "fixed", "bigbird"] = "strided"
@@ -64,8 +64,8 @@ class Sparse:
         else:
             seen = (distance < self.local) | (key < self.first)
             for row in range(1, blocks):
-                drawn = np.random.default_rng((self.random, row)).integers(row, size=self.random)
-                seen[row, drawn] = True
+                others = np.flatnonzero(~seen[row, :row])
+                seen[row, np.random.default_rng((self.random, row)).permutation(others)[: self.random]] = True
         return seen & (distance >= 0)
 
 
@@ -164,7 +164,7 @@ class Scores:
     Attributes:
       scale: of their product; None: `H**-0.5`.
       softcap: scores are squeezed into (-softcap, softcap) by tanh (Gemma 2, arXiv:2408.00118).
-      alibi: each head takes off its slope times the distance (`ops/position.py`).
+      alibi: each head takes off its slope times the distance, ahead or behind (`ops/position.py`).
     """
 
     scale: float | None = None
@@ -213,7 +213,7 @@ def attend(
     s = soft_cap(s, scores.softcap)
     if scores.alibi:
         slopes = jnp.asarray(alibi_slopes(K * G), s.dtype).reshape(1, K, G, 1, 1)
-        s = s - slopes * distance[:, None, None].astype(s.dtype)
+        s = s - slopes * jnp.abs(distance)[:, None, None].astype(s.dtype)
     s = tap("attn_scores", s)
     s = jnp.where(mask[:, None, None], s, jnp.asarray(MASKED, s.dtype))
     pattern = tap("pattern", jax.nn.softmax(s, axis=-1))
@@ -241,6 +241,8 @@ def chunked(q: Array, k: Array, v: Array, mask: Mask, scores: Scores) -> Array:
     if L % size:
         raise Declined(f"chunked takes a query length that is a multiple of {size}, got {L}")
     view = mask.view(L, S, size, size)
+    # The gradients of keys and values are sums over blocks: in float32, or they would lose digits with every block.
+    wide_k, wide_v = k.astype(jnp.float32), v.astype(jnp.float32)
 
     def over(band: Int[np.ndarray, " blocks"]) -> Array:
         width, together = view[band].sum(1).max(), np.flatnonzero(view[band].any(0))
@@ -248,13 +250,15 @@ def chunked(q: Array, k: Array, v: Array, mask: Mask, scores: Scores) -> Array:
         columns = np.argsort(~view[band], kind="stable")[:, :width] if apart else together[None]
         keys = (columns[..., None] * size + np.arange(size)).reshape(len(columns), -1)
         shared = None if apart else jnp.asarray(keys[0][keys[0] < S])
-        near = (k, v) if shared is None or shared.size == S else (k[:, shared], v[:, shared])
+        whole = shared is None or shared.size == S
+        near = (wide_k, wide_v) if whole else (wide_k[:, shared], wide_v[:, shared])
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def block(_: None, part: tuple[Array, Array | None]) -> tuple[None, Array]:
             start, own = part
             queries, keys = start + jnp.arange(size), shared if own is None else own
-            some_k, some_v = near if own is None else (k[:, own], v[:, own])
+            some_k, some_v = near if own is None else (wide_k[:, own], wide_v[:, own])
+            some_k, some_v = some_k.astype(k.dtype), some_v.astype(v.dtype)
             some_q = jax.lax.dynamic_slice_in_dim(q, start, size, axis=1)
             places = (L, S, queries, keys)
             return None, attend(some_q, some_k, some_v, mask.materialise(*places), mask.distance(*places), scores)

@@ -94,7 +94,7 @@ def _scores(tiles: Tiles, row: Array, column: Array, q, k, slope, q_tags, k_tags
     keys = column * tiles.side + jax.lax.broadcasted_iota(jnp.int32, s.shape, 0)
     distance, ahead, behind, rules = queries - keys, tiles.ahead, tiles.behind, []
     if slope is not None:
-        s = s - slope[...] * distance.astype(jnp.float32)
+        s = s - slope[...] * jnp.abs(distance).astype(jnp.float32)
     if k_tags is not None:
         segment, *reach = jnp.split(k_tags[...].T, len(k_tags), axis=1)
         rules.append(q_tags[:1] == segment)
@@ -295,7 +295,7 @@ def accept(name: str, q: Array, k: Array, mask: Mask, scores: Scores, *, can: st
     if L != S:
         raise Declined(f"{name} takes as many keys as queries, got {S} and {L}; 'chunked' and 'reference' take any")
     fields = {field.name: getattr(x, field.name) for x in (mask, scores) for field in dataclasses.fields(x)}
-    asked = {field for field, value in fields.items() if isinstance(value, jax.Array) or value}
+    asked = {field for field, value in fields.items() if isinstance(value, jax.Array | np.ndarray) or value}
     if beyond := asked - {"causal", "window", "scale", *can.split()}:
         raise Declined(f"{name} has no {' and no '.join(sorted(beyond))}; 'chunked' and 'reference' have")
 

@@ -14,7 +14,10 @@ from llm_jax.ops.gradient import add_bias, over_tokens
 
 
 def rms_norm(x: Float[Array, "B L *heads D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "B L *heads D"]:
-    """`scale * x / sqrt(mean(x^2) + eps)` (Zhang and Sennrich 2019, arXiv:1910.07467); statistics in float32."""
+    """`scale * x / sqrt(mean(x^2) + eps)` (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    Statistics are float32; the product with `scale` is in the dtype of `scale`, the result in that of `x`.
+    """
     return _norm(x, scale, eps, False)
 
 
@@ -34,7 +37,8 @@ def _norm_forward(x: Array, scale: Array, eps: float, center: bool) -> tuple[Arr
     y = x.astype(jnp.float32)
     mean = y.mean(-1, keepdims=True) if center else jnp.zeros((1,) * x.ndim, jnp.float32)
     inverse = jax.lax.rsqrt(jnp.square(y - mean).mean(-1, keepdims=True) + eps)
-    return ((y - mean) * inverse).astype(x.dtype) * _along(x, scale), (x, scale, mean, inverse)
+    unit = ((y - mean) * inverse).astype(scale.dtype)
+    return (unit * _along(x, scale)).astype(x.dtype), (x, scale, mean, inverse)
 
 
 def _norm_backward(eps: float, center: bool, saved: tuple[Array, ...], g: Array) -> tuple[Array, Array]:

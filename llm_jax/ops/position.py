@@ -37,6 +37,8 @@ class Rotary:
         for name in ("theta", "factor", "low_turns", "local_theta", "amplitude"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"rotary.{name}={value} must be positive")
+        if self.theta <= 1:
+            raise ValueError(f"rotary.theta={self.theta} must exceed 1, or all pairs turn alike")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"rotary.fraction={self.fraction} must lie in (0, 1]")
         if self.high_turns <= self.low_turns:
@@ -105,6 +107,8 @@ def rotary(
 
 def alibi_slopes(heads: int) -> Float[np.ndarray, " heads"]:
     """What a key loses for each position of distance, by head (Press et al. 2021, arXiv:2108.12409).
+
+    The paper looks back only; where keys ahead are seen too, as in a prefix, they lose as much.
 
     `2**(-8 i / heads)` for a power of two; else those of the power below, and every other one of the power above.
     """
