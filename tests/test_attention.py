@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxprs import equations, product_flops
 
@@ -138,6 +138,7 @@ def masks(draw: st.DrawFn) -> tuple[Mask, int, int, list[int], list[int]]:
     return mask, L, S, *some
 
 
+@settings(max_examples=40)
 @given(masks())
 def test_a_mask_equals_its_rules_one_by_one(case: tuple[Mask, int, int, list[int], list[int]]):
     mask, L, S, queries, keys = case
@@ -146,6 +147,7 @@ def test_a_mask_equals_its_rules_one_by_one(case: tuple[Mask, int, int, list[int
     assert np.broadcast_to(found, (2, len(queries), len(keys))).tolist() == expected
 
 
+@settings(max_examples=60)
 @given(masks(), st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 3]))
 def test_a_block_that_is_out_of_view_holds_nothing_that_is_seen(case: tuple, rows: int, columns: int):
     mask, L, S, _, _ = case

@@ -56,7 +56,10 @@ CASES: dict[str, tuple[dict[str, Any], bool]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = ("linear attention among softmax", "unstacked sinusoidal in a window", "the delta rule alone")
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES])
 def test_ragged_decode_equals_the_full_forward_at_every_position(case: str):
     changes, stacked = CASES[case]
     config = tiny(**changes)

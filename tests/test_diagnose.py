@@ -47,6 +47,7 @@ def planted(params: Any, values: dict[str, tuple[Any, float]]) -> Any:
     return tree.map_with_path(one, params)
 
 
+@pytest.mark.slow
 def test_in_a_pattern_of_layers_the_layer_is_the_one_that_stands_there(config: RunConfig, batch: Batch):
     """A period of two and a layer more: the second in the scan, and the one behind it."""
     model = dataclasses.replace(

@@ -59,12 +59,17 @@ def full_forward_greedy(prompt: str, max_tokens: int) -> str:
     "config",
     [
         CONFIG,
-        dataclasses.replace(
-            CONFIG, n_layers=1, positions="learned", layers=("local",), attention=AttentionConfig(window=4)
+        pytest.param(
+            dataclasses.replace(
+                CONFIG, n_layers=1, positions="learned", layers=("local",), attention=AttentionConfig(window=4)
+            ),
+            marks=pytest.mark.slow,
         ),
-        dataclasses.replace(CONFIG, n_layers=1, positions="sinusoidal", bias="all"),
+        pytest.param(
+            dataclasses.replace(CONFIG, n_layers=1, positions="sinusoidal", bias="all"), marks=pytest.mark.slow
+        ),
     ],
-    ids=lambda config: config.positions,
+    ids=["rotary", "learned", "sinusoidal"],
 )
 def test_cached_decode_gives_the_logits_of_the_full_forward_at_every_position_of_ragged_rows(config):
     params, L = weights(config), 12

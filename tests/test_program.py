@@ -59,7 +59,7 @@ def on(config: RunConfig, mesh: MeshConfig) -> Program:
     ("mesh", "another"),
     [
         (DATA_FSDP, DATA_TENSOR),
-        (DATA_TENSOR, DATA_FSDP),
+        pytest.param(DATA_TENSOR, DATA_FSDP, marks=pytest.mark.slow),
         pytest.param(DATA, FSDP, marks=pytest.mark.slow),
         pytest.param(FSDP, DATA, marks=pytest.mark.slow),
         pytest.param(TENSOR, ALL_THREE, marks=pytest.mark.slow),

@@ -14,10 +14,11 @@ from jaxprs import equations
 
 from llm_jax.data.loader import Batch
 from llm_jax.model.transformer import Transformer
+from llm_jax.ops.experts import Experts
 from llm_jax.ops.loss import IGNORE
 from llm_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from llm_jax.train.step import LossConfig, TrainState, init_state, make_loss, make_train_step
-from llm_jax.tree import fingerprint
+from llm_jax.train.step import LossConfig, TrainState, cast, init_state, make_loss, make_train_step
+from llm_jax.tree import fingerprint, leaves
 
 B, L = 4, 8
 SEGMENTS = jnp.array([[1, 1, 1, 1, 2, 2, 2, 2]] * B)
@@ -73,6 +74,13 @@ def test_the_reported_rate_is_that_of_this_step():
 def loss_and_gradient(config: LossConfig) -> tuple[tuple[jax.Array, dict[str, jax.Array]], Any]:
     loss_fn = jax.value_and_grad(make_loss(Transformer(TINY), config), has_aux=True)
     return jax.jit(loss_fn)(weights(TINY), BATCH, jax.random.key(0))
+
+
+def test_in_bfloat16_what_moves_by_little_stays_float32():
+    config = tiny(layers=("delta+moe",), experts=Experts(number=4, balance="bias"))
+    found = {path.split("/")[-1]: str(x.dtype) for path, x in leaves(cast(weights(config), "bfloat16")).items()}
+    wide = {name for name, dtype in found.items() if dtype == "float32"}
+    assert wide == {"router_bias", "log_rate", "b_decay"}
 
 
 def test_a_chunked_loss_gives_the_same_loss_and_gradient():

@@ -352,7 +352,7 @@ def printed(capsys: pytest.CaptureFixture[str], *verb: str) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["translate", "classify"])
+@pytest.mark.parametrize("kind", [pytest.param("translate", marks=pytest.mark.slow), "classify"])
 def test_the_accuracy_of_a_run_is_the_share_of_answers_that_it_gives(kind: str, place: Path, capsys):
     result, step = trained.evaluate(place / kind, checkpoint="last", report=lambda line: None)
     pairs = heldout_pairs(place / kind)

@@ -2,7 +2,8 @@
 
 Both mixers go chunk by chunk. Inside a chunk each token reads the earlier ones, as attention does; from chunk to chunk
 goes only the state, so memory is linear in L. A chunk of one token is the recurrence itself, and that is how text is
-generated. The arithmetic is float32 whatever the dtype of the inputs.
+generated. Inputs of any dtype are read as float32, and sums and states are float32; how many
+digits of its factors a product keeps is the platform's default (`jax.default_matmul_precision`): all on a CPU.
 
 In the einsums C and T are tokens of a chunk that read and are read, and I is the H of the values.
 """

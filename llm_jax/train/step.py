@@ -1,6 +1,7 @@
 """The training step: a pure function `(state, batch) -> (state, metrics)`, and the loss that it minimizes."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from llm_jax import tree as trees
 from llm_jax.data.loader import Batch
 from llm_jax.model.feedforward import Utilisation
 from llm_jax.model.transformer import Transformer, forward, head_table
@@ -53,9 +55,16 @@ class LossConfig:
             raise ValueError(f"loss.chunk={self.chunk} must be at least 1; none is no chunks")
 
 
+# What moves by less than bfloat16 can tell, or is read through an exponential. They are small, and stay float32.
+DELICATE = r"/(router_bias|log_rate|b_decay)$"
+
+
 def cast(params: PyTree, dtype: Any) -> PyTree:
-    """Every parameter in the dtype of the computation. Done once, before anything is gathered from other devices."""
-    return jax.tree.map(lambda x: x.astype(dtype), params)
+    """The parameters, but for `DELICATE` ones, in the dtype of the computation.
+
+    Done once, before anything is gathered from other devices.
+    """
+    return trees.map_with_path(lambda path, x: x if re.search(DELICATE, path) else x.astype(dtype), params)
 
 
 @struct.dataclass
