@@ -6,7 +6,7 @@ whole train state shards by the same rows. Activations are constrained by letter
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -129,3 +129,22 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(letters, ACTIVATION_AXES)))
+
+
+def on_each_device(function: Callable[..., jax.Array], letters: str, *arrays: Any) -> jax.Array:
+    """`function` of each device's own part of the arrays: of its rows, its heads, its share of a width.
+
+    For what the compiler can't split by itself. `letters` are those of the arrays, then those of the result; what no
+    letter splits is whole on every device. Sums over parts are the function's own affair: see `summed`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual:
+        return function(*arrays)
+    *specs, out = (spec(word, ACTIVATION_AXES) for word in letters.split())
+    return jax.shard_map(function, in_specs=tuple(specs), out_specs=out, check_vma=False)(*arrays)
+
+
+def summed(x: jax.Array, axis: str) -> jax.Array:
+    """The sum over a mesh axis, inside `on_each_device`; elsewhere there is one part, `x`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.lax.psum(x, axis) if not mesh.empty and mesh.are_all_axes_manual else x

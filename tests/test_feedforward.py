@@ -1,7 +1,9 @@
 """The feed-forward layer equals its formula in float64, and its gradients those of the plain formula."""
 
 import math
+import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from grid import tiny, weights
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.feedforward import FeedForward, MixtureOfExperts
 from llm_jax.ops.experts import Experts
+from llm_jax.sharding import MeshConfig, make_mesh
 
 X = jnp.asarray(np.random.default_rng(3).normal(size=(2, 4, 24)), jnp.float32)
 
@@ -108,6 +111,26 @@ def test_a_mixture_is_the_weighted_sum_of_the_experts_that_each_token_chose(gate
             expected = expected + feedforward(token, p["shared"])
         np.testing.assert_allclose(y[row], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(use.load, load)
+
+
+def test_each_device_takes_its_own_tokens_to_the_experts_and_its_own_share_of_their_width():
+    config = tiny(layers=("global+moe",), experts=Experts(number=E, active=K_ACTIVE, d_ff=10))
+    params = jax.tree.map(lambda x: x[0], weights(config)["layers"]["experts"])
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4, 24)), jnp.float32)
+
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        y, _ = MixtureOfExperts(config).apply({"params": params}, x)  # pyright: ignore
+        return jnp.sin(y).sum()
+
+    expected = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, x)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, x).compile()
+        found = compiled(params, x)
+    for mine, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+    text, (mine, everyone) = compiled.as_text(), (8 * 4 * K_ACTIVE // 4, 8 * 4 * K_ACTIVE)
+    assert f"f32[{mine},5]" in text
+    assert not re.search(rf"f32\[{everyone},(5|10)\]", text)
 
 
 def test_padding_is_not_counted_in_the_load():

@@ -12,6 +12,7 @@ from tiny_run import tiny
 
 from llm_jax import tree
 from llm_jax.data.loader import Batch, Loader
+from llm_jax.ops.experts import Experts
 from llm_jax.sharding import MeshConfig, make_mesh
 from llm_jax.train.checkpoint import Checkpoints, Progress
 from llm_jax.train.loop import open_data
@@ -83,6 +84,15 @@ def test_every_mesh_trains_as_one_device_does_and_reads_what_another_saved(
     assert restored is not None
     assert tree.fingerprint(restored[0]) == tree.fingerprint(state)
     assert jax.tree.map(lambda x: x.sharding, restored[0]) == jax.tree.map(lambda x: x.sharding, abstract)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [("global+moe",), ("delta", "linear")], ids=str)
+def test_experts_and_linear_attention_train_on_a_mesh_as_on_one_device(config: RunConfig, batches, layers):
+    experts = Experts(number=4, d_ff=16, shared=1) if "moe" in layers[0] else None
+    model = dataclasses.replace(config.model, layers=layers, experts=experts)
+    one, mesh = (on(dataclasses.replace(config, model=model), mesh) for mesh in (MeshConfig(data=1), ALL_THREE))
+    np.testing.assert_allclose(trained(mesh, batches)[1], trained(one, batches)[1], rtol=1e-5)
 
 
 def test_a_microbatch_that_does_not_divide_over_the_devices_is_an_error_with_the_numbers(config: RunConfig):

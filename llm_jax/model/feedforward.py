@@ -1,19 +1,20 @@
 """The feed-forward layer: plain, gated, or a mixture of experts."""
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.init import normal
 from llm_jax.model.taps import tap
 from llm_jax.ops.experts import arrange, dispatch, grouped, mix, route
 from llm_jax.ops.gradient import add_bias, linear, settle
-from llm_jax.sharding import constrain
+from llm_jax.sharding import constrain, on_each_device, summed
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -57,6 +58,28 @@ class Utilisation:
     z_loss: Float[Array, "*N"]
 
 
+def served(
+    activation: Callable[[Array], Array],
+    x: Float[Array, "B L D"],
+    experts: Int[Array, "B L X"],
+    weights: Float[Array, "B L X"],
+    *matrices: Float[Array, "E _ _"],
+) -> Float[Array, "B L D"]:
+    """What the X experts of each token make of it, added up; of a part of their width, a part of the sum.
+
+    Each device sorts its own tokens: none leaves it, and the work is split as the rows are.
+    """
+    *ups, down = matrices
+    groups = arrange(experts.reshape(-1, experts.shape[-1]), len(down))
+    rows = dispatch(x.reshape(-1, x.shape[-1]), groups)
+    h, *more = (grouped(rows, matrix, groups.sizes) for matrix in ups)
+    h = activation(h)
+    for other in more:  # gated
+        h = h * other
+    out = mix(grouped(h, down, groups.sizes), groups, weights.reshape(-1, weights.shape[-1]))
+    return summed(out.reshape(x.shape), "tensor")
+
+
 class MixtureOfExperts(nn.Module):
     """Each token through the few experts that its router chooses, and through those that all share."""
 
@@ -76,13 +99,12 @@ class MixtureOfExperts(nn.Module):
         bias = bias if bias is None else bias.astype(jnp.float32)
         routing = route(logits.reshape(-1, E), e, bias, None if counted is None else counted.reshape(-1))
 
-        groups = arrange(routing.experts, E)
-        rows = dispatch(x.reshape(-1, D), groups)
-        h = ACTIVATIONS[c.activation](grouped(rows, self._matrix("gate" if c.gated else "up", D, F, x), groups.sizes))
-        if c.gated:
-            h = h * grouped(rows, self._matrix("up", D, F, x), groups.sizes)
-        out = grouped(h, self._matrix("down", F, D, x), groups.sizes)
-        y = mix(out, groups, routing.weights).reshape(x.shape)
+        names = ("gate", "up") if c.gated else ("up",)
+        matrices = [*(self._matrix(name, D, F, x) for name in names), self._matrix("down", F, D, x)]
+        chosen, weights = (y.reshape(*x.shape[:2], -1) for y in (routing.experts, routing.weights))
+        serve = functools.partial(served, ACTIVATIONS[c.activation])
+        wide = "EDF " * len(names)
+        y = on_each_device(serve, f"BLD BLX BLX {wide} EFD BLD", x, chosen, weights, *matrices)
         if e.shared:
             y = y + FeedForward(c, e.shared * F, name="shared")(x)
         return constrain(y, "BLD"), Utilisation(routing.load, routing.balance_loss, routing.z_loss)

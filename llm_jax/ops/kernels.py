@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llm_jax.ops.attention import MASKED, Declined, Mask, Scores, platform
 from llm_jax.ops.position import alibi_slopes
-from llm_jax.sharding import ACTIVATION_AXES, spec
+from llm_jax.sharding import on_each_device
 
 # Sides of a tile; the largest that divides the row is taken. A register of a TPU has 128 lanes, which smaller tiles
 # would leave empty; with 1024 the backward pass under all rules exceeds the 16 MiB that a kernel gets on v5e and v5p,
@@ -273,18 +273,6 @@ def by_head(attend: Callable) -> Callable[..., Array]:
         return out.transpose(0, 3, 1, 2, 4)
 
     return run
-
-
-def on_each_device(attend: Callable, letters: str, *arrays: Any) -> Array:
-    """`attend` on every device's own rows and heads: the compiler can't split a Pallas call by itself.
-
-    `letters` are those of the arrays, then those of the result.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual:
-        return attend(*arrays)
-    *specs, out = (spec(word, ACTIVATION_AXES) for word in letters.split())
-    return jax.shard_map(attend, in_specs=tuple(specs), out_specs=out, check_vma=False)(*arrays)
 
 
 def accept(name: str, q: Array, k: Array, mask: Mask, scores: Scores, *, can: str, on: str) -> None:

@@ -69,8 +69,7 @@ class Program:
     def init(self) -> TrainState:
         """A fresh state, every leaf made where it belongs."""
         make = jax.jit(functools.partial(init_state, self.model, self._optimizer), out_shardings=self._layout)
-        with jax.set_mesh(self.mesh):
-            return make(jax.random.key(self.config.seed))
+        return make(jax.random.key(self.config.seed))
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One optimizer step; `state` is donated. Compiles once, and says so by an error if it ever would again."""
