@@ -3,6 +3,7 @@
 What is particular to a family stands in `test_families.py`.
 """
 
+import dataclasses
 import errno
 import functools
 import json
@@ -31,6 +32,7 @@ from llm_jax.compat.tokenizers import files_of, merges_of
 from llm_jax.config import override
 from llm_jax.data import tokenizer
 from llm_jax.data.imported import ImportedTokenizer
+from llm_jax.data.task import TaskConfig
 from llm_jax.data.tokenizer import END_OF_TEXT, Tokenizer
 from llm_jax.infer.generate import prompt_ids
 from llm_jax.model.transformer import Transformer, forward
@@ -314,6 +316,19 @@ def test_an_export_that_fails_leaves_nothing_behind(
     assert main(["export", str(imported), "--out", str(tmp_path / "out"), *words]) == 2
     assert says in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_sees_the_whole_question_is_not_exported_as_one_that_does_not(imported: Path, tmp_path: Path):
+    config = run.load_config(imported)
+    task = TaskConfig("translate")
+    translator = dataclasses.replace(config, data=dataclasses.replace(config.data, task=task, packing="documents"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tokenizer").symlink_to(imported / "tokenizer")
+    run.save_config(tmp_path / "run", translator)
+    params, _ = trained.restore(imported, trained.on_one_device(config), report=quiet)
+    with pytest.raises(ValueError, match=r"sees the whole question at once .* every family .* sees no token ahead"):
+        export_run(tmp_path / "run", params, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_verbs_say_what_they_made(llama: Path, tmp_path: Path, capsys: Any):

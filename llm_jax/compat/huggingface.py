@@ -81,7 +81,13 @@ def export_run(
     folder, out = Path(folder), Path(out)
     if out.exists():
         raise ValueError(f"{out} exists, and an export makes a folder of its own; choose another --out")
-    model, coder = run.load_config(folder).model, run.load_tokenizer(folder)
+    config, coder = run.load_config(folder), run.load_tokenizer(folder)
+    model, task = config.model, config.data.task
+    if task is not None and task.kind == "translate":
+        raise ValueError(
+            f"{folder} sees the whole question at once (data.task.kind=translate), but every family of "
+            "docs/architectures.md sees no token ahead, and would write something else; let llm-jax generate answer"
+        )
     if family is None and (folder / SOURCE).is_file():
         family = read_json(folder / SOURCE)["model_type"]
     chosen = choose(model, weights.shapes_of(params), family)
