@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from architectures import CASES, PAGE, SIZES, YARN, config_json, record, table
+from architectures import CASES, LLAMA3, PAGE, SIZES, YARN, config_json, record, table
 from grid import tiny
 
 from llm_jax import trained
@@ -144,6 +144,14 @@ def test_every_switch_of_the_cases_reaches_the_model():
         ({"rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 2}}, Rotary(1e6, 1.0, "linear", 2.0)),
         ({"rope_theta": 7e3, "rope_scaling": None}, Rotary(7e3)),
         ({}, Rotary(1e4)),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_theta": 7e3}},
+            Rotary(1e4, 1.0, "linear", 2.0),
+        ),
+        (
+            {"rope_parameters": LLAMA3, "original_max_position_embeddings": 32},
+            Rotary(5e5, 1.0, "llama3", 8.0, 32, 1.0, 4.0),
+        ),
     ],
 )
 def test_the_names_of_before_are_read_too(old: dict[str, Any], new: Rotary):
@@ -151,15 +159,20 @@ def test_the_names_of_before_are_read_too(old: dict[str, Any], new: Rotary):
 
 
 def test_what_stands_in_the_config_files_of_the_hub_is_read():
-    """Keys as in the files of Pythia, Gemma 3, SmolLM2, Qwen2.5 and Phi-3 mini, in small sizes."""
+    """Keys as in the files of Pythia, NeoX-20B, Gemma 3, SmolLM2, SmolLM3, Qwen2.5 and Phi-3 mini, in small sizes."""
     pythia = {"rotary_emb_base": 10_000, "rotary_pct": 0.25, "use_parallel_residual": True, "torch_dtype": "float16"}
     assert FAMILIES["gpt_neox"].read(CASES["gpt_neox"] | pythia).rotary == Rotary(1e4, 0.25)
+    neox = {"hidden_act": "gelu_fast", "attention_dropout_prob": 0, "hidden_dropout_prob": 0, "rotary_pct": 0.25}
+    assert FAMILIES["gpt_neox"].read(CASES["gpt_neox"] | neox).activation == "gelu"
     gemma = {"rope_theta": 1e6, "rope_local_base_freq": 2e4, "sliding_window_pattern": 2, "rope_scaling": None}
     gemma |= {"cache_implementation": "hybrid", "attn_logit_softcapping": None, "sliding_window": 4, "head_dim": 8}
     read = FAMILIES["gemma3_text"].read(SIZES | gemma)
     assert (read.layers, read.rotary) == (("local", "global"), Rotary(1e6, local_theta=2e4))
     smol = {"rope_interleaved": False, "is_llama_config": True, "transformers.js_config": {}, "rope_theta": 100_000}
     assert FAMILIES["llama"].read(SIZES | smol).rotary.theta == 1e5
+    smol = {"max_window_layers": 28, "use_sliding_window": False, "sliding_window": None, "no_rope_layers": [1, 1, 0]}
+    smol |= {"layer_types": ["full_attention"] * 3, "mlp_bias": False, "attention_bias": False, "rope_theta": 5e6}
+    assert FAMILIES["smollm3"].read(SIZES | smol).layers == ("global", "global", "nope")
     qwen = {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 21, "use_mrope": False}
     assert FAMILIES["qwen2"].read(SIZES | qwen).attention.window is None
     phi = {"original_max_position_embeddings": 4096, "attention_bias": False, "embd_pdrop": 0.0, "rope_scaling": None}
@@ -174,6 +187,7 @@ def test_what_stands_in_the_config_files_of_the_hub_is_read():
             {"hidden_sise": 3},
             r"config.json says hidden_sise=3, .* did you mean 'hidden_size'\? .*delete it",
         ),
+        ("llama llama3", {"clip_qkv": 0.0}, "says clip_qkv=0.0, which no llama of llm-jax"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "says attn_logit_softcapping=50.0, which no gemma3_text"),
         ("qwen3", {"quantization_config": {"bits": 4}}, "says quantization_config="),
         ("qwen3", {"attention_bias": True}, "says attention_bias=True"),
@@ -185,6 +199,18 @@ def test_what_stands_in_the_config_files_of_the_hub_is_read():
         ),
         ("mistral yarn", {"rope_parameters": YARN | {"truncate": False}}, "rope_type=yarn comes with truncate"),
         ("gemma3_text", {"rope_parameters": {"sliding_attention": YARN}}, "positions of sliding_attention by yarn"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}},
+            "rope_parameters for=rope_type, .* known: full_attention, sliding_attention",
+        ),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"sliding_attention": {"rope_theta": 1e3, "factor": 2.0}}},
+            "rope_type=default comes with factor; known: rope_theta",
+        ),
+        ("qwen3", {"layer_types": ["full_attention"] * 2}, "has 2 layer_types for num_hidden_layers=3; give one"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "has 2 no_rope_layers for num_hidden_layers=5; give one"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=False, .* known: True"),
         ("gpt2", {"activation_function": "mish"}, "activation_function=mish, .* known: gelu_new"),
         ("gpt2", {"n_head": 5}, "model.n_heads=5 does not divide model.d_model=24"),

@@ -119,6 +119,7 @@ ACTIVATIONS = {
     "silu": "silu",
     "gelu_pytorch_tanh": "gelu",
     "gelu_new": "gelu",
+    "gelu_fast": "gelu",
     "gelu": "gelu_exact",
     "relu": "relu",
     "relu2": "relu2",

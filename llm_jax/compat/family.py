@@ -17,10 +17,10 @@ Row = tuple[str, str, tuple[str, ...]]
 
 # What a config.json says beside what the model computes: ids of tokens, the rates of training, how to generate.
 SILENT = re.compile(
-    r"_.*|architectures|model_type|auto_map|transformers.*|unsloth.*|is_llama_config|(torch_)?dtype|.*_token_id|.*dropout"
+    r"_.*|architectures|model_type|auto_map|transformers.*|unsloth.*|is_llama_config|(torch_)?dtype|.*_token_id|.*dropout(_prob)?"
     r"|.*_pdrop|initializer_range|use_cache|cache_implementation|output_.*|return_dict.*|task_specific_params|summary_.*"
     r"|id2label|label2id|problem_type|pretraining_tp|is_decoder|reorder_and_upcast_attn|n_ctx|router_(aux|jitter)_.*"
-    r"|hidden_act|original_max_position_embeddings"  # where no lens reads them: Gemma's of old, and what longrope needs
+    r"|hidden_act"  # where no lens reads it: Gemma's of old
 )
 
 
@@ -59,7 +59,7 @@ class Family:
         strange = [
             name
             for name, value in theirs.items()
-            if name not in keys and not SILENT.fullmatch(name) and value not in (None, False)
+            if not (name in keys or SILENT.fullmatch(name) or value is None or value is False)
         ]
         if strange:
             said = ", ".join(f"{name}={theirs[name]}" for name in strange)

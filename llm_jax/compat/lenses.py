@@ -56,6 +56,16 @@ def period(kinds: Sequence[str]) -> tuple[str, ...]:
     return tuple(kinds[:size])
 
 
+def of_each_layer(config: Theirs, name: str) -> Sequence[Any] | None:
+    """What a key says of every layer, if it is there. Raises `ValueError` where that are not all, or too many."""
+    said, n_layers = config.get(name), config["num_hidden_layers"]
+    if said is not None and len(said) != n_layers:
+        raise ValueError(
+            f"config.json has {len(said)} {name} for num_hidden_layers={n_layers}; give one for each layer there"
+        )
+    return said
+
+
 def kinds_of(c: ModelConfig) -> list[str]:
     """The kind of every layer."""
     return [c.layers[i % len(c.layers)] for i in range(c.n_layers)]
@@ -78,7 +88,7 @@ def layer_types(guess: Callable[[Theirs, int], bool], keys: tuple[str, ...], use
     """
 
     def read(config: Theirs) -> Fields:
-        types = config.get("layer_types")
+        types = of_each_layer(config, "layer_types")
         if types is None:
             layers = range(config["num_hidden_layers"])
             types = ["sliding_attention" if guess(config, i) else "full_attention" for i in layers]
@@ -98,9 +108,9 @@ def no_rope_layers() -> Lens:
 
     def read(config: Theirs) -> Fields:
         every, layers = config.get("no_rope_layer_interval", 4), range(config["num_hidden_layers"])
-        turned = config.get("no_rope_layers") or [(i + 1) % every for i in layers]
+        turned = of_each_layer(config, "no_rope_layers") or [(i + 1) % every for i in layers]
         sliding = config.get("sliding_window") if config.get("use_sliding_window") else None
-        types = config.get("layer_types")
+        types = of_each_layer(config, "layer_types")
         if types is None:
             types = ["full_attention" if turns or sliding is None else "sliding_attention" for turns in turned]
         kinds = [known("layer_types", KINDS, name) for name in types]
@@ -121,10 +131,12 @@ def no_rope_layers() -> Lens:
         }
 
     keys = ("no_rope_layers", "no_rope_layer_interval", "layer_types", "use_sliding_window", "sliding_window")
-    return Lens(keys, read, write)
+    return Lens((*keys, "max_window_layers"), read, write)  # the last one changes nothing in this family
 
 
 # ---- where tokens stand
+
+ORIGINAL = "original_max_position_embeddings"  # before they were scaled
 
 # Their name of a scaling -> ours, and of what it needs beside theta.
 SCALINGS: dict[str, tuple[str, dict[str, str]]] = {
@@ -134,7 +146,7 @@ SCALINGS: dict[str, tuple[str, dict[str, str]]] = {
         "llama3",
         {
             "factor": "factor",
-            "original_max_position_embeddings": "original_len",
+            ORIGINAL: "original_len",
             "low_freq_factor": "low_turns",
             "high_freq_factor": "high_turns",
         },
@@ -143,7 +155,7 @@ SCALINGS: dict[str, tuple[str, dict[str, str]]] = {
         "yarn",
         {
             "factor": "factor",
-            "original_max_position_embeddings": "original_len",
+            ORIGINAL: "original_len",
             "beta_slow": "low_turns",
             "beta_fast": "high_turns",
             "attention_factor": "amplitude",
@@ -162,28 +174,32 @@ def rope(theta: float = 1e4, fraction: float | None = None, old: tuple[str, str]
         outside = {"rope_theta": config.get(old[0], theta)}
         if fraction is not None:
             outside["partial_rotary_factor"] = config.get(old[1], fraction)
-        parameters = outside | (config.get("rope_parameters") or config.get("rope_scaling") or {})
+        parameters = outside | (config.get("rope_scaling") or config.get("rope_parameters") or {})
         return _rotary(parameters, config, fraction is not None)
 
     def write(c: ModelConfig) -> dict[str, Any]:
         part = {} if fraction is None else {"partial_rotary_factor": c.rotary.fraction}
         return {"rope_parameters": _parameters(c.rotary) | part}
 
-    return Lens(("rope_parameters", "rope_scaling", *filter(None, old)), read, write)
+    return Lens(("rope_parameters", "rope_scaling", ORIGINAL, *filter(None, old)), read, write)
 
 
 def rope_by_type() -> Lens:
     """Gemma 3: local layers have a theta of their own, and are not scaled."""
 
     def read(config: Theirs) -> Fields:
-        given = config.get("rope_parameters") or {"full_attention": config.get("rope_scaling")}
+        given = config.get("rope_parameters") or {}
+        for name in given:
+            known("rope_parameters for", KINDS, name)
         full = {"rope_theta": config.get("rope_theta", 1e6)} | (given.get("full_attention") or {})
         local = {"rope_theta": config.get("rope_local_base_freq", 1e4)} | (given.get("sliding_attention") or {})
-        if local.get("rope_type", "default") != "default":
+        near = _rotary(local, config)
+        if near["rotary.scaling"] != "none":
             raise ValueError(
-                f"config.json scales the positions of sliding_attention by {local['rope_type']}; known: default"
+                f"config.json scales the positions of sliding_attention by {near['rotary.scaling']}; known: default"
             )
-        return _rotary(full, config) | {"rotary.local_theta": local["rope_theta"]}
+        scaled = full | (config.get("rope_scaling") or {})
+        return _rotary(scaled, config) | {"rotary.local_theta": near["rotary.theta"]}
 
     def write(c: ModelConfig) -> dict[str, Any]:
         local = {"rope_type": "default", "rope_theta": c.rotary.local.theta}
@@ -196,8 +212,8 @@ def _rotary(parameters: Theirs, config: Theirs, partial: bool = False) -> Fields
     name = parameters.get("rope_type", parameters.get("type", "default"))
     scaling, fields = known("rope_type", SCALINGS, name)
     given = {key: value for key, value in parameters.items() if value is not None}
-    if "original_max_position_embeddings" in fields:  # where a config does not say, it means all there are
-        given.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+    if ORIGINAL in fields:  # outside it goes before inside; where a config does not say, it means all there are
+        given[ORIGINAL] = config.get(ORIGINAL) or given.get(ORIGINAL) or config["max_position_embeddings"]
     names = {"rope_theta": "theta", **fields} | ({"partial_rotary_factor": "fraction"} if partial else {})
     strange = given.keys() - names.keys() - {"rope_type", "type"}
     if strange:
