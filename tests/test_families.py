@@ -214,6 +214,12 @@ def test_what_stands_in_the_config_files_of_the_hub_is_read():
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=False, .* known: True"),
         ("gpt2", {"activation_function": "mish"}, "activation_function=mish, .* known: gelu_new"),
         ("gpt2", {"n_head": 5}, "model.n_heads=5 does not divide model.d_model=24"),
+        ("llama llama3", {"rope_parameters": "linear"}, r"has rope_parameters=linear, which is no such value \(unsup"),
+        ("llama llama3", {"hidden_act": ["silu"]}, r"has hidden_act=\['silu'\], which is no such value"),
+        ("llama llama3", {"num_hidden_layers": 0}, "model.n_layers=0 must be at least 1"),
+        ("qwen3", {"num_hidden_layers": 0, "layer_types": None}, "model.n_layers=0 must be at least 1"),
+        ("gemma2", {"query_pre_attn_scalar": None}, "has query_pre_attn_scalar=None, which is no such value"),
+        ("gemma3_text", {"sliding_window_pattern": 0}, "has .*sliding_window_pattern=0, which is no such value"),
         ("gpt2", {"n_head": "five"}, "model.n_heads takes a whole number, got 'five'"),
         ("smollm3", {"layer_types": ["sliding_attention"] * 5}, "a window and without positions"),
         (

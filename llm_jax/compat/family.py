@@ -73,6 +73,11 @@ class Family:
                 fields |= lens.ours(theirs)
             except KeyError as error:
                 raise ValueError(f"config.json of a {self.name} lacks {error}; download it again") from None
+            except (ArithmeticError, AttributeError, TypeError) as error:
+                said = ", ".join(f"{name}={theirs[name]}" for name in lens.keys if name in theirs)
+                raise ValueError(
+                    f"config.json of a {self.name} has {said}, which is no such value ({error}); download it again"
+                ) from None
         return from_dict(ModelConfig, _grouped(fields), "model.")
 
     def write(self, c: ModelConfig) -> dict[str, Any]:

@@ -4,7 +4,6 @@ What there is to say about a family stands in `families.py`; here it is applied.
 """
 
 import dataclasses
-import importlib
 import json
 import os
 import re
@@ -12,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,6 +19,7 @@ from jaxtyping import PyTree
 from llm_jax.compat import weights
 from llm_jax.compat.families import FAMILIES
 from llm_jax.compat.family import Family, Shapes
+from llm_jax.compat.outside import optional, read_json
 from llm_jax.compat.tokenizers import files_of
 from llm_jax.config import nearest
 from llm_jax.data.imported import ImportedTokenizer, files_in
@@ -125,14 +124,6 @@ def fetch(source: str) -> Path:
         ) from error
 
 
-def optional(name: str) -> ModuleType:
-    """The module of that name. Raises `ValueError` where it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(f"this needs {name}; install it: pip install 'llm-jax[hf]'") from error
-
-
 def family_of(theirs: Mapping[str, Any]) -> Family:
     """The family of a config.json. Raises `ValueError` for one that has no map."""
     name = str(theirs.get("model_type"))
@@ -209,18 +200,6 @@ def whole(folder: Path) -> Iterator[Path]:
         (filling := Path(scratch) / "whole").mkdir()
         yield filling
         os.rename(filling, folder)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises `ValueError` where there is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path.parent} has no {path.name}; name the folder of a model, with all of its files"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); download it again") from None
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

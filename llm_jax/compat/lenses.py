@@ -52,7 +52,7 @@ def pattern(kinds: Sequence[str], window: int | None) -> Fields:
 def period(kinds: Sequence[str]) -> tuple[str, ...]:
     """The shortest beginning of `kinds` that makes all of them, repeated."""
     sizes = range(1, len(kinds) + 1)
-    size = next(n for n in sizes if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
+    size = next((n for n in sizes if all(kind == kinds[i % n] for i, kind in enumerate(kinds))), 0)
     return tuple(kinds[:size])
 
 

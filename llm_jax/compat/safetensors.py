@@ -1,16 +1,21 @@
-"""The safetensors format: eight bytes for the length of the header, the header in JSON, one tensor behind another.
+"""The safetensors format: read by the library of that name, a tensor at a time, and written likewise.
 
-Read and written a tensor at a time, so that no file is ever in memory whole.
+A file is eight bytes for the length of the header, the header in JSON, one tensor behind another. No file is ever in
+memory whole.
 """
 
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+
+from llm_jax.compat.outside import optional, read_json
 
 DTYPES = {"F32": np.dtype("float32"), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype("float16")}
 CODES = {dtype.name: code for code, dtype in DTYPES.items()}
@@ -22,18 +27,19 @@ class Stored:
     """A tensor on disk."""
 
     file: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
-    start: int
 
     def read(self) -> np.ndarray:
-        """Its numbers, mapped from the file. Raises `ValueError` for those that are of none of `DTYPES`."""
+        """Its numbers. Raises `ValueError` for those that are of none of `DTYPES`."""
         if self.dtype not in DTYPES:
             raise ValueError(
                 f"{self.file} holds {self.dtype} numbers; known: {', '.join(DTYPES)}. Save the model in one of these, "
                 "dequantised, and import that"
             )
-        return np.memmap(self.file, DTYPES[self.dtype], "r", self.start, self.shape)
+        with _opened(self.file) as file:  # anew for each: a mapping that stays holds all that was ever read
+            return file.get_tensor(self.name)
 
 
 def open_folder(folder: Path) -> dict[str, Stored]:
@@ -41,10 +47,12 @@ def open_folder(folder: Path) -> dict[str, Stored]:
 
     Raises `ValueError` where there is no such file, a shard is missing, or one is damaged.
     """
+    names = ["model.safetensors"]
     if (folder / INDEX).is_file():
-        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
+        files = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(files, dict):
+            raise ValueError(f"{folder / INDEX} lacks weight_map, the file of each tensor; download it again")
+        names = sorted(set(map(str, files.values())))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing and any(folder.glob("*.bin")):
         raise ValueError(
@@ -57,25 +65,23 @@ def open_folder(folder: Path) -> dict[str, Stored]:
 
 
 def open_file(path: Path) -> dict[str, Stored]:
-    """Every tensor of one file. Raises `ValueError` where its header can't be read or speaks of more than there is."""
-    size = path.stat().st_size
+    """Every tensor of one file. Raises `ValueError` where its header does not fit what is there."""
+    with _opened(path) as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {name: Stored(path, name, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    library = optional("safetensors")
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length) if length < size else b"")
-        header.pop("__metadata__", None)
-        ends = [entry["data_offsets"][1] for entry in header.values()]
-    except (ValueError, KeyError, AttributeError) as error:
+        with library.safe_open(path, "np") as file:
+            yield file
+    except library.SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or damaged ({error}); download it again") from None
-    wanted = 8 + length + max(ends, default=0)
-    if size != wanted:
-        raise ValueError(f"{path} is damaged: it has {size:,} bytes of {wanted:,}; download it again")
-    return {
-        name: Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-        for name, entry in header.items()
-    }
 
 
+# The library's own writer wants every tensor in memory at once.
 def write_file(
     path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, read: Callable[[str], np.ndarray]
 ) -> None:
