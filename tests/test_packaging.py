@@ -1,13 +1,25 @@
 """What a user installs is the whole of it: the wheel alone finds its recipes from any folder."""
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+
+def test_the_extra_for_hugging_face_is_what_is_imported_from_there():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = [re.split("[>=[]", requirement)[0] for requirement in extras["hf"]]
+    code = "".join(path.read_text() for path in ROOT.glob("llm_jax/**/*.py"))
+    for name in names:
+        assert re.search(rf"import {name}\b|from {name}\b|optional\(\"{name}\"\)", code), name
+    for name in names + [re.split("[>=[]", requirement)[0] for requirement in extras["parity"]]:
+        assert re.search(rf"^{name}==", (ROOT / "constraints.txt").read_text(), re.MULTILINE), name
 
 
 @pytest.fixture(scope="module")
