@@ -179,6 +179,20 @@ def test_what_stands_in_the_config_files_of_the_hub_is_read():
     assert FAMILIES["phi3"].read(SIZES | phi).layers == ("global",)
 
 
+def test_what_a_config_leaves_out_is_what_transformers_takes():
+    """Its defaults for (num_key_value_heads, head_dim), as transformers 5.23 has them; null is ours."""
+    defaults = {"llama": (None, None), "mistral": (8, None), "mixtral": (8, None), "qwen2": (32, None)}
+    defaults |= {"qwen3": (32, 128), "gemma2": (4, 256), "gemma3_text": (4, 256), "olmo2": (None, None)}
+    defaults |= {"phi3": (None, None), "smollm3": (4, None)}
+    sizes = SIZES | {"num_attention_heads": 32, "hidden_size": 64}
+    absent = {name: size for name, size in sizes.items() if name != "num_key_value_heads"}
+    for name, expected in defaults.items():
+        read = FAMILIES[name].read(absent)
+        assert (read.n_kv_heads, read.head_dim) == expected, name
+        read = FAMILIES[name].read(sizes | {"num_key_value_heads": None, "head_dim": None})
+        assert (read.K, read.H) == (32, 2), name
+
+
 @pytest.mark.parametrize(
     ("case", "change", "says"),
     [

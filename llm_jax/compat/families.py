@@ -134,10 +134,14 @@ SIZES = (
     key("max_position_embeddings", "max_seq_len"),
 )
 WIDTH = key("intermediate_size", "d_ff")
-HEADS = (key("num_key_value_heads", "n_kv_heads", None), key("head_dim", "head_dim", None))
 UNTIED = key("tie_word_embeddings", "tied", False)
 TIED = key("tie_word_embeddings", "tied", True)
 ACTIVATION = key("hidden_act", "activation", "silu", ACTIVATIONS)
+
+
+def heads(kv: int | None = None, size: int | None = None) -> tuple[Lens, ...]:
+    """What the absence of these keys means; null is one for each query head, and their share of the width."""
+    return key("num_key_value_heads", "n_kv_heads", kv), key("head_dim", "head_dim", size)
 
 
 def rms_norm(eps: float) -> Lens:
@@ -145,7 +149,7 @@ def rms_norm(eps: float) -> Lens:
 
 
 BIAS = {(False, False): "none", (True, True): "all"}
-LLAMA = (*SIZES, WIDTH, *HEADS, ACTIVATION, rms_norm(1e-6))
+LLAMA = (*SIZES, WIDTH, ACTIVATION, rms_norm(1e-6))
 BIASES = Lens(
     ("attention_bias", "mlp_bias"),
     lambda config: {"bias": known("attention_bias, mlp_bias", BIAS, tuple(bool(config.get(k)) for k in BIASES.keys))},
@@ -160,8 +164,7 @@ QWEN_LAYERS = layer_types(
 GEMMA = (
     *SIZES,
     WIDTH,
-    key("num_key_value_heads", "n_kv_heads", 4),
-    key("head_dim", "head_dim", 256),
+    *heads(4, 256),
     key("hidden_activation", "activation", "gelu_pytorch_tanh", ACTIVATIONS),
     Lens((), lambda config: {"embedding_scale": config["hidden_size"] ** 0.5}, lambda c: {}),
     Lens(
@@ -183,7 +186,7 @@ FAMILIES = {
             architecture="LlamaForCausalLM",
             models="Llama 2, Llama 3, SmolLM, SmolLM2",
             tensors=BODY + NORMS_BEFORE,
-            lenses=(*LLAMA, BIASES, rope(), UNTIED),
+            lenses=(*LLAMA, *heads(), BIASES, rope(), UNTIED),
             fixed={},
         ),
         Family(
@@ -191,7 +194,7 @@ FAMILIES = {
             architecture="MistralForCausalLM",
             models="Mistral",
             tensors=BODY + NORMS_BEFORE,
-            lenses=(*LLAMA, window(4096), rope(), UNTIED),
+            lenses=(*LLAMA, *heads(8), window(4096), rope(), UNTIED),
             fixed={},
         ),
         Family(
@@ -202,7 +205,7 @@ FAMILIES = {
             lenses=(
                 *SIZES,
                 WIDTH,
-                *HEADS,
+                *heads(8),
                 ACTIVATION,
                 rms_norm(1e-5),
                 window(None, "+moe"),
@@ -218,7 +221,7 @@ FAMILIES = {
             architecture="Qwen2ForCausalLM",
             models="Qwen2, Qwen2.5",
             tensors=BODY + NORMS_BEFORE,
-            lenses=(*LLAMA, QWEN_LAYERS, rope(), UNTIED),
+            lenses=(*LLAMA, *heads(32), QWEN_LAYERS, rope(), UNTIED),
             fixed={"bias": "qkv"},
         ),
         Family(
@@ -226,7 +229,7 @@ FAMILIES = {
             architecture="Qwen3ForCausalLM",
             models="Qwen3",
             tensors=BODY + NORMS_BEFORE,
-            lenses=(*LLAMA, QWEN_LAYERS, rope(), UNTIED),
+            lenses=(*LLAMA, *heads(32, 128), QWEN_LAYERS, rope(), UNTIED),
             fixed={"attention.qk_norm": "head"},
         ),
         Family(
@@ -264,7 +267,7 @@ FAMILIES = {
             architecture="Olmo2ForCausalLM",
             models="OLMo 2",
             tensors=BODY + NORMS_BEHIND,
-            lenses=(*SIZES, WIDTH, *HEADS, ACTIVATION, rms_norm(1e-5), rope(), UNTIED),
+            lenses=(*SIZES, WIDTH, *heads(), ACTIVATION, rms_norm(1e-5), rope(), UNTIED),
             fixed={"residual": "output", "attention.qk_norm": "whole"},
         ),
         Family(
@@ -311,7 +314,7 @@ FAMILIES = {
             lenses=(
                 *SIZES,
                 WIDTH,
-                *HEADS,
+                *heads(),
                 ACTIVATION,
                 rms_norm(1e-5),
                 window(None),
@@ -325,7 +328,7 @@ FAMILIES = {
             architecture="SmolLM3ForCausalLM",
             models="SmolLM3",
             tensors=BODY + NORMS_BEFORE,
-            lenses=(*LLAMA, BIASES, no_rope_layers(), rope(2e6), TIED),
+            lenses=(*LLAMA, *heads(4), BIASES, no_rope_layers(), rope(2e6), TIED),
             fixed={},
         ),
     )
