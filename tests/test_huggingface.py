@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import functools
 import importlib
+import itertools
 import json
 import os
 import re
@@ -27,12 +28,14 @@ from tiny_run import console, write_corpus
 from llm_jax import trained
 from llm_jax.cli import main
 from llm_jax.compat import safetensors, weights
-from llm_jax.compat.huggingface import export_run, fetch, import_run, open_tokenizer, special_id
+from llm_jax.compat.huggingface import end_id, export_run, fetch, import_run, open_tokenizer
 from llm_jax.compat.layout import Layout
 from llm_jax.compat.tokenizers import files_of, merges_of
 from llm_jax.config import override
-from llm_jax.data import tokenizer
+from llm_jax.data import shards, tokenizer
 from llm_jax.data.imported import ImportedTokenizer
+from llm_jax.data.loader import heldout_rows
+from llm_jax.data.shards import DataConfig
 from llm_jax.data.task import TaskConfig
 from llm_jax.data.tokenizer import END_OF_TEXT, Tokenizer
 from llm_jax.infer.generate import prompt_ids
@@ -412,6 +415,7 @@ def byte_level() -> str:
     alphabet = library.pre_tokenizers.ByteLevel.alphabet()
     trainer = library.trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
     coder.train_from_iterator([TEXT] * 3, trainer)
+    coder.post_processor = library.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     coder.enable_truncation(4)
     return coder.to_str()
 
@@ -446,8 +450,7 @@ def folder_of(text: str, folder: Path, **more: Any) -> Path:
 @pytest.mark.parametrize("make", [byte_level, with_byte_fallback])
 def test_an_imported_tokenizer_gives_the_ids_of_the_library(make: Callable[[], str], tmp_path: Path):
     library = pytest.importorskip("tokenizers")
-    config = shapes_vocab(400)
-    coder = open_tokenizer(folder_of(make(), tmp_path / "theirs"), None, config)
+    coder = opened(folder_of(make(), tmp_path / "theirs"))
     theirs = library.Tokenizer.from_str(make())
     theirs.no_truncation()
     for text in (TEXT.replace("</s>", ""), "The The", "", "🐈" * 50):
@@ -455,17 +458,17 @@ def test_an_imported_tokenizer_gives_the_ids_of_the_library(make: Callable[[], s
         assert coder.encode(text).tolist() == ids
         assert coder.decode(ids) == theirs.decode(ids, skip_special_tokens=False)
         assert coder.decode_bytes(ids).decode().removeprefix(" ") == text.removeprefix(" ")
-    assert (coder.begin_of_text, coder.end_of_text) == (0, 1)
+    assert (coder.begin_of_text, coder.end_of_text) == (0 if make is byte_level else 1, 1)
     assert coder.encode("</s>").tolist() != [theirs.token_to_id("</s>")]
     assert theirs.token_to_id("</s>") in coder.encode("a</s>", special=True).tolist()
 
 
 def test_an_imported_tokenizer_is_kept_as_it_is(tmp_path: Path):
     there = folder_of(byte_level(), tmp_path / "theirs")
-    coder = open_tokenizer(there, None, shapes_vocab(400))
+    coder = opened(there)
     coder.save(tmp_path / "kept")
     again = tokenizer.load(tmp_path / "kept")
-    assert (again.fingerprint, again.name, again.begin_of_text) == (coder.fingerprint, "theirs", 0)
+    assert (again.fingerprint, again.name, again.begin_of_text) == (coder.fingerprint, "someone/theirs", 0)
     assert (again.encode(TEXT) == coder.encode(TEXT)).all()
     for name, content in files_of(again, 10).items():
         assert content == (there / name).read_bytes()
@@ -475,17 +478,54 @@ def test_an_imported_tokenizer_is_kept_as_it_is(tmp_path: Path):
 
 
 def test_a_text_begins_with_the_token_that_the_model_knows_for_it(tmp_path: Path):
-    coder = open_tokenizer(folder_of(byte_level(), tmp_path / "theirs"), None, shapes_vocab(400))
+    coder = opened(folder_of(byte_level(), tmp_path / "theirs"))
     [ids] = prompt_ids(shapes_vocab(400), coder, [""], begin=True)
     assert ids.tolist() == [0]
     [ids] = prompt_ids(shapes_vocab(400), tokenizer.ByteTokenizer(), [""], begin=True)
     assert ids.tolist() == [256]
 
 
-def shapes_vocab(size: int) -> Any:
+def test_documents_begin_in_training_as_prompts_do_in_writing(tmp_path: Path):
+    coder = opened(folder_of(byte_level(), tmp_path / "theirs"))
+    coder.save(tmp_path / "tokenizer")
+    corpus = write_corpus(tmp_path / "corpus", documents=5)
+    shards.prepare(str(corpus), tmp_path / "data", tokenizer=str(tmp_path / "tokenizer"), heldout=0.0)
+    store = shards.open_shards(tmp_path / "data").split("train")
+    texts = [coder.decode(store.read(start, stop - 1)) for start, stop in itertools.pairwise(store.offsets.tolist())]
+    ids = [row.tolist() for row in prompt_ids(shapes_vocab(400, max_seq_len=64), coder, texts, begin=True)]
+    for packing in ("documents", "windows"):
+        config = DataConfig(packing=packing, seq_len=64, batch_size=2)
+        for batch in heldout_rows(store, config):
+            for number, expected in enumerate(ids):
+                found = batch.tokens[batch.documents == number].tolist()
+                if len(found) == len(expected):  # a window may have cut it
+                    assert found == expected
+                    ids[number] = []
+        assert packing == "windows" or not any(ids)
+
+
+def test_added_tokens_that_the_model_has_no_room_for_are_left_out(tmp_path: Path):
+    """As of Gemma 3 1B, whose tokenizer knows one of images, beyond the embedding."""
+    description = json.loads(byte_level())
+    image = description["added_tokens"][0] | {"id": 300, "content": "<image>"}
+    description["added_tokens"].append(image)
+    there = folder_of(json.dumps(description), tmp_path / "theirs")
+    assert opened(there, 301).encode("<image>", special=True).tolist() == [300]
+    coder = opened(there, 300)
+    assert (coder.vocab_size, coder.encode("<image>", special=True).max() < 300) == (300, True)
+    coder.save(tmp_path / "kept")
+    again = tokenizer.load(tmp_path / "kept")
+    assert (again.fingerprint, again.vocab_size) == (coder.fingerprint, 300)
+
+
+def opened(there: Path, vocab_size: int = 400) -> Tokenizer:
+    return open_tokenizer("someone/theirs", there, None, shapes_vocab(vocab_size))
+
+
+def shapes_vocab(size: int, **changes: Any) -> Any:
     from grid import tiny
 
-    return tiny(vocab_size=size)
+    return tiny(vocab_size=size, **changes)
 
 
 @pytest.mark.parametrize(
@@ -496,13 +536,13 @@ def shapes_vocab(size: int) -> Any:
         ({"config.json": {}, "tokenizer_config.json": {"eos_token": "<end>"}}, 3),
         ({"config.json": {}, "tokenizer_config.json": {"eos_token": {"content": "<end>"}}}, 3),
         ({"config.json": {}}, None),
+        ({"config.json": {}, "tokenizer_config.json": {"eos_token": "<end>"}, "tokenizer.json": {}}, None),
     ],
 )
 def test_the_end_of_a_text_is_looked_for_where_it_may_stand(files: dict[str, Any], end: int | None, tmp_path: Path):
-    files["tokenizer.json"] = {"added_tokens": [{"content": "<end>", "id": 3}]}
-    for name, values in files.items():
+    for name, values in ({"tokenizer.json": {"added_tokens": [{"content": "<end>", "id": 3}]}} | files).items():
         (tmp_path / name).write_text(json.dumps(values))
-    assert special_id(tmp_path, "eos") == end
+    assert end_id(tmp_path) == end
 
 
 @pytest.mark.parametrize(
@@ -512,26 +552,26 @@ def test_the_end_of_a_text_is_looked_for_where_it_may_stand(files: dict[str, Any
         (
             {"eos_token_id": 999},
             400,
-            "token 999 is to begin or end a text, but the tokenizer theirs has the ids 0 to 299",
+            "token 999 is to end a text, but the tokenizer someone/theirs has the ids 0 to 299",
         ),
-        ({}, 20, "the tokenizer theirs has 300 ids, but the model knows 20; name another: --tokenizer"),
+        ({}, 20, "the tokenizer someone/theirs has 300 ids, but the model knows 20; name another: --tokenizer"),
     ],
 )
 def test_a_tokenizer_that_does_not_fit_is_refused(more: dict[str, Any], vocab_size: int, says: str, tmp_path: Path):
     with pytest.raises(ValueError, match=says):
-        open_tokenizer(folder_of(byte_level(), tmp_path / "theirs", **more), None, shapes_vocab(vocab_size))
+        opened(folder_of(byte_level(), tmp_path / "theirs", **more), vocab_size)
 
 
 def test_without_the_library_an_imported_tokenizer_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ValueError, match=r"runs on the library tokenizers; install it: pip install 'llm-jax\[hf\]'"):
-        ImportedTokenizer("x", {"tokenizer.json": b"{}"}, 0, 0)
+        ImportedTokenizer("x", {"tokenizer.json": b"{}"}, 0)
 
 
 def test_a_file_that_is_no_tokenizer_is_named():
     pytest.importorskip("tokenizers")
     with pytest.raises(ValueError, match=r"the tokenizer.json of x can't be read by tokenizers"):
-        ImportedTokenizer("x", {"tokenizer.json": b"{}"}, 0, 0)
+        ImportedTokenizer("x", {"tokenizer.json": b"{}"}, 0)
 
 
 def ours() -> list[Tokenizer]:

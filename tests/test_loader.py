@@ -66,6 +66,16 @@ def test_a_batch_is_the_same_whenever_it_is_asked_for(kind: str, stores):
     assert not equal(batches[0], Loader(stores[kind], config(kind, seed=1)).batch(0))
 
 
+@pytest.mark.parametrize("kind", ["documents", "windows"])
+def test_in_tokens_of_ours_an_input_is_what_stands_before_its_target(kind: str, stores):
+    """The end of another document before each one, as on a ring."""
+    store, ours = stores[kind], Loader(stores[kind], config(kind))
+    for step in range(ours.steps_per_epoch):
+        index, tokens = ours._index(step), ours.batch(step).tokens
+        there = index != loader.PADDING
+        assert (tokens[there] == store.take((index[there] - 1) % store.n_tokens)).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("processes", [2, 3, 6])
 def test_the_batch_is_the_same_however_many_processes_read_it(kind: str, processes: int, stores):

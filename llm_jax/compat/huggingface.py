@@ -56,7 +56,7 @@ def import_run(
     )
     config = RunConfig(model=model, data=data)
     run.check_free(folder, config)
-    coder = open_tokenizer(there, tokenizer, model)
+    coder = open_tokenizer(source, there, tokenizer, model)
     report(f"{source}: a {family.name} of {sum(parameter_counts(model).values()):,} parameters")
     params = weights.load(there, family, model)
     with whole(folder) as scratch:
@@ -153,18 +153,18 @@ def compute_dtype(theirs: Mapping[str, Any]) -> str:
     return "bfloat16" if theirs.get("dtype", theirs.get("torch_dtype")) == "bfloat16" else "float32"
 
 
-def open_tokenizer(there: Path, name: str | None, model: ModelConfig) -> Tokenizer:
-    """The tokenizer of the model in `there`, or the one of ours of that name.
+def open_tokenizer(source: str, there: Path, name: str | None, model: ModelConfig) -> Tokenizer:
+    """The tokenizer of the model `source` in the folder `there`, or the one of ours of that name.
 
-    Raises `ValueError` where there is none, or one of more ids than the model knows.
+    Raises `ValueError` where there is none, or one of more ids than the model knows, added tokens apart.
     """
     if name is not None:
         coder = build(name, tuple)
     elif (there / "tokenizer.json").is_file():
-        end, begin = special_id(there, "eos"), special_id(there, "bos")
+        end = end_id(there)
         if end is None:
             raise ValueError(f"{there} does not say what ends a text; set eos_token_id in its config.json")
-        coder = ImportedTokenizer(there.name, files_in(there), end if begin is None else begin, end)
+        coder = ImportedTokenizer(source, files_in(there), end, model.vocab_size)
     else:
         raise ValueError(
             f"{there} has no tokenizer.json. Let transformers write one (AutoTokenizer.from_pretrained(...)."
@@ -178,16 +178,16 @@ def open_tokenizer(there: Path, name: str | None, model: ModelConfig) -> Tokeniz
     return coder
 
 
-def special_id(there: Path, kind: str) -> int | None:
-    """The id that begins (`bos`) or ends (`eos`) a text, the first where there are several; None where none does."""
+def end_id(there: Path) -> int | None:
+    """The id that ends a text, the first where there are several; None where none is named."""
     for name in ("config.json", "generation_config.json"):
-        found = read_json(there / name).get(f"{kind}_token_id") if (there / name).is_file() else None
+        found = read_json(there / name).get("eos_token_id") if (there / name).is_file() else None
         if found is not None:
             return found[0] if isinstance(found, list) else found
     config = there / "tokenizer_config.json"
-    token = read_json(config).get(f"{kind}_token") if config.is_file() else None
+    token = read_json(config).get("eos_token") if config.is_file() else None
     text = token["content"] if isinstance(token, dict) else token
-    ids = {added["content"]: added["id"] for added in read_json(there / "tokenizer.json")["added_tokens"]}
+    ids = {added["content"]: added["id"] for added in read_json(there / "tokenizer.json").get("added_tokens") or []}
     return ids.get(text)
 
 

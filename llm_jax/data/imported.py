@@ -35,18 +35,19 @@ class ImportedTokenizer(Tokenizer):
     """Run by the library `tokenizers` from the model's own tokenizer.json: no id can differ.
 
     `files` are what there was of `FILES`, kept as they are. Raises `ValueError` where the library is missing or can't
-    read them, and for ids that it does not have.
+    read them, and for an end that it does not have. A text begins with what the library puts there, if it does.
     """
 
-    def __init__(self, name: str, files: Mapping[str, bytes], begin_of_text: int, end_of_text: int) -> None:
-        self.files, self._encoding = files, _encoding(name, files["tokenizer.json"].decode())
+    def __init__(self, name: str, files: Mapping[str, bytes], end_of_text: int, most: int | None = None) -> None:
+        """Added tokens from the id `most` on are left out: a model that only writes text may have no room for them."""
+        self.files, self._encoding = files, _encoding(name, files["tokenizer.json"].decode(), most)
+        begin_of_text = next(iter(self._encoding.encode("").ids), end_of_text)
         super().__init__(name, _table(self._encoding), end_of_text, begin_of_text)
-        for mark in (begin_of_text, end_of_text):
-            if mark >= self.vocab_size:
-                raise ValueError(
-                    f"token {mark} is to begin or end a text, but the tokenizer {name} has the ids 0 to "
-                    f"{self.vocab_size - 1}; set bos_token_id and eos_token_id in config.json"
-                )
+        if end_of_text >= self.vocab_size:
+            raise ValueError(
+                f"token {end_of_text} is to end a text, but the tokenizer {name} has the ids 0 to "
+                f"{self.vocab_size - 1}; set eos_token_id in config.json"
+            )
 
     def encode(self, text: str, *, special: bool = False) -> np.ndarray:
         """The ids of `text`, int32 [n]. Only `special=True` reads special tokens as such, all there are."""
@@ -68,7 +69,7 @@ class ImportedTokenizer(Tokenizer):
 
     def _description(self) -> dict[str, Any]:
         marks = {"begin_of_text": self.begin_of_text, "end_of_text": self.end_of_text}
-        return {"kind": "imported", **marks, "sha256": _sha256(self.files)}
+        return {"kind": "imported", **marks, "ids": self.vocab_size, "sha256": _sha256(self.files)}
 
 
 def files_in(folder: str | Path) -> dict[str, bytes]:
@@ -84,14 +85,14 @@ def load_imported(folder: Path, name: str, description: Mapping[str, Any]) -> Im
     files = files_in(folder)
     if _sha256(files) != description["sha256"]:
         raise ValueError(f"{folder} is damaged: its tokenizer.json is another; import the model again")
-    return ImportedTokenizer(name, files, description["begin_of_text"], description["end_of_text"])
+    return ImportedTokenizer(name, files, description["end_of_text"], description["ids"])
 
 
 def _sha256(files: Mapping[str, bytes]) -> str:
     return hashlib.sha256(files["tokenizer.json"]).hexdigest()
 
 
-def _encoding(name: str, text: str) -> Any:
+def _encoding(name: str, text: str, most: int | None) -> Any:
     try:
         import tokenizers
     except ImportError as error:
@@ -99,7 +100,7 @@ def _encoding(name: str, text: str) -> Any:
             f"the tokenizer {name} runs on the library tokenizers; install it: pip install 'llm-jax[hf]'"
         ) from error
     try:
-        encoding = tokenizers.Tokenizer.from_str(text)
+        encoding = tokenizers.Tokenizer.from_str(text if most is None else _within(text, most))
     except Exception as error:  # the library raises no other
         raise ValueError(
             f"the tokenizer.json of {name} can't be read by tokenizers {tokenizers.__version__} ({error}); "
@@ -108,6 +109,14 @@ def _encoding(name: str, text: str) -> Any:
     encoding.no_truncation()
     encoding.no_padding()
     return encoding
+
+
+def _within(text: str, most: int) -> str:
+    """A tokenizer.json without its added tokens from the id `most` on."""
+    description = json.loads(text)
+    added = description.get("added_tokens") or []
+    kept = [token for token in added if token["id"] < most]
+    return text if kept == added else json.dumps(description | {"added_tokens": kept})
 
 
 def _table(encoding: Any) -> list[bytes]:

@@ -28,7 +28,7 @@ Rows = Any  # int32 [B, L] of NumPy or JAX; in a mapped-over batch whatever stan
 class Batch:
     """Rows of tokens.
 
-    tokens: the inputs, 0 in the padding; each document begins with end-of-text, where the data has that token.
+    tokens: the inputs, 0 in the padding; each document begins with begin-of-text, where the data has ends of text.
     targets: the token after each, IGNORE where there is none in the same document.
     segments: which document of its row a token belongs to, from 1; 0 in the padding.
     positions: how far a token is from the start of its document in this row.
@@ -184,18 +184,21 @@ def _index(config: DataConfig, rows: Sequence[list[tuple[int, int]]]) -> Int64[n
 def _batch(store: TokenStore, config: DataConfig, task: Task | None, index: Int64[np.ndarray, "B L"]) -> Batch:
     """Inputs and targets, a token apart.
 
-    With end-of-text tokens `index` is where the targets stand. Before a document then stands the end of another, and
-    before the first one, as on a ring, that of the last: every document begins with end-of-text, and every one of its
-    tokens is a target. Without them `index` is where the inputs stand, and a document's last token has no target.
+    With end-of-text tokens `index` is where the targets stand, and the input before a document is what the tokenizer
+    begins a text with: of ours the end of another. So every token of a document is a target. Without them `index` is
+    where the inputs stand, and a document's last token has no target.
     Of these targets a task keeps those that it asks for.
     """
     filled, document = index != PADDING, store.documents_of(index)
-    inputs = (index - 1) % store.n_tokens if config.end_of_text else index
+    inputs = index - 1 if config.end_of_text else index
     targets = index if config.end_of_text else index + 1
     whole = config.packing == "documents"
+    tokens = store.take(inputs)
+    if config.end_of_text:
+        tokens = np.where(store.offsets[document] == index, store.tokenizer.begin_of_text, tokens)
     counted = filled & (store.documents_of(targets) == document) if whole else filled
     batch = Batch(
-        tokens=np.where(filled, store.take(inputs), 0).astype(np.int32),
+        tokens=np.where(filled, tokens, 0).astype(np.int32),
         targets=np.where(counted, store.take(targets), IGNORE).astype(np.int32),
         documents=np.where(counted, store.documents_of(targets), IGNORE).astype(np.int32),
     )

@@ -41,7 +41,7 @@ NO_BYTES = "\ufffd".encode()  # what an id that an encoding leaves out decodes t
 class Tokenizer(ABC):
     """What every tokenizer can do. Ids are the positions of `table`, hence below `vocab_size`.
 
-    A text is written behind `begin_of_text`; None: behind the end of another, as it stood in training.
+    A text begins behind `begin_of_text`, in training as in writing; None: behind the end of another.
     """
 
     def __init__(self, name: str, table: Sequence[bytes], end_of_text: int, begin_of_text: int | None = None) -> None:

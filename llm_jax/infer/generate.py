@@ -128,7 +128,7 @@ class Piece:
 def prompt_ids(
     config: ModelConfig, tokenizer: Tokenizer, prompts: Sequence[str], begin: bool
 ) -> list[Int[np.ndarray, " _"]]:
-    """The tokens of each prompt, behind the end-of-text token where `begin` asks for it.
+    """The tokens of each prompt, behind the one that begins a text where `begin` asks for it.
 
     Raises `ValueError` for a prompt that has none, or that leaves no room in `max_seq_len`.
     """
@@ -161,7 +161,7 @@ def stream(
     """What the model writes behind each prompt, in pieces: whole characters, each as soon as it is certain.
 
     A row ends with the end-of-text token, before the first `stop` text, after `max_tokens`, or where prompt
-    and text fill `max_seq_len`. `begin` puts the end-of-text token before each prompt, as a document began in
+    and text fill `max_seq_len`. `begin` puts the begin-of-text token before each prompt, as a document began in
     training. Prompts are the questions of a `task`, with its separator or without. A row depends on its prompt, its
     place among `prompts` and `seed`; at temperature 0, on its prompt alone. Raises `ValueError` for a prompt that is
     empty or too long, and for a classifier.
