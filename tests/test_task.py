@@ -22,6 +22,7 @@ from tiny_run import console, said
 from llm_jax import log, show, trained
 from llm_jax.cli import main
 from llm_jax.config import override
+from llm_jax.data import loader
 from llm_jax.data.loader import IGNORE, Batch, DataConfig, Loader, heldout_rows
 from llm_jax.data.shards import Shards, open_shards, prepare
 from llm_jax.data.task import Task, TaskConfig, resolve
@@ -306,6 +307,31 @@ def test_a_document_that_is_no_question_with_its_answer_is_named(texts: list[str
         Loader(store, rows_of(CLASSIFY))
     with pytest.raises(ValueError, match=re.escape(message)):
         list(heldout_rows(store, rows_of(CLASSIFY)))
+
+
+def test_documents_are_looked_through_once_and_never_all_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    texts = ["ab\tyes"] * 5
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", tokenizer="byte", heldout=0.0)
+    shards = open_shards(tmp_path / "out")
+    store, read = shards.split("train"), []
+    monkeypatch.setattr(loader, "CHECKED", 2)
+    monkeypatch.setattr(
+        store, "read", lambda start, stop: (read.append((start, stop)), store.take(np.arange(start, stop)))[1]
+    )
+    for _ in range(2):
+        list(heldout_rows(shards.split("train"), rows_of(CLASSIFY)))
+    assert read == [(0, 14), (14, 28), (28, 35)]
+
+
+def test_of_documents_in_parts_the_right_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loader, "CHECKED", 2)
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": f"ab\t{text}"}) + "\n" for text in ["yes"] * 3 + ["x"])
+    )
+    prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", tokenizer="byte", heldout=0.0)
+    with pytest.raises(ValueError, match=r"a.jsonl#3 is no question with its answer"):
+        Loader(open_shards(tmp_path / "out").split("train"), rows_of(CLASSIFY))
 
 
 # The whole path.

@@ -13,12 +13,13 @@ from jaxtyping import Int64
 
 from llm_jax.data import packing
 from llm_jax.data.packing import Plan
-from llm_jax.data.shards import DataConfig, TokenStore
+from llm_jax.data.shards import SPLITS, DataConfig, TokenStore
 from llm_jax.data.task import IGNORE, Task, resolve
 
 __all__ = ["IGNORE", "Batch", "DataConfig", "Loader", "heldout_rows"]
 
 PADDING = -1  # where in the stream a position stands that has no token
+CHECKED = 10_000  # documents at once
 LAST_STEP = np.iinfo(np.int64).max
 
 Rows = Any  # int32 [B, L] of NumPy or JAX; in a mapped-over batch whatever stands for them, a sharding say
@@ -140,15 +141,18 @@ def heldout_rows(store: TokenStore, config: DataConfig, *, process: int = 0, pro
         yield _batch(store, config, task, _index(config, spans))
 
 
+@functools.lru_cache(maxsize=len(SPLITS))  # every evaluation asks
 def task_of(store: TokenStore, config: DataConfig) -> Task | None:
     """What `config` asks of the documents of `store`, in its tokens. Raises `ValueError` for one that can't answer."""
     if config.task is None:
         return None
     task = resolve(config.task, store.tokenizer)
-    wrong = task.misfit(store.read(0, store.n_tokens), store.offsets, config.seq_len)
-    if wrong is not None:
-        document, reason = wrong
-        raise ValueError(f"{store.origins([document])[0]} is no question with its answer: {reason}")
+    for first in range(0, store.n_documents, CHECKED):  # so that no more than a part is in memory
+        offsets = store.offsets[first : first + CHECKED + 1]
+        wrong = task.misfit(store.read(int(offsets[0]), int(offsets[-1])), offsets - offsets[0], config.seq_len)
+        if wrong is not None:
+            document, reason = wrong
+            raise ValueError(f"{store.origins([first + document])[0]} is no question with its answer: {reason}")
     return task
 
 

@@ -159,6 +159,7 @@ class Shards:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
+        self._splits = {name: TokenStore(folder, name, split) for name, split in manifest.splits.items()}
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -168,7 +169,7 @@ class Shards:
         return tokenizer
 
     def split(self, name: Literal["train", "heldout"]) -> TokenStore:
-        return TokenStore(self.folder, name, self.manifest.splits[name])
+        return self._splits[name]
 
 
 def prepare(
