@@ -53,6 +53,17 @@ def test_the_commands_of_a_page_are_commands(page: Path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_rows_of_a_table_begin_and_end_with_a_bar(page: Path):
+    """What does not is a row to some readers of Markdown, and text to others."""
+    for block in re.split(r"\n\s*\n", FENCE.sub("", page.read_text())):
+        rows = [line for line in block.splitlines() if not line.startswith("<!--")]
+        if any(re.fullmatch(r"[\s|:-]*-\|-[\s|:-]*", row) for row in rows):
+            for row in rows:
+                assert row.startswith("|"), row
+                assert row.endswith("|"), row
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_links_of_a_page_lead_to_a_file(page: Path):
     for target in re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
