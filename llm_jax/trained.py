@@ -29,6 +29,11 @@ def on_one_device(config: RunConfig) -> Program:
     return Program(config, make_mesh(MeshConfig(), jax.devices()[:1]))
 
 
+def on_the_host(config: RunConfig) -> Program:
+    """The program of `config` in the memory of the host, which holds what an accelerator may not."""
+    return Program(config, make_mesh(MeshConfig(), jax.local_devices(backend="cpu")[:1]))
+
+
 def on_all_devices(config: RunConfig) -> Program:
     """The program of `config` as the run was trained; where its mesh does not fit these devices, on one of them."""
     try:

@@ -263,7 +263,7 @@ def export(args: Namespace) -> None:
     from llm_jax.compat import huggingface
     from llm_jax.train import loop, run
 
-    program = trained.on_one_device(run.load_config(args.run))
+    program = trained.on_the_host(run.load_config(args.run))
     loop.own_process()
     params, step = trained.restore(args.run, program, args.checkpoint, report=_say)
     family = huggingface.export_run(args.run, params, args.out, family=args.family, dtype=args.dtype)

@@ -23,6 +23,7 @@ from llm_jax.compat.family import Family, Shapes
 from llm_jax.compat.huggingface import choose, export_run, family_of, import_run
 from llm_jax.compat.lenses import canonical
 from llm_jax.compat.safetensors import open_file, write_file
+from llm_jax.model import count
 from llm_jax.model.config import AttentionConfig, ModelConfig
 from llm_jax.model.taps import capture
 from llm_jax.model.transformer import Transformer
@@ -89,7 +90,7 @@ def model_of(case: str) -> tuple[Family, ModelConfig]:
 def random_file(case: str, path: Path, without: str = "", **more: tuple[int, ...]) -> None:
     """A safetensors file of the case's tensors, all numbers different; without one tensor, and with others."""
     family, config = model_of(case)
-    shapes = weights.shapes_of(weights.abstract_params(config))
+    shapes = weights.shapes_of(count.shapes(config))
     tensors = {tensor.name: tensor.layout.shape for tensor in family.tensors_of(config, shapes)} | more
     tensors.pop(without, None)
     rng = np.random.default_rng(0)
@@ -111,7 +112,7 @@ def test_tensors_come_back_byte_for_byte(case: str, tmp_path: Path):
 def test_a_config_comes_back_as_the_same_model(case: str):
     family, config = model_of(case)
     assert canonical(family.read(family.write(config))) == canonical(config)
-    assert family.misfits(config, weights.shapes_of(weights.abstract_params(config))) == []
+    assert family.misfits(config, weights.shapes_of(count.shapes(config))) == []
 
 
 def test_every_switch_of_the_cases_reaches_the_model():
@@ -312,7 +313,7 @@ def test_a_tied_head_may_be_in_the_file_if_it_is_the_embedding(tmp_path: Path):
 
 
 def shapes_of(config: ModelConfig) -> Shapes:
-    return weights.shapes_of(weights.abstract_params(config))
+    return weights.shapes_of(count.shapes(config))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from tiny_run import console, write_corpus
 
 from llm_jax import trained
 from llm_jax.cli import main
-from llm_jax.compat import safetensors, weights
+from llm_jax.compat import huggingface, safetensors, weights
 from llm_jax.compat.huggingface import end_id, export_run, fetch, import_run, open_tokenizer
 from llm_jax.compat.layout import Layout
 from llm_jax.compat.tokenizers import files_of, merges_of
@@ -39,6 +39,7 @@ from llm_jax.data.shards import DataConfig
 from llm_jax.data.task import TaskConfig
 from llm_jax.data.tokenizer import END_OF_TEXT, Tokenizer
 from llm_jax.infer.generate import prompt_ids
+from llm_jax.model import count
 from llm_jax.model.transformer import Transformer, forward
 from llm_jax.train import loop, run
 from llm_jax.tree import fingerprint
@@ -56,7 +57,7 @@ def save_model(folder: Path, theirs: Mapping[str, Any], dtype: str = "float32", 
 
     family = family_of(theirs)
     config = family.read(theirs)
-    shapes = weights.shapes_of(weights.abstract_params(config))
+    shapes = weights.shapes_of(count.shapes(config))
     tensors = {tensor.name: tensor.layout.shape for tensor in family.tensors_of(config, shapes)}
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
@@ -182,6 +183,17 @@ def test_pickled_weights_are_not_read(tmp_path: Path):
         safetensors.open_folder(tmp_path)
 
 
+def test_weights_pass_through_the_memory_of_the_host(llama: Path, imported: Path, monkeypatch: pytest.MonkeyPatch):
+    host, other = jax.local_devices(backend="cpu")[0], jax.devices()[-1]
+    theirs = json.loads((llama / "config.json").read_text())
+    family = huggingface.family_of(theirs)
+    with jax.default_device(other):
+        params = weights.load(llama, family, family.read(theirs))
+    assert {device for leaf in jax.tree.leaves(params) for device in leaf.devices()} == {host}
+    monkeypatch.setattr(jax, "devices", lambda *_: [other])
+    assert trained.on_the_host(run.load_config(imported)).mesh.devices.ravel().tolist() == [host]
+
+
 @pytest.mark.slow
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path):
     """200 MB of them, in a process of its own. Seen: 1.03 times."""
@@ -191,6 +203,7 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path):
 import sys; from pathlib import Path
 from llm_jax.compat import weights
 from llm_jax.compat.huggingface import family_of, read_json
+from llm_jax.model.count import shapes
 
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -198,7 +211,7 @@ def peak():
 folder = Path(sys.argv[1])
 family = family_of(read_json(folder / "config.json"))
 config = family.read(read_json(folder / "config.json"))
-weights.abstract_params(config)
+shapes(config)
 before = peak()
 params = weights.load(folder, family, config)
 print((peak() - before) * 1024 / (folder / "model.safetensors").stat().st_size)

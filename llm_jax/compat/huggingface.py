@@ -44,8 +44,9 @@ def import_run(
 ) -> RunConfig:
     """Makes a run, at step 0, of the model in a folder or of that name on the Hugging Face hub.
 
-    `tokenizer` names one of ours in place of the model's own. The run appears whole or not at all. Raises
-    `ValueError` for what is not there, not known, or more than we can do.
+    `tokenizer` names one of ours in place of the model's own. The run appears whole or not at all, and takes the
+    memory of its weights twice as they are saved. Raises `ValueError` for what is not there, not known, or more than
+    we can do.
     """
     there, folder = fetch(source), Path(folder)
     theirs = read_json(there / "config.json")

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -18,19 +17,19 @@ from llm_jax.compat import safetensors
 from llm_jax.compat.family import Family, Shapes, Tensor
 from llm_jax.compat.safetensors import Stored
 from llm_jax.model.config import ModelConfig
-from llm_jax.model.transformer import Transformer
+from llm_jax.model.count import shapes
 
 # Files of old carry buffers, which follow from the config.
 BUFFERS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)(attn|attention)\.(masked_)?bias$")
 
 
 def load(folder: Path, family: Family, config: ModelConfig) -> PyTree:
-    """The parameters of the model in `folder`, float32.
+    """The parameters of the model in `folder`, float32, in the memory of the host: no accelerator need hold them.
 
     Raises `ValueError` with the names of tensors that are missing, have no place, or have another shape, before it
     reads any.
     """
-    abstract = abstract_params(config)
+    abstract, cpu = shapes(config), jax.local_devices(backend="cpu")[0]
     tensors = list(family.tensors_of(config, shapes_of(abstract)))
     stored = matched(family, config, tensors, safetensors.open_folder(folder))
     holders: dict[str, list[tuple[Tensor, int, tuple[int, ...]]]] = {}
@@ -42,7 +41,7 @@ def load(folder: Path, family: Family, config: ModelConfig) -> PyTree:
         x = _empty(shape.shape)
         for tensor, part, place in holders[path]:
             x[place] = tensor.layout.split(stored[tensor.name].read())[part]
-        return jax.device_put(x)
+        return jax.device_put(x, cpu)
 
     return trees.map_with_path(leaf, abstract)
 
@@ -63,11 +62,6 @@ def save(path: Path, family: Family, config: ModelConfig, params: PyTree, dtype:
         return tensors[name].layout.join([leaves[path][place] for path, place in tensors[name].homes])
 
     safetensors.write_file(path, {name: tensor.layout.shape for name, tensor in tensors.items()}, dtype, read)
-
-
-def abstract_params(config: ModelConfig) -> PyTree:
-    """The parameters of a model, shapes only."""
-    return jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def shapes_of(params: PyTree) -> Shapes:
