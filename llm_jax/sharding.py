@@ -123,6 +123,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec("B", ACTIVATION_AXES))
 
 
+def rows_here(mesh: Mesh, rows: int) -> list[int]:
+    """Which of the `rows` of a batch lie on the devices of this process, ascending."""
+    sharding = NamedSharding(mesh, spec("B", ACTIVATION_AXES))
+    slices = sharding.addressable_devices_indices_map((rows,)).values()
+    return sorted({row for index in slices for row in range(rows)[index[0]]})
+
+
 def constrain(x: jax.Array, letters: str) -> jax.Array:
     """`x` with its axes, named by `letters`, laid out on the mesh of `jax.set_mesh`; without a mesh, `x`."""
     mesh = jax.sharding.get_abstract_mesh()
