@@ -99,6 +99,8 @@ def joined(coordinator: str | None, processes: int | None, process: int | None) 
         yield
     except BaseException as error:
         if count() > 1:
+            with contextlib.suppress(RuntimeError):  # what is wrong here is wrong in all, mostly: let each say it
+                _client().wait_at_barrier("llm_jax/failed", 5000)
             atexit.register(_leave, 130 if isinstance(error, KeyboardInterrupt) else 2)  # when it has been said
         raise
     if count() > 1:
@@ -153,8 +155,9 @@ def watched(way_on: str) -> Iterator[None]:
     watch.start()
     try:
         yield
-    except Exception:
+    except Exception as error:
         watch.join(2 * BEAT)  # a collective fails where another process died: then the watch says so, and ends this one
+        _tell(peers, f"process {distributed.global_state.process_id} of {count()} failed ({error})".encode())
         raise
     for peer in peers:
         peer.send_bytes(b"bye")
@@ -216,6 +219,8 @@ def _leave(status: int) -> None:
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
+    if is_first():
+        time.sleep(BEAT)  # it is where the others hear of the end; without it JAX would abort them in the middle
     os._exit(status)
 
 
