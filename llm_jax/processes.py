@@ -13,15 +13,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from multiprocessing.connection import Client, Connection, Listener, wait
+from multiprocessing.connection import Client, Listener, wait
 from typing import Any, TypeVar
 
 import jax
-from jax._src import distributed  # the client of the coordination service has no public name
+from jax._src import distributed
 from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 from jax.experimental import multihost_utils
 
 Value = TypeVar("Value")
+Peers = dict[Any, int]  # connections, and the number of the process at the other end of each
 
 FIND = 120  # seconds that the processes have to find each other
 BEAT = 1  # seconds between two signs of life
@@ -31,17 +32,18 @@ SHUTDOWN = 15  # seconds for which a process that ends waits for the others
 DAY = 24 * 60 * 60 * 1000  # milliseconds; to prepare a corpus may take hours
 GONE = os.EX_TEMPFAIL  # the exit status of a process that another one left alone: start again
 
+_state: Any = distributed.global_state  # the client of the coordination service has no public name
 _turns = itertools.count()  # every process asks the same questions in the same order, so a number names each
 
 
 def count() -> int:
     """How many processes there are. Unlike `jax.process_count`, it starts no backend."""
-    return distributed.global_state.num_processes
+    return _state.num_processes
 
 
 def is_first() -> bool:
     """Whether this process is the one that speaks and writes."""
-    return distributed.global_state.process_id == 0
+    return _state.process_id == 0
 
 
 def started_as_one_of_several(environ: Mapping[str, str], *, tpu_vm: bool, terminal: bool) -> bool:
@@ -83,8 +85,8 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
             heartbeat_timeout_seconds=HEARTBEAT,
             shutdown_timeout_seconds=SHUTDOWN,
         )
-    except RuntimeError as error:
-        where = coordinator or distributed.global_state.coordinator_address
+    except (RuntimeError, ValueError) as error:  # the latter where a scheduler does not say enough
+        where = coordinator or _state.coordinator_address or "the address that the scheduler gives"
         raise ValueError(
             f"the processes did not find each other at {where} within {FIND} s ({str(error).splitlines()[0]}); start "
             "all of them with one HOST:PORT that each can reach, and a --process of its own"
@@ -100,7 +102,7 @@ def joined(coordinator: str | None, processes: int | None, process: int | None) 
     except BaseException as error:
         if count() > 1:
             with contextlib.suppress(RuntimeError):  # what is wrong here is wrong in all, mostly: let each say it
-                _client().wait_at_barrier("llm_jax/failed", 5000)
+                _state.client.wait_at_barrier("llm_jax/failed", 5000)
             atexit.register(_leave, 130 if isinstance(error, KeyboardInterrupt) else 2)  # when it has been said
         raise
     if count() > 1:
@@ -116,11 +118,11 @@ def from_first(make: Callable[[], Value]) -> Value:
         try:
             value = make()
         except ValueError as error:
-            _client().key_value_set(name, json.dumps({"error": str(error)}))
+            _state.client.key_value_set(name, json.dumps({"error": str(error)}))
             raise
-        _client().key_value_set(name, json.dumps({"value": value}))
+        _state.client.key_value_set(name, json.dumps({"value": value}))
         return value
-    answer = json.loads(_client().blocking_key_value_get(name, DAY))
+    answer = json.loads(_state.client.blocking_key_value_get(name, DAY))
     if "error" in answer:
         raise ValueError(answer["error"])
     return answer["value"]
@@ -131,8 +133,8 @@ def from_all(value: Value) -> list[Value]:
     if count() == 1:
         return [value]
     name = f"llm_jax/{next(_turns)}"
-    _client().key_value_set(f"{name}/{distributed.global_state.process_id}", json.dumps(value))
-    return [json.loads(_client().blocking_key_value_get(f"{name}/{number}", DAY)) for number in range(count())]
+    _state.client.key_value_set(f"{name}/{_state.process_id}", json.dumps(value))
+    return [json.loads(_state.client.blocking_key_value_get(f"{name}/{number}", DAY)) for number in range(count())]
 
 
 def gathered(tree: Any) -> Any:
@@ -157,38 +159,39 @@ def watched(way_on: str) -> Iterator[None]:
         yield
     except Exception as error:
         watch.join(2 * BEAT)  # a collective fails where another process died: then the watch says so, and ends this one
-        _tell(peers, f"process {distributed.global_state.process_id} of {count()} failed ({error})".encode())
+        _tell(peers, f"process {_state.process_id} of {count()} failed ({error})".encode())
         raise
     for peer in peers:
         peer.send_bytes(b"bye")
-    _client().wait_at_barrier(f"llm_jax/{next(_turns)}", DAY)
+    _state.client.wait_at_barrier(f"llm_jax/{next(_turns)}", DAY)
+    watch.join()  # it has heard the last word of every peer
     for peer in peers:
         peer.close()
 
 
-def _connect() -> dict[Connection, int]:
-    """Connections by the number of the process at the other end: process 0 has one to each, the others one to it."""
-    listener = Listener(("", 0), backlog=count()) if is_first() else None
-    port, key = from_first(lambda: [listener.address[1], secrets.token_hex()] if listener else [0, ""])
-    if listener is None:
-        host = distributed.global_state.coordinator_address.rpartition(":")[0].strip("[]")
-        peer = Client((host, port), authkey=key.encode())
-        peer.send_bytes(str(distributed.global_state.process_id).encode())
+def _connect() -> Peers:
+    """Process 0 has a connection to each other process, and each of these one to it."""
+    key = from_first(secrets.token_hex).encode()
+    if not is_first():
+        port = from_first(int)
+        host = _state.coordinator_address.rpartition(":")[0].strip("[]")
+        peer = Client((host, port), authkey=key)
+        peer.send_bytes(str(_state.process_id).encode())
         return {peer: 0}
-    listener._authkey = key.encode()
-    with listener:
-        accepted = [listener.accept() for _ in range(count() - 1)]
-    return {peer: int(peer.recv_bytes()) for peer in accepted}
+    with Listener(("", 0), backlog=count(), authkey=key) as listener:
+        from_first(lambda: listener.address[1])
+        peers = [listener.accept() for _ in range(count() - 1)]
+    return {peer: int(peer.recv_bytes()) for peer in peers}
 
 
-def _watch(peers: dict[Connection, int], way_on: str) -> None:
+def _watch(peers: Peers, way_on: str) -> None:
     heard, due = dict.fromkeys(peers, time.monotonic()), 0.0
     while peers:
         if time.monotonic() >= due:
             due = time.monotonic() + BEAT
             _tell(peers, b"beat")
-        for peer in wait(list(peers), timeout=max(0, due - time.monotonic())):
-            assert isinstance(peer, Connection)
+        ready: list[Any] = wait(list(peers), timeout=max(0, due - time.monotonic()))
+        for peer in ready:
             try:
                 word = peer.recv_bytes()
             except (EOFError, OSError):
@@ -203,13 +206,13 @@ def _watch(peers: dict[Connection, int], way_on: str) -> None:
                 _end(peers, f"process {number} of {count()} has not been heard for {SILENCE} s", way_on)
 
 
-def _end(peers: Mapping[Connection, int], reason: str, way_on: str) -> None:
+def _end(peers: Peers, reason: str, way_on: str) -> None:
     _tell(peers, reason.encode())
     os.write(2, f"llm-jax: error: {reason}, and this one stops; {way_on}\n".encode())
     _leave(GONE)
 
 
-def _tell(peers: Mapping[Connection, int], word: bytes) -> None:
+def _tell(peers: Peers, word: bytes) -> None:
     for peer in peers:
         with contextlib.suppress(OSError):  # one that is gone is noticed where it is read
             peer.send_bytes(word)
@@ -222,7 +225,3 @@ def _leave(status: int) -> None:
     if is_first():
         time.sleep(BEAT)  # it is where the others hear of the end; without it JAX would abort them in the middle
     os._exit(status)
-
-
-def _client() -> Any:
-    return distributed.global_state.client

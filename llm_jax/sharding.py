@@ -126,8 +126,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def rows_here(mesh: Mesh, rows: int) -> list[int]:
     """Which of the `rows` of a batch lie on the devices of this process, ascending."""
     sharding = NamedSharding(mesh, spec("B", ACTIVATION_AXES))
-    slices = sharding.addressable_devices_indices_map((rows,)).values()
-    return sorted({row for index in slices for row in range(rows)[index[0]]})
+    slices = [index[0] for index in sharding.addressable_devices_indices_map((rows,)).values() if index is not None]
+    return sorted({row for part in slices for row in range(rows)[part]})
 
 
 def constrain(x: jax.Array, letters: str) -> jax.Array:

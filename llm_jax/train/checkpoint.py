@@ -43,7 +43,7 @@ class Progress:
     """What a run must remember beside its train state, to go on as if nothing had happened.
 
     Attributes:
-      step: optimizer steps done, and so the position in the data: a batch is a function of (seed, step, process).
+      step: optimizer steps done, and so the position in the data: a batch is a function of (seed, step).
       tokens: targets trained on.
       skipped: steps whose loss or gradient was not finite.
       skipped_in_a_row: how many of them end the run so far.

@@ -95,7 +95,7 @@ class Program:
         """`batch`, the `rows` of this process, as global arrays on the mesh."""
         rows, layout = range(self.config.data.batch_size), batch_sharding(self.mesh)
 
-        def part(x: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+        def part(x: np.ndarray, index: Any) -> np.ndarray:
             wanted = rows[index[0]]
             first = self.rows.index(wanted[0])
             return x[(slice(first, first + len(wanted)), *index[1:])]
