@@ -207,7 +207,8 @@ def _watch(peers: Peers, way_on: str) -> None:
 
 
 def _end(peers: Peers, reason: str, way_on: str) -> None:
-    _tell(peers, reason.encode())
+    if is_first():
+        _tell(peers, reason.encode())
     os.write(2, f"llm-jax: error: {reason}, and this one stops; {way_on}\n".encode())
     _leave(GONE)
 

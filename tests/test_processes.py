@@ -118,7 +118,7 @@ def done(folder: Path, number: int, *words: str, seconds: float = 240) -> str:
 def wait_until(true: Callable[[], Any], launch: Launch, seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < deadline, launch.text
+        assert time.monotonic() < deadline and "error" not in launch.text, launch.text
         time.sleep(0.1)
 
 
@@ -170,7 +170,8 @@ def test_two_processes_and_one_read_the_state_of_four_and_its_next_batch_on_ever
 @pytest.mark.slow
 def test_a_run_outlives_a_signal_to_one_process_and_then_the_death_of_another(place: Path):
     folder = place / "stopped"
-    words = ("-m", "llm_jax", "train", "tiny.py", "--run", "stopped", "steps=1000", "prompts=", "evaluate_every=1000")
+    changes = ("steps=1000", "prompts=", "evaluate_every=1000", "mesh.data=-1", "mesh.fsdp=1")
+    words = ("-m", "llm_jax", "train", "tiny.py", "--run", "stopped", *changes)
     with launched(place, 3, *words) as launch:
         wait_until(lambda: len(steps(folder)) > 2, launch)
         os.kill(launch.pids()[2], signal.SIGTERM)
