@@ -118,7 +118,8 @@ def done(folder: Path, number: int, *words: str, seconds: float = 240) -> str:
 def wait_until(true: Callable[[], Any], launch: Launch, seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < deadline and "error" not in launch.text, launch.text
+        assert "error" not in launch.text, launch.text
+        assert time.monotonic() < deadline, launch.text
         time.sleep(0.1)
 
 
