@@ -123,6 +123,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec("B", ACTIVATION_AXES))
 
 
+def rows_here(mesh: Mesh, rows: int) -> list[int]:
+    """Which of the `rows` of a batch lie on the devices of this process, ascending."""
+    sharding = NamedSharding(mesh, spec("B", ACTIVATION_AXES))
+    slices = [index[0] for index in sharding.addressable_devices_indices_map((rows,)).values() if index is not None]
+    return sorted({row for part in slices for row in range(rows)[part]})
+
+
 def constrain(x: jax.Array, letters: str) -> jax.Array:
     """`x` with its axes, named by `letters`, laid out on the mesh of `jax.set_mesh`; without a mesh, `x`."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -10,13 +10,14 @@ from typing import Any
 
 import chex
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from llm_jax.data.loader import Batch
 from llm_jax.model.transformer import Transformer
-from llm_jax.sharding import batch_sharding, make_mesh, shardings
+from llm_jax.sharding import batch_sharding, make_mesh, rows_here, shardings
 from llm_jax.train.balance import rebalance
 from llm_jax.train.optimizer import make_optimizer, make_schedule
 from llm_jax.train.run import RunConfig
@@ -77,14 +78,31 @@ class Program:
             return self._train_step(state, self.put(batch))
 
     def score(self, params: PyTree, batch: Batch) -> Scored:
-        """How well every target of `batch` is predicted; arrays of NumPy."""
+        """How well every target of `batch`, all rows of it, is predicted; arrays of NumPy, the same in each process."""
         with jax.set_mesh(self.mesh):
-            return jax.device_get(self._score(params, self.put(dataclasses.replace(batch, documents=None))))
+            return jax.device_get(self._score(params, self.put(self.share(dataclasses.replace(batch, documents=None)))))
+
+    @functools.cached_property
+    def rows(self) -> list[int]:
+        """The rows of a batch that the devices of this process hold, and so all of it that this process reads."""
+        return rows_here(self.mesh, self.config.data.batch_size)
+
+    def share(self, batch: Batch) -> Batch:
+        """Of all rows of `batch` those of this process."""
+        return jax.tree.map(lambda x: x[self.rows], batch)
 
     def put(self, batch: Batch) -> Batch:
-        """`batch`, this process's rows of it, as global arrays on the mesh."""
-        rows = batch_sharding(self.mesh)
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
+        """`batch`, the `rows` of this process, as global arrays on the mesh."""
+        rows, layout = range(self.config.data.batch_size), batch_sharding(self.mesh)
+
+        def part(x: np.ndarray, index: Any) -> np.ndarray:
+            wanted = rows[index[0]]
+            first = self.rows.index(wanted[0])
+            return x[(slice(first, first + len(wanted)), *index[1:])]
+
+        return jax.tree.map(
+            lambda x: jax.make_array_from_callback((len(rows), *x.shape[1:]), layout, functools.partial(part, x)), batch
+        )
 
     @functools.cached_property
     def _optimizer(self) -> optax.GradientTransformation:
@@ -120,4 +138,4 @@ class Program:
             parts = jax.lax.map(one, microbatches(batch, c.accumulate))
             return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch.targets.shape), parts)
 
-        return jax.jit(scored)
+        return jax.jit(scored, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
