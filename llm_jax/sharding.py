@@ -50,14 +50,15 @@ LETTERS: tuple[tuple[str, str], ...] = (
 )
 
 # Letter -> mesh axis. A letter that stands in neither table is never split.
-PARAMETER_AXES: Mapping[str, Axes] = {"D": "fsdp", "V": "tensor", "K": "tensor", "F": "tensor"}
+PARAMETER_AXES: Mapping[str, Axes] = {"N": "pipeline", "D": "fsdp", "V": "tensor", "K": "tensor", "F": "tensor"}
 ACTIVATION_AXES: Mapping[str, Axes] = {"B": ("data", "fsdp"), "V": "tensor", "K": "tensor", "F": "tensor"}
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1, which takes what is left."""
+    """Devices along each mesh axis, from the axis that sends least; one may be -1, which takes what is left."""
 
+    pipeline: int = 1
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
@@ -69,7 +70,7 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all `devices` (default: every device of every process), axes `data, fsdp, tensor`."""
+    """A mesh over all `devices` (default: every device of every process), axes `pipeline, data, fsdp, tensor`."""
     devices = jax.devices() if devices is None else devices
     sizes = dataclasses.asdict(config)
     fixed = math.prod(size for size in sizes.values() if size != -1)

@@ -108,12 +108,24 @@ class Period(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token ids to logits. `stacked=False` expects `unstack(params)`."""
+    """Token ids to logits: `embed`, `layers`, `head`, which a pipeline runs on devices of their own.
+
+    `stacked=False` expects `unstack(params)`.
+    """
 
     config: ModelConfig
     stacked: bool = True
 
-    @nn.compact
+    def setup(self) -> None:
+        c = self.config
+        self.embedding = self.param("embedding", table_of("embed", c.vocab_size), c)
+        if c.positions == "learned":
+            self.positions = self.param("positions", table_of("embed", c.max_seq_len), c)
+        if c.residual != "post":
+            self.final_norm = Norm(c)
+        if c.head != "embedding":
+            setattr(self, c.head, self.param(c.head, table_of("unembed", c.n_classes or c.vocab_size), c))
+
     def __call__(
         self,
         tokens: Int[Array, "B L"],
@@ -132,7 +144,7 @@ class Transformer(nn.Module):
         where it is not all. `train=True` turns dropout on and needs a `dropout` key. `logits=False` stops at `hidden`,
         for a loss that makes logits chunk by chunk. Raises `ValueError` for more tokens than learned positions.
         """
-        c, L = self.config, tokens.shape[1]
+        L = tokens.shape[1]
         if positions is None:
             positions = jnp.arange(L)[None] + (0 if cache is None else cache.length[:, None])
         mask = Mask(segments=segments, prefix=prefix)
@@ -141,31 +153,41 @@ class Transformer(nn.Module):
             mask = dataclasses.replace(mask, kv_length=cache.length + L, prefix=spread)
         context = Context(positions=positions, mask=mask, lengths=lengths, train=train)
 
-        table = self.param("embedding", table_of("embed", c.vocab_size), c)["table"]
-        x = lookup(table, tokens).astype(c.dtype) * jnp.asarray(c.embedding_scale, c.dtype)
+        x, cache, use = self.layers(self.embed(tokens, context), cache, context)
+        x, out = self.head(x, logits)
+        return Output(x, out, None if cache is None else cache.advance(L if lengths is None else lengths), use)
+
+    def embed(self, tokens: Int[Array, "B L"], context: Context) -> Float[Array, "B L D"]:
+        """What the first layer reads."""
+        c, L = self.config, tokens.shape[1]
+        x = lookup(self.embedding["table"], tokens).astype(c.dtype) * jnp.asarray(c.embedding_scale, c.dtype)
         if c.positions == "learned":
             if c.max_seq_len < L:
                 raise ValueError(f"a row of {L} tokens exceeds model.max_seq_len={c.max_seq_len}, all that was learned")
-            places = self.param("positions", table_of("embed", c.max_seq_len), c)["table"]
-            x = x + lookup(places, positions).astype(c.dtype)
+            x = x + lookup(self.positions["table"], context.positions).astype(c.dtype)
         elif c.positions == "sinusoidal":
-            x = x + sinusoidal(positions, c.d_model).astype(c.dtype)
-        x = constrain(dropout(self, tap(self, "embed", x), context), "BLD")
+            x = x + sinusoidal(context.positions, c.d_model).astype(c.dtype)
+        return constrain(dropout(self, tap(self, "embed", x), context), "BLD")
 
-        x, cache, use = self._layers(x, cache, context)
-        x = tap(self, "final", x if c.residual == "post" else Norm(c, name="final_norm")(x))
-        if c.head != "embedding":
-            table = self.param(c.head, table_of("unembed", c.n_classes or c.vocab_size), c)["table"]
-        out = None
-        if logits:
-            out = unembed(x, table.astype(x.dtype), c.logit_softcap)
-            out = tap(self, "logits", constrain(out, "BLV" if c.n_classes is None else "BLC"))
-        return Output(x, out, None if cache is None else cache.advance(L if lengths is None else lengths), use)
+    def head(
+        self, x: Float[Array, "B L D"], logits: bool
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "B L V"] | None]:
+        """What the output table reads, of what the last layer gave; and where they are asked for the logits."""
+        c = self.config
+        x = tap(self, "final", x if c.residual == "post" else self.final_norm(x))
+        if not logits:
+            return x, None
+        out = unembed(x, getattr(self, c.head)["table"].astype(x.dtype), c.logit_softcap)
+        return x, tap(self, "logits", constrain(out, "BLV" if c.n_classes is None else "BLC"))
 
-    def _layers(
-        self, x: Array, cache: Cache | None, context: Context
-    ) -> tuple[Array, Cache | None, Utilisation | None]:
-        """All blocks: whole periods in a scan, what is left of the last one behind it. Unstacked: one by one."""
+    @nn.compact
+    def layers(
+        self, x: Float[Array, "B L D"], cache: Cache | None, context: Context, start: Int[Array, ""] | int = 0
+    ) -> tuple[Float[Array, "B L D"], Cache | None, Utilisation | None]:
+        """All blocks: whole periods in a scan, what is left of the last one behind it. Unstacked: one by one.
+
+        The first of them is layer `start` of the model, where a stage of a pipeline holds only some.
+        """
         c, carry, period = self.config, (x, cache), len(self.config.layers)
         first = c.scanned if self.stacked else 0
         uses, rows = [], []  # of the experts, and in which layers
@@ -178,7 +200,7 @@ class Transformer(nn.Module):
                 length=first // period,
                 unroll=c.unroll,
             )
-            carry, uses = scan(c, name="layers")(carry, jnp.arange(0, first, period), context)
+            carry, uses = scan(c, name="layers")(carry, start + jnp.arange(0, first, period), context)
             uses = uses if period > 1 else [uses]
             rows = [range(place, first, period) for place in range(period)]
         for layer in range(first, c.n_layers):

@@ -19,6 +19,7 @@ from llm_jax.model.transformer import Transformer
 from llm_jax.sharding import batch_sharding, make_mesh, shardings
 from llm_jax.train.balance import rebalance
 from llm_jax.train.optimizer import make_optimizer, make_schedule
+from llm_jax.train.pipeline import Pipeline
 from llm_jax.train.run import RunConfig
 from llm_jax.train.step import (
     Metrics,
@@ -30,6 +31,7 @@ from llm_jax.train.step import (
     microbatches,
     score,
 )
+from llm_jax.train.timetable import Timetable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,12 @@ class Program:
     @functools.cached_property
     def model(self) -> Transformer:
         return Transformer(self.config.model)
+
+    @functools.cached_property
+    def timetable(self) -> Timetable | None:
+        """Of the pipeline, where there is one."""
+        stages, c = self.mesh.shape["pipeline"], self.config
+        return None if stages == 1 else Timetable(c.pipeline, stages, c.accumulate)
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
@@ -106,6 +114,7 @@ class Program:
             seed=c.seed,
             accumulate=c.accumulate,
             rebalance=functools.partial(rebalance, c.model) if follow else None,
+            gradient=None if self.timetable is None else Pipeline(self.model, c.loss, self.timetable).gradient,
         )
         replicated = NamedSharding(self.mesh, PartitionSpec())
         chex.clear_trace_counter()  # it counts by name, and every program of this process has a step of that name
