@@ -84,7 +84,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def spec(letters: str, axes: Mapping[str, Axes]) -> PartitionSpec:
-    """`spec("NDF", PARAMETER_AXES)` is `PartitionSpec(None, "fsdp", "tensor")`."""
+    """`spec("NDF", PARAMETER_AXES)` is `PartitionSpec("pipeline", "fsdp", "tensor")`."""
     return PartitionSpec(*(axes.get(letter) for letter in letters))
 
 

@@ -66,14 +66,14 @@ class Block(nn.Module):
 
         x = tap(self, "resid_pre", x, c.kept)
         y, cache = mixer(self._before("attention", x), context, slot, cache)
-        mid = tap(self, "resid_mid", self._join("attention", x, y, context), c.kept)
+        mid = tap(self, "resid_mid", self._join("attention", x, y, context, layer), c.kept)
         read = self._before("feedforward", x if c.residual == "parallel" else mid)
         if kind.moe:
             segments = context.mask.segments
             y, use = MixtureOfExperts(c, name="experts")(read, None if segments is None else segments != 0)
         else:
             y, use = FeedForward(c, name="feedforward")(read), None
-        x = tap(self, "resid_post", self._join("feedforward", mid, y, context), c.kept)
+        x = tap(self, "resid_post", self._join("feedforward", mid, y, context, layer), c.kept)
         return (constrain(x, "BLD"), cache), use
 
     def _before(self, sublayer: str, x: Array) -> Array:
@@ -81,13 +81,13 @@ class Block(nn.Module):
         c = self.config
         return x if c.residual in ("post", "output") else Norm(c, name=f"{sublayer}_norm")(x)
 
-    def _join(self, sublayer: str, x: Array, y: Array, context: Context) -> Array:
+    def _join(self, sublayer: str, x: Array, y: Array, context: Context, layer: Int[Array, ""] | int) -> Array:
         """The stream `x` with what a sublayer adds to it."""
         c = self.config
         if c.residual in ("sandwich", "output"):
             y = Norm(c, name=f"{sublayer}_out_norm")(y)
         y = tap(self, {"attention": "attn_out", "feedforward": "mlp_out"}[sublayer], y, c.kept)
-        x = settle(x + dropout(self, y, context))
+        x = settle(x + dropout(self, y, context, layer))
         return Norm(c, name=f"{sublayer}_norm")(x) if c.residual == "post" else x
 
 
@@ -195,7 +195,7 @@ class Transformer(nn.Module):
             scan = nn.scan(
                 Period if period > 1 else remat(c),
                 variable_axes={"params": 0, "taps": 0, "edits": 0},
-                split_rngs={"params": True, "dropout": True},
+                split_rngs={"params": True, "dropout": False},
                 in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  (annotated as an int, takes a tree)
                 length=first // period,
                 unroll=c.unroll,
@@ -229,12 +229,15 @@ def head_table(config: ModelConfig, params: Any) -> Float[Array, "V D"]:
     return params[config.head]["table"]
 
 
-def dropout(module: nn.Module, x: Array, context: Context) -> Array:
-    """Zeroes a share `config.dropout` of `x` while training, and scales up the rest (Srivastava et al. 2014)."""
+def dropout(module: nn.Module, x: Array, context: Context, layer: Int[Array, ""] | int = 0) -> Array:
+    """Zeroes a share `config.dropout` of `x` while training, and scales up the rest (Srivastava et al. 2014).
+
+    Each `layer` of the model has a key of its own, whether all run in one scan or some on a stage of a pipeline.
+    """
     rate = module.config.dropout
     if rate == 0 or not context.train:
         return x
-    keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
+    keep = jax.random.bernoulli(jax.random.fold_in(module.make_rng("dropout"), layer), 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 
 

@@ -209,6 +209,8 @@ class Session:
         c = self.config
         count = sum(parameter_counts(c.model).values())
         self.say(f"{count:,} parameters on {jax.device_count()} device(s); run folder {self.folder}")
+        if self.program.pipeline is not None:
+            self.say(self.program.pipeline.timetable.summary)
         rows = log.MetricsLog(
             self.folder,
             console=self.console,

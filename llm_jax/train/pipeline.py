@@ -102,6 +102,26 @@ class Pipeline:
     loss: LossConfig
     timetable: Timetable
 
+    def __post_init__(self) -> None:
+        c, p, v = self.model.config, self.timetable.stages, self.timetable.config.chunks
+        least = p * v * len(c.layers)
+        if c.n_layers % least:
+            below, pattern = c.n_layers // least * least, f" x {len(c.layers)} layers of model.layers"
+            sizes = " or ".join(str(size) for size in (below, below + least) if size)
+            raise ValueError(
+                f"model.n_layers={c.n_layers} does not divide into mesh.pipeline={p} x pipeline.chunks={v}"
+                f"{pattern if len(c.layers) > 1 else ''} = {least}; use model.n_layers={sizes}"
+            )
+
+    def check(self, L: int) -> None:
+        """Raises `ValueError` where rows of `L` tokens don't divide over the stages."""
+        p = self.timetable.stages
+        if L % p:
+            raise ValueError(
+                f"data.seq_len={L} does not divide over mesh.pipeline={p} stages, which share the tokens of embedding "
+                f"and head; use data.seq_len={-(-L // p) * p}"
+            )
+
     def gradient(
         self, params: PyTree, batch: Batch, key: Key[Array, ""]
     ) -> tuple[tuple[Float[Array, ""], Metrics], PyTree]:

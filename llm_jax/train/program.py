@@ -31,7 +31,7 @@ from llm_jax.train.step import (
     microbatches,
     score,
 )
-from llm_jax.train.timetable import Timetable
+from llm_jax.train.timetable import PipelineConfig, Timetable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,17 +52,22 @@ class Program:
                 f"a microbatch of {rows} rows (data.batch_size={size} / accumulate={accumulate}) does not divide over "
                 f"data x fsdp = {shards} devices; use data.batch_size={-(-size // least) * least}"
             )
-        return cls(config, mesh)
+        program = cls(config, mesh)
+        if program.pipeline is not None:
+            program.pipeline.check(config.data.seq_len)
+        elif config.pipeline != PipelineConfig():
+            raise ValueError(f"{config.pipeline} has no stages to run on; set mesh.pipeline to their number")
+        return program
 
     @functools.cached_property
     def model(self) -> Transformer:
         return Transformer(self.config.model)
 
     @functools.cached_property
-    def timetable(self) -> Timetable | None:
-        """Of the pipeline, where there is one."""
+    def pipeline(self) -> Pipeline | None:
+        """What computes loss and gradient, where the mesh has several stages."""
         stages, c = self.mesh.shape["pipeline"], self.config
-        return None if stages == 1 else Timetable(c.pipeline, stages, c.accumulate)
+        return None if stages == 1 else Pipeline(self.model, c.loss, Timetable(c.pipeline, stages, c.accumulate))
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
@@ -114,7 +119,7 @@ class Program:
             seed=c.seed,
             accumulate=c.accumulate,
             rebalance=functools.partial(rebalance, c.model) if follow else None,
-            gradient=None if self.timetable is None else Pipeline(self.model, c.loss, self.timetable).gradient,
+            gradient=None if self.pipeline is None else self.pipeline.gradient,
         )
         replicated = NamedSharding(self.mesh, PartitionSpec())
         chex.clear_trace_counter()  # it counts by name, and every program of this process has a step of that name

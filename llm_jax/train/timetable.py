@@ -133,6 +133,15 @@ class Timetable:
         done = sum(cost * busy.sum() for busy, cost in work)
         return float(1 - done / (self.stages * total))
 
+    @property
+    def summary(self) -> str:
+        """How well the stages are used, as a line."""
+        pieces = "piece" if self.config.chunks == 1 else f"{self.config.chunks} pieces"
+        return (
+            f"a pipeline of {self.stages} stages ({self.config.schedule}, {pieces} of the model on each), "
+            f"{self.microbatches} microbatches: {self.bubble:.1%} of the time is bubble, {self.held} inputs are held"
+        )
+
     def __str__(self) -> str:
         """A line for each stage, a column for each tick: forward over backward, microbatches by number."""
         several = self.config.chunks > 1
