@@ -22,7 +22,7 @@ from llm_jax.sharding import MeshConfig, batch_sharding, make_mesh, shardings
 from llm_jax.train.pipeline import Pipeline
 from llm_jax.train.program import Program
 from llm_jax.train.run import RunConfig
-from llm_jax.train.step import LossConfig, accumulated, make_loss
+from llm_jax.train.step import LossConfig, Scored, accumulated, make_loss
 from llm_jax.train.timetable import PipelineConfig, Timetable
 from llm_jax.tree import leaves
 
@@ -115,19 +115,23 @@ def run_of(mesh: MeshConfig, model: dict[str, Any] | None = None, **changes: Any
     ],
     ids=str,
 )
-def test_twenty_steps_are_those_of_one_device(mesh: MeshConfig, pipeline: PipelineConfig):
-    draw = np.random.default_rng(0).integers(256, size=(20, 16, 33)).astype(np.int32)
+def test_twenty_steps_and_a_score_are_those_of_one_device(mesh: MeshConfig, pipeline: PipelineConfig):
+    draw = np.random.default_rng(0).integers(256, size=(21, 16, 33)).astype(np.int32)
+    *batches, last = [Batch(rows[:, :-1], rows[:, 1:], None, None) for rows in draw]
 
-    def curve(mesh: MeshConfig) -> list[tuple[float, float]]:
+    def trained(mesh: MeshConfig) -> tuple[list[tuple[float, float]], Scored]:
         config = run_of(mesh, pipeline=pipeline, steps=20)
         program = Program(config, make_mesh(mesh, jax.devices()[: math.prod(dataclasses.astuple(mesh))]))
-        state, found = program.init(), []
-        for rows in draw:
-            state, metrics = program.train_step(state, Batch(rows[:, :-1], rows[:, 1:], None, None))
-            found.append((float(metrics["loss"]), float(metrics["grad_norm"])))
-        return found
+        state, curve = program.init(), []
+        for batch in batches:
+            state, metrics = program.train_step(state, batch)
+            curve.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+        return curve, program.score(state.params, last)
 
-    np.testing.assert_allclose(curve(mesh), curve(MeshConfig(data=1)), rtol=5e-5)
+    (found, score), (expected, their_score) = trained(mesh), trained(MeshConfig(data=1))
+    np.testing.assert_allclose(found, expected, rtol=5e-5)
+    np.testing.assert_allclose(score.nll, their_score.nll, rtol=1e-3)
+    assert (score.likeliest == their_score.likeliest).mean() > 0.99
 
 
 @pytest.mark.parametrize(

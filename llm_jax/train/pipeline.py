@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,10 +26,12 @@ from llm_jax.model.transformer import Transformer
 from llm_jax.ops.attention import Mask
 from llm_jax.ops.loss import IGNORE
 from llm_jax.train.balance import LOAD, expert_sums
-from llm_jax.train.step import LossConfig, Metrics, cast, losses_of, microbatches
-from llm_jax.train.timetable import Timetable
+from llm_jax.train.step import LossConfig, Metrics, Scored, cast, losses_of, microbatches, scored
+from llm_jax.train.timetable import Timetable, Work
 
 AXIS = "pipeline"
+# How arrays lie on the stages: [v p ...] by piece, [M B L ...] by token, or the same on all.
+PIECES, TOKENS, WHOLE = PartitionSpec(None, AXIS), PartitionSpec(None, None, AXIS), PartitionSpec()
 
 
 @struct.dataclass
@@ -38,6 +41,10 @@ class Turn:
     microbatch: Int[Array, "*T p"]
     chunk: Int[Array, "*T p"]
     place: Int[Array, "*T p"]
+
+    @classmethod
+    def all_of(cls, work: Work) -> "Turn":
+        return cls(jnp.asarray(work.microbatch), jnp.asarray(work.chunk), jnp.asarray(work.place))
 
     def of(self, stage: Int[Array, ""] | int) -> "Turn":
         return _at(self, stage)
@@ -55,14 +62,15 @@ class Given:
       layers: of this stage, by chunk, in the dtype of the computation.
       shared: all other parameters, in that dtype.
       embedded: this stage's share of the tokens of every microbatch, as the first layer reads them.
-      parts, keys: the microbatches.
+      parts: the microbatches.
+      keys: of their dropout; None turns it off.
     """
 
     layers: PyTree
     shared: PyTree
     embedded: Float[Array, "M B l D"]
     parts: Batch
-    keys: Key[Array, " M"]
+    keys: Key[Array, " M"] | None
 
 
 @struct.dataclass
@@ -126,37 +134,69 @@ class Pipeline:
         self, params: PyTree, batch: Batch, key: Key[Array, ""]
     ) -> tuple[tuple[Float[Array, ""], Metrics], PyTree]:
         """What `step.accumulated` gives for as many microbatches, up to the order of sums."""
-        p, M, v = self.timetable.stages, self.timetable.microbatches, self.timetable.config.chunks
+        M = self.timetable.microbatches
         parts, keys = microbatches(batch, M), jax.random.split(key, M)
         shared = {name: tree for name, tree in params.items() if name != "layers"}
-        embedded, pull = jax.vjp(lambda shared: jax.lax.map(lambda x: self._embed(shared, *x), (parts, keys)), shared)
-
-        # Piece j of the model is chunk j // p of stage j % p. With one chunk a stage has its layers already; with
-        # more, each step moves the cast weights there and the gradients back.
-        layers, shared = cast((params["layers"], shared), self.model.config.dtype)
-        layers = jax.tree.map(lambda x: x.reshape(v, p, -1, *x.shape[1:]), layers)
-        pieces, tokens, all_of_it = PartitionSpec(None, AXIS), PartitionSpec(None, None, AXIS), PartitionSpec()
-        run = jax.shard_map(
-            self._run,
-            in_specs=(Given(pieces, all_of_it, tokens, all_of_it, all_of_it),),
-            out_specs=(all_of_it, all_of_it, pieces, pieces, tokens),
-            axis_names={AXIS},
-            check_vma=False,
-        )
-        (loss, sums), d_shared, d_layers, load, d_embedded = run(Given(layers, shared, embedded, parts, keys))
+        embedded, pull = jax.vjp(functools.partial(self._embed, parts=parts, keys=keys), shared)
+        run = self._on_stages(self._run, (WHOLE, WHOLE, PIECES, PIECES, TOKENS))
+        (loss, sums), d_shared, d_layers, load, d_embedded = run(self._given(params, embedded, parts, keys))
         (d_embed,) = pull(d_embedded)
         if load is not None:
             sums |= {LOAD: load.reshape(-1, load.shape[-1])}
         d_layers = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), d_layers)
         return (loss, sums), jax.tree.map(jnp.add, d_shared, d_embed) | {"layers": d_layers}
 
+    def score(self, params: PyTree, batch: Batch) -> Scored:
+        """What `step.score` gives, with the microbatches in the pipeline: only forward, and nothing is kept."""
+        parts = microbatches(batch, self.timetable.microbatches)
+        shared = {name: tree for name, tree in params.items() if name != "layers"}
+        given = self._given(params, self._embed(shared, parts, None), parts, None)
+        found = self._on_stages(self._score, TOKENS)(given)
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch.targets.shape), found)
+
+    def _on_stages(self, function: Callable[[Given], Any], out: Any) -> Callable[[Given], Any]:
+        """`function` of what each stage is given; the other axes of the mesh remain the compiler's."""
+        specs: Any = Given(PIECES, WHOLE, TOKENS, WHOLE, WHOLE)  # pyright: ignore[reportArgumentType]
+
+        def own(given: Given) -> Any:
+            return function(dataclasses.replace(given, layers=jax.tree.map(lambda x: x[:, 0], given.layers)))
+
+        return jax.shard_map(own, in_specs=(specs,), out_specs=out, axis_names={AXIS}, check_vma=False)
+
+    def _given(self, params: PyTree, embedded: Array, parts: Batch, keys: Array | None) -> Given:
+        """What the stages read. Piece j of the model is chunk j // p of stage j % p.
+
+        With one chunk a stage has its layers already; with more, each step moves the cast weights there, and the
+        gradients back.
+        """
+        p, v = self.timetable.stages, self.timetable.config.chunks
+        shared = cast(params, self.model.config.dtype)
+        layers = jax.tree.map(lambda x: x.reshape(v, p, -1, *x.shape[1:]), shared.pop("layers"))
+        return Given(layers, shared, embedded, parts, keys)
+
+    def _score(self, given: Given) -> Scored:
+        """This stage's share of the tokens of every microbatch."""
+        p, v = self.timetable.stages, self.timetable.config.chunks
+
+        def tick(carry: tuple[Array, Scored], turns: Turn) -> tuple[tuple[Array, Scored], None]:
+            (ahead, found), last = carry, turns.of(p - 1)
+            _, y = self._through_next(given, turns, ahead)
+            share = self._scored(given.shared, _shared(y, source=p - 1), _at(given.parts, last.microbatch))
+            done = last.busy & (last.chunk == v - 1)
+            found = jax.tree.map(lambda x, new: _put(x, last.microbatch, new, done), found, share)
+            return (_sent(y, 1), found), None
+
+        shape = given.embedded.shape[:3]
+        start = jnp.zeros_like(_gathered(given.embedded[0], onto=0))
+        found = Scored(jnp.zeros(shape), jnp.zeros(shape, bool))
+        return jax.lax.scan(tick, (start, found), Turn.all_of(self.timetable.forward))[0][1]
+
     def _run(self, given: Given) -> tuple[Any, ...]:
         """One stage through all ticks: (loss, sums) of all stages, gradients of what is shared, and its own part of
         those of the layers, of the load, and of those of the embedded tokens.
         """
-        given = given.replace(layers=jax.tree.map(lambda x: x[:, 0], given.layers))
         works = (self.timetable.forward, self.timetable.backward)
-        turns = [Turn(*(jnp.asarray(x) for x in (work.microbatch, work.chunk, work.place))) for work in works]
+        turns = [Turn.all_of(work) for work in works]
         busy = np.stack([work.busy.any(1) for work in works])
         changes = np.flatnonzero((busy[:, 1:] != busy[:, :-1]).any(0)) + 1
         carry = self._start(given)
@@ -196,15 +236,18 @@ class Pipeline:
 
     def _forward(self, given: Given, carry: Carry, turns: Turn) -> Carry:
         """Computes a piece, keeps what it read, sends what it gave."""
-        stage, p = jax.lax.axis_index(AXIS), self.timetable.stages
+        turn = turns.of(jax.lax.axis_index(AXIS))
+        x, y = self._through_next(given, turns, carry.ahead)
+        inputs = _put(carry.inputs, turn.place, x, turn.busy)
+        return dataclasses.replace(carry, inputs=inputs, ahead=_sent(y, 1))
+
+    def _through_next(self, given: Given, turns: Turn, ahead: Float[Array, "B L D"]) -> tuple[Array, Array]:
+        """What the piece whose turn it is reads, embedded tokens or what is `ahead`, and what it makes of it."""
+        stage = jax.lax.axis_index(AXIS)
         turn = turns.of(stage)
         first = _gathered(_at(given.embedded, turns.of(0).microbatch), onto=0)
-        x = jnp.where((stage == 0) & (turn.chunk == 0), first, carry.ahead)
-        y = self._through(given, turn, _at(given.layers, turn.chunk), x)[0][0]
-        return carry.replace(
-            inputs=_put(carry.inputs, turn.place, x, turn.busy),
-            ahead=jax.lax.ppermute(y, AXIS, [(s, (s + 1) % p) for s in range(p)]),
-        )
+        x = jnp.where((stage == 0) & (turn.chunk == 0), first, ahead)
+        return x, self._through(given, turn, _at(given.layers, turn.chunk), x)[0][0]
 
     def _backward(self, given: Given, carry: Carry, turns: Turn) -> Carry:
         """Computes a piece again, and its gradients from that of what it gave; sends the gradient of what it read."""
@@ -226,7 +269,8 @@ class Pipeline:
             sums = add(_at(total, turn.chunk), new, turn.busy)
             return jax.tree.map(lambda x, y: _put(x, turn.chunk, y, jnp.array(True)), total, sums)
 
-        return carry.replace(
+        return dataclasses.replace(
+            carry,
             layers=add_chunk(carry.layers, d_layers),
             shared=add(carry.shared, d_shared, leaving),
             embedded=_put(carry.embedded, first.microbatch, _shared(dx, source=0), entering),
@@ -234,7 +278,7 @@ class Pipeline:
             sums=add(carry.sums, sums | {"nll": jnp.zeros(())}, turn.busy)
             | {"nll": add(carry.sums["nll"], nll, leaving)},
             load=add_chunk(carry.load, load),
-            back=jax.lax.ppermute(dx, AXIS, [(s, (s - 1) % p) for s in range(p)]),
+            back=_sent(dx, -1),
         )
 
     @functools.cached_property
@@ -244,10 +288,18 @@ class Pipeline:
         pieces = self.timetable.stages * self.timetable.config.chunks
         return Transformer(dataclasses.replace(c, n_layers=c.n_layers // pieces))
 
-    def _embed(self, shared: PyTree, part: Batch, key: Key[Array, ""]) -> Float[Array, "B L D"]:
-        """Of float32 parameters, whose gradient is a sum over microbatches."""
-        params = {"params": cast(shared, self.model.config.dtype)}
-        return self._piece.apply(params, part.tokens, _context(part), method="embed", rngs={"dropout": key})
+    def _apply(self, method: str, params: PyTree, *inputs: Any, key: Key[Array, ""] | None = None) -> Any:
+        rngs = None if key is None else {"dropout": key}
+        return self._piece.apply({"params": params}, *inputs, method=method, rngs=rngs)
+
+    def _embed(self, shared: PyTree, parts: Batch, keys: Key[Array, " M"] | None) -> Float[Array, "M B L D"]:
+        """All microbatches, of float32 parameters: their gradient is a sum over microbatches."""
+
+        def one(part: tuple[Batch, Array | None]) -> Array:
+            params = cast(shared, self.model.config.dtype)
+            return self._apply("embed", params, part[0].tokens, _context(*part), key=part[1])
+
+        return jax.lax.map(one, (parts, keys))
 
     def _through(
         self, given: Given, turn: Turn, layers: PyTree, x: Float[Array, "B L D"]
@@ -256,8 +308,8 @@ class Pipeline:
         c = self._piece.config
         part, key = _at((given.parts, given.keys), turn.microbatch)
         start = (turn.chunk * self.timetable.stages + jax.lax.axis_index(AXIS)) * c.n_layers
-        params = {"params": given.shared | {"layers": layers}}
-        x, _, use = self._piece.apply(params, x, None, _context(part), start, method="layers", rngs={"dropout": key})
+        params = given.shared | {"layers": layers}
+        x, _, use = self._apply("layers", params, x, None, _context(part, key), start, key=key)
         if use is None:
             return (x, jnp.zeros(())), ({}, None)
         assert c.experts is not None
@@ -272,18 +324,37 @@ class Pipeline:
 
         The gradient by `y` is that of all shares on the last stage, and means nothing on the others.
         """
-        p, (B, L) = self.timetable.stages, part.targets.shape
-        targets = _at(jnp.moveaxis(part.targets.reshape(B, p, L // p), 1, 0), jax.lax.axis_index(AXIS))
-        chunk = self.loss.chunk
-        config = dataclasses.replace(self.loss, chunk=None if chunk is None else math.gcd(chunk, L // p))
+        last = self.timetable.stages - 1
 
         def losses(shared: PyTree, x: Array) -> tuple[Array, Array]:
-            hidden, logits = self._piece.apply({"params": shared}, x, chunk is None, method="head")
-            loss, nll = losses_of(self.model.config, config, shared, targets, hidden, logits)
+            _, _, loss, nll = self._read(self.loss, shared, x, part)
             return loss.sum(), nll.sum()
 
-        sums, (d_shared, dx) = jax.value_and_grad(losses, (0, 1), has_aux=True)(shared, _shared(y, source=p - 1))
-        return sums, d_shared, _gathered(dx, onto=p - 1)
+        sums, (d_shared, dx) = jax.value_and_grad(losses, (0, 1), has_aux=True)(shared, _shared(y, source=last))
+        return sums, d_shared, _gathered(dx, onto=last)
+
+    def _scored(self, shared: PyTree, x: Float[Array, "B l D"], part: Batch) -> Scored:
+        config = LossConfig(chunk=self.loss.chunk)
+        targets, hidden, _, nll = self._read(config, shared, x, part)
+        return scored(self.model.config, self._chunk(x), shared, targets, hidden, nll)
+
+    def _read(self, config: LossConfig, shared: PyTree, x: Float[Array, "B l D"], part: Batch) -> tuple[Array, ...]:
+        """Targets, hidden states, losses and nll of this stage's share `x` of what the last stage gave."""
+        B, share, _ = x.shape
+        targets = _at(jnp.moveaxis(part.targets.reshape(B, -1, share), 1, 0), jax.lax.axis_index(AXIS))
+        config = dataclasses.replace(config, chunk=self._chunk(x))
+        hidden, logits = self._apply("head", shared, x, config.chunk is None)
+        return targets, hidden, *losses_of(self.model.config, config, shared, targets, hidden, logits)
+
+    def _chunk(self, x: Float[Array, "B l D"]) -> int | None:
+        """What of `loss.chunk` divides a share."""
+        return None if self.loss.chunk is None else math.gcd(self.loss.chunk, x.shape[1])
+
+
+def _sent(x: Array, steps: int) -> Array:
+    """What the stage `steps` before this one has, around the ring."""
+    p = jax.lax.axis_size(AXIS)
+    return jax.lax.ppermute(x, AXIS, [(stage, (stage + steps) % p) for stage in range(p)])
 
 
 def _shared(x: Float[Array, "B L D"], source: int) -> Float[Array, "B l D"]:
@@ -312,7 +383,8 @@ def _put(x: Array, index: Int[Array, ""], new: Array, counted: Bool[Array, ""]) 
     return jax.lax.dynamic_update_index_in_dim(x, new, jnp.maximum(index, 0), 0)
 
 
-def _context(part: Batch) -> Context:
-    """As `Transformer.__call__` makes it of a batch."""
+def _context(part: Batch, key: Key[Array, ""] | None) -> Context:
+    """As `Transformer.__call__` makes it of a batch; with a key, for training."""
     positions = jnp.arange(part.tokens.shape[1])[None] if part.positions is None else part.positions
-    return Context(positions=positions, mask=Mask(segments=part.segments, prefix=part.prefix), train=True)
+    mask = Mask(segments=part.segments, prefix=part.prefix)
+    return Context(positions=positions, mask=mask, train=key is not None)

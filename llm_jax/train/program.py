@@ -131,6 +131,8 @@ class Program:
 
         def scored(params: PyTree, batch: Batch) -> Scored:
             # In the microbatches of training: what fits there fits here.
+            if self.pipeline is not None:
+                return self.pipeline.score(params, batch)
             one = functools.partial(score, self.model, c.loss.chunk, params)
             parts = jax.lax.map(one, microbatches(batch, c.accumulate))
             return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch.targets.shape), parts)

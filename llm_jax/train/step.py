@@ -116,9 +116,20 @@ class Scored:
 def score(model: Transformer, chunk: int | None, params: PyTree, batch: Batch) -> Scored:
     """How well the model predicts the targets of a batch, `chunk` tokens of a row at once."""
     out = token_losses(model, LossConfig(chunk=chunk), params, batch)
-    head = head_table(model.config, params).astype(out.hidden.dtype)
-    chosen = likeliest(out.hidden, head, chunk or batch.tokens.shape[1], model.config.logit_softcap)
-    return Scored(out.nll, chosen == batch.targets)
+    return scored(model.config, chunk, params, batch.targets, out.hidden, out.nll)
+
+
+def scored(
+    model: ModelConfig,
+    chunk: int | None,
+    params: PyTree,
+    targets: Int[Array, "B L"],
+    hidden: Float[Array, "B L D"],
+    nll: Float[Array, "B L"],
+) -> Scored:
+    """`nll`, and whether what the head makes of `hidden` is likeliest for the target."""
+    head = head_table(model, params).astype(hidden.dtype)
+    return Scored(nll, likeliest(hidden, head, chunk or targets.shape[1], model.logit_softcap) == targets)
 
 
 def make_loss(model: Transformer, config: LossConfig) -> LossFn:
