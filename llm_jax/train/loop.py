@@ -231,6 +231,8 @@ class Session:
         count = sum(parameter_counts(c.model).values())
         among = f" of {processes.count()} processes" if processes.count() > 1 else ""
         self.say(f"{count:,} parameters on {jax.device_count()} device(s){among}; run folder {self.folder}")
+        if self.program.pipeline is not None:
+            self.say(self.program.pipeline.timetable.summary)
         rows = log.MetricsLog(
             self.folder if processes.is_first() else None,
             console=self.console,

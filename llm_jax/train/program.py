@@ -20,6 +20,7 @@ from llm_jax.model.transformer import Transformer
 from llm_jax.sharding import batch_sharding, make_mesh, rows_here, shardings
 from llm_jax.train.balance import rebalance
 from llm_jax.train.optimizer import make_optimizer, make_schedule
+from llm_jax.train.pipeline import Pipeline
 from llm_jax.train.run import RunConfig
 from llm_jax.train.step import (
     Metrics,
@@ -31,6 +32,7 @@ from llm_jax.train.step import (
     microbatches,
     score,
 )
+from llm_jax.train.timetable import PipelineConfig, Timetable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +53,22 @@ class Program:
                 f"a microbatch of {rows} rows (data.batch_size={size} / accumulate={accumulate}) does not divide over "
                 f"data x fsdp = {shards} devices; use data.batch_size={-(-size // least) * least}"
             )
-        return cls(config, mesh)
+        program = cls(config, mesh)
+        if program.pipeline is not None:
+            program.pipeline.check(config.data.seq_len)
+        elif config.pipeline != PipelineConfig():
+            raise ValueError(f"{config.pipeline} has no stages to run on; set mesh.pipeline to their number")
+        return program
 
     @functools.cached_property
     def model(self) -> Transformer:
         return Transformer(self.config.model)
+
+    @functools.cached_property
+    def pipeline(self) -> Pipeline | None:
+        """What computes loss and gradient, where the mesh has several stages."""
+        stages, c = self.mesh.shape["pipeline"], self.config
+        return None if stages == 1 else Pipeline(self.model, c.loss, Timetable(c.pipeline, stages, c.accumulate))
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
@@ -123,6 +136,7 @@ class Program:
             seed=c.seed,
             accumulate=c.accumulate,
             rebalance=functools.partial(rebalance, c.model) if follow else None,
+            gradient=None if self.pipeline is None else self.pipeline.gradient,
         )
         replicated = NamedSharding(self.mesh, PartitionSpec())
         chex.clear_trace_counter()  # it counts by name, and every program of this process has a step of that name
@@ -134,6 +148,8 @@ class Program:
 
         def scored(params: PyTree, batch: Batch) -> Scored:
             # In the microbatches of training: what fits there fits here.
+            if self.pipeline is not None:
+                return self.pipeline.score(params, batch)
             one = functools.partial(score, self.model, c.loss.chunk, params)
             parts = jax.lax.map(one, microbatches(batch, c.accumulate))
             return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch.targets.shape), parts)

@@ -34,6 +34,7 @@ from llm_jax.recipes import recipes
 from llm_jax.sharding import MeshConfig
 from llm_jax.train.optimizer import OptimizerConfig
 from llm_jax.train.step import LossConfig
+from llm_jax.train.timetable import PipelineConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,7 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
     mesh: MeshConfig = MeshConfig()
+    pipeline: PipelineConfig = PipelineConfig()
     steps: int = 1000
     seed: int = 0
     accumulate: int = 1
