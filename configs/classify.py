@@ -3,8 +3,8 @@
     llm-jax train classify
     llm-jax generate runs/classify --prompt '([]{<>})'
 
-Gave, on two cores that had much other work (working tree just before commit fdcead0, 227 s in training steps, Python
-3.11, JAX 0.10.2): of 2,964 held-out texts 96.5 % right, 95 % interval 95.9 to 97.1, by `llm-jax evaluate`; half is
+Gave, on two cores that had much other work (the code that became commit fdcead0, 227 s in training steps, Python 3.11,
+JAX 0.10.2): of 2,964 held-out texts 96.5 % right, 95 % interval 95.9 to 97.1, by `llm-jax evaluate`; half is
 chance.
 """
 
