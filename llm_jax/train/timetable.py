@@ -136,7 +136,7 @@ class Timetable:
     @property
     def summary(self) -> str:
         """How well the stages are used, as a line."""
-        pieces = "piece" if self.config.chunks == 1 else f"{self.config.chunks} pieces"
+        pieces = "a piece" if self.config.chunks == 1 else f"{self.config.chunks} pieces"
         return (
             f"a pipeline of {self.stages} stages ({self.config.schedule}, {pieces} of the model on each), "
             f"{self.microbatches} microbatches: {self.bubble:.1%} of the time is bubble, {self.held} inputs are held"
