@@ -43,7 +43,7 @@ STEPS = 15
 FORWARD, CURVE, RUN = 1e-5, 5e-5, 5e-5
 # The delta rule, which our side solves as a triangular system; behind other layers its logits may be off by MIXED.
 MIXED = 5e-5
-GRADIENT = {False: 1e-4, True: 3e-4}
+GRADIENT = {False: 1e-4, True: 5e-4}
 # Of gradients less than this share of the largest of all, this share counts: that of a key's bias, which adds the same
 # to all scores of a query, is 0 and rounding.
 LEAST = 1e-2
