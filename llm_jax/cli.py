@@ -51,6 +51,11 @@ RUN = arg("run", metavar="RUN", help="a run folder")
 ASSIGNMENTS = arg("assignments", metavar="key=value", nargs="*", help="fields to change, as model.n_layers=8")
 CHECKPOINT = arg("--checkpoint", default="best", metavar="WHICH", help="best (default), last, or a step")
 JSON = arg("--json", action="store_true", help="print one JSON object instead")
+PEERS: tuple[Argument, ...] = (
+    arg("--coordinator", metavar="HOST:PORT", help="where process 0 of several can be reached"),
+    arg("--processes", type=int, metavar="N", help="how many there are; a scheduler's are found by themselves"),
+    arg("--process", type=int, metavar="I", help="which one this is, from 0"),
+)
 DEBUG = arg("--debug", action="store_true", help="show the traceback of an error")
 
 
@@ -60,11 +65,13 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
         arg("config", metavar="CONFIG", help="a recipe (llm-jax configs) or a Python file"),
         ASSIGNMENTS,
         arg("--run", metavar="DIR", help="the run folder; default: runs/CONFIG"),
+        *PEERS,
         JSON,
     ),
     "resume": (
         RUN,
         arg("--steps", type=int, metavar="N", help="a new total of steps"),
+        *PEERS,
         JSON,
     ),
     "prepare": (

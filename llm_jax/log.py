@@ -89,19 +89,20 @@ class MetricsLog:
 
     The file is strict JSON, which has no NaN and no infinities: both are written as null. A row has reached
     the operating system when `write` returns, so a killed process loses none. A `console` of None shows
-    nothing. `tensorboard=True` adds event files in `folder`/tensorboard; without the package: `ValueError`.
+    nothing, a `folder` of None writes nothing. `tensorboard=True` adds event files in `folder`/tensorboard; without
+    the package: `ValueError`.
     """
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path | None,
         *,
         console: Console | None,
         total_steps: int,
         start_step: int = 0,
         tensorboard: bool = False,
     ) -> None:
-        self._path = Path(folder) / FILE
+        self._path = Path(os.devnull) if folder is None else Path(folder) / FILE
         self._scalars = _scalar_writer(self._path.with_name("tensorboard")) if tensorboard else None
         self._progress = _Progress(console, total_steps, start_step) if console else None
 

@@ -50,14 +50,15 @@ LETTERS: tuple[tuple[str, str], ...] = (
 )
 
 # Letter -> mesh axis. A letter that stands in neither table is never split.
-PARAMETER_AXES: Mapping[str, Axes] = {"D": "fsdp", "V": "tensor", "K": "tensor", "F": "tensor"}
+PARAMETER_AXES: Mapping[str, Axes] = {"N": "pipeline", "D": "fsdp", "V": "tensor", "K": "tensor", "F": "tensor"}
 ACTIVATION_AXES: Mapping[str, Axes] = {"B": ("data", "fsdp"), "V": "tensor", "K": "tensor", "F": "tensor"}
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1, which takes what is left."""
+    """Devices along each mesh axis, from the axis that sends least; one may be -1, which takes what is left."""
 
+    pipeline: int = 1
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
@@ -69,7 +70,7 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all `devices` (default: every device of every process), axes `data, fsdp, tensor`."""
+    """A mesh over all `devices` (default: every device of every process), axes `pipeline, data, fsdp, tensor`."""
     devices = jax.devices() if devices is None else devices
     sizes = dataclasses.asdict(config)
     fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -83,7 +84,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def spec(letters: str, axes: Mapping[str, Axes]) -> PartitionSpec:
-    """`spec("NDF", PARAMETER_AXES)` is `PartitionSpec(None, "fsdp", "tensor")`."""
+    """`spec("NDF", PARAMETER_AXES)` is `PartitionSpec("pipeline", "fsdp", "tensor")`."""
     return PartitionSpec(*(axes.get(letter) for letter in letters))
 
 
@@ -123,6 +124,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec("B", ACTIVATION_AXES))
 
 
+def rows_here(mesh: Mesh, rows: int) -> list[int]:
+    """Which of the `rows` of a batch lie on the devices of this process, ascending."""
+    sharding = NamedSharding(mesh, spec("B", ACTIVATION_AXES))
+    slices = [index[0] for index in sharding.addressable_devices_indices_map((rows,)).values() if index is not None]
+    return sorted({row for part in slices for row in range(rows)[part]})
+
+
 def constrain(x: jax.Array, letters: str) -> jax.Array:
     """`x` with its axes, named by `letters`, laid out on the mesh of `jax.set_mesh`; without a mesh, `x`."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -138,13 +146,19 @@ def on_each_device(function: Callable[..., jax.Array], letters: str, *arrays: An
     letter splits is whole on every device. Sums over parts are the function's own affair: see `summed`.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual:
+    free = set(mesh.axis_names) - by_hand()
+    if mesh.size == 1 or not free:
         return function(*arrays)
     *specs, out = (spec(word, ACTIVATION_AXES) for word in letters.split())
-    return jax.shard_map(function, in_specs=tuple(specs), out_specs=out, check_vma=False)(*arrays)
+    return jax.shard_map(function, in_specs=tuple(specs), out_specs=out, axis_names=free, check_vma=False)(*arrays)
+
+
+def by_hand() -> set[str]:
+    """The mesh axes over which the code at hand runs on each device by itself, and not the compiler for all."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Manual}
 
 
 def summed(x: jax.Array, axis: str) -> jax.Array:
     """The sum over a mesh axis, inside `on_each_device`; elsewhere there is one part, `x`."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.lax.psum(x, axis) if not mesh.empty and mesh.are_all_axes_manual else x
+    return jax.lax.psum(x, axis) if axis in by_hand() else x

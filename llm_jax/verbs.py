@@ -32,13 +32,15 @@ def train(args: Namespace) -> None:
       llm-jax train quickstart model.n_layers=8 optimizer.learning_rate=3e-4 --run runs/deeper
       llm-jax train quickstart init_from=runs/deeper --run runs/again     its weights, and nothing else
     """
+    from llm_jax import processes
     from llm_jax.train import loop
 
     config = _config(args)
     folder = Path(args.run or f"runs/{Path(args.config).stem}")
     loop.own_process()
-    progress = loop.train(config, folder, console=_console(args), command=args.command)
-    _say_what_next(args, folder, progress.step, config.steps)
+    with processes.joined(args.coordinator, args.processes, args.process):
+        progress = loop.train(config, folder, console=_console(args), command=args.command)
+        _say_what_next(args, folder, progress.step, config.steps)
 
 
 def resume(args: Namespace) -> None:
@@ -50,23 +52,29 @@ def resume(args: Namespace) -> None:
       llm-jax resume runs/quickstart
       llm-jax resume runs/quickstart --steps 4000
     """
+    from llm_jax import processes
     from llm_jax.train import loop, run
 
     loop.own_process()
-    progress = loop.resume(args.run, steps=args.steps, console=_console(args))
-    _say_what_next(args, args.run, progress.step, run.load_config(args.run).steps)
+    with processes.joined(args.coordinator, args.processes, args.process):
+        progress = loop.resume(args.run, steps=args.steps, console=_console(args))
+        _say_what_next(args, args.run, progress.step, run.load_config(args.run).steps)
 
 
 def _console(args: Namespace) -> "Console":
-    """Where a run shows itself: beside standard output where that is for one JSON object."""
+    """Where a run shows itself: beside standard output where that is for one JSON object. One of several speaks."""
     from rich.console import Console
 
-    return Console(stderr=args.json)
+    from llm_jax import processes
+
+    return Console(stderr=args.json, quiet=not processes.is_first())
 
 
 def _say_what_next(args: Namespace, folder: Path | str, step: int, steps: int) -> None:
-    from llm_jax import log
+    from llm_jax import log, processes
 
+    if not processes.is_first():
+        return
     if args.json:
         last = {name: None if value != value else value for name, value in log.read(folder)[-1].items()}  # NaN: null
         _print_json({"run": str(folder), "steps": steps, **last})

@@ -88,10 +88,10 @@ def test_factored_moments_of_a_large_model_are_replicated(mesh: Mesh):
 
 def test_weights_are_split_over_fsdp_and_tensor(mesh: Mesh):
     found = {path: sharding.spec for path, sharding in leaves(shardings(shapes(EVEN), mesh)).items()}
-    assert found["layers/attention/w_q"] == PartitionSpec(None, "fsdp", "tensor", None, None)
-    assert found["layers/feedforward/w_down"] == PartitionSpec(None, "tensor", "fsdp")
+    assert found["layers/attention/w_q"] == PartitionSpec("pipeline", "fsdp", "tensor", None, None)
+    assert found["layers/feedforward/w_down"] == PartitionSpec("pipeline", "tensor", "fsdp")
     assert found["embedding/table"] == PartitionSpec("tensor", "fsdp")
-    assert found["layers/attention_norm/scale"] == PartitionSpec(None, "fsdp")
+    assert found["layers/attention_norm/scale"] == PartitionSpec("pipeline", "fsdp")
 
 
 def test_a_leaf_without_a_row_raises(mesh: Mesh):
@@ -112,8 +112,13 @@ def test_an_axis_that_does_not_divide_is_named_with_the_next_size_that_does(mesh
 
 def test_a_mesh_takes_what_is_left():
     shape = dict(make_mesh(MeshConfig(fsdp=2, tensor=2)).shape)
-    assert shape == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert dict(make_mesh(MeshConfig(), jax.devices()[:3]).shape) == {"data": 3, "fsdp": 1, "tensor": 1}
+    assert shape == {"pipeline": 1, "data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(MeshConfig(), jax.devices()[:3]).shape) == {
+        "pipeline": 1,
+        "data": 3,
+        "fsdp": 1,
+        "tensor": 1,
+    }
 
 
 def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_the_numbers():

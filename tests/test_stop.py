@@ -13,9 +13,9 @@ from llm_jax.train.stop import stop_signals
 def test_the_first_signal_only_asks(number: int, capfd):
     before = signal.getsignal(number)
     with stop_signals() as asked:
-        assert not asked()
+        assert not asked(1)
         os.kill(os.getpid(), number)
-        assert asked()
+        assert asked(1)
     assert signal.getsignal(number) == before
     assert "stopping after this step, with a checkpoint; once more stops at once" in capfd.readouterr().err
 
@@ -37,7 +37,7 @@ def test_in_another_thread_signals_are_left_alone():
     def body() -> None:
         with stop_signals() as asked:
             handlers.append(signal.getsignal(signal.SIGINT))
-            assert not asked()
+            assert not asked(1)
 
     thread = threading.Thread(target=body)
     thread.start()

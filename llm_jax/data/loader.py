@@ -1,4 +1,4 @@
-"""Batches: for training a pure function of seed, step and process, for evaluation every token once."""
+"""Batches: for training a pure function of seed and step, for evaluation every token once."""
 
 import dataclasses
 import functools
@@ -48,12 +48,12 @@ class Batch:
 
 
 class Loader:
-    """The training batches of a split, or what one of several processes reads of them.
+    """The training batches of a split, or those `rows` of each that one of several processes reads.
 
-    Raises `ValueError` if the split is shorter than a row, or the batch does not divide among the processes.
+    Raises `ValueError` if the split is shorter than a row.
     """
 
-    def __init__(self, store: TokenStore, config: DataConfig, *, process: int = 0, processes: int = 1) -> None:
+    def __init__(self, store: TokenStore, config: DataConfig, *, rows: Sequence[int] | None = None) -> None:
         if store.n_tokens <= config.seq_len:
             raise ValueError(
                 f"{store.n_tokens} tokens are too few for one row: seq_len={config.seq_len} needs "
@@ -61,7 +61,7 @@ class Loader:
             )
         self._store, self._config, self._task = store, config, task_of(store, config)
         self._plan = _plan(store, config)
-        self._share = _share(config, process, processes)
+        self._rows = range(config.batch_size) if rows is None else rows
         self._order = functools.lru_cache(maxsize=2)(self._draw_order)
 
     @property
@@ -91,7 +91,7 @@ class Loader:
             )
 
     def batch(self, step: int) -> Batch:
-        """The rows of this process at `step`, the same whenever and wherever it is asked for."""
+        """The rows at `step`, the same whenever and wherever it is asked for."""
         batch = _batch(self._store, self._config, self._task, self._index(step))
         return dataclasses.replace(batch, documents=None)
 
@@ -101,7 +101,7 @@ class Loader:
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
     def documents(self, step: int) -> list[int]:
-        """Which documents of the store stand in the rows of this process at `step`."""
+        """Which documents of the store stand in the rows at `step`."""
         index = self._index(step)
         return np.unique(self._store.documents_of(index[index != PADDING])).tolist()
 
@@ -109,7 +109,7 @@ class Loader:
         """Epochs follow each other without a gap: rows that fill no batch begin the next epoch's first."""
         first = step * self._config.batch_size
         rows = []
-        for epoch, row in (divmod(first + place, self._plan.n_rows) for place in self._share):
+        for epoch, row in (divmod(first + place, self._plan.n_rows) for place in self._rows):
             order, shift = self._order(epoch)
             rows.append(self._plan.spans(int(order[row]), shift))
         return _index(self._config, rows)
@@ -126,18 +126,17 @@ class Loader:
         return np.argsort(bits.random_raw(self._plan.n_rows), kind="stable"), shift
 
 
-def heldout_rows(store: TokenStore, config: DataConfig, *, process: int = 0, processes: int = 1) -> Iterator[Batch]:
+def heldout_rows(store: TokenStore, config: DataConfig) -> Iterator[Batch]:
     """The batches of a split, in a fixed order: every token is a target once, if there is one before it to read.
 
     The batches have `documents`. The last one is filled up with empty rows.
     """
     plan, task = _plan(store, config, partial=True), task_of(store, config)
-    share = _share(config, process, processes)
     # A packed plan has its longest pieces first; shuffled, and always alike, its first batches are a sample of it all.
     order = np.argsort(np.random.Philox(key=0).random_raw(plan.n_rows), kind="stable").tolist()
     for first in range(0, plan.n_rows, config.batch_size):
-        rows = [order[first + place] for place in share if first + place < plan.n_rows]
-        spans = [plan.spans(row) for row in rows] + [[]] * (len(share) - len(rows))
+        rows = order[first : first + config.batch_size]
+        spans = [plan.spans(row) for row in rows] + [[]] * (config.batch_size - len(rows))
         yield _batch(store, config, task, _index(config, spans))
 
 
@@ -161,17 +160,6 @@ def _plan(store: TokenStore, config: DataConfig, *, partial: bool = False) -> Pl
         return packing.pack(np.diff(store.offsets), config.seq_len)
     n_targets = store.n_tokens if config.end_of_text else max(store.n_tokens - 1, 0)
     return packing.windows(n_targets, config.seq_len, partial=partial)
-
-
-def _share(config: DataConfig, process: int, processes: int) -> range:
-    """The places of this process in a batch."""
-    rows, rest = divmod(config.batch_size, processes)
-    if rest:
-        raise ValueError(
-            f"batch_size={config.batch_size} does not divide among {processes} processes; "
-            f"use batch_size={(rows + 1) * processes}"
-        )
-    return range(process * rows, (process + 1) * rows)
 
 
 def _index(config: DataConfig, rows: Sequence[list[tuple[int, int]]]) -> Int64[np.ndarray, "B L"]:

@@ -66,14 +66,14 @@ class Block(nn.Module):
 
         x = tap(self, "resid_pre", x, c.kept)
         y, cache = mixer(self._before("attention", x), context, slot, cache)
-        mid = tap(self, "resid_mid", self._join("attention", x, y, context), c.kept)
+        mid = tap(self, "resid_mid", self._join("attention", x, y, context, layer), c.kept)
         read = self._before("feedforward", x if c.residual == "parallel" else mid)
         if kind.moe:
             segments = context.mask.segments
             y, use = MixtureOfExperts(c, name="experts")(read, None if segments is None else segments != 0)
         else:
             y, use = FeedForward(c, name="feedforward")(read), None
-        x = tap(self, "resid_post", self._join("feedforward", mid, y, context), c.kept)
+        x = tap(self, "resid_post", self._join("feedforward", mid, y, context, layer), c.kept)
         return (constrain(x, "BLD"), cache), use
 
     def _before(self, sublayer: str, x: Array) -> Array:
@@ -81,13 +81,13 @@ class Block(nn.Module):
         c = self.config
         return x if c.residual in ("post", "output") else Norm(c, name=f"{sublayer}_norm")(x)
 
-    def _join(self, sublayer: str, x: Array, y: Array, context: Context) -> Array:
+    def _join(self, sublayer: str, x: Array, y: Array, context: Context, layer: Int[Array, ""] | int) -> Array:
         """The stream `x` with what a sublayer adds to it."""
         c = self.config
         if c.residual in ("sandwich", "output"):
             y = Norm(c, name=f"{sublayer}_out_norm")(y)
         y = tap(self, {"attention": "attn_out", "feedforward": "mlp_out"}[sublayer], y, c.kept)
-        x = settle(x + dropout(self, y, context))
+        x = settle(x + dropout(self, y, context, layer))
         return Norm(c, name=f"{sublayer}_norm")(x) if c.residual == "post" else x
 
 
@@ -108,12 +108,24 @@ class Period(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token ids to logits. `stacked=False` expects `unstack(params)`."""
+    """Token ids to logits: `embed`, `layers`, `head`, which a pipeline runs on devices of their own.
+
+    `stacked=False` expects `unstack(params)`.
+    """
 
     config: ModelConfig
     stacked: bool = True
 
-    @nn.compact
+    def setup(self) -> None:
+        c = self.config
+        self.embedding = self.param("embedding", table_of("embed", c.vocab_size), c)
+        if c.positions == "learned":
+            self.positions = self.param("positions", table_of("embed", c.max_seq_len), c)
+        if c.residual != "post":
+            self.final_norm = Norm(c)
+        if c.head != "embedding":
+            setattr(self, c.head, self.param(c.head, table_of("unembed", c.n_classes or c.vocab_size), c))
+
     def __call__(
         self,
         tokens: Int[Array, "B L"],
@@ -132,7 +144,7 @@ class Transformer(nn.Module):
         where it is not all. `train=True` turns dropout on and needs a `dropout` key. `logits=False` stops at `hidden`,
         for a loss that makes logits chunk by chunk. Raises `ValueError` for more tokens than learned positions.
         """
-        c, L = self.config, tokens.shape[1]
+        L = tokens.shape[1]
         if positions is None:
             positions = jnp.arange(L)[None] + (0 if cache is None else cache.length[:, None])
         mask = Mask(segments=segments, prefix=prefix)
@@ -141,31 +153,41 @@ class Transformer(nn.Module):
             mask = dataclasses.replace(mask, kv_length=cache.length + L, prefix=spread)
         context = Context(positions=positions, mask=mask, lengths=lengths, train=train)
 
-        table = self.param("embedding", table_of("embed", c.vocab_size), c)["table"]
-        x = lookup(table, tokens).astype(c.dtype) * jnp.asarray(c.embedding_scale, c.dtype)
+        x, cache, use = self.layers(self.embed(tokens, context), cache, context)
+        x, out = self.head(x, logits)
+        return Output(x, out, None if cache is None else cache.advance(L if lengths is None else lengths), use)
+
+    def embed(self, tokens: Int[Array, "B L"], context: Context) -> Float[Array, "B L D"]:
+        """What the first layer reads."""
+        c, L = self.config, tokens.shape[1]
+        x = lookup(self.embedding["table"], tokens).astype(c.dtype) * jnp.asarray(c.embedding_scale, c.dtype)
         if c.positions == "learned":
             if c.max_seq_len < L:
                 raise ValueError(f"a row of {L} tokens exceeds model.max_seq_len={c.max_seq_len}, all that was learned")
-            places = self.param("positions", table_of("embed", c.max_seq_len), c)["table"]
-            x = x + lookup(places, positions).astype(c.dtype)
+            x = x + lookup(self.positions["table"], context.positions).astype(c.dtype)
         elif c.positions == "sinusoidal":
-            x = x + sinusoidal(positions, c.d_model).astype(c.dtype)
-        x = constrain(dropout(self, tap(self, "embed", x), context), "BLD")
+            x = x + sinusoidal(context.positions, c.d_model).astype(c.dtype)
+        return constrain(dropout(self, tap(self, "embed", x), context), "BLD")
 
-        x, cache, use = self._layers(x, cache, context)
-        x = tap(self, "final", x if c.residual == "post" else Norm(c, name="final_norm")(x))
-        if c.head != "embedding":
-            table = self.param(c.head, table_of("unembed", c.n_classes or c.vocab_size), c)["table"]
-        out = None
-        if logits:
-            out = unembed(x, table.astype(x.dtype), c.logit_softcap)
-            out = tap(self, "logits", constrain(out, "BLV" if c.n_classes is None else "BLC"))
-        return Output(x, out, None if cache is None else cache.advance(L if lengths is None else lengths), use)
+    def head(
+        self, x: Float[Array, "B L D"], logits: bool
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "B L V"] | None]:
+        """What the output table reads, of what the last layer gave; and where they are asked for the logits."""
+        c = self.config
+        x = tap(self, "final", x if c.residual == "post" else self.final_norm(x))
+        if not logits:
+            return x, None
+        out = unembed(x, getattr(self, c.head)["table"].astype(x.dtype), c.logit_softcap)
+        return x, tap(self, "logits", constrain(out, "BLV" if c.n_classes is None else "BLC"))
 
-    def _layers(
-        self, x: Array, cache: Cache | None, context: Context
-    ) -> tuple[Array, Cache | None, Utilisation | None]:
-        """All blocks: whole periods in a scan, what is left of the last one behind it. Unstacked: one by one."""
+    @nn.compact
+    def layers(
+        self, x: Float[Array, "B L D"], cache: Cache | None, context: Context, start: Int[Array, ""] | int = 0
+    ) -> tuple[Float[Array, "B L D"], Cache | None, Utilisation | None]:
+        """All blocks: whole periods in a scan, what is left of the last one behind it. Unstacked: one by one.
+
+        The first of them is layer `start` of the model, where a stage of a pipeline holds only some.
+        """
         c, carry, period = self.config, (x, cache), len(self.config.layers)
         first = c.scanned if self.stacked else 0
         uses, rows = [], []  # of the experts, and in which layers
@@ -173,12 +195,12 @@ class Transformer(nn.Module):
             scan = nn.scan(
                 Period if period > 1 else remat(c),
                 variable_axes={"params": 0, "taps": 0, "edits": 0},
-                split_rngs={"params": True, "dropout": True},
+                split_rngs={"params": True, "dropout": False},
                 in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  (annotated as an int, takes a tree)
                 length=first // period,
                 unroll=c.unroll,
             )
-            carry, uses = scan(c, name="layers")(carry, jnp.arange(0, first, period), context)
+            carry, uses = scan(c, name="layers")(carry, start + jnp.arange(0, first, period), context)
             uses = uses if period > 1 else [uses]
             rows = [range(place, first, period) for place in range(period)]
         for layer in range(first, c.n_layers):
@@ -207,12 +229,15 @@ def head_table(config: ModelConfig, params: Any) -> Float[Array, "V D"]:
     return params[config.head]["table"]
 
 
-def dropout(module: nn.Module, x: Array, context: Context) -> Array:
-    """Zeroes a share `config.dropout` of `x` while training, and scales up the rest (Srivastava et al. 2014)."""
+def dropout(module: nn.Module, x: Array, context: Context, layer: Int[Array, ""] | int = 0) -> Array:
+    """Zeroes a share `config.dropout` of `x` while training, and scales up the rest (Srivastava et al. 2014).
+
+    Each `layer` of the model has a key of its own, whether all run in one scan or some on a stage of a pipeline.
+    """
     rate = module.config.dropout
     if rate == 0 or not context.train:
         return x
-    keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
+    keep = jax.random.bernoulli(jax.random.fold_in(module.make_rng("dropout"), layer), 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 
 

@@ -42,7 +42,9 @@ def cross_entropy(
     logits = logits.astype(jnp.float32)
     counted = targets != IGNORE
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, jnp.where(counted, targets, 0)[..., None], axis=-1)[..., 0]
+    # A sum with one term: where V is split over devices, a gather would bring the logits together.
+    chosen = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
+    picked = jnp.where(chosen, logits, 0).sum(-1)
     nll = log_z - picked
     loss = nll
     if label_smoothing:

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import Array, PyTree, UInt32
 
+from llm_jax import processes
 from llm_jax import tree as trees
 from llm_jax.train.step import TrainState
 
@@ -42,7 +43,7 @@ class Progress:
     """What a run must remember beside its train state, to go on as if nothing had happened.
 
     Attributes:
-      step: optimizer steps done, and so the position in the data: a batch is a function of (seed, step, process).
+      step: optimizer steps done, and so the position in the data: a batch is a function of (seed, step).
       tokens: targets trained on.
       skipped: steps whose loss or gradient was not finite.
       skipped_in_a_row: how many of them end the run so far.
@@ -66,7 +67,8 @@ class Checkpoints:
         self.folder = (folder / FOLDER).absolute()
         self._keep, self._read_only = keep, read_only
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-        self._heldout_losses = {step: self._heldout_loss(step) for step in self.steps()}
+        self._reader = _lone_reader()
+        self._heldout_losses = {step: self._heldout_loss(step) for step in processes.from_first(self.steps)}
         self._saving: int | None = None
 
     def __enter__(self) -> "Checkpoints":
@@ -80,6 +82,7 @@ class Checkpoints:
                 raise
         finally:
             self._orbax.close()
+            self._reader.close()
 
     def steps(self) -> list[int]:
         """The steps of all finished checkpoints, newest first."""
@@ -123,9 +126,11 @@ class Checkpoints:
         with self._named_errors(self._saving):
             self._orbax.wait_until_finished()
         self._saving = None
-        for step in set(self.steps()[self._keep :]) - {self.best()}:
-            shutil.rmtree(self.folder / str(step))
-            self._heldout_losses.pop(step, None)
+        # By what every process remembers, not by what it sees of the folder while the first one clears it.
+        for step in set(sorted(self._heldout_losses, reverse=True)[self._keep :]) - {self.best()}:
+            del self._heldout_losses[step]
+            if processes.is_first():
+                shutil.rmtree(self.folder / str(step))
 
     def restore(self, abstract: TrainState, report: Report) -> tuple[TrainState, Progress] | None:
         """The newest state that can be read, laid out as `abstract` says; None where no save was ever finished.
@@ -134,18 +139,23 @@ class Checkpoints:
         left behind is named and removed. Raises `ValueError` if none can be read, or the newest is of another model.
         """
         assert not self._read_only
-        for path in sorted(self.folder.glob(UNFINISHED)):
-            report(f"removed {path}: the save of step {path.name.partition('.')[0]} was interrupted")
-            shutil.rmtree(path)
-        steps = self.steps()
+        processes.from_first(lambda: self._remove_unfinished(report))
+        steps = processes.from_first(self.steps)
         if not steps:
             return None
         items = {"params": abstract.params, "opt_state": abstract.opt_state}
         step, found, progress = self._first_readable(steps, items, report)
         for damaged in steps[: steps.index(step)]:
-            report(f"set aside {self._set_aside(damaged)}: delete it when you have seen enough")
+            path = processes.from_first(lambda damaged=damaged: str(self._set_aside(damaged)))
+            del self._heldout_losses[damaged]
+            report(f"set aside {path}: delete it when you have seen enough")
         number = jax.device_put(jnp.asarray(progress.step, jnp.int32), abstract.step.sharding)
         return TrainState(step=number, **found), progress
+
+    def _remove_unfinished(self, report: Report) -> None:
+        for path in sorted(self.folder.glob(UNFINISHED)):
+            report(f"removed {path}: the save of step {path.name.partition('.')[0]} was interrupted")
+            shutil.rmtree(path)
 
     def restore_params(self, abstract: PyTree, report: Report, which: str = "best") -> tuple[PyTree, int]:
         """The weights alone, and their step. `which` is `best` (by held-out loss), `last`, or a step.
@@ -158,7 +168,7 @@ class Checkpoints:
 
     def _order(self, which: str) -> list[int]:
         """The steps to try for `which`, one after the other."""
-        steps = self.steps()
+        steps = processes.from_first(self.steps)
         if which in ("best", "last"):
             return sorted(steps, key=lambda step: (which == "best" and step != self.best(), -step))
         if not which.isdecimal():
@@ -170,45 +180,46 @@ class Checkpoints:
     def _first_readable(
         self, steps: Sequence[int], abstract: dict[str, PyTree], report: Report
     ) -> tuple[int, dict[str, PyTree], Progress]:
-        """The first of `steps` that is whole: its step, its trees of the names in `abstract`, its progress."""
+        """The first of `steps` that is whole: its step, its trees of the names in `abstract`, its progress.
+
+        Each process reads its own part; one for which that fails speaks for all.
+        """
         for step in steps:
+            record, found, damage = None, {}, None
             try:
                 with _hushed():
                     record = self._record(step)
-                    misfit = _misfit(record["leaves"], abstract)
-                    if misfit is None:
-                        return (
-                            step,
-                            self._read(step, abstract, record["leaves"]),
-                            Progress(**record["progress"]),
-                        )
+                    if _misfit(record["leaves"], abstract) is None:
+                        found = self._read(step, abstract)
             except Exception as error:
                 if not _is_damage(error):
                     raise
-                path = self.folder / str(step)
-                report(f"passed over the checkpoint of step {step}, {path}: it is damaged ({_line(error)})")
-            else:
-                raise ValueError(
-                    f"the checkpoint of step {step} in {self.folder} is of another model or optimizer: {misfit}; "
-                    "use the config that it was trained with"
-                )
+                damage = _line(error)
+            damage = next(filter(None, processes.from_all(damage)), None)
+            if damage is None and record is not None:
+                if misfit := _misfit(record["leaves"], abstract):
+                    raise ValueError(
+                        f"the checkpoint of step {step} in {self.folder} is of another model or optimizer: {misfit}; "
+                        "use the config that it was trained with"
+                    )
+                damage = _changed(found, record["leaves"])
+                if damage is None:
+                    return step, found, Progress(**record["progress"])
+            path = self.folder / str(step)
+            report(f"passed over the checkpoint of step {step}, {path}: it is damaged ({damage})")
         raise ValueError(
             f"{self.folder} holds no checkpoint that can be read (tried {list(steps) or 'none'}); start a new run"
         )
 
-    def _read(self, step: int, abstract: dict[str, PyTree], leaves: dict[str, list[Any]]) -> dict[str, PyTree]:
-        """The trees of a checkpoint. Raises `ValueError` for a leaf that is not what was saved."""
+    def _read(self, step: int, abstract: dict[str, PyTree]) -> dict[str, PyTree]:
+        """The trees of a checkpoint, this process's part of them."""
         arguments = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()})
-        restored = self._orbax.restore(self.folder / str(step), args=arguments)
-        found = {name: restored[name] for name in abstract}
-        for path, number in jax.device_get(checksums(found)).items():
-            if int(number) != leaves[path][-1]:
-                raise ValueError(f"{path} is not what was saved")
-        return found
+        restored = self._reader.restore(self.folder / str(step), args=arguments)
+        return {name: restored[name] for name in abstract}
 
     def _record(self, step: int) -> dict[str, Any]:
         arguments = ocp.args.Composite(record=ocp.args.JsonRestore())
-        return _unsealed(self._orbax.restore(self.folder / str(step), args=arguments).record)
+        return _unsealed(self._reader.restore(self.folder / str(step), args=arguments).record)
 
     def _heldout_loss(self, step: int) -> float:
         try:
@@ -223,7 +234,6 @@ class Checkpoints:
         """Renames a damaged checkpoint, so that it neither takes a place among the kept nor blocks its step."""
         names = (self.folder / f"{step}.damaged{suffix}" for suffix in ["", *(f"-{n}" for n in range(2, 1000))])
         path = next(path for path in names if not path.exists())
-        del self._heldout_losses[step]
         return (self.folder / str(step)).rename(path)
 
     def _check_room(self, items: dict[str, PyTree], step: int) -> None:
@@ -260,6 +270,24 @@ def _checksum(x: Array) -> UInt32[Array, ""]:
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
     bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
     return (bits ^ (bits >> 16)).sum(dtype=jnp.uint32)
+
+
+def _changed(found: dict[str, PyTree], leaves: dict[str, list[Any]]) -> str | None:
+    """The first leaf that is not what was saved; None where all are."""
+    for path, number in jax.device_get(checksums(found)).items():
+        if int(number) != leaves[path][-1]:
+            return f"{path} is not what was saved"
+    return None
+
+
+def _lone_reader() -> ocp.Checkpointer:
+    """Reads this process's part and waits for no other: one that meets damage would leave the rest in a barrier."""
+    here = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"reader_{here}"
+    )
+    handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=options))
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 def _form(leaf: Any) -> list[Any]:

@@ -13,6 +13,7 @@ from llm_jax.data.loader import Batch
 from llm_jax.model.config import TAPS
 from llm_jax.model.taps import capture
 from llm_jax.model.transformer import Transformer
+from llm_jax.sharding import batch_sharding
 from llm_jax.train.program import Program
 from llm_jax.train.step import accumulated, cast, make_loss
 
@@ -31,7 +32,7 @@ BACKWARD = (
 
 
 def diagnose(program: Program, params: PyTree, batch: Batch, step: int) -> str:
-    """What goes wrong where `batch` follows `step` steps, as a clause: the first activation or gradient to go bad."""
+    """What goes wrong where `batch`, every row of it, follows `step` steps, as a clause: the first number to go bad."""
     return _in_forward_pass(program, params, batch) or _in_backward_pass(program, params, batch, step)
 
 
@@ -43,7 +44,7 @@ def _in_forward_pass(program: Program, params: PyTree, batch: Batch) -> str | No
     copies = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
     row = jax.tree.map(lambda x: np.repeat(x[rows[:1]], copies, axis=0), batch)
     with jax.set_mesh(program.mesh):
-        bad = jax.device_get(_bad_activations(program.model, params, program.put(row)))
+        bad = jax.device_get(_bad_activations(program.model, params, jax.device_put(row, batch_sharding(program.mesh))))
     c, n = program.config.model, program.config.model.n_layers
     places = [
         (layer, order, name)
@@ -67,7 +68,7 @@ def _in_backward_pass(program: Program, params: PyTree, batch: Batch, step: int)
         return {path: _by_layer(path, jnp.abs(x), jnp.max) for path, x in trees.leaves(gradients).items()}
 
     with jax.set_mesh(program.mesh):
-        sizes = jax.device_get(largest(params, program.put(batch)))
+        sizes = jax.device_get(largest(params, program.put(program.share(batch))))
     places = [
         (-layer, trees.first_match(BACKWARD, path), path)
         for path, size in sizes.items()

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import PyTree
 from rich.console import Console
 
-from llm_jax import log
+from llm_jax import log, processes
 from llm_jax.config import to_dict
 from llm_jax.data.loader import Loader, heldout_rows, task_of
 from llm_jax.data.shards import Shards, cached, open_shards
@@ -64,13 +64,23 @@ def on(console: Console) -> Report:
 
 def open_data(config: RunConfig, report: Report) -> Shards:
     """The token shards of `config.data`, prepared on first use. Raises `ValueError` if the vocabulary is too small."""
-    shards = open_shards(cached(config.data, cache_folder() / "data", report))
+    shards = open_shards(_prepared(config, report))
     if shards.manifest.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"the tokenizer has {shards.manifest.vocab_size} ids, but model.vocab_size={config.model.vocab_size}; "
             f"use at least model.vocab_size={-(-shards.manifest.vocab_size // 64) * 64}"
         )
     return shards
+
+
+def _prepared(config: RunConfig, report: Report) -> Path:
+    """The folder of `config`'s shards. Of several processes the first one prepares them, and the others find them."""
+
+    def find() -> Path:
+        return cached(config.data, cache_folder() / "data", report)
+
+    first = Path(processes.from_first(lambda: str(find())))
+    return first if first.is_dir() else find()  # a cache of this machine's own
 
 
 def open_run_data(folder: Path, config: RunConfig, report: Report) -> Shards:
@@ -90,21 +100,27 @@ def train(config: RunConfig, folder: str | Path, *, console: Console | None = No
     Raises `ValueError` for what can't work, `Diverged` after `config.patience` bad steps in a row.
     """
     folder = Path(folder)
-    run.check_free(folder, config)
+    processes.from_first(lambda: run.check_free(folder, config))
     console = console or Console()
     session = Session.open(config, folder, console, open_data(config, on(console)))
-    state = session.begin()
-    existed = folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    with run.owned(folder):
-        run.check_free(folder, config)  # still
-        try:
-            run.create(folder, config, session.shards, command)
-            return session.go(state, Progress())
-        except BaseException:
-            if not log.read(folder):
-                run.remove(folder, keep_folder=existed)
-            raise
+    with processes.watched(_way_on(folder)):
+        state = session.begin()
+        existed = folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        with run.owned(folder):
+            processes.from_first(lambda: run.check_free(folder, config))  # still
+            try:
+                if processes.is_first():
+                    run.create(folder, config, session.shards, command)
+                return session.go(state, Progress())
+            except BaseException:
+                if processes.is_first() and not log.read(folder):
+                    run.remove(folder, keep_folder=existed)
+                raise
+
+
+def _way_on(folder: Path) -> str:
+    return f"start all of them again, with fewer if you like: llm-jax resume {folder}"
 
 
 def resume(folder: str | Path, *, steps: int | None = None, console: Console | None = None) -> Progress:
@@ -118,12 +134,16 @@ def resume(folder: str | Path, *, steps: int | None = None, console: Console | N
     console = console or Console()
     with run.owned(folder):
         session = Session.open(config, folder, console, open_run_data(folder, old, on(console)))
-        state, progress = session.restore(old)
-        if progress.step >= config.steps:
-            raise ValueError(f"{folder} is finished at step {progress.step}; train further with --steps N above that")
-        run.save_config(folder, config)
-        log.truncate(folder, progress.step)
-        return session.go(state, progress)
+        with processes.watched(_way_on(folder)):
+            state, progress = session.restore(old)
+            if progress.step >= config.steps:
+                raise ValueError(
+                    f"{folder} is finished at step {progress.step}; train further with --steps N above that"
+                )
+            if processes.is_first():
+                run.save_config(folder, config)
+                log.truncate(folder, progress.step)
+            return session.go(state, progress)
 
 
 def load_weights(folder: str | Path, program: Program, report: Report) -> PyTree:
@@ -152,14 +172,15 @@ class Session:
         if not shards.split("heldout").n_documents:
             raise ValueError(f"data.heldout={config.data.heldout} leaves nothing to evaluate on; set it above 0")
         task_of(shards.split("heldout"), config.data)  # raises now, and not at the first evaluation
-        loader = Loader(shards.split("train"), config.data)
-        loader.check_horizon(config.steps)
+        Loader(shards.split("train"), config.data).check_horizon(config.steps)
         try:
             asked = [config.data.ask(prompt) for prompt in config.prompts]
             prompt_ids(config.model, shards.tokenizer, asked, config.data.end_of_text)
         except ValueError as error:
             raise ValueError(f"prompts={config.prompts}: {error}; or set prompts= for no samples") from error
-        return cls(config, folder, console, shards, Program.on(config), loader, Checkpoints(folder, config.keep))
+        program = Program.on(config)
+        loader = Loader(shards.split("train"), config.data, rows=program.rows)
+        return cls(config, folder, console, shards, program, loader, Checkpoints(folder, config.keep))
 
     def say(self, line: str) -> None:
         on(self.console)(line)
@@ -208,13 +229,16 @@ class Session:
         """Trains from `state` to the last step, or until it is told to stop; how far it came."""
         c = self.config
         count = sum(parameter_counts(c.model).values())
-        self.say(f"{count:,} parameters on {jax.device_count()} device(s); run folder {self.folder}")
+        among = f" of {processes.count()} processes" if processes.count() > 1 else ""
+        self.say(f"{count:,} parameters on {jax.device_count()} device(s){among}; run folder {self.folder}")
+        if self.program.pipeline is not None:
+            self.say(self.program.pipeline.timetable.summary)
         rows = log.MetricsLog(
-            self.folder,
+            self.folder if processes.is_first() else None,
             console=self.console,
             total_steps=c.steps,
             start_step=progress.step,
-            tensorboard=c.tensorboard,
+            tensorboard=c.tensorboard and processes.is_first(),
         )
         meter = Meter(c, rows, progress)
         try:
@@ -225,7 +249,7 @@ class Session:
                     state, metrics = self.program.train_step(state, batch)
                     meter.push(metrics)
                     self._check(state, meter.progress)
-                    last = meter.step == c.steps or stopping()
+                    last = stopping(meter.step) or meter.step == c.steps
                     if last or self._due(meter.step):
                         self._pause(state, meter, rows, last)
                     if last:
@@ -275,12 +299,14 @@ class Session:
         return target_lengths(self.shards.tokenizer, self.config.data.task)
 
     def samples(self, state: TrainState, tokens: int = 80) -> list[dict[str, str]]:
-        """What the model writes behind each of the config's prompts."""
-        c = self.config
+        """What the model writes behind each of the config's prompts; of several processes the first one lets it."""
+        c, params = self.config, processes.gathered(cast(state.params, self.config.model.dtype))
+        if not processes.is_first():
+            return []
         prompts = [c.data.ask(prompt) for prompt in c.prompts]
         texts = generate(
             c.model,
-            cast(state.params, c.model.dtype),
+            params,
             self.shards.tokenizer,
             prompts,
             # There are many ways to go on with a text, and one right answer.
@@ -292,6 +318,8 @@ class Session:
         return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
 
     def _report(self) -> None:
+        if not processes.is_first():
+            return
         with contextlib.suppress(OSError):  # a page less is no reason to stop, nor to hide one
             write_report(self.folder)
 
@@ -300,9 +328,10 @@ class Session:
         if progress.skipped_in_a_row < self.config.patience:
             return
         step = progress.step - 1
-        documents = self.loader.documents(step)
+        loader = Loader(self.shards.split("train"), self.config.data)  # of all rows
+        documents = loader.documents(step)
         origins = ", ".join(self.shards.split("train").origins(documents[:5])) + ", ..." * (len(documents) > 5)
-        reason = diagnose(self.program, state.params, self.loader.batch(step), step)
+        reason = diagnose(self.program, state.params, loader.batch(step), step)
         self.checkpoints.wait()
         raise Diverged(
             f"loss or gradient was not finite in {progress.skipped_in_a_row} steps in a row; at step {progress.step}, "

@@ -10,15 +10,17 @@ from typing import Any
 
 import chex
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from llm_jax.data.loader import Batch
 from llm_jax.model.transformer import Transformer
-from llm_jax.sharding import batch_sharding, make_mesh, shardings
+from llm_jax.sharding import batch_sharding, make_mesh, rows_here, shardings
 from llm_jax.train.balance import rebalance
 from llm_jax.train.optimizer import make_optimizer, make_schedule
+from llm_jax.train.pipeline import Pipeline
 from llm_jax.train.run import RunConfig
 from llm_jax.train.step import (
     Metrics,
@@ -30,6 +32,7 @@ from llm_jax.train.step import (
     microbatches,
     score,
 )
+from llm_jax.train.timetable import PipelineConfig, Timetable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +53,22 @@ class Program:
                 f"a microbatch of {rows} rows (data.batch_size={size} / accumulate={accumulate}) does not divide over "
                 f"data x fsdp = {shards} devices; use data.batch_size={-(-size // least) * least}"
             )
-        return cls(config, mesh)
+        program = cls(config, mesh)
+        if program.pipeline is not None:
+            program.pipeline.check(config.data.seq_len)
+        elif config.pipeline != PipelineConfig():
+            raise ValueError(f"{config.pipeline} has no stages to run on; set mesh.pipeline to their number")
+        return program
 
     @functools.cached_property
     def model(self) -> Transformer:
         return Transformer(self.config.model)
+
+    @functools.cached_property
+    def pipeline(self) -> Pipeline | None:
+        """What computes loss and gradient, where the mesh has several stages."""
+        stages, c = self.mesh.shape["pipeline"], self.config
+        return None if stages == 1 else Pipeline(self.model, c.loss, Timetable(c.pipeline, stages, c.accumulate))
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
@@ -77,14 +91,31 @@ class Program:
             return self._train_step(state, self.put(batch))
 
     def score(self, params: PyTree, batch: Batch) -> Scored:
-        """How well every target of `batch` is predicted; arrays of NumPy."""
+        """How well every target of `batch`, all rows of it, is predicted; arrays of NumPy, the same in each process."""
         with jax.set_mesh(self.mesh):
-            return jax.device_get(self._score(params, self.put(dataclasses.replace(batch, documents=None))))
+            return jax.device_get(self._score(params, self.put(self.share(dataclasses.replace(batch, documents=None)))))
+
+    @functools.cached_property
+    def rows(self) -> list[int]:
+        """The rows of a batch that the devices of this process hold, and so all of it that this process reads."""
+        return rows_here(self.mesh, self.config.data.batch_size)
+
+    def share(self, batch: Batch) -> Batch:
+        """Of all rows of `batch` those of this process."""
+        return jax.tree.map(lambda x: x[self.rows], batch)
 
     def put(self, batch: Batch) -> Batch:
-        """`batch`, this process's rows of it, as global arrays on the mesh."""
-        rows = batch_sharding(self.mesh)
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
+        """`batch`, the `rows` of this process, as global arrays on the mesh."""
+        rows, layout = range(self.config.data.batch_size), batch_sharding(self.mesh)
+
+        def part(x: np.ndarray, index: Any) -> np.ndarray:
+            wanted = rows[index[0]]
+            first = self.rows.index(wanted[0])
+            return x[(slice(first, first + len(wanted)), *index[1:])]
+
+        return jax.tree.map(
+            lambda x: jax.make_array_from_callback((len(rows), *x.shape[1:]), layout, functools.partial(part, x)), batch
+        )
 
     @functools.cached_property
     def _optimizer(self) -> optax.GradientTransformation:
@@ -105,6 +136,7 @@ class Program:
             seed=c.seed,
             accumulate=c.accumulate,
             rebalance=functools.partial(rebalance, c.model) if follow else None,
+            gradient=None if self.pipeline is None else self.pipeline.gradient,
         )
         replicated = NamedSharding(self.mesh, PartitionSpec())
         chex.clear_trace_counter()  # it counts by name, and every program of this process has a step of that name
@@ -116,8 +148,10 @@ class Program:
 
         def scored(params: PyTree, batch: Batch) -> Scored:
             # In the microbatches of training: what fits there fits here.
+            if self.pipeline is not None:
+                return self.pipeline.score(params, batch)
             one = functools.partial(score, self.model, c.loss.chunk, params)
             parts = jax.lax.map(one, microbatches(batch, c.accumulate))
             return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch.targets.shape), parts)
 
-        return jax.jit(scored)
+        return jax.jit(scored, out_shardings=NamedSharding(self.mesh, PartitionSpec()))

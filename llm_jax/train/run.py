@@ -22,6 +22,7 @@ from typing import Any
 import flax
 import jax
 
+from llm_jax import processes
 from llm_jax.config import checked, from_dict, nearest, plain, to_dict
 from llm_jax.data import tokenizer
 from llm_jax.data.loader import DataConfig
@@ -33,6 +34,7 @@ from llm_jax.recipes import recipes
 from llm_jax.sharding import MeshConfig
 from llm_jax.train.optimizer import OptimizerConfig
 from llm_jax.train.step import LossConfig
+from llm_jax.train.timetable import PipelineConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,7 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
     mesh: MeshConfig = MeshConfig()
+    pipeline: PipelineConfig = PipelineConfig()
     steps: int = 1000
     seed: int = 0
     accumulate: int = 1
@@ -169,7 +172,13 @@ def remove(folder: Path, *, keep_folder: bool) -> None:
 
 @contextlib.contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Keeps every other process from writing to the run in `folder`. Raises `ValueError` where one does."""
+    """Keeps every other process from writing to the run in `folder`. Raises `ValueError` where one does.
+
+    Of the processes of one run the first holds it for all.
+    """
+    if not processes.is_first():
+        yield
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:

@@ -1,6 +1,7 @@
 """The training step: a pure function `(state, batch) -> (state, metrics)`, and the loss that it minimizes."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from llm_jax import tree as trees
 from llm_jax.data.loader import Batch
+from llm_jax.model.config import ModelConfig
 from llm_jax.model.feedforward import Utilisation
 from llm_jax.model.transformer import Transformer, forward, head_table
 from llm_jax.ops.loss import IGNORE, chunked_cross_entropy, cross_entropy, likeliest
@@ -23,6 +25,8 @@ Metrics = dict[str, jax.Array]
 # (params, batch, key) -> (sum of the loss over counted tokens, {name: sum over counted tokens}).
 # The one seam: fine-tuning, preference tuning and distillation put their own function here.
 LossFn = Callable[[PyTree, Batch, Key[Array, ""]], tuple[Float[Array, ""], Metrics]]
+# The same over all microbatches of a batch, and the gradient of the parameters.
+Gradient = Callable[[PyTree, Batch, Key[Array, ""]], tuple[tuple[Float[Array, ""], Metrics], PyTree]]
 
 
 @struct.dataclass
@@ -80,7 +84,6 @@ class TokenLosses:
 def token_losses(model: Transformer, config: LossConfig, params: PyTree, batch: Batch, **inputs: Any) -> TokenLosses:
     """What the model makes of the targets of a batch; `inputs` as `Transformer.__call__`."""
     params = cast(params, model.config.dtype)
-    terms = {"z_loss": config.z_loss, "label_smoothing": config.label_smoothing}
     out = forward(
         model,
         params,
@@ -91,12 +94,24 @@ def token_losses(model: Transformer, config: LossConfig, params: PyTree, batch: 
         logits=config.chunk is None,
         **inputs,
     )
-    if out.logits is not None:
-        return TokenLosses(*cross_entropy(out.logits, batch.targets, **terms), out.hidden, out.use)
-    assert config.chunk is not None
-    head, softcap = head_table(model.config, params), model.config.logit_softcap
-    losses = chunked_cross_entropy(out.hidden, head, batch.targets, config.chunk, softcap, **terms)
+    losses = losses_of(model.config, config, params, batch.targets, out.hidden, out.logits)
     return TokenLosses(*losses, out.hidden, out.use)
+
+
+def losses_of(
+    model: ModelConfig,
+    config: LossConfig,
+    params: PyTree,
+    targets: Int[Array, "B L"],
+    hidden: Float[Array, "B L D"],
+    logits: Float[Array, "B L V"] | None,
+) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
+    """Loss and negative log-likelihood of every target; without `logits`, which are then made chunk by chunk."""
+    terms = {"z_loss": config.z_loss, "label_smoothing": config.label_smoothing}
+    if logits is not None:
+        return cross_entropy(logits, targets, **terms)
+    assert config.chunk is not None
+    return chunked_cross_entropy(hidden, head_table(model, params), targets, config.chunk, model.logit_softcap, **terms)
 
 
 @struct.dataclass
@@ -110,9 +125,20 @@ class Scored:
 def score(model: Transformer, chunk: int | None, params: PyTree, batch: Batch) -> Scored:
     """How well the model predicts the targets of a batch, `chunk` tokens of a row at once."""
     out = token_losses(model, LossConfig(chunk=chunk), params, batch)
-    head = head_table(model.config, params).astype(out.hidden.dtype)
-    chosen = likeliest(out.hidden, head, chunk or batch.tokens.shape[1], model.config.logit_softcap)
-    return Scored(out.nll, chosen == batch.targets)
+    return scored(model.config, chunk, params, batch.targets, out.hidden, out.nll)
+
+
+def scored(
+    model: ModelConfig,
+    chunk: int | None,
+    params: PyTree,
+    targets: Int[Array, "B L"],
+    hidden: Float[Array, "B L D"],
+    nll: Float[Array, "B L"],
+) -> Scored:
+    """`nll`, and whether what the head makes of `hidden` is likeliest for the target."""
+    head = head_table(model, params).astype(hidden.dtype)
+    return Scored(nll, likeliest(hidden, head, chunk or targets.shape[1], model.logit_softcap) == targets)
 
 
 def make_loss(model: Transformer, config: LossConfig) -> LossFn:
@@ -144,17 +170,19 @@ def make_train_step(
     seed: int = 0,
     accumulate: int = 1,
     rebalance: Callable[[PyTree, Float[Array, "N E"]], PyTree] | None = None,
+    gradient: Gradient | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """One optimizer step over a batch, in `accumulate` microbatches whose gradients are weighted by their tokens.
 
     A loss or gradient that is not finite changes neither parameters nor optimizer state; the step still counts, so
     that data and learning rate move on, and `metrics["skipped"]` is 1. `rebalance` changes the new parameters by the
-    load of the experts.
+    load of the experts. `gradient` takes the place of `loss_fn` and its microbatches, where they run in a pipeline.
     """
+    gradient = gradient or functools.partial(accumulated, loss_fn, accumulate=accumulate)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        (loss, sums), gradients = accumulated(loss_fn, state.params, batch, key, accumulate)
+        (loss, sums), gradients = gradient(state.params, batch, key)
         load = sums.pop(LOAD, None)
         targets = jnp.maximum((batch.targets != IGNORE).sum(), 1)
         loss, sums, gradients = jax.tree.map(lambda x: x / targets.astype(x.dtype), (loss, sums, gradients))

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the first one asks a run to stop, the second one stops it."""
+"""SIGTERM and Ctrl-C: the first one asks a run to stop, the second one stops it. Several processes stop as one."""
 
 import os
 import signal
@@ -7,12 +7,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from jax.experimental import multihost_utils
+
+from llm_jax import processes
+
 STDERR = 2
 
 
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
+def stop_signals() -> Iterator[Callable[[int], bool]]:
     """Within it, the first SIGTERM or Ctrl-C only turns the yielded function true; a second one acts as ever.
+
+    The function is called with the number of every step. Of several processes whichever is asked tells the others, and
+    it turns true in all of them at one step, the next that none of them has come to.
 
     In a thread that is not the main one, where Python allows no handlers, signals act as ever from the first.
     """
@@ -25,11 +32,25 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         os.write(STDERR, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
 
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield lambda step: asked.is_set()
+        return
+    if processes.count() > 1:
+        with _interrupt_as_termination():
+            yield multihost_utils.reached_preemption_sync_point
         return
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield asked.is_set
+        yield lambda step: asked.is_set()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _interrupt_as_termination() -> Iterator[None]:
+    """JAX has the handler of SIGTERM, behind Python's back, that tells the other processes; Ctrl-C goes there too."""
+    before = signal.signal(signal.SIGINT, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,159 @@
+"""When each stage of a pipeline works on what: a table made before anything is compiled.
+
+Layers are cut into `stages * chunks` pieces, dealt out round robin: stage s holds the pieces s, stages + s, ... A
+microbatch goes forward through all pieces, then backward. In one tick every stage has room for one piece forward and
+one backward; what it sends, its neighbour reads in the next tick.
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+# What a piece costs, in forward passes: backward is twice the work, and the stage computes its forward pass again.
+FORWARD, BACKWARD = 1, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig:
+    """How microbatches take turns on the stages of `mesh.pipeline`.
+
+    Attributes:
+      schedule: `gpipe` has all microbatches forward before the first goes backward, and holds them all (Huang et al.
+        2019, arXiv:1811.06965); `1f1b` begins backward at once, and holds a few however many there are (Narayanan et
+        al. 2021, arXiv:2104.04473).
+      chunks: pieces of the model on a stage. Each more makes the bubble smaller, and the messages more.
+    """
+
+    schedule: Literal["gpipe", "1f1b"] = "1f1b"
+    chunks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.chunks < 1:
+            raise ValueError(f"pipeline.chunks={self.chunks} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One direction: what each stage does in each tick; a microbatch of -1 is nothing.
+
+    `place` is where the stage keeps the input of the piece, from its way forward to its way back.
+    """
+
+    microbatch: Int[np.ndarray, "ticks stages"]
+    chunk: Int[np.ndarray, "ticks stages"]
+    place: Int[np.ndarray, "ticks stages"]
+
+    @property
+    def busy(self) -> Bool[np.ndarray, "ticks stages"]:
+        return self.microbatch >= 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Timetable:
+    """What `stages` devices do with `microbatches` microbatches, `chunks` pieces each.
+
+    Raises `ValueError` where microbatches don't come in groups of `stages`, as several chunks need.
+    """
+
+    config: PipelineConfig
+    stages: int
+    microbatches: int
+
+    def __post_init__(self) -> None:
+        p, M, v = self.stages, self.microbatches, self.config.chunks
+        if p > M or (v > 1 and M % p):
+            need = f"at least {p}" if v == 1 else f"a multiple of {p}"
+            raise ValueError(
+                f"accumulate={M} microbatches don't fill mesh.pipeline={p} stages with pipeline.chunks={v}: "
+                f"it takes {need}; use accumulate={-(-M // p) * p}"
+            )
+
+    @functools.cached_property
+    def forward(self) -> Work:
+        return self._placed[0]
+
+    @functools.cached_property
+    def backward(self) -> Work:
+        return self._placed[1]
+
+    @functools.cached_property
+    def _placed(self) -> tuple[Work, Work]:
+        """Both directions, every input in the first free place."""
+        forward, backward = self._directions
+        places = [np.full(work.microbatch.shape, -1) for work in (forward, backward)]
+        for stage in range(self.stages):
+            held: dict[tuple[int, int], int] = {}
+            for tick in range(len(forward.microbatch)):
+                if forward.busy[tick, stage]:
+                    free = next(place for place in range(len(held) + 1) if place not in held.values())
+                    held[forward.microbatch[tick, stage], forward.chunk[tick, stage]] = free
+                    places[0][tick, stage] = free
+                if backward.busy[tick, stage]:
+                    piece = backward.microbatch[tick, stage], backward.chunk[tick, stage]
+                    places[1][tick, stage] = held.pop(piece)
+        return dataclasses.replace(forward, place=places[0]), dataclasses.replace(backward, place=places[1])
+
+    @property
+    def _directions(self) -> tuple[Work, Work]:
+        """Each stage takes its pieces in one order, and each a tick after the stage before.
+
+        Microbatches come in groups of as many as there are stages: the first group through the first chunk, then
+        through the second, and so on, then the next group. The stream never pauses, for when stage 0 is done with a
+        group, the first of that group has just come through the last stage. Backward is the mirror image; it begins
+        when the first microbatch is through (1f1b), or the last (gpipe).
+        """
+        p, M, v = self.stages, self.microbatches, self.config.chunks
+        first = p * v - 1 if self.config.schedule == "1f1b" else M * v + p - 1
+        ticks, stage = np.arange(first + M * v + p - 1)[:, None], np.arange(p)[None]
+
+        def work(turn: Int[np.ndarray, "ticks stages"], last_first: bool) -> Work:
+            inside = (turn >= 0) & (turn < M * v)
+            microbatch, chunk = turn // (p * v) * p + turn % p, turn // p % v
+            chunk = v - 1 - chunk if last_first else chunk
+            return Work(np.where(inside, microbatch, -1), np.where(inside, chunk, 0), np.zeros_like(turn))
+
+        return work(ticks - stage, False), work(ticks - first - (p - 1 - stage), True)
+
+    @property
+    def held(self) -> int:
+        """Inputs of pieces that a stage keeps at once, at most."""
+        return int(self.forward.place.max()) + 1
+
+    @property
+    def bubble(self) -> float:
+        """The share of time in which a stage has nothing to do: (p - 1) / (v M + p - 1).
+
+        Counted from the table. A tick takes as long as what any stage does in it.
+        """
+        work = ((self.forward.busy, FORWARD), (self.backward.busy, BACKWARD))
+        total = sum(cost * busy.any(1).sum() for busy, cost in work)
+        done = sum(cost * busy.sum() for busy, cost in work)
+        return float(1 - done / (self.stages * total))
+
+    @property
+    def summary(self) -> str:
+        """How well the stages are used, as a line."""
+        pieces = "a piece" if self.config.chunks == 1 else f"{self.config.chunks} pieces"
+        return (
+            f"a pipeline of {self.stages} stages ({self.config.schedule}, {pieces} of the model on each), "
+            f"{self.microbatches} microbatches: {self.bubble:.1%} of the time is bubble, {self.held} inputs are held"
+        )
+
+    def __str__(self) -> str:
+        """A line for each stage, a column for each tick: forward over backward, microbatches by number."""
+        several = self.config.chunks > 1
+
+        def cell(work: Work, tick: int, stage: int) -> str:
+            if not work.busy[tick, stage]:
+                return "."
+            return f"{work.microbatch[tick, stage]}{'abcdefgh'[work.chunk[tick, stage]] if several else ''}"
+
+        lines = []
+        for stage in range(self.stages):
+            for name, work in (("F", self.forward), ("B", self.backward)):
+                cells = [cell(work, tick, stage) for tick in range(len(work.microbatch))]
+                lines.append(f"stage {stage} {name} " + " ".join(f"{text:>{2 + several}}" for text in cells))
+        return "\n".join(lines)

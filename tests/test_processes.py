@@ -1,0 +1,245 @@
+"""Several processes are one run: the same numbers, files written once, one end. Real processes, over gloo."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_run import rows, write_corpus
+
+from llm_jax import log, processes
+from llm_jax.data.loader import DataConfig
+from llm_jax.model.config import ModelConfig
+from llm_jax.sharding import MeshConfig
+from llm_jax.train.optimizer import OptimizerConfig
+from llm_jax.train.run import RunConfig
+
+ROOT = Path(__file__).parents[1]
+RECIPE = """
+from test_processes import recipe
+
+config = recipe({corpus!r})
+"""
+# In every process: what the last checkpoint and a batch hold, on each mesh, as a hash.
+LOOK = """
+import dataclasses, sys
+from pathlib import Path
+from tiny_run import batch_hash
+from llm_jax import processes, tree
+from llm_jax.data.loader import Loader
+from llm_jax.sharding import MeshConfig
+from llm_jax.train import loop, run
+from llm_jax.train.checkpoint import Checkpoints
+from llm_jax.train.program import Program
+
+folder, (_, coordinator, _, n, _, i) = Path(sys.argv[1]), sys.argv[2:]
+with processes.joined(coordinator, int(n), int(i)):
+    for axis in ("data", "fsdp", "tensor"):
+        mesh = MeshConfig(**{"data": 1, axis: -1})
+        program = Program.on(dataclasses.replace(run.load_config(folder), mesh=mesh))
+        with Checkpoints(folder) as checkpoints:
+            state, progress = checkpoints.restore(program.abstract_state, print)
+        loader = Loader(loop.open_data(program.config, print).split("train"), program.config.data, rows=program.rows)
+        batch = program.put(loader.batch(5))
+        seen = [tree.fingerprint(processes.gathered(state)), batch_hash(processes.gathered(batch)), progress.step]
+        print("seen", *seen, flush=True)
+"""
+
+
+def recipe(corpus: str) -> RunConfig:
+    """Packed documents, accumulation and dropout; whatever devices there are share the rows and the parameters."""
+    return RunConfig(
+        model=ModelConfig(vocab_size=264, d_model=32, n_layers=2, n_heads=4, max_seq_len=32, d_ff=32, dropout=0.1),
+        data=DataConfig(uri=corpus, tokenizer="byte", heldout=0.2, seq_len=32, batch_size=24),
+        mesh=MeshConfig(data=1, fsdp=-1),
+        optimizer=OptimizerConfig(warmup_steps=2),
+        steps=6,
+        accumulate=2,
+        evaluate_every=3,
+        evaluate_batches=1,
+        checkpoint_every=4,
+    )
+
+
+class Launch:
+    """A command under `scripts/launch/local`, and what it has written so far."""
+
+    def __init__(self, output: Path, process: subprocess.Popen) -> None:
+        self._output, self._process = output, process
+
+    @property
+    def text(self) -> str:
+        return self._output.read_text(errors="replace")
+
+    def pids(self) -> list[int]:
+        return [int(pid) for pid in re.findall(r"is process (\d+)", self.text)]
+
+    def wait(self, seconds: float) -> int:
+        """The exit status, in time; then no process is left."""
+        status = self._process.wait(seconds)
+        assert not any(Path(f"/proc/{pid}").exists() for pid in self.pids())
+        return status
+
+
+@contextlib.contextmanager
+def launched(folder: Path, number: int, *words: str) -> Iterator[Launch]:
+    output = folder / f"output-{time.monotonic_ns()}"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "LLM_JAX_CACHE": str(folder / "cache")}
+    command = [sys.executable, str(ROOT / "scripts/launch/local"), str(number), "--", sys.executable, *words]
+    with open(output, "w") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=folder, start_new_session=True
+        )
+    try:
+        yield Launch(output, process)
+    finally:
+        for pid in Launch(output, process).pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+        process.wait(10)
+
+
+def done(folder: Path, number: int, *words: str, seconds: float = 400) -> str:
+    with launched(folder, number, *words) as launch:
+        status = launch.wait(seconds)
+        assert status == 0, launch.text
+        return launch.text
+
+
+def wait_until(true: Callable[[], Any], launch: Launch, seconds: float = 400) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert "error" not in launch.text, launch.text
+        assert time.monotonic() < deadline, launch.text
+        time.sleep(0.1)
+
+
+def steps(folder: Path) -> list[int]:
+    return [row["step"] for row in log.read(folder)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all runs of this file live, with one cache."""
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "tiny.py").write_text(RECIPE.format(corpus=str(write_corpus(folder / "corpus"))))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def four(place: Path) -> str:
+    """What a whole run of four processes said; it lies in `place / "four"`."""
+    return done(place, 4, "-m", "llm_jax", "train", "tiny.py", "--run", "four")
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one_does(place: Path, four: str):
+    done(place, 1, "-m", "llm_jax", "train", "tiny.py", "--run", "one")
+    ours, theirs = rows(place / "four"), rows(place / "one")
+    assert [list(row) for row in ours] == [list(row) for row in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        numbers = [[x for x in row.values() if isinstance(x, int | float)] for row in (one, other)]
+        np.testing.assert_allclose(*numbers, rtol=2e-5)
+
+
+@pytest.mark.slow
+def test_one_of_four_processes_speaks_and_writes(place: Path, four: str):
+    for line in ("on 4 device(s) of 4 processes", "step 6/6", "held-out loss", "done; read four/report.html"):
+        assert {row[:3] for row in four.splitlines() if line in row} == {"[0]"}
+    assert steps(place / "four") == [1, 2, 3, 4, 5, 6]
+    assert sorted(path.name for path in (place / "four" / "checkpoints").iterdir()) == ["4", "6"]
+
+
+@pytest.mark.slow
+def test_two_processes_and_one_read_the_state_of_four_and_its_next_batch_on_every_mesh(place: Path, four: str):
+    (place / "look.py").write_text(LOOK)
+    seen = [re.findall("seen .*", done(place, number, "look.py", "four")) for number in (1, 2)]
+    assert [len(lines) for lines in seen] == [3, 6]
+    assert len({line for lines in seen for line in lines}) == 1
+    assert seen[0][0].endswith(" 6")
+
+
+@pytest.mark.slow
+def test_a_run_outlives_a_signal_to_one_process_and_then_the_death_of_another(place: Path):
+    folder = place / "stopped"
+    changes = ("steps=1000", "prompts=", "evaluate_every=1000", "mesh.data=-1", "mesh.fsdp=1")
+    words = ("-m", "llm_jax", "train", "tiny.py", "--run", "stopped", *changes)
+    with launched(place, 3, *words) as launch:
+        wait_until(lambda: len(steps(folder)) > 2, launch)
+        os.kill(launch.pids()[2], signal.SIGTERM)
+        assert launch.wait(60) == 0, launch.text
+        (stopped,) = re.findall(r"stopped at step ([\d,]+) of 1,000", launch.text)
+    assert (folder / "checkpoints" / stopped).is_dir()
+    assert steps(folder) == list(range(1, int(stopped) + 1))
+
+    with launched(place, 3, "-m", "llm_jax", "resume", "stopped") as launch:
+        wait_until(lambda: len(steps(folder)) > int(stopped) + 5, launch)
+        assert f"resumed stopped at step {stopped}" in launch.text
+        killed = time.monotonic()
+        os.kill(launch.pids()[2], signal.SIGKILL)
+        assert launch.wait(30) == 128 + signal.SIGKILL, launch.text
+        assert time.monotonic() - killed < 30
+        said = re.findall(r"\[(\d)\] llm-jax: error: (.*)", launch.text)
+        assert sorted(number for number, _ in said) == ["0", "1"]
+        assert {line.partition("; ")[0] for _, line in said} == {"process 2 of 3 is gone, and this one stops"}
+        assert "Traceback" not in launch.text
+
+    last = max(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdecimal())
+    text = done(place, 1, "-m", "llm_jax", "resume", "stopped", "--steps", str(last + 2))
+    assert f"resumed stopped at step {last} of {last + 2}" in text
+    assert steps(folder) == list(range(1, last + 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_that_hangs_is_noticed(place: Path, number: int):
+    folder = place / f"hung-{number}"
+    with launched(place, 2, "-m", "llm_jax", "train", "tiny.py", "--run", folder.name, "steps=100000") as launch:
+        wait_until(lambda: len(steps(folder)) > 1, launch)
+        os.kill(launch.pids()[number], signal.SIGSTOP)
+        assert launch.wait(processes.SILENCE + 30) == processes.GONE, launch.text
+        assert f"process {number} of 2 has not been heard for {processes.SILENCE} s" in launch.text
+        assert "Check failure" not in launch.text
+
+
+@pytest.mark.parametrize(
+    ("environ", "several"),
+    [
+        ({}, False),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, False),  # the shell of salloc
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, False),  # its interactive step
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8"}, True),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),  # a notebook in a pod
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+    ],
+)
+def test_only_a_process_that_was_started_with_others_looks_for_them(environ: dict[str, str], several: bool):
+    assert processes.started_as_one_of_several(environ, tpu_vm=False, terminal=False) == several
+
+
+@pytest.mark.parametrize(("terminal", "several"), [(True, False), (False, True)])
+def test_who_types_on_one_machine_of_a_tpu_slice_means_that_machine(terminal: bool, several: bool):
+    assert processes.started_as_one_of_several({}, tpu_vm=True, terminal=terminal) == several
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("localhost:1", 2, None), "together; add --process I"),
+        (("localhost:1", 2, 2), "--process 2 is none of --processes 2; use 0 to 1"),
+        (("localhost", 2, 0), "--coordinator localhost has no port; use HOST:PORT"),
+    ],
+)
+def test_half_an_address_is_refused(given: tuple[str, int, int | None], message: str):
+    with pytest.raises(ValueError, match=message):
+        processes.join(*given)
