@@ -103,7 +103,8 @@ class MetricsLog:
         tensorboard: bool = False,
     ) -> None:
         self._path = Path(os.devnull) if folder is None else Path(folder) / FILE
-        self._scalars = _scalar_writer(self._path.with_name("tensorboard")) if tensorboard else None
+        writes = tensorboard and folder is not None
+        self._scalars = _scalar_writer(self._path.with_name("tensorboard")) if writes else None
         self._progress = _Progress(console, total_steps, start_step) if console else None
 
     def __enter__(self) -> "MetricsLog":

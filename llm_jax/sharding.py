@@ -126,8 +126,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def rows_here(mesh: Mesh, rows: int) -> list[int]:
     """Which of the `rows` of a batch lie on the devices of this process, ascending."""
-    sharding = NamedSharding(mesh, spec("B", ACTIVATION_AXES))
-    slices = [index[0] for index in sharding.addressable_devices_indices_map((rows,)).values() if index is not None]
+    held = batch_sharding(mesh).addressable_devices_indices_map((rows,))
+    slices = [index[0] for index in held.values() if index is not None]
     return sorted({row for part in slices for row in range(rows)[part]})
 
 

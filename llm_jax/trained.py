@@ -12,7 +12,6 @@ from jaxtyping import PyTree
 from llm_jax.data.loader import IGNORE, Batch, heldout_rows
 from llm_jax.data.shards import SPLITS, DataConfig, Shards, open_shards
 from llm_jax.data.sources import holds_records
-from llm_jax.sharding import MeshConfig, make_mesh
 from llm_jax.train import run
 from llm_jax.train.checkpoint import Checkpoints
 from llm_jax.train.evaluate import Evaluation, target_lengths
@@ -26,12 +25,12 @@ Report = Callable[[str], object]
 
 def on_one_device(config: RunConfig) -> Program:
     """The program of `config` on the first device, whatever the run was trained on."""
-    return Program(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    return Program.on_one_device(config)
 
 
 def on_the_host(config: RunConfig) -> Program:
     """The program of `config` in the memory of the host, which holds what an accelerator may not."""
-    return Program(config, make_mesh(MeshConfig(), jax.local_devices(backend="cpu")[:1]))
+    return Program.on_one_device(config, jax.local_devices(backend="cpu")[0])
 
 
 def on_all_devices(config: RunConfig) -> Program:

@@ -25,7 +25,6 @@ from jaxtyping import PyTree
 from llm_jax.data.loader import Batch, Loader
 from llm_jax.data.shards import open_shards
 from llm_jax.hardware import reuse_freed_memory
-from llm_jax.sharding import MeshConfig, make_mesh
 from llm_jax.train import loop
 from llm_jax.train.program import Program
 from llm_jax.train.run import RunConfig
@@ -114,7 +113,7 @@ def _serve(name: str, pipe: Connection) -> None:
 
 def jax_step(config: RunConfig, params: PyTree, rates: Iterable[float]) -> Step:
     """What `llm-jax train` does on one device; it makes its rates of the config itself."""
-    program = Program(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    program = Program.on_one_device(config)
     state = program.init()
     placed = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), params, state.params)
     state = dataclasses.replace(state, params=placed)

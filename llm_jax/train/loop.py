@@ -172,14 +172,14 @@ class Session:
         if not shards.split("heldout").n_documents:
             raise ValueError(f"data.heldout={config.data.heldout} leaves nothing to evaluate on; set it above 0")
         task_of(shards.split("heldout"), config.data)  # raises now, and not at the first evaluation
-        Loader(shards.split("train"), config.data).check_horizon(config.steps)
+        program = Program.on(config)
+        loader = Loader(shards.split("train"), config.data, rows=program.rows)
+        loader.check_horizon(config.steps)
         try:
             asked = [config.data.ask(prompt) for prompt in config.prompts]
             prompt_ids(config.model, shards.tokenizer, asked, config.data.end_of_text)
         except ValueError as error:
             raise ValueError(f"prompts={config.prompts}: {error}; or set prompts= for no samples") from error
-        program = Program.on(config)
-        loader = Loader(shards.split("train"), config.data, rows=program.rows)
         return cls(config, folder, console, shards, program, loader, Checkpoints(folder, config.keep))
 
     def say(self, line: str) -> None:
@@ -238,7 +238,7 @@ class Session:
             console=self.console,
             total_steps=c.steps,
             start_step=progress.step,
-            tensorboard=c.tensorboard and processes.is_first(),
+            tensorboard=c.tensorboard,
         )
         meter = Meter(c, rows, progress)
         try:

@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 
 from llm_jax.data.loader import Batch
 from llm_jax.model.transformer import Transformer
-from llm_jax.sharding import batch_sharding, make_mesh, rows_here, shardings
+from llm_jax.sharding import MeshConfig, batch_sharding, make_mesh, rows_here, shardings
 from llm_jax.train.balance import rebalance
 from llm_jax.train.optimizer import make_optimizer, make_schedule
 from llm_jax.train.pipeline import Pipeline
@@ -59,6 +59,11 @@ class Program:
         elif config.pipeline != PipelineConfig():
             raise ValueError(f"{config.pipeline} has no stages to run on; set mesh.pipeline to their number")
         return program
+
+    @classmethod
+    def on_one_device(cls, config: RunConfig, device: Any = None) -> "Program":
+        """The program on one device, by default the first there is, whatever mesh the config asks for."""
+        return cls(config, make_mesh(MeshConfig(), [device or jax.devices()[0]]))
 
     @functools.cached_property
     def model(self) -> Transformer:
