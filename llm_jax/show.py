@@ -20,9 +20,9 @@ from rich.text import Text
 from llm_jax.config import override
 from llm_jax.data.loader import Batch
 from llm_jax.model.config import TAPS, ModelConfig
-from llm_jax.model.count import active_parameters, flops_per_token, parameter_counts
 from llm_jax.model.taps import capture
 from llm_jax.model.transformer import Transformer
+from llm_jax.train.count import active_parameters, flops_per_token, parameter_counts
 from llm_jax.train.optimizer import make_optimizer
 from llm_jax.train.run import RunConfig
 from llm_jax.train.step import TrainState, cast, init_state, make_loss

@@ -47,17 +47,19 @@ def resume(args: Namespace) -> None:
     """Go on exactly where RUN stopped.
 
     Weights, optimizer, data and metrics continue as if nothing had happened, bit for bit. With --steps the run
-    gets a new total, and the learning-rate schedule stretches to it.
+    gets a new total, and the learning-rate schedule stretches to it. The mesh may change: sums are then in another
+    order, and the last digits with them.
 
       llm-jax resume runs/quickstart
       llm-jax resume runs/quickstart --steps 4000
+      llm-jax resume runs/quickstart mesh.fsdp=4              on other devices, in another layout
     """
     from llm_jax import processes
     from llm_jax.train import loop, run
 
     loop.own_process()
     with processes.joined(args.coordinator, args.processes, args.process):
-        progress = loop.resume(args.run, steps=args.steps, console=_console(args))
+        progress = loop.resume(args.run, steps=args.steps, mesh=args.assignments, console=_console(args))
         _say_what_next(args, args.run, progress.step, run.load_config(args.run).steps)
 
 
@@ -247,8 +249,8 @@ def import_(args: Namespace) -> None:
       llm-jax train essays.py init_from=runs/smollm2 data.tokenizer=runs/smollm2/tokenizer
     """
     from llm_jax.compat import huggingface
-    from llm_jax.model.count import parameter_counts
     from llm_jax.train import loop
+    from llm_jax.train.count import parameter_counts
 
     loop.own_process()
     config = huggingface.import_run(args.source, args.run, tokenizer=args.tokenizer, command=args.command, report=_say)

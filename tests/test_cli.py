@@ -57,7 +57,7 @@ def test_changes_of_the_config_may_stand_anywhere():
         ("trian quickstart", "'trian' is none of .*did you mean 'train'"),
         ("prepare x --out y --heldout-by tial", "did you mean 'tail'"),
         ("resume", "required: RUN"),
-        ("resume runs/x steps=5", "unrecognized arguments: steps=5"),
+        ("generate runs/x steps=5", "unrecognized arguments: steps=5"),
         ("train x --stepz 5", "unrecognized arguments: --stepz"),
         ("train x --steps=5", "unrecognized arguments: --steps=5; a field of the config is set as steps=5"),
         ("generate runs/x --top-k many", "--top-k: invalid int value: 'many'"),

@@ -23,12 +23,12 @@ from llm_jax.compat.family import Family, Shapes
 from llm_jax.compat.huggingface import choose, export_run, family_of, import_run
 from llm_jax.compat.lenses import canonical
 from llm_jax.compat.safetensors import open_file, write_file
-from llm_jax.model import count
 from llm_jax.model.config import AttentionConfig, ModelConfig
 from llm_jax.model.taps import capture
 from llm_jax.model.transformer import Transformer
 from llm_jax.ops.experts import Experts
 from llm_jax.ops.position import Rotary
+from llm_jax.train import count
 
 
 def compare(case: str, folder: Path) -> float:

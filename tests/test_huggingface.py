@@ -39,9 +39,8 @@ from llm_jax.data.shards import DataConfig
 from llm_jax.data.task import TaskConfig
 from llm_jax.data.tokenizer import END_OF_TEXT, Tokenizer
 from llm_jax.infer.generate import prompt_ids
-from llm_jax.model import count
 from llm_jax.model.transformer import Transformer, forward
-from llm_jax.train import loop, run
+from llm_jax.train import count, loop, run
 from llm_jax.tree import fingerprint
 
 TEXT = "The cat's mat: 12345 mats, naïve 🐈\n\n    def sit(mat):\n\treturn  mat  # <|endoftext|> </s>\r\n ß"
@@ -203,7 +202,7 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path):
 import sys; from pathlib import Path
 from llm_jax.compat import weights
 from llm_jax.compat.huggingface import family_of, read_json
-from llm_jax.model.count import shapes
+from llm_jax.train.count import shapes
 
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))

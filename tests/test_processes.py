@@ -93,7 +93,8 @@ class Launch:
 def launched(folder: Path, number: int, *words: str) -> Iterator[Launch]:
     output = folder / f"output-{time.monotonic_ns()}"
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "LLM_JAX_CACHE": str(folder / "cache")}
-    command = [sys.executable, str(ROOT / "scripts/launch/local"), str(number), "--", sys.executable, *words]
+    local = [sys.executable, str(ROOT / "scripts/launch/local"), str(number), "--", sys.executable, *words]
+    command = ["timeout", "600", *local]  # ends it where pytest itself is killed, and can't
     with open(output, "w") as file:
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=folder, start_new_session=True

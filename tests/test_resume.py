@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import batch_hash, console, last_checkpoint, rows
+from tiny_run import batch_hash, console, last_checkpoint, rows, said
 
 from llm_jax import tree
 from llm_jax.data.loader import Loader
+from llm_jax.sharding import MeshConfig
 from llm_jax.train.checkpoint import Progress
 from llm_jax.train.loop import open_data, resume, train
 from llm_jax.train.program import Program
-from llm_jax.train.run import RunConfig, is_run
+from llm_jax.train.run import RunConfig, is_run, load_config
 
 Hashes = dict[int, str]
 
@@ -96,6 +97,20 @@ def test_a_run_killed_between_steps_and_resumed_equals_the_uninterrupted_one(
     assert min(hashes) <= kills[-1]  # it does again what no checkpoint holds, on the same batches
     assert all(seen.get(step, batch) == batch for step, batch in hashes.items())
     assert_equal_runs(folder, seen | hashes, config, uninterrupted)
+
+
+def test_a_run_goes_on_in_another_layout_and_in_no_other_config(config: RunConfig, tmp_path: Path):
+    with watched(kill_at(5)), pytest.raises(Killed):
+        train(config, tmp_path / "run", console=console())
+    with pytest.raises(ValueError, match=r"model.n_layers=3: .* only mesh.\* and pipeline.\* may change"):
+        resume(tmp_path / "run", mesh=["model.n_layers=3"])
+    screen = console()
+    with watched() as hashes:
+        resume(tmp_path / "run", mesh=["mesh.data=4", "mesh.tensor=-1"], console=screen)
+    assert 0 < min(hashes) <= 5
+    assert max(hashes) == 7
+    assert "not the same bits as without the stop: mesh.tensor is 1 there, -1 here" in said(screen)
+    assert load_config(tmp_path / "run").mesh == MeshConfig(data=4, tensor=-1)
 
 
 def test_a_run_that_was_asked_to_stop_and_resumed_equals_the_uninterrupted_one(

@@ -27,9 +27,9 @@ from llm_jax.data.shards import DataConfig
 from llm_jax.data.tokenizer import Tokenizer, build
 from llm_jax.log import write_whole
 from llm_jax.model.config import ModelConfig
-from llm_jax.model.count import parameter_counts
 from llm_jax.train import run
 from llm_jax.train.checkpoint import Checkpoints, Progress
+from llm_jax.train.count import parameter_counts
 from llm_jax.train.run import RunConfig
 from llm_jax.train.step import TrainState
 

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -13,15 +14,15 @@ from jaxtyping import PyTree
 from rich.console import Console
 
 from llm_jax import log, processes
-from llm_jax.config import to_dict
+from llm_jax.config import override, to_dict
 from llm_jax.data.loader import Loader, heldout_rows, task_of
 from llm_jax.data.shards import Shards, cached, open_shards
 from llm_jax.hardware import reuse_freed_memory
 from llm_jax.infer.generate import generate, prompt_ids
-from llm_jax.model.count import parameter_counts
 from llm_jax.ops.sampling import Sampling
 from llm_jax.train import run
 from llm_jax.train.checkpoint import Checkpoints, Progress, Report
+from llm_jax.train.count import parameter_counts
 from llm_jax.train.diagnose import diagnose
 from llm_jax.train.evaluate import Evaluation, evaluate, target_lengths
 from llm_jax.train.meter import Meter
@@ -123,14 +124,22 @@ def _way_on(folder: Path) -> str:
     return f"start all of them again, with fewer if you like: llm-jax resume {folder}"
 
 
-def resume(folder: str | Path, *, steps: int | None = None, console: Console | None = None) -> Progress:
+def resume(
+    folder: str | Path, *, steps: int | None = None, mesh: Sequence[str] = (), console: Console | None = None
+) -> Progress:
     """Goes on exactly where the run in `folder` stopped; `steps` sets a new total, to which the schedule stretches.
 
+    `mesh` are words such as `mesh.fsdp=2`, for other devices than before: the state is the same in every layout.
     Raises `ValueError` where there is no run, or its data or model is no longer what it was, and as `train` does.
     """
     folder = Path(folder)
     old = run.load_config(folder)
-    config = old if steps is None else dataclasses.replace(old, steps=steps)
+    if other := [word for word in mesh if not word.startswith(("mesh.", "pipeline."))]:
+        raise ValueError(
+            f"{other[0]}: a run goes on with its own config, of which only mesh.* and pipeline.* may change; "
+            f"for another one start a new run with init_from={folder}"
+        )
+    config = override(old if steps is None else dataclasses.replace(old, steps=steps), mesh)
     console = console or Console()
     with run.owned(folder):
         session = Session.open(config, folder, console, open_run_data(folder, old, on(console)))
@@ -221,7 +230,9 @@ class Session:
                 f"steps {old.steps} -> {c.steps}: the {c.optimizer.schedule} schedule stretches, "
                 f"and here the learning rate is {now:.3g} instead of {before:.3g}"
             )
-        for change in run.changed_environment(self.folder):
+        before, now = ({"mesh": to_dict(o.mesh), "pipeline": to_dict(o.pipeline)} for o in (old, c))
+        layout = run.differences(before, now)
+        for change in layout + run.changed_environment(self.folder):
             self.say(f"not the same bits as without the stop: {change}")
         return restored
 

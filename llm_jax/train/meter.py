@@ -8,8 +8,8 @@ import jax
 
 from llm_jax.hardware import peak_flops
 from llm_jax.log import MetricsLog
-from llm_jax.model.count import flops_per_token
 from llm_jax.train.checkpoint import Progress
+from llm_jax.train.count import flops_per_token
 from llm_jax.train.run import RunConfig
 from llm_jax.train.step import Metrics
 
