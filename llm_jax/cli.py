@@ -119,6 +119,18 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
         arg("--no-compile", dest="compiled", action="store_false", help="leave torch.compile out"),
         JSON,
     ),
+    "verify": (
+        arg(
+            "config",
+            metavar="CONFIG",
+            nargs="?",
+            default="quickstart",
+            help="recipe or Python file; default: quickstart",
+        ),
+        ASSIGNMENTS,
+        arg("--axes", metavar="A,B", help="only layouts of these mesh axes"),
+        JSON,
+    ),
     "import_": (
         arg("source", metavar="PATH|NAME", help="a folder, or a name on the Hugging Face hub"),
         arg("--run", required=True, metavar="DIR", help="the run folder"),

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import os
 import platform
 import time
 
@@ -45,6 +46,13 @@ def measured_matmul_flops(size: int = 1024, rounds: int = 5) -> float:
         product(x, x).block_until_ready()
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds)
+
+
+def simulate(devices: int) -> None:
+    """Lets this process see so many CPU devices, and no other. Comes before the first array."""
+    os.environ["NPROC"] = str(4 * devices)  # XLA's threads: with one a device, collectives wait for each other for ever
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
 
 
 def reuse_freed_memory() -> None:

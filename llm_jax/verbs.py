@@ -13,7 +13,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_jax.config import override
+from llm_jax.config import nearest, override
 from llm_jax.recipes import recipe_docstring, recipes
 
 if TYPE_CHECKING:
@@ -235,6 +235,41 @@ def compare(args: Namespace) -> None:
         _print_json(compare.as_json(result))
     else:
         print(f"{compare.table(result)}\nread {folder}/compare.html")
+
+
+def verify(args: Namespace) -> None:
+    """Show that CONFIG, shrunk to test size, trains on every mesh as on one device.
+
+    On eight simulated devices, in float32: each mesh axis alone, and every two together. Loss and the gradient of every
+    parameter are compared, and twenty steps of training. It takes some minutes; --axes keeps to the layouts of these.
+
+      llm-jax verify                                                     of quickstart
+      llm-jax verify quickstart model.layers=global+moe model.experts.number=8
+      llm-jax verify llama_1b --axes fsdp,tensor
+    """
+    from llm_jax import hardware
+    from llm_jax import verify as checks
+    from llm_jax.train import loop
+
+    config, chosen = _config(args), args.axes.split(",") if args.axes else checks.AXES
+    for axis in chosen:
+        if axis not in checks.AXES:
+            raise ValueError(f"--axes {args.axes}: {axis!r} is no mesh axis; {nearest(axis, checks.AXES)}")
+    wanted = [layout for layout in checks.layouts() if set(layout.axes) <= set(chosen)]
+    hardware.simulate(checks.DEVICES)
+    loop.own_process()
+    found = []
+    print(checks.HEAD, file=sys.stderr if args.json else sys.stdout)
+    for verdict in checks.verify(config, wanted):
+        found.append(verdict)
+        print(checks.line(verdict), file=sys.stderr if args.json else sys.stdout, flush=True)
+    if args.json:
+        _print_json(checks.as_json(found))
+    if different := [verdict.layout for verdict in found if not verdict.equal]:
+        raise ValueError(
+            f"{', '.join(different)}: not what one device gives; find where it parts with fewer layers or a plainer "
+            "model, and please report it"
+        )
 
 
 def import_(args: Namespace) -> None:

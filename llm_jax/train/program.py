@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
 from llm_jax.data.loader import Batch
 from llm_jax.model.transformer import Transformer
@@ -28,6 +28,7 @@ from llm_jax.train.step import (
     Metrics,
     Scored,
     TrainState,
+    accumulated,
     init_state,
     make_loss,
     make_train_step,
@@ -108,6 +109,11 @@ class Program:
         make = jax.jit(functools.partial(init_state, self.model, self._optimizer), out_shardings=self._layout)
         return make(jax.random.key(self.config.seed))
 
+    def gradient(self, params: PyTree, batch: Batch) -> tuple[tuple[Float[Array, ""], Metrics], PyTree]:
+        """Sums of loss and metrics over the targets of a batch, with the noise of step 0, and the gradient."""
+        with jax.set_mesh(self.mesh):
+            return self._gradient(params, self.put(batch))
+
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One optimizer step; `state` is donated. Compiles once, and says so by an error if it ever would again."""
         with jax.set_mesh(self.mesh):
@@ -153,6 +159,16 @@ class Program:
     @functools.cached_property
     def _layout(self) -> TrainState:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+
+    @functools.cached_property
+    def _gradient(self) -> Any:
+        c, key = self.config, jax.random.fold_in(jax.random.key(self.config.seed), 0)
+        plain = functools.partial(accumulated, make_loss(self.model, c.loss), accumulate=c.accumulate)
+        gradient = plain if self.pipeline is None else self.pipeline.gradient
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        return jax.jit(
+            lambda params, batch: gradient(params, batch, key), out_shardings=(replicated, self._layout.params)
+        )
 
     @functools.cached_property
     def _train_step(self) -> Any:

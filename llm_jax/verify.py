@@ -1,0 +1,244 @@
+"""Every mesh gives the answer of one device: a config, shrunk to test size, is trained on each layout of eight of them.
+
+What is compared is all that a layout could get wrong: the loss of a batch, the gradient of every parameter, and the
+curve of a short training with the config's own optimizer. Devices are simulated on the CPU (`hardware.simulate`).
+"""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, PyTree
+
+from llm_jax.config import override
+from llm_jax.data.loader import IGNORE, Batch
+from llm_jax.model.config import ModelConfig
+from llm_jax.sharding import MeshConfig
+from llm_jax.train.program import Program
+from llm_jax.train.run import RunConfig
+from llm_jax.train.step import TrainState
+from llm_jax.train.timetable import PipelineConfig
+from llm_jax.tree import leaves
+
+DEVICES, STEPS = 8, 20
+MICROBATCHES = 4
+# How far a layout may be from one device, in float32, where sums run in another order: the loss as a share of it, the
+# gradient of each leaf as a share of its norm, loss and gradient norm of every step as shares of them.
+BOUNDS = {"loss": 1e-6, "gradient": 1e-5, "curve": 1e-4}
+# A leaf's gradient is measured by no less than this share of that of all: one that is 0 but for rounding has no digits.
+LEAST = 1e-4
+
+AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
+# Sizes to try, the first that the config can do counts.
+ALONE, PAIRS = ((8,), (4,), (2,)), ((4, 2), (2, 4), (2, 2))
+# What a config can say of how an axis splits, beside its size.
+WAYS = {
+    "context": ("model.attention.implementation=ring", "model.attention.implementation=ulysses"),
+    "pipeline": ("pipeline.schedule=gpipe", "pipeline.chunks=2"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Mesh axes of more than one device, their sizes in order of preference, and settings that go with them."""
+
+    axes: tuple[str, ...]
+    settings: tuple[str, ...] = ()
+
+    def meshes(self) -> Iterator[MeshConfig]:
+        """The meshes to try."""
+        for sizes in ALONE if len(self.axes) == 1 else PAIRS:
+            yield MeshConfig(**{"data": 1, **dict(zip(self.axes, sizes, strict=True))})
+
+    def __str__(self) -> str:
+        return " x ".join(self.axes) + "".join(f", {setting.partition('=')[2]}" for setting in self.settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """How far a layout is from one device, in the terms of `BOUNDS`; or why the config can't be laid out so."""
+
+    layout: str
+    mesh: dict[str, int]
+    loss: float = 0.0
+    gradient: float = 0.0
+    curve: float = 0.0
+    seconds: float = 0.0
+    refused: str | None = None
+
+    @property
+    def equal(self) -> bool:
+        """Whether it is what one device gives, as far as it was computed."""
+        return all(getattr(self, name) <= bound for name, bound in BOUNDS.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a program makes of the batches of `rows`, from the state it is given."""
+
+    loss: float
+    gradient: PyTree
+    curve: Float[np.ndarray, "steps 2"]
+
+
+def layouts() -> list[Layout]:
+    """Every axis alone, in each of its ways, and every two together."""
+    alone = [Layout((axis,), ways) for axis in AXES for ways in [(), *((way,) for way in WAYS.get(axis, ()))]]
+    return alone + [Layout(pair) for pair in itertools.combinations(AXES, 2)]
+
+
+def verify(config: RunConfig, wanted: Sequence[Layout]) -> Iterator[Verdict]:
+    """Trains `config`, shrunk, on one device and then in each of the layouts. Needs `DEVICES` devices."""
+    small = shrunk(config)
+    one = dataclasses.replace(small, pipeline=PipelineConfig())
+    start = jax.device_get(Program.on_one_device(one).init())
+    expected = answer(Program.on_one_device(one), start)
+    for layout in wanted:
+        begun = time.monotonic()
+        try:
+            program = laid_out(small, layout)
+        except ValueError as error:
+            yield Verdict(str(layout), {}, refused=str(error))
+            continue
+        found = answer(program, start)
+        mesh = {axis: size for axis, size in program.mesh.shape.items() if size > 1}
+        gaps = loss_gap(found, expected), gradient_gap(found, expected), curve_gap(found, expected)
+        yield Verdict(str(layout), mesh, *gaps, seconds=time.monotonic() - begun)
+
+
+def laid_out(small: RunConfig, layout: Layout) -> Program:
+    """The program on the largest mesh of the layout that it can do. Raises `ValueError` where there is none."""
+    small = override(small, layout.settings)
+    if "pipeline" not in layout.axes:
+        small = dataclasses.replace(small, pipeline=PipelineConfig())
+    reason: ValueError | None = None
+    for mesh in layout.meshes():
+        devices = jax.devices()[: int(np.prod(dataclasses.astuple(mesh)))]
+        try:
+            program = Program.on(dataclasses.replace(small, mesh=mesh), devices)
+            program.abstract_state  # noqa: B018 -- here sizes that don't divide are refused
+        except ValueError as error:
+            reason = error  # of the smallest mesh, at last
+        else:
+            return program
+    assert reason is not None
+    raise reason
+
+
+def answer(program: Program, start: TrainState) -> Answer:
+    """Loss and gradient of a batch, and the curve of STEPS more."""
+    state = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), start, program.abstract_state)
+    (loss, _), gradient = jax.device_get(program.gradient(state.params, rows(program.config, STEPS)))
+    curve = []
+    for step in range(STEPS):
+        state, metrics = program.train_step(state, rows(program.config, step))
+        curve.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+    return Answer(float(loss), gradient, np.array(curve))
+
+
+def loss_gap(found: Answer, expected: Answer) -> float:
+    return abs(found.loss - expected.loss) / abs(expected.loss)
+
+
+def gradient_gap(found: Answer, expected: Answer) -> float:
+    """Of the leaf that is furthest off."""
+    ours, theirs = leaves(found.gradient), leaves(expected.gradient)
+    norms = {path: float(np.linalg.norm(leaf)) for path, leaf in theirs.items()}
+    least = LEAST * float(np.linalg.norm(list(norms.values())))
+    return max(float(np.linalg.norm(ours[path] - leaf)) / max(norms[path], least) for path, leaf in theirs.items())
+
+
+def curve_gap(found: Answer, expected: Answer) -> float:
+    return float((np.abs(found.curve - expected.curve) / np.abs(expected.curve)).max())
+
+
+HEAD = f"{'layout':28} {'mesh':24} {'loss':>8} {'gradient':>9} {f'{STEPS} steps':>9}"
+
+
+def line(v: Verdict) -> str:
+    """A verdict on the screen."""
+    if v.refused is not None:
+        return f"{v.layout:28} can't be: {v.refused}"
+    mesh = " ".join(f"{axis}={size}" for axis, size in v.mesh.items())
+    word = "equal" if v.equal else "DIFFERENT"
+    return f"{v.layout:28} {mesh:24} {v.loss:8.0e} {v.gradient:9.0e} {v.curve:9.0e}  {word}"
+
+
+def as_json(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    layouts = [dataclasses.asdict(verdict) | {"equal": verdict.equal} for verdict in verdicts]
+    return {"devices": DEVICES, "steps": STEPS, "bounds": BOUNDS, "layouts": layouts}
+
+
+def like(size: int, small: int) -> int:
+    """A size as small, of the same remainder by eight: what divides there divides here. One not larger stays."""
+    return size if size <= small else small + size % 8
+
+
+def shrunk(config: RunConfig) -> RunConfig:
+    """The same kind of run in test size: every choice as it is, every width and length as small as it can be."""
+    L = like(config.data.seq_len, 32)
+    chunk = config.loss.chunk and (L // 2 if L % 2 == 0 else L)
+    return dataclasses.replace(
+        config,
+        model=small_model(config.model, L),
+        data=dataclasses.replace(config.data, seq_len=L, batch_size=DEVICES * MICROBATCHES),
+        loss=dataclasses.replace(config.loss, chunk=chunk),
+        optimizer=dataclasses.replace(config.optimizer, warmup_steps=min(config.optimizer.warmup_steps, 2)),
+        accumulate=MICROBATCHES,
+        steps=STEPS,
+        init_from=None,
+    )
+
+
+def small_model(c: ModelConfig, L: int) -> ModelConfig:
+    """The same kind of model for rows of L tokens."""
+    K, period, attention, experts = like(c.K, 8), len(c.layers), c.attention, c.experts
+    if attention.window is not None:
+        attention = dataclasses.replace(attention, window=min(attention.window, 6), sinks=min(attention.sinks, 2))
+    if attention.sparse is not None:
+        attention = dataclasses.replace(attention, sparse=dataclasses.replace(attention.sparse, block=4))
+    if experts is not None:
+        number = like(experts.number, 8)
+        width = None if experts.d_ff is None else like(experts.d_ff, 32)
+        experts = dataclasses.replace(experts, number=number, active=min(experts.active, number), d_ff=width)
+    return dataclasses.replace(
+        c,
+        vocab_size=like(c.vocab_size, 64),
+        d_model=like(c.d_model, 32),
+        n_layers=like(c.scanned // period, 8) * period + c.n_layers - c.scanned,
+        n_heads=K * min(c.G, 2),
+        n_kv_heads=K,
+        head_dim=like(c.H, 16),
+        d_ff=like(c.F, 32),
+        max_seq_len=L,
+        attention=attention,
+        experts=experts,
+        dtype="float32",
+        unroll=1,
+    )
+
+
+def rows(config: RunConfig, seed: int) -> Batch:
+    """Rows of noise, of the kind that the config's data has: two documents each, a prefix, the classes."""
+    c, data, draw = config.model, config.data, np.random.default_rng(seed)
+    B, L, place = data.batch_size, data.seq_len, np.arange(data.seq_len, dtype=np.int32)[None]
+    tokens = draw.integers(c.vocab_size, size=(B, L + 1), dtype=np.int32)
+    cut = draw.integers(1, L, size=(B, 1))
+    second = place >= cut
+    positions = np.where(second, place - cut, place).astype(np.int32)
+    targets = np.where(place == cut - 1, IGNORE, tokens[:, 1:]).astype(np.int32)
+    if c.n_classes is not None:
+        targets = np.where(draw.random((B, L)) < 0.2, tokens[:, 1:] % c.n_classes, IGNORE).astype(np.int32)
+    apart = data.packing == "documents" or data.end_of_text
+    seen = positions < draw.integers(1, L, size=(B, 1)) if data.task and data.task.kind == "translate" else None
+    return Batch(
+        tokens=tokens[:, :-1],
+        targets=targets,
+        segments=1 + second.astype(np.int32) if apart else None,
+        positions=positions if apart else None,
+        prefix=seen,
+    )

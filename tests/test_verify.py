@@ -1,0 +1,72 @@
+"""`llm-jax verify`: on every layout of eight devices a config trains as on one, and what does not is seen.
+
+`python tests/test_verify.py` writes the tables of docs/parallelism.md from `golden/verify.json`.
+"""
+
+from pathlib import Path
+
+import pytest
+from tiny_run import tiny
+
+from llm_jax.config import override
+from llm_jax.recipes import recipes
+from llm_jax.train.program import Program
+from llm_jax.train.run import RunConfig, load_recipe
+from llm_jax.verify import BOUNDS, Layout, Verdict, as_json, laid_out, layouts, like, line, shrunk, verify
+
+TINY = tiny(Path("nowhere"))
+MIXTURE = ("model.layers=local,global+moe", "model.attention.window=8", "model.experts.number=8")
+
+
+def verdicts(config: RunConfig, *wanted: Layout) -> list[Verdict]:
+    return list(verify(config, wanted))
+
+
+def test_a_layout_is_held_to_one_device_and_what_can_not_be_says_why():
+    same, never = verdicts(TINY, Layout(("data", "fsdp")), Layout(("pipeline",), ("pipeline.chunks=3",)))
+    assert same.equal
+    assert same.mesh == {"data": 4, "fsdp": 2}
+    assert 0 < same.gradient < BOUNDS["gradient"]
+    assert "pipeline.chunks=3" in line(never)
+    assert as_json([same])["layouts"][0]["equal"]
+
+
+def test_a_gradient_that_is_a_little_wrong_is_seen(monkeypatch: pytest.MonkeyPatch):
+    right = Program.gradient
+
+    def wrong(self: Program, params, batch):
+        (loss, sums), gradient = right(self, params, batch)
+        if self.mesh.size > 1:
+            gradient["final_norm"]["scale"] = gradient["final_norm"]["scale"] * 1.0001
+        return (loss, sums), gradient
+
+    monkeypatch.setattr(Program, "gradient", wrong)
+    (verdict,) = verdicts(TINY, Layout(("data",)))
+    assert not verdict.equal
+    assert 0.9e-4 < verdict.gradient < 1.1e-4
+    assert "DIFFERENT" in line(verdict)
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_a_recipe_shrinks_to_a_model_of_its_own_kind(name: str):
+    config = load_recipe(name)
+    small = shrunk(config)
+    assert small.model.layers == config.model.layers
+    assert (small.model.K == 1, small.model.G == 1) == (config.model.K == 1, config.model.G == 1)
+    for size in ("d_model", "vocab_size", "F", "K"):
+        assert getattr(small.model, size) % 8 == getattr(config.model, size) % 8
+    Program.on_one_device(small).abstract_state  # noqa: B018
+
+
+def test_sizes_that_do_not_divide_here_do_not_divide_there():
+    assert [like(n, 8) for n in (5, 8, 12, 30, 64)] == [5, 8, 12, 14, 8]
+    uneven = override(TINY, ["model.n_heads=6", "model.n_kv_heads=6", "model.head_dim=8"])
+    assert laid_out(shrunk(uneven), Layout(("tensor",))).mesh.shape["tensor"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", layouts(), ids=str)
+def test_every_layout_of_a_mixture_of_experts_trains_as_one_device(layout: Layout):
+    (verdict,) = verdicts(override(TINY, [*MIXTURE, "model.n_layers=8", "model.n_heads=8"]), layout)
+    assert verdict.refused is None
+    assert verdict.equal, line(verdict)
