@@ -174,6 +174,6 @@ def _check_experts(config: RunConfig, mesh: Mesh) -> None:
     if experts is not None and experts.number % devices:
         below = math.gcd(experts.number, devices)
         raise ValueError(
-            f"model.experts.number={experts.number} does not divide over mesh.expert={devices}; use mesh.expert={below} "
-            f"or model.experts.number={-(-experts.number // devices) * devices}"
+            f"model.experts.number={experts.number} does not divide over mesh.expert={devices}; use "
+            f"mesh.expert={below} or model.experts.number={-(-experts.number // devices) * devices}"
         )
