@@ -49,9 +49,25 @@ LETTERS: tuple[tuple[str, str], ...] = (
     (r"classes/table$", "CD"),
 )
 
+# The mesh axes that split the rows of a batch.
+ROWS = ("data", "fsdp", "expert")
+
 # Letter -> mesh axis. A letter that stands in neither table is never split.
-PARAMETER_AXES: Mapping[str, Axes] = {"N": "pipeline", "D": "fsdp", "V": "tensor", "K": "tensor", "F": "tensor"}
-ACTIVATION_AXES: Mapping[str, Axes] = {"B": ("data", "fsdp"), "V": "tensor", "K": "tensor", "F": "tensor"}
+PARAMETER_AXES: Mapping[str, Axes] = {
+    "N": "pipeline",
+    "D": "fsdp",
+    "E": "expert",
+    "V": "tensor",
+    "K": "tensor",
+    "F": "tensor",
+}
+ACTIVATION_AXES: Mapping[str, Axes] = {
+    "B": ROWS,
+    "E": "expert",
+    "V": "tensor",
+    "K": "tensor",
+    "F": "tensor",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +77,7 @@ class MeshConfig:
     pipeline: int = 1
     data: int = -1
     fsdp: int = 1
+    expert: int = 1
     tensor: int = 1
 
     def __post_init__(self) -> None:
@@ -70,7 +87,7 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all `devices` (default: every device of every process), axes `pipeline, data, fsdp, tensor`."""
+    """A mesh over all `devices` (default: every device of every process), axes as `MeshConfig` names them."""
     devices = jax.devices() if devices is None else devices
     sizes = dataclasses.asdict(config)
     fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -120,8 +137,13 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch are split over the `data` and `fsdp` axes."""
+    """Rows of a batch are split over the axes `ROWS`."""
     return NamedSharding(mesh, spec("B", ACTIVATION_AXES))
+
+
+def row_parts(mesh: Mesh) -> int:
+    """Over how many devices the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def rows_here(mesh: Mesh, rows: int) -> list[int]:
@@ -157,6 +179,11 @@ def by_hand() -> set[str]:
     """The mesh axes over which the code at hand runs on each device by itself, and not the compiler for all."""
     mesh = jax.sharding.get_abstract_mesh()
     return {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Manual}
+
+
+def parts(axis: str) -> int:
+    """Over how many devices a mesh axis splits what `on_each_device` runs on each; elsewhere there is one part."""
+    return jax.lax.axis_size(axis) if axis in by_hand() else 1
 
 
 def summed(x: jax.Array, axis: str) -> jax.Array:

@@ -14,7 +14,7 @@ from grid import tiny, weights
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.feedforward import FeedForward, MixtureOfExperts
 from llm_jax.ops.experts import Experts
-from llm_jax.sharding import MeshConfig, make_mesh
+from llm_jax.sharding import MeshConfig, batch_sharding, make_mesh, shardings
 
 X = jnp.asarray(np.random.default_rng(3).normal(size=(2, 4, 24)), jnp.float32)
 
@@ -131,6 +131,52 @@ def test_each_device_takes_its_own_tokens_to_the_experts_and_its_own_share_of_th
     text, (mine, everyone) = compiled.as_text(), (8 * 4 * K_ACTIVE // 4, 8 * 4 * K_ACTIVE)
     assert f"f32[{mine},5]" in text
     assert not re.search(rf"f32\[{everyone},(5|10)\]", text)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
+        *(
+            pytest.param(mesh, marks=pytest.mark.slow)
+            for mesh in (
+                MeshConfig(data=4, expert=2),
+                MeshConfig(data=2, expert=4),
+                MeshConfig(data=1, expert=8),
+                MeshConfig(data=1, fsdp=2, expert=4),
+                MeshConfig(data=1, expert=4, tensor=2),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_tokens_go_to_experts_elsewhere_and_no_device_has_the_matrices_of_all(mesh: MeshConfig):
+    config = tiny(layers=("global+moe",), experts=Experts(number=8, d_ff=10))
+    even = jax.tree.map(lambda x: x[0], weights(config)["layers"]["experts"])
+    favourites = even | {"w_router": jnp.zeros((24, 8)).at[:, :2].set(jnp.array([[2.0, 1.0]]))}
+    draw = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4, 24)), jnp.float32)
+    # Where the sum of a token is positive, its favourites are the same two experts, which lie on one device.
+    inputs = [(even, draw), (favourites, jnp.abs(draw)), (favourites, draw.at[5:].set(jnp.abs(draw[5:])))]
+
+    def loss(params: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+        y, use = MixtureOfExperts(config).apply({"params": params}, x)  # pyright: ignore
+        return jnp.sin(y).sum() + use.balance_loss + use.z_loss, use
+
+    run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    devices = make_mesh(mesh)
+    layout = shardings({"layers": {"experts": even}}, devices)["layers"]["experts"]
+    with jax.set_mesh(devices):
+        compiled = jax.jit(run, in_shardings=(layout, batch_sharding(devices))).lower(even, draw).compile()
+        found = [jax.device_get(compiled(*jax.device_put(pair, compiled.input_shardings[0]))) for pair in inputs]
+    here = jax.jit(run)
+    for mine, pair in zip(found, inputs, strict=True):
+        for got, wanted in zip(*map(jax.tree.leaves, (mine, here(*pair))), strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+    assert found[1][0][1].load.tolist() == [32, 32, 0, 0, 0, 0, 0, 0]
+    text = compiled.as_text()
+    main = text[text.index("ENTRY") :]  # without the loops of further rounds
+    assert len(re.findall(r"f32\[.* all-to-all\(", main)) == 4  # rows there, results back; and their gradients
+    assert not re.search(r"\[8,(24|10|5),(24|10|5)\]", text)
 
 
 def test_padding_is_not_counted_in_the_load():

@@ -96,9 +96,56 @@ def test_experts_and_linear_attention_train_on_a_mesh_as_on_one_device(config: R
     np.testing.assert_allclose(trained(mesh, batches)[1], trained(one, batches)[1], rtol=1e-5)
 
 
+MIXTURE = Experts(number=8, d_ff=16, shared=1, router_z_loss=0.1)
+USE = ("loss", "grad_norm", "balance_loss", "router_z", "expert_busiest", "expert_idle")
+EXPERTS = MeshConfig(data=1, expert=8)
+EXPERTS_DATA = MeshConfig(data=2, expert=4)
+EXPERTS_FSDP = MeshConfig(data=1, fsdp=2, expert=4)
+EXPERTS_TENSOR = MeshConfig(data=1, expert=4, tensor=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("balance", ["bias", "loss"])
+@pytest.mark.parametrize("mesh", [EXPERTS, EXPERTS_DATA, EXPERTS_FSDP, EXPERTS_TENSOR], ids=str)
+def test_experts_on_several_devices_train_and_are_used_as_on_one(config: RunConfig, batches, mesh, balance):
+    experts = dataclasses.replace(MIXTURE, balance=balance)
+    model = dataclasses.replace(config.model, layers=("global+moe",), experts=experts)
+    curves = []
+    for program in (on(dataclasses.replace(config, model=model), mesh) for mesh in (MeshConfig(data=1), mesh)):
+        state, curve = program.init(), []
+        for batch in batches:
+            state, metrics = program.train_step(state, batch)
+            curve.append([float(metrics[name]) for name in USE])
+        biases = tree.leaves(state.params).get("layers/experts/router_bias")
+        curves.append((curve, None if biases is None else np.asarray(biases)))
+    (expected, their_biases), (found, biases) = curves
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_array_equal(biases, their_biases)
+
+
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [
+        (None, r"mesh.expert=4 has no experts to split; set mesh.expert=1, and mesh.data or mesh.fsdp=4"),
+        (
+            Experts(number=6),
+            r"model.experts.number=6 does not divide over mesh.expert=4; use mesh.expert=2 or model.experts.number=8",
+        ),
+    ],
+    ids=["none", "six"],
+)
+def test_experts_that_do_not_divide_over_the_mesh_are_refused_with_what_does(experts: Experts | None, message: str):
+    config = tiny(Path("nowhere"), mesh=MeshConfig(expert=4))
+    layers = ("global",) if experts is None else ("global+moe",)
+    model = dataclasses.replace(config.model, layers=layers, experts=experts)
+    with pytest.raises(ValueError, match=message):
+        Program.on(dataclasses.replace(config, model=model))
+
+
 def test_a_microbatch_that_does_not_divide_over_the_devices_is_an_error_with_the_numbers(config: RunConfig):
     message = (
-        r"4 rows \(data.batch_size=16 / accumulate=4\) does not divide over data x fsdp = 8 .*use data.batch_size=32"
+        r"4 rows \(data.batch_size=16 / accumulate=4\) does not divide over data x fsdp x expert = 8 .*"
+        r"use data.batch_size=32"
     )
     with pytest.raises(ValueError, match=message):
         Program.on(tiny(Path("nowhere"), accumulate=4))

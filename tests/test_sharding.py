@@ -12,7 +12,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.transformer import Transformer, unstack
-from llm_jax.sharding import MeshConfig, batch_sharding, constrain, letters_of, make_mesh, shardings
+from llm_jax.ops.experts import Experts
+from llm_jax.sharding import MeshConfig, batch_sharding, constrain, letters_of, make_mesh, row_parts, shardings
 from llm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from llm_jax.train.step import init_state
 from llm_jax.tree import leaves
@@ -112,11 +113,12 @@ def test_an_axis_that_does_not_divide_is_named_with_the_next_size_that_does(mesh
 
 def test_a_mesh_takes_what_is_left():
     shape = dict(make_mesh(MeshConfig(fsdp=2, tensor=2)).shape)
-    assert shape == {"pipeline": 1, "data": 2, "fsdp": 2, "tensor": 2}
+    assert shape == {"pipeline": 1, "data": 2, "fsdp": 2, "expert": 1, "tensor": 2}
     assert dict(make_mesh(MeshConfig(), jax.devices()[:3]).shape) == {
         "pipeline": 1,
         "data": 3,
         "fsdp": 1,
+        "expert": 1,
         "tensor": 1,
     }
 
@@ -133,8 +135,23 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_the_numbers():
             MeshConfig(**wrong)
 
 
-def test_rows_of_a_batch_are_split_over_data_and_fsdp(mesh: Mesh):
-    assert batch_sharding(mesh).spec == PartitionSpec(("data", "fsdp"))
+def test_rows_of_a_batch_are_split_over_data_fsdp_and_expert(mesh: Mesh):
+    assert batch_sharding(mesh).spec == PartitionSpec(("data", "fsdp", "expert"))
+    assert row_parts(mesh) == 4
+    assert row_parts(make_mesh(MeshConfig(data=1, fsdp=2, expert=4))) == 8
+
+
+def test_experts_are_split_over_expert_and_all_else_is_whole_on_every_device_of_it():
+    config = tiny(vocab_size=16, layers=("global+moe",), experts=Experts(number=4, d_ff=8, balance="bias"))
+    found = leaves(shardings(shapes(config), make_mesh(MeshConfig(data=2, expert=4))))
+    split = {path.split("/")[-1]: sharding.spec for path, sharding in found.items() if "expert" in sharding.spec}
+    assert split == {
+        "w_gate": PartitionSpec("pipeline", "expert", "fsdp", "tensor"),
+        "w_up": PartitionSpec("pipeline", "expert", "fsdp", "tensor"),
+        "w_down": PartitionSpec("pipeline", "expert", "tensor", "fsdp"),
+        "w_router": PartitionSpec("pipeline", "fsdp", "expert"),
+        "router_bias": PartitionSpec("pipeline", "expert"),
+    }
 
 
 def test_without_a_mesh_a_constraint_is_nothing():
@@ -154,7 +171,7 @@ def constraints(config: ModelConfig, mesh: Mesh) -> set[str]:
 
 
 def test_the_constraints_of_the_model_stand_in_the_lowered_program(mesh: Mesh):
-    rows = '{"data", "fsdp"}'
+    rows = '{"data", "fsdp", "expert"}'
     assert constraints(dataclasses.replace(EVEN, n_layers=1), mesh) == {
         f"[{rows}, {{}}, {{}}]",  # BLD, the residual stream
         f'[{rows}, {{}}, {{"tensor"}}, {{}}, {{}}]',  # BLKGH, the queries

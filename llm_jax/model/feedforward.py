@@ -12,9 +12,10 @@ from jaxtyping import Array, Bool, Float, Int
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.init import normal
 from llm_jax.model.taps import tap
+from llm_jax.ops.exchange import exchange
 from llm_jax.ops.experts import arrange, dispatch, grouped, mix, route
 from llm_jax.ops.gradient import add_bias, linear, settle
-from llm_jax.sharding import constrain, on_each_device, summed
+from llm_jax.sharding import constrain, on_each_device, parts, summed
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -67,17 +68,31 @@ def served(
 ) -> Float[Array, "B L D"]:
     """What the X experts of each token make of it, added up; of a part of their width, a part of the sum.
 
-    Each device sorts its own tokens: none leaves it, and the work is split as the rows are.
+    Each device sorts its own tokens. With all experts on it none leaves it, and the work is split as the rows are.
     """
+    tokens, chosen, shares = (y.reshape(-1, y.shape[-1]) for y in (x, experts, weights))
+    work = functools.partial(_through, activation)
+    if parts("expert") > 1:
+        out = exchange(work, tokens, chosen, shares, matrices)
+    else:
+        groups = arrange(chosen, len(matrices[0]))
+        out = mix(work(dispatch(tokens, groups), groups.sizes, *matrices), groups, shares)
+    return summed(out.reshape(x.shape), "tensor")
+
+
+def _through(
+    activation: Callable[[Array], Array],
+    rows: Float[Array, "R D"],
+    sizes: Int[Array, " E"],
+    *matrices: Float[Array, "E _ _"],
+) -> Float[Array, "R D"]:
+    """What each expert makes of its rows, sorted by expert."""
     *ups, down = matrices
-    groups = arrange(experts.reshape(-1, experts.shape[-1]), len(down))
-    rows = dispatch(x.reshape(-1, x.shape[-1]), groups)
-    h, *more = (grouped(rows, matrix, groups.sizes) for matrix in ups)
+    h, *more = (grouped(rows, matrix, sizes) for matrix in ups)
     h = activation(h)
     for other in more:  # gated
         h = h * other
-    out = mix(grouped(h, down, groups.sizes), groups, weights.reshape(-1, weights.shape[-1]))
-    return summed(out.reshape(x.shape), "tensor")
+    return grouped(h, down, sizes)
 
 
 class MixtureOfExperts(nn.Module):

@@ -121,14 +121,15 @@ class Groups:
     """The assignments sorted by expert: first all of expert 0, in the order of their tokens, then all of expert 1.
 
     Attributes:
-      order: row r is assignment `order[r]`, which is choice `order[r] % k` of token `order[r] // k`.
-      place: the inverse: assignment a stands in row `place[a]`.
+      order: row r is assignment `order[r]`, which is choice `order[r] % k` of token `order[r] // k`. A is none: where
+        only some assignments are served, as in `ops/exchange.py`, there are R rows, of which some are empty.
+      place: the inverse: assignment a stands in row `place[a]`; R is none.
       sizes: rows of each expert.
     """
 
-    order: Int[Array, " A"]
+    order: Int[Array, " R"]
     place: Int[Array, " A"]
-    sizes: Int[Array, " E"]
+    sizes: Int[Array, "*n E"]
 
 
 def arrange(experts: Int[Array, "T k"], number: int) -> Groups:
@@ -139,22 +140,30 @@ def arrange(experts: Int[Array, "T k"], number: int) -> Groups:
     return Groups(order=order, place=jnp.argsort(order), sizes=sizes)
 
 
-def dispatch(x: Float[Array, "T D"], groups: Groups) -> Float[Array, "A D"]:
-    """A row for every assignment, sorted by expert."""
-    copies = jnp.repeat(x, len(groups.order) // len(x), axis=0)
+def dispatch(x: Float[Array, "T D"], groups: Groups) -> Float[Array, "R D"]:
+    """A row for every assignment, sorted by expert; 0 where there is none."""
+    copies = jnp.repeat(x, len(groups.place) // len(x), axis=0)
     return _permuted(copies, groups.order, groups.place)
 
 
-def mix(rows: Float[Array, "A D"], groups: Groups, weights: Float[Array, "T k"]) -> Float[Array, "T D"]:
+def restore(rows: Float[Array, "R D"], groups: Groups) -> Float[Array, "A D"]:
+    """The row of every assignment, in their own order; 0 where there is none."""
+    return _permuted(rows, groups.place, groups.order)
+
+
+def mix(rows: Float[Array, "R D"], groups: Groups, weights: Float[Array, "T k"]) -> Float[Array, "T D"]:
     """The weighted sum of what each token's experts gave it, collected in float32."""
-    back = _permuted(rows, groups.place, groups.order).reshape(*weights.shape, -1)
+    back = restore(rows, groups).reshape(*weights.shape, -1)
     return (weights[..., None] * back.astype(jnp.float32)).sum(1).astype(rows.dtype)
 
 
 @jax.custom_vjp
 def _permuted(x: Array, order: Array, inverse: Array) -> Array:
-    """`x[order]`, whose gradient is a gather too: autodiff would scatter, not knowing that no row comes twice."""
-    return x.at[order].get(mode="promise_in_bounds")
+    """`x[order]`, 0 where that is no row; its gradient is a gather too: autodiff would scatter, not knowing that no row
+    comes twice.
+    """
+    whole = len(order) == len(inverse)
+    return x.at[order].get(mode="promise_in_bounds" if whole else "fill", fill_value=0)
 
 
 _permuted.defvjp(
@@ -165,7 +174,10 @@ _permuted.defvjp(
 
 @jax.custom_vjp
 def grouped(x: Float[Array, "A I"], w: Float[Array, "E I O"], sizes: Int[Array, " E"]) -> Float[Array, "A O"]:
-    """Every row times the matrix of its group: the first `sizes[0]` rows times `w[0]`, and so on; sizes sum to A."""
+    """Every row times the matrix of its group: the first `sizes[0]` rows times `w[0]`, and so on.
+
+    What stands in rows behind the last group means nothing.
+    """
     return jax.lax.platform_dependent(x, w, sizes, cpu=_in_blocks, default=jax.lax.ragged_dot)
 
 

@@ -13,7 +13,7 @@ from llm_jax.data.loader import Batch
 from llm_jax.model.config import TAPS
 from llm_jax.model.taps import capture
 from llm_jax.model.transformer import Transformer
-from llm_jax.sharding import batch_sharding
+from llm_jax.sharding import batch_sharding, row_parts
 from llm_jax.train.program import Program
 from llm_jax.train.step import accumulated, cast, make_loss
 
@@ -41,8 +41,7 @@ def _in_forward_pass(program: Program, params: PyTree, batch: Batch) -> str | No
     if not len(rows):
         return None
     # One bad row will do, a copy for each device: the activations of a whole batch need not fit in memory.
-    copies = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
-    row = jax.tree.map(lambda x: np.repeat(x[rows[:1]], copies, axis=0), batch)
+    row = jax.tree.map(lambda x: np.repeat(x[rows[:1]], row_parts(program.mesh), axis=0), batch)
     with jax.set_mesh(program.mesh):
         bad = jax.device_get(_bad_activations(program.model, params, jax.device_put(row, batch_sharding(program.mesh))))
     c, n = program.config.model, program.config.model.n_layers

@@ -6,6 +6,7 @@ a run, a restore onto another mesh, and the study of a model far larger than thi
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from jaxtyping import Array, Float, PyTree
 
 from llm_jax.data.loader import Batch
 from llm_jax.model.transformer import Transformer
-from llm_jax.sharding import MeshConfig, batch_sharding, make_mesh, rows_here, shardings
+from llm_jax.sharding import ROWS, MeshConfig, batch_sharding, make_mesh, row_parts, rows_here, shardings
 from llm_jax.train.balance import rebalance
 from llm_jax.train.optimizer import make_optimizer, make_schedule
 from llm_jax.train.pipeline import Pipeline
@@ -49,13 +50,14 @@ class Program:
     def on(cls, config: RunConfig, devices: Sequence[Any] | None = None) -> "Program":
         """The program on `devices`, by default all there are. Raises `ValueError` where rows don't divide over them."""
         mesh, size, accumulate = make_mesh(config.mesh, devices), config.data.batch_size, config.accumulate
-        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        shards = row_parts(mesh)
         rows, least = size // accumulate, shards * accumulate
         if size % least:
             raise ValueError(
                 f"a microbatch of {rows} rows (data.batch_size={size} / accumulate={accumulate}) does not divide over "
-                f"data x fsdp = {shards} devices; use data.batch_size={-(-size // least) * least}"
+                f"{' x '.join(ROWS)} = {shards} devices; use data.batch_size={-(-size // least) * least}"
             )
+        _check_experts(config, mesh)
         program = cls(config, mesh)
         if program.pipeline is not None:
             program.pipeline.check(config.data.seq_len)
@@ -200,3 +202,18 @@ class Program:
             return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch.targets.shape), parts)
 
         return jax.jit(scored, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+
+
+def _check_experts(config: RunConfig, mesh: Mesh) -> None:
+    """Raises `ValueError` where the experts don't divide over the mesh axis `expert`."""
+    experts, devices = config.model.experts, mesh.shape["expert"]
+    if experts is None and devices > 1:
+        raise ValueError(
+            f"mesh.expert={devices} has no experts to split; set mesh.expert=1, and mesh.data or mesh.fsdp={devices}"
+        )
+    if experts is not None and experts.number % devices:
+        below = math.gcd(experts.number, devices)
+        raise ValueError(
+            f"model.experts.number={experts.number} does not divide over mesh.expert={devices}; use "
+            f"mesh.expert={below} or model.experts.number={-(-experts.number // devices) * devices}"
+        )
