@@ -68,7 +68,22 @@ def cast(params: PyTree, dtype: Any) -> PyTree:
 
     Done once, before anything is gathered from other devices.
     """
-    return trees.map_with_path(lambda path, x: x if re.search(DELICATE, path) else x.astype(dtype), params)
+    return trees.map_with_path(lambda path, x: x if re.search(DELICATE, path) else x.astype(dtype), fetched(params))
+
+
+def fetched(tree: PyTree) -> PyTree:
+    """`tree` in the memory of the devices, from that of the host, where `RunConfig.offload` has some of it wait."""
+    return returned(tree, jax.tree.map(lambda _: jax.memory.Space.Device, tree))
+
+
+def returned(tree: PyTree, spaces: PyTree) -> PyTree:
+    """Each leaf of `tree` in the memory that `spaces` says."""
+    return jax.tree.map(lambda x, space: x if space_of(x) == space else jax.device_put(x, space), tree, spaces)
+
+
+def space_of(x: Any) -> Any:
+    """The memory that an array lies in, of the devices or of the host."""
+    return jax.typeof(x).memory_space
 
 
 @struct.dataclass
@@ -182,7 +197,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        (loss, sums), gradients = gradient(state.params, batch, key)
+        (loss, sums), gradients = gradient(fetched(state.params), batch, key)
         load = sums.pop(LOAD, None)
         targets = jnp.maximum((batch.targets != IGNORE).sum(), 1)
         loss, sums, gradients = jax.tree.map(lambda x: x / targets.astype(x.dtype), (loss, sums, gradients))
@@ -191,12 +206,15 @@ def make_train_step(
         rate = schedule(state.step)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
-        def update(state: TrainState) -> tuple[PyTree, PyTree]:
-            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, optax.tree.scale(rate, updates))
-            return params if rebalance is None or load is None else rebalance(params, load), opt_state
+        def update(params: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree]:
+            spaces = jax.tree.map(space_of, (params, opt_state))
+            params, opt_state = fetched((params, opt_state))  # here, and not before the forward pass needs the room
+            updates, opt_state = optimizer.update(gradients, opt_state, params)
+            params = optax.apply_updates(params, optax.tree.scale(rate, updates))
+            params = params if rebalance is None or load is None else rebalance(params, load)
+            return returned((params, opt_state), spaces)
 
-        params, opt_state = jax.lax.cond(finite, update, lambda s: (s.params, s.opt_state), state)
+        params, opt_state = jax.lax.cond(finite, update, lambda *before: before, state.params, state.opt_state)
         metrics = {"loss": loss, **sums, "grad_norm": norm, "learning_rate": rate}
         metrics |= {"tokens": tokens, "skipped": ~finite} | ({} if load is None else utilisation(load))
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
