@@ -51,7 +51,16 @@ LETTERS: tuple[tuple[str, str], ...] = (
 
 # Letter -> mesh axis. A letter that stands in neither table is never split.
 PARAMETER_AXES: Mapping[str, Axes] = {"N": "pipeline", "D": "fsdp", "V": "tensor", "K": "tensor", "F": "tensor"}
-ACTIVATION_AXES: Mapping[str, Axes] = {"B": ("data", "fsdp"), "V": "tensor", "K": "tensor", "F": "tensor"}
+# Between sublayers nothing of the residual stream is split over `tensor` but its tokens: norms and sums are done once,
+# and not on every device (sequence parallelism, Korthikanti et al. 2022, arXiv:2205.05198).
+ACTIVATION_AXES: Mapping[str, Axes] = {
+    "B": ("data", "fsdp"),
+    "L": ("context", "tensor"),
+    "S": "context",
+    "V": "tensor",
+    "K": "tensor",
+    "F": "tensor",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +70,7 @@ class MeshConfig:
     pipeline: int = 1
     data: int = -1
     fsdp: int = 1
+    context: int = 1
     tensor: int = 1
 
     def __post_init__(self) -> None:
@@ -70,7 +80,7 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all `devices` (default: every device of every process), axes `pipeline, data, fsdp, tensor`."""
+    """A mesh over all `devices` (default: every device of every process), axes those of `MeshConfig`."""
     devices = jax.devices() if devices is None else devices
     sizes = dataclasses.asdict(config)
     fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -84,8 +94,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def spec(letters: str, axes: Mapping[str, Axes]) -> PartitionSpec:
-    """`spec("NDF", PARAMETER_AXES)` is `PartitionSpec("pipeline", "fsdp", "tensor")`."""
-    return PartitionSpec(*(axes.get(letter) for letter in letters))
+    """`spec("NDF", PARAMETER_AXES)` is `PartitionSpec("pipeline", "fsdp", "tensor")`.
+
+    A mesh axis splits one letter, the last that asks for it: `tensor` the tokens of BLD, but the width of BLF.
+    """
+    parts, taken = [], set()
+    for letter in reversed(letters):
+        wanted = axes.get(letter) or ()
+        free = tuple(axis for axis in ((wanted,) if isinstance(wanted, str) else wanted) if axis not in taken)
+        taken.update(free)
+        parts.append(free[0] if len(free) == 1 else free or None)
+    return PartitionSpec(*reversed(parts))
 
 
 def letters_of(path: str, shape: Sequence[int]) -> str:
@@ -120,14 +139,14 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch are split over the `data` and `fsdp` axes."""
-    return NamedSharding(mesh, spec("B", ACTIVATION_AXES))
+    """Rows of a batch are split over the `data` and `fsdp` axes, their tokens over `context`."""
+    return NamedSharding(mesh, spec("BS", ACTIVATION_AXES))
 
 
 def rows_here(mesh: Mesh, rows: int) -> list[int]:
     """Which of the `rows` of a batch lie on the devices of this process, ascending."""
-    held = batch_sharding(mesh).addressable_devices_indices_map((rows,))
-    slices = [index[0] for index in held.values() if index is not None]
+    layout = NamedSharding(mesh, spec("B", ACTIVATION_AXES))
+    slices = [index[0] for index in layout.addressable_devices_indices_map((rows,)).values() if index is not None]
     return sorted({row for part in slices for row in range(rows)[part]})
 
 
@@ -162,3 +181,8 @@ def by_hand() -> set[str]:
 def summed(x: jax.Array, axis: str) -> jax.Array:
     """The sum over a mesh axis, inside `on_each_device`; elsewhere there is one part, `x`."""
     return jax.lax.psum(x, axis) if axis in by_hand() else x
+
+
+def size_of(axis: str) -> int:
+    """Devices along a mesh axis over which the compiler splits arrays; 1 where there are none, or code does it."""
+    return 1 if axis in by_hand() else jax.sharding.get_abstract_mesh().shape.get(axis, 1)
