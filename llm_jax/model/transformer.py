@@ -30,7 +30,8 @@ from llm_jax.ops.attention import Mask
 from llm_jax.ops.gradient import lookup, settle
 from llm_jax.ops.loss import unembed
 from llm_jax.ops.position import sinusoidal
-from llm_jax.sharding import constrain
+from llm_jax.ops.ring import zigzag_order
+from llm_jax.sharding import constrain, size_of
 
 
 @struct.dataclass
@@ -232,12 +233,15 @@ def head_table(config: ModelConfig, params: Any) -> Float[Array, "V D"]:
 def dropout(module: nn.Module, x: Array, context: Context, layer: Int[Array, ""] | int = 0) -> Array:
     """Zeroes a share `config.dropout` of `x` while training, and scales up the rest (Srivastava et al. 2014).
 
-    Each `layer` of the model has a key of its own, whether all run in one scan or some on a stage of a pipeline.
+    Each `layer` of the model has a key of its own, whether all run in one scan or some on a stage of a pipeline, and
+    each token its own noise, wherever it stands.
     """
     rate = module.config.dropout
     if rate == 0 or not context.train:
         return x
     keep = jax.random.bernoulli(jax.random.fold_in(module.make_rng("dropout"), layer), 1 - rate, x.shape)
+    if module.config.attention.implementation == "zigzag" and (devices := size_of("context")) > 1:
+        keep = keep[:, zigzag_order(x.shape[1], devices)]
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 
 

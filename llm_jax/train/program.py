@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Int, PyTree
 
 from llm_jax.data.loader import Batch
 from llm_jax.model.transformer import Transformer
@@ -21,6 +21,7 @@ from llm_jax.sharding import MeshConfig, batch_sharding, make_mesh, rows_here, s
 from llm_jax.train.balance import rebalance
 from llm_jax.train.optimizer import make_optimizer, make_schedule
 from llm_jax.train.pipeline import Pipeline
+from llm_jax.train.rows import check, order, ordered, split
 from llm_jax.train.run import RunConfig
 from llm_jax.train.step import (
     Metrics,
@@ -53,6 +54,7 @@ class Program:
                 f"a microbatch of {rows} rows (data.batch_size={size} / accumulate={accumulate}) does not divide over "
                 f"data x fsdp = {shards} devices; use data.batch_size={-(-size // least) * least}"
             )
+        check(config, mesh)
         program = cls(config, mesh)
         if program.pipeline is not None:
             program.pipeline.check(config.data.seq_len)
@@ -67,7 +69,7 @@ class Program:
 
     @functools.cached_property
     def model(self) -> Transformer:
-        return Transformer(self.config.model)
+        return Transformer(split(self.config.model, self.mesh.shape["context"]))
 
     @functools.cached_property
     def pipeline(self) -> Pipeline | None:
@@ -98,19 +100,28 @@ class Program:
     def score(self, params: PyTree, batch: Batch) -> Scored:
         """How well every target of `batch`, all rows of it, is predicted; arrays of NumPy, the same in each process."""
         with jax.set_mesh(self.mesh):
-            return jax.device_get(self._score(params, self.put(self.share(dataclasses.replace(batch, documents=None)))))
+            found = jax.device_get(
+                self._score(params, self.put(self.share(dataclasses.replace(batch, documents=None))))
+            )
+        return found if self.order is None else jax.tree.map(lambda x: x[:, np.argsort(self.order)], found)
 
     @functools.cached_property
     def rows(self) -> list[int]:
         """The rows of a batch that the devices of this process hold, and so all of it that this process reads."""
         return rows_here(self.mesh, self.config.data.batch_size)
 
+    @functools.cached_property
+    def order(self) -> Int[np.ndarray, " L"] | None:
+        """Which token of a row stands where on the mesh; None: each in its own place."""
+        return order(self.config.model, self.config.data.seq_len, self.mesh.shape["context"])
+
     def share(self, batch: Batch) -> Batch:
         """Of all rows of `batch` those of this process."""
         return jax.tree.map(lambda x: x[self.rows], batch)
 
     def put(self, batch: Batch) -> Batch:
-        """`batch`, the `rows` of this process, as global arrays on the mesh."""
+        """`batch`, the `rows` of this process, as global arrays on the mesh, the tokens of each row in `order`."""
+        batch = batch if self.order is None else ordered(batch, self.order)
         rows, layout = range(self.config.data.batch_size), batch_sharding(self.mesh)
 
         def part(x: np.ndarray, index: Any) -> np.ndarray:
