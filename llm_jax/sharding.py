@@ -100,11 +100,14 @@ def spec(letters: str, axes: Mapping[str, Axes]) -> PartitionSpec:
     """
     parts, taken = [], set()
     for letter in reversed(letters):
-        wanted = axes.get(letter) or ()
-        free = tuple(axis for axis in ((wanted,) if isinstance(wanted, str) else wanted) if axis not in taken)
+        free = tuple(axis for axis in _names(axes.get(letter)) if axis not in taken)
         taken.update(free)
         parts.append(free[0] if len(free) == 1 else free or None)
     return PartitionSpec(*reversed(parts))
+
+
+def _names(axes: Axes) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else axes or ()
 
 
 def letters_of(path: str, shape: Sequence[int]) -> str:
@@ -151,11 +154,16 @@ def rows_here(mesh: Mesh, rows: int) -> list[int]:
 
 
 def constrain(x: jax.Array, letters: str) -> jax.Array:
-    """`x` with its axes, named by `letters`, laid out on the mesh of `jax.set_mesh`; without a mesh, `x`."""
+    """`x` with its axes, named by `letters`, laid out on the mesh of `jax.set_mesh`; without a mesh, `x`.
+
+    An axis whose parts would be of different sizes, such as the one token that a decoder reads, stays whole.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(letters, ACTIVATION_AXES)))
+    parts = zip(x.shape, spec(letters, ACTIVATION_AXES), strict=True)
+    even = [part if size % math.prod(mesh.shape[axis] for axis in _names(part)) == 0 else None for size, part in parts]
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*even)))
 
 
 def on_each_device(function: Callable[..., jax.Array], letters: str, *arrays: Any) -> jax.Array:
