@@ -166,7 +166,9 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*even)))
 
 
-def on_each_device(function: Callable[..., jax.Array], letters: str, *arrays: Any) -> jax.Array:
+def on_each_device(
+    function: Callable[..., jax.Array], letters: str, *arrays: Any, axes: Mapping[str, Axes] = ACTIVATION_AXES
+) -> jax.Array:
     """`function` of each device's own part of the arrays: of its rows, its heads, its share of a width.
 
     For what the compiler can't split by itself. `letters` are those of the arrays, then those of the result; what no
@@ -176,7 +178,7 @@ def on_each_device(function: Callable[..., jax.Array], letters: str, *arrays: An
     free = set(mesh.axis_names) - by_hand()
     if mesh.size == 1 or not free:
         return function(*arrays)
-    *specs, out = (spec(word, ACTIVATION_AXES) for word in letters.split())
+    *specs, out = (spec(word, axes) for word in letters.split())
     return jax.shard_map(function, in_specs=tuple(specs), out_specs=out, axis_names=free, check_vma=False)(*arrays)
 
 

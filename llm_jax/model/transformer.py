@@ -27,7 +27,7 @@ from llm_jax.model.linear_attention import LinearAttention
 from llm_jax.model.norm import Norm
 from llm_jax.model.taps import in_order, tap
 from llm_jax.ops.attention import Mask
-from llm_jax.ops.gradient import lookup, settle
+from llm_jax.ops.gradient import embed, lookup, settle
 from llm_jax.ops.loss import unembed
 from llm_jax.ops.position import sinusoidal
 from llm_jax.ops.ring import zigzag_order
@@ -161,7 +161,7 @@ class Transformer(nn.Module):
     def embed(self, tokens: Int[Array, "B L"], context: Context) -> Float[Array, "B L D"]:
         """What the first layer reads."""
         c, L = self.config, tokens.shape[1]
-        x = lookup(self.embedding["table"], tokens).astype(c.dtype) * jnp.asarray(c.embedding_scale, c.dtype)
+        x = embed(self.embedding["table"], tokens).astype(c.dtype) * jnp.asarray(c.embedding_scale, c.dtype)
         if c.positions == "learned":
             if c.max_seq_len < L:
                 raise ValueError(f"a row of {L} tokens exceeds model.max_seq_len={c.max_seq_len}, all that was learned")
