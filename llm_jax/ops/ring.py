@@ -91,14 +91,14 @@ class Ring:
             found.append((i, j, view[row, column], (row * self.size, column * self.size)))
         return found
 
-    def split(self, x: Array) -> list[Array]:
-        """The parts of what a device holds."""
-        return jnp.split(x, self.parts.shape[1], axis=1)
+    def split(self, x: Array, axis: int = -3) -> list[Array]:
+        """The parts of what a device holds, along the axis of tokens."""
+        return jnp.split(x, self.parts.shape[1], axis=axis)
 
-    def passed_on(self, tree: Any, by: int = 1) -> Any:
+    def passed_on(self, x: Array, by: int = 1) -> Array:
         """What the device `by` places on holds."""
         places = [((i + by) % self.devices, i) for i in range(self.devices)]
-        return jax.tree.map(lambda x: jax.lax.ppermute(x, AXIS, places), tree) if by % self.devices else tree
+        return jax.lax.ppermute(x, AXIS, places) if by % self.devices else x
 
 
 def _around(name: str, q: Array, k: Array, v: Array, mask: Mask, scores: Scores, number: int) -> Array:
@@ -124,13 +124,12 @@ def _ring(known: Ring, q: Array, k: Array, v: Array, mask: Mask, slopes: Array |
 
 
 def _ring_forward(known: Ring, q: Array, k: Array, v: Array, mask: Mask, slopes: Array | None) -> tuple[Array, tuple]:
-    queries, held = known.split(q), (k, v)
+    queries, held = known.split(q, 1), jnp.stack((k, v))
     found = [(jnp.zeros(x.shape, jnp.float32), jnp.full(_rows(x), MASKED)) for x in queries]
     for step in range(known.steps):
         for i, j, seen, where in known.visits(step):
             see = functools.partial(_see, known, where, mask, slopes)
-            inputs = (queries[i], *(known.split(x)[j] for x in held), found[i])
-            found[i] = jax.lax.cond(seen, see, lambda *given: given[-1], *inputs)
+            found[i] = jax.lax.cond(seen, see, _nothing, queries[i], known.split(held)[j], found[i])
         if step + 1 < known.steps:
             held = known.passed_on(held)
     out = jnp.concatenate([out for out, _ in found], axis=1).astype(q.dtype)
@@ -141,27 +140,34 @@ def _ring_backward(known: Ring, saved: tuple, g: Array) -> tuple:
     """The gradients of keys and values travel with them, and from the last step home."""
     q, k, v, mask, slopes, out, lse = saved
     dot = jnp.moveaxis((out.astype(jnp.float32) * g.astype(jnp.float32)).sum(-1), 1, -1)  # B K G L
-    queries, gs = known.split(q), known.split(g)
-    rows = list(zip(*(jnp.split(x, len(queries), axis=-1) for x in (lse, dot)), strict=True))
-    dq = [jnp.zeros(x.shape, jnp.float32) for x in queries]
-    held, sums = (k, v), tuple([jnp.zeros(x.shape, jnp.float32) for x in known.split(y)] for y in (k, v))
+    arrays = ((q, 1), (g, 1), (lse, -1), (dot, -1))
+    queries = list(zip(*(known.split(x, axis) for x, axis in arrays), strict=True))
+    dq = [jnp.zeros(x.shape, jnp.float32) for x, *_ in queries]
+    held = jnp.stack((k, v))
+    sums = jnp.zeros(held.shape, jnp.float32)
     for step in range(known.steps):
+        parts = known.split(sums)
         for i, j, seen, where in known.visits(step):
             learn = functools.partial(_learn, known, where, mask, slopes)
-            so_far = (dq[i], sums[0][j], sums[1][j])
-            inputs = (queries[i], *(known.split(x)[j] for x in held), gs[i], *rows[i], so_far)
-            dq[i], sums[0][j], sums[1][j] = jax.lax.cond(seen, learn, lambda *given: given[-1], *inputs)
+            so_far = (dq[i], parts[j])
+            dq[i], parts[j] = jax.lax.cond(seen, learn, _nothing, queries[i], known.split(held)[j], so_far)
+        sums = jnp.concatenate(parts, axis=-3)
         if step + 1 < known.steps:
-            held, sums = known.passed_on((held, sums))
-    dk, dv = (jnp.concatenate(x, axis=1) for x in known.passed_on(sums, 1 - known.steps))
+            held, sums = known.passed_on(held), known.passed_on(sums)
+    dk, dv = known.passed_on(sums, 1 - known.steps)
     return jnp.concatenate(dq, axis=1).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
 _ring.defvjp(_ring_forward, _ring_backward)
 
 
-def _see(known: Ring, where: tuple, mask: Mask, slopes: Array | None, q: Array, k: Array, v: Array, so_far: tuple):
+def _nothing(queries: Any, held: Array, so_far: tuple) -> tuple:
+    return so_far
+
+
+def _see(known: Ring, where: tuple, mask: Mask, slopes: Array | None, q: Array, held: Array, so_far: tuple) -> tuple:
     """Output and log-sum-exp of a part of queries, with a part of keys more."""
+    k, v = held
 
     def block(part: tuple[Array, Array]) -> tuple[Array, Array]:
         s = _scores(known, where, mask, slopes, part[1], k, part[0])
@@ -175,27 +181,29 @@ def _see(known: Ring, where: tuple, mask: Mask, slopes: Array | None, q: Array, 
     return old * keep + out.astype(jnp.float32) * add, both
 
 
-def _learn(known: Ring, where: tuple, mask: Mask, slopes: Array | None, q, k, v, g, lse, dot, so_far: tuple):
+def _learn(
+    known: Ring, where: tuple, mask: Mask, slopes: Array | None, queries: tuple, held: Array, so_far: tuple
+) -> tuple:
     """The gradients of a pair of parts, added to those so far.
 
     With the log-sum-exp of the whole row at hand, those of softmax attention are those of a sum over scores, where
     nothing is normed any more: of `exp(s - lse) (v . g - out . g)`.
     """
 
-    def block(total: tuple, part: tuple) -> tuple[tuple, Array]:
+    def block(total: Array, part: tuple) -> tuple[Array, Array]:
         start, q, g, lse, dot = part
 
-        def sum_of(q: Array, k: Array, v: Array) -> Array:
-            p = jnp.exp(_scores(known, where, mask, slopes, q, k, start) - lse[..., None])
-            along = jnp.einsum("BLKGH,BSKH->BKGLS", g, v, preferred_element_type=jnp.float32)
+        def sum_of(q: Array, held: Array) -> Array:
+            p = jnp.exp(_scores(known, where, mask, slopes, q, held[0], start) - lse[..., None])
+            along = jnp.einsum("BLKGH,BSKH->BKGLS", g, held[1], preferred_element_type=jnp.float32)
             return (p * (along - dot[..., None])).sum()
 
-        dq, dk, dv = jax.grad(sum_of, argnums=(0, 1, 2))(q, k, v)
-        return (total[0] + dk.astype(jnp.float32), total[1] + dv.astype(jnp.float32)), dq.astype(jnp.float32)
+        dq, new = jax.grad(sum_of, argnums=(0, 1))(q, held)
+        return total + new.astype(jnp.float32), dq.astype(jnp.float32)
 
-    parts = (_starts(q), *(_blocks(x, axis) for x, axis in ((q, 1), (g, 1), (lse, -1), (dot, -1))))
-    (dk, dv), dq = jax.lax.scan(block, so_far[1:], parts)
-    return so_far[0] + _joined(dq, 1), dk, dv
+    blocks = (_blocks(x, axis) for x, axis in zip(queries, (1, 1, -1, -1), strict=True))
+    sums, dq = jax.lax.scan(block, so_far[1], (_starts(queries[0]), *blocks))
+    return so_far[0] + _joined(dq, 1), sums
 
 
 def _scores(known: Ring, where: tuple, mask: Mask, slopes: Array | None, q: Array, k: Array, start: Array) -> Array:
