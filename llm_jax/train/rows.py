@@ -61,6 +61,11 @@ def check(config: RunConfig, mesh: Mesh) -> None:
         )
     if n == 1:
         return
+    if mesh.shape["pipeline"] > 1:
+        raise ValueError(
+            f"mesh.context={n} splits the rows that the stages of mesh.pipeline={mesh.shape['pipeline']} hand on, "
+            "which they can't; set one of them to 1, with more of mesh.fsdp or mesh.tensor"
+        )
     if others := sorted({layer.mixer for layer in model.period} - {*SOFTMAX}):
         raise ValueError(
             f"{' and '.join(others)} layers read a row from end to end, and mesh.context={n} splits it; use "
