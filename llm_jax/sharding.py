@@ -61,8 +61,12 @@ PARAMETER_AXES: Mapping[str, Axes] = {
     "K": "tensor",
     "F": "tensor",
 }
+# Between sublayers nothing of the residual stream is split over `tensor` but its tokens: norms and sums are done once,
+# and not on every device (sequence parallelism, Korthikanti et al. 2022, arXiv:2205.05198).
 ACTIVATION_AXES: Mapping[str, Axes] = {
     "B": ROWS,
+    "L": ("context", "tensor"),
+    "S": "context",
     "E": "expert",
     "V": "tensor",
     "K": "tensor",
@@ -78,6 +82,7 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     expert: int = 1
+    context: int = 1
     tensor: int = 1
 
     def __post_init__(self) -> None:
@@ -101,8 +106,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def spec(letters: str, axes: Mapping[str, Axes]) -> PartitionSpec:
-    """`spec("NDF", PARAMETER_AXES)` is `PartitionSpec("pipeline", "fsdp", "tensor")`."""
-    return PartitionSpec(*(axes.get(letter) for letter in letters))
+    """`spec("NDF", PARAMETER_AXES)` is `PartitionSpec("pipeline", "fsdp", "tensor")`.
+
+    A mesh axis splits one letter, the last that asks for it: `tensor` the tokens of BLD, but the width of BLF.
+    """
+    parts, taken = [], set()
+    for letter in reversed(letters):
+        free = tuple(axis for axis in _names(axes.get(letter)) if axis not in taken)
+        taken.update(free)
+        parts.append(free[0] if len(free) == 1 else free or None)
+    return PartitionSpec(*reversed(parts))
+
+
+def _names(axes: Axes) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else axes or ()
 
 
 def letters_of(path: str, shape: Sequence[int]) -> str:
@@ -137,8 +154,8 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch are split over the axes `ROWS`."""
-    return NamedSharding(mesh, spec("B", ACTIVATION_AXES))
+    """Rows of a batch are split over the axes `ROWS`, their tokens over `context`."""
+    return NamedSharding(mesh, spec("BS", ACTIVATION_AXES))
 
 
 def row_parts(mesh: Mesh) -> int:
@@ -148,20 +165,27 @@ def row_parts(mesh: Mesh) -> int:
 
 def rows_here(mesh: Mesh, rows: int) -> list[int]:
     """Which of the `rows` of a batch lie on the devices of this process, ascending."""
-    held = batch_sharding(mesh).addressable_devices_indices_map((rows,))
-    slices = [index[0] for index in held.values() if index is not None]
+    layout = NamedSharding(mesh, spec("B", ACTIVATION_AXES))
+    slices = [index[0] for index in layout.addressable_devices_indices_map((rows,)).values() if index is not None]
     return sorted({row for part in slices for row in range(rows)[part]})
 
 
 def constrain(x: jax.Array, letters: str) -> jax.Array:
-    """`x` with its axes, named by `letters`, laid out on the mesh of `jax.set_mesh`; without a mesh, `x`."""
+    """`x` with its axes, named by `letters`, laid out on the mesh of `jax.set_mesh`; without a mesh, `x`.
+
+    An axis whose parts would be of different sizes, such as the one token that a decoder reads, stays whole.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(letters, ACTIVATION_AXES)))
+    parts = zip(x.shape, spec(letters, ACTIVATION_AXES), strict=True)
+    even = [part if size % math.prod(mesh.shape[axis] for axis in _names(part)) == 0 else None for size, part in parts]
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*even)))
 
 
-def on_each_device(function: Callable[..., jax.Array], letters: str, *arrays: Any) -> jax.Array:
+def on_each_device(
+    function: Callable[..., jax.Array], letters: str, *arrays: Any, axes: Mapping[str, Axes] = ACTIVATION_AXES
+) -> jax.Array:
     """`function` of each device's own part of the arrays: of its rows, its heads, its share of a width.
 
     For what the compiler can't split by itself. `letters` are those of the arrays, then those of the result; what no
@@ -171,7 +195,7 @@ def on_each_device(function: Callable[..., jax.Array], letters: str, *arrays: An
     free = set(mesh.axis_names) - by_hand()
     if mesh.size == 1 or not free:
         return function(*arrays)
-    *specs, out = (spec(word, ACTIVATION_AXES) for word in letters.split())
+    *specs, out = (spec(word, axes) for word in letters.split())
     return jax.shard_map(function, in_specs=tuple(specs), out_specs=out, axis_names=free, check_vma=False)(*arrays)
 
 
@@ -189,3 +213,8 @@ def parts(axis: str) -> int:
 def summed(x: jax.Array, axis: str) -> jax.Array:
     """The sum over a mesh axis, inside `on_each_device`; elsewhere there is one part, `x`."""
     return jax.lax.psum(x, axis) if axis in by_hand() else x
+
+
+def size_of(axis: str) -> int:
+    """Devices along a mesh axis over which the compiler splits arrays; 1 where there are none, or code does it."""
+    return 1 if axis in by_hand() else jax.sharding.get_abstract_mesh().shape.get(axis, 1)

@@ -13,13 +13,15 @@ from tiny_run import tiny
 from llm_jax import tree
 from llm_jax.config import override
 from llm_jax.data.loader import Batch, Loader
+from llm_jax.model.config import AttentionConfig
+from llm_jax.ops.attention import Sparse
 from llm_jax.ops.experts import Experts
 from llm_jax.sharding import MeshConfig, make_mesh
 from llm_jax.train.checkpoint import Checkpoints, Progress
 from llm_jax.train.loop import open_data
 from llm_jax.train.program import Program
 from llm_jax.train.run import RunConfig
-from llm_jax.train.step import TrainState
+from llm_jax.train.step import LossConfig, TrainState
 
 DATA = MeshConfig(data=8)
 FSDP = MeshConfig(data=1, fsdp=8)
@@ -29,6 +31,9 @@ TENSOR = MeshConfig(data=1, tensor=2)
 FSDP_TENSOR = MeshConfig(data=1, fsdp=4, tensor=2)
 ALL_THREE = MeshConfig(data=2, fsdp=2, tensor=2)
 PARTS = ("params", "opt_state")
+CONTEXT = MeshConfig(data=1, context=4)
+CONTEXT_TENSOR = MeshConfig(data=2, context=2, tensor=2)
+CONTEXT_FSDP_TENSOR = MeshConfig(data=1, fsdp=2, context=2, tensor=2)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +67,9 @@ def on(config: RunConfig, mesh: MeshConfig) -> Program:
     ("mesh", "another"),
     [
         (DATA_FSDP, DATA_TENSOR),
+        (CONTEXT_FSDP_TENSOR, CONTEXT),
+        pytest.param(CONTEXT, DATA, marks=pytest.mark.slow),
+        pytest.param(CONTEXT_TENSOR, FSDP, marks=pytest.mark.slow),
         pytest.param(DATA_TENSOR, DATA_FSDP, marks=pytest.mark.slow),
         pytest.param(DATA, FSDP, marks=pytest.mark.slow),
         pytest.param(FSDP, DATA, marks=pytest.mark.slow),
@@ -143,6 +151,69 @@ def test_experts_that_do_not_divide_over_the_mesh_are_refused_with_what_does(exp
         Program.on(dataclasses.replace(config, model=model))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "positions", "layers", "mesh"),
+    [
+        ("zigzag", "learned", ("local", "global+moe"), CONTEXT_TENSOR),
+        ("zigzag", "alibi", ("global",), CONTEXT_FSDP_TENSOR),
+        ("ring", "sinusoidal", ("local",), CONTEXT),
+        ("ring", "rotary", ("sparse", "nope"), CONTEXT_TENSOR),
+        ("ulysses", "rotary", ("local", "global"), MeshConfig(data=2, fsdp=2, context=2)),
+    ],
+    ids=str,
+)
+def test_every_layer_of_a_split_row_knows_where_its_tokens_stand(
+    config: RunConfig, batches, how, positions, layers, mesh
+):
+    attention = AttentionConfig(
+        implementation=how,
+        window=5 if "local" in layers else None,
+        sinks=2 * ("local" in layers),
+        sparse=Sparse(block=4, local=1, stride=3) if "sparse" in layers else None,
+    )
+    experts = Experts(number=4, d_ff=16) if "global+moe" in layers else None
+    model = dataclasses.replace(config.model, layers=layers, positions=positions, attention=attention, experts=experts)
+    split, one = (dataclasses.replace(config, model=model, loss=LossConfig(chunk=8)) for _ in range(2))
+    np.testing.assert_allclose(
+        trained(on(split, mesh), batches)[1], trained(on(one, MeshConfig(data=1)), batches)[1], rtol=1e-5
+    )
+
+
+def test_scores_of_a_split_row_come_back_in_its_order(config: RunConfig, batches: list[Batch]):
+    split, whole = on(config, CONTEXT), on(config, MeshConfig(data=1))
+    found, expected = (program.score(program.init().params, batches[0]) for program in (split, whole))
+    np.testing.assert_allclose(found.nll, expected.nll, atol=1e-5)
+    np.testing.assert_array_equal(found.likeliest, expected.likeliest)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "model", "changes", "message"),
+    [
+        ({"tensor": 4}, {}, {}, "2 key/value heads do not divide over mesh.tensor=4; use mesh.tensor=2 or model.n_kv"),
+        ({"tensor": 2}, {"vocab_size": 267}, {}, "V=267 does not divide over mesh axis tensor=2; .* pad V to 268"),
+        ({"tensor": 2}, {"d_ff": 33}, {}, "F=33 does not divide over mesh axis tensor=2"),
+        ({"context": 8, "tensor": 1}, {"seq_len": 24}, {}, "=24 .*context=8 .*= 8 devices, which zigzag .*=16 or 32"),
+        ({"context": 4, "tensor": 2}, {}, {"loss": LossConfig(chunk=4)}, "loss.chunk=4 .* 8 devices.*loss.chunk=8"),
+        ({"context": 2}, {"layers": ("delta", "linear")}, {}, "delta and linear layers .*; use mesh.context=1"),
+        ({"context": 2}, {"how": "flash"}, {}, "flash takes whole rows, .*; use one of ring, zigzag, ulysses"),
+        ({"context": 4}, {"how": "ulysses"}, {}, "splits 2 key/value heads a device over mesh.context=4"),
+        ({"context": 2}, {"how": "ulysses", "positions": "alibi"}, {}, "ulysses has no alibi"),
+        ({"context": 2, "pipeline": 2}, {}, {}, "context=2 splits .*pipeline=2 .*set one of them to 1"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else str(value),
+)
+def test_what_a_mesh_can_not_split_is_refused_with_the_nearest_that_it_can(
+    config: RunConfig, mesh, model, changes, message
+):
+    data = dataclasses.replace(config.data, seq_len=model.pop("seq_len", 32))
+    attention = AttentionConfig(implementation=model.pop("how", None))
+    model = dataclasses.replace(config.model, attention=attention, **model)
+    config = dataclasses.replace(config, mesh=MeshConfig(**mesh), model=model, data=data, **changes)
+    with pytest.raises(ValueError, match=message):
+        _ = Program.on(config).abstract_state
+
+
 def test_a_microbatch_that_does_not_divide_over_the_devices_is_an_error_with_the_numbers(config: RunConfig):
     message = (
         r"4 rows \(data.batch_size=16 / accumulate=4\) does not divide over data x fsdp x expert = 8 .*"
@@ -200,7 +271,10 @@ def test_the_abstract_batch_is_what_the_loader_gives(config: RunConfig, packing:
 def test_a_step_lowered_for_devices_that_are_given_lies_on_these(config: RunConfig):
     program = Program.on(dataclasses.replace(config, mesh=FSDP_TENSOR), jax.devices()[::-1])
     assert program.mesh.devices.flat[0] == jax.devices()[7]
-    assert 'sdy.mesh @mesh = <["pipeline"=1, "data"=1, "fsdp"=4, "tensor"=2]' in program.lowered().as_text()
+    assert (
+        'sdy.mesh @mesh = <["pipeline"=1, "data"=1, "fsdp"=4, "expert"=1, "context"=1, "tensor"=2]'
+        in program.lowered().as_text()
+    )
 
 
 @pytest.mark.parametrize("offload", [pytest.param("optimizer", marks=pytest.mark.slow), "state"])

@@ -13,7 +13,18 @@ from jax.sharding import Mesh, PartitionSpec
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.transformer import Transformer, unstack
 from llm_jax.ops.experts import Experts
-from llm_jax.sharding import MeshConfig, batch_sharding, constrain, letters_of, make_mesh, row_parts, shardings
+from llm_jax.sharding import (
+    ACTIVATION_AXES,
+    ROWS,
+    MeshConfig,
+    batch_sharding,
+    constrain,
+    letters_of,
+    make_mesh,
+    row_parts,
+    shardings,
+    spec,
+)
 from llm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from llm_jax.train.step import init_state
 from llm_jax.tree import leaves
@@ -113,14 +124,9 @@ def test_an_axis_that_does_not_divide_is_named_with_the_next_size_that_does(mesh
 
 def test_a_mesh_takes_what_is_left():
     shape = dict(make_mesh(MeshConfig(fsdp=2, tensor=2)).shape)
-    assert shape == {"pipeline": 1, "data": 2, "fsdp": 2, "expert": 1, "tensor": 2}
-    assert dict(make_mesh(MeshConfig(), jax.devices()[:3]).shape) == {
-        "pipeline": 1,
-        "data": 3,
-        "fsdp": 1,
-        "expert": 1,
-        "tensor": 1,
-    }
+    assert shape == dataclasses.asdict(MeshConfig(data=2, fsdp=2, tensor=2))
+    shape = dict(make_mesh(MeshConfig(), jax.devices()[:3]).shape)
+    assert shape == dataclasses.asdict(MeshConfig(data=3))
 
 
 def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_the_numbers():
@@ -135,8 +141,8 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_the_numbers():
             MeshConfig(**wrong)
 
 
-def test_rows_of_a_batch_are_split_over_data_fsdp_and_expert(mesh: Mesh):
-    assert batch_sharding(mesh).spec == PartitionSpec(("data", "fsdp", "expert"))
+def test_rows_of_a_batch_are_split_over_data_fsdp_and_expert_and_their_tokens_over_context(mesh: Mesh):
+    assert batch_sharding(mesh).spec == PartitionSpec(("data", "fsdp", "expert"), "context")
     assert row_parts(mesh) == 4
     assert row_parts(make_mesh(MeshConfig(data=1, fsdp=2, expert=4))) == 8
 
@@ -152,6 +158,20 @@ def test_experts_are_split_over_expert_and_all_else_is_whole_on_every_device_of_
         "w_router": PartitionSpec("pipeline", "fsdp", "expert"),
         "router_bias": PartitionSpec("pipeline", "expert"),
     }
+
+
+def test_a_mesh_axis_splits_the_last_letter_that_asks_for_it():
+    assert spec("BLD", ACTIVATION_AXES) == PartitionSpec(ROWS, ("context", "tensor"), None)
+    assert spec("BLF", ACTIVATION_AXES) == PartitionSpec(ROWS, "context", "tensor")
+    assert spec("BSD", ACTIVATION_AXES) == PartitionSpec(ROWS, "context", None)
+
+
+def test_an_axis_that_does_not_split_evenly_stays_whole(mesh: Mesh):
+    with jax.set_mesh(mesh):
+        text = jax.jit(lambda x: constrain(x, "BLKH")).lower(jnp.zeros((4, 1, 3, 2))).as_text()
+    assert re.findall(r"sharding_constraint .*@mesh, (\[.*?\])>", text) == [
+        '[{"data", "fsdp", "expert"}, {"context"}, {}, {}]'
+    ]
 
 
 def test_without_a_mesh_a_constraint_is_nothing():
@@ -171,10 +191,10 @@ def constraints(config: ModelConfig, mesh: Mesh) -> set[str]:
 
 
 def test_the_constraints_of_the_model_stand_in_the_lowered_program(mesh: Mesh):
-    rows = '{"data", "fsdp", "expert"}'
+    rows, tokens = '{"data", "fsdp", "expert"}', '{"context"}'
     assert constraints(dataclasses.replace(EVEN, n_layers=1), mesh) == {
-        f"[{rows}, {{}}, {{}}]",  # BLD, the residual stream
-        f'[{rows}, {{}}, {{"tensor"}}, {{}}, {{}}]',  # BLKGH, the queries
-        f'[{rows}, {{}}, {{"tensor"}}, {{}}]',  # BLKH, keys and values
-        f'[{rows}, {{}}, {{"tensor"}}]',  # BLF inside the feed-forward, BLV the logits
+        f'[{rows}, {{"context", "tensor"}}, {{}}]',  # BLD, the residual stream: by tokens, where nothing else is split
+        f'[{rows}, {tokens}, {{"tensor"}}, {{}}, {{}}]',  # BLKGH, the queries
+        f'[{rows}, {tokens}, {{"tensor"}}, {{}}]',  # BLKH, keys and values
+        f'[{rows}, {tokens}, {{"tensor"}}]',  # BLF inside the feed-forward, BLV the logits
     }

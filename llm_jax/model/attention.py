@@ -48,7 +48,7 @@ class Attention(nn.Module):
         q, k = self._place("q", q, context), self._place("k", k, context)
         q, k, v = tap(self, "q", q, c.kept), tap(self, "k", k, c.kept), tap(self, "v", v, c.kept)
         z, cache = self._attend(x, q, k, v, context, slot, cache)
-        z = tap(self, "z", z, c.kept)
+        z = tap(self, "z", constrain(z, "BLKGH"), c.kept)
 
         w_o = self.param("w_o", normal(c, "residual", K * G * H), (K, G, H, D)).astype(x.dtype)
         out = linear("BLKGH,KGHD->BLD", z, w_o)

@@ -119,7 +119,7 @@ class MixtureOfExperts(nn.Module):
         chosen, weights = (y.reshape(*x.shape[:2], -1) for y in (routing.experts, routing.weights))
         serve = functools.partial(served, ACTIVATIONS[c.activation])
         wide = "EDF " * len(names)
-        y = on_each_device(serve, f"BLD BLX BLX {wide} EFD BLD", x, chosen, weights, *matrices)
+        y = on_each_device(serve, f"BSD BSX BSX {wide} EFD BSD", x, chosen, weights, *matrices)
         if e.shared:
             y = y + FeedForward(c, e.shared * F, name="shared")(x)
         return constrain(y, "BLD"), Utilisation(routing.load, routing.balance_loss, routing.z_loss)

@@ -27,10 +27,11 @@ from llm_jax.model.linear_attention import LinearAttention
 from llm_jax.model.norm import Norm
 from llm_jax.model.taps import in_order, tap
 from llm_jax.ops.attention import Mask
-from llm_jax.ops.gradient import lookup, settle
+from llm_jax.ops.gradient import embed, lookup, settle
 from llm_jax.ops.loss import unembed
 from llm_jax.ops.position import sinusoidal
-from llm_jax.sharding import constrain
+from llm_jax.ops.ring import zigzag_order
+from llm_jax.sharding import constrain, size_of
 
 
 @struct.dataclass
@@ -160,7 +161,7 @@ class Transformer(nn.Module):
     def embed(self, tokens: Int[Array, "B L"], context: Context) -> Float[Array, "B L D"]:
         """What the first layer reads."""
         c, L = self.config, tokens.shape[1]
-        x = lookup(self.embedding["table"], tokens).astype(c.dtype) * jnp.asarray(c.embedding_scale, c.dtype)
+        x = embed(self.embedding["table"], tokens).astype(c.dtype) * jnp.asarray(c.embedding_scale, c.dtype)
         if c.positions == "learned":
             if c.max_seq_len < L:
                 raise ValueError(f"a row of {L} tokens exceeds model.max_seq_len={c.max_seq_len}, all that was learned")
@@ -232,12 +233,15 @@ def head_table(config: ModelConfig, params: Any) -> Float[Array, "V D"]:
 def dropout(module: nn.Module, x: Array, context: Context, layer: Int[Array, ""] | int = 0) -> Array:
     """Zeroes a share `config.dropout` of `x` while training, and scales up the rest (Srivastava et al. 2014).
 
-    Each `layer` of the model has a key of its own, whether all run in one scan or some on a stage of a pipeline.
+    Each `layer` of the model has a key of its own, whether all run in one scan or some on a stage of a pipeline, and
+    each token its own noise, wherever it stands.
     """
     rate = module.config.dropout
     if rate == 0 or not context.train:
         return x
     keep = jax.random.bernoulli(jax.random.fold_in(module.make_rng("dropout"), layer), 1 - rate, x.shape)
+    if module.config.attention.implementation == "zigzag" and (devices := size_of("context")) > 1:
+        keep = keep[:, zigzag_order(x.shape[1], devices)]
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 
 

@@ -7,6 +7,7 @@ gradients faster or in less memory, and decline, with the reason, what they can'
 import contextlib
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Literal, Protocol, runtime_checkable
 
@@ -17,6 +18,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from llm_jax.ops.position import alibi_slopes
+from llm_jax.sharding import size_of
 
 # A finite stand-in for minus infinity: a row that may see nothing gets a uniform pattern instead of NaN.
 MASKED = -1e30
@@ -197,6 +199,28 @@ def soft_cap(x: Array, cap: float | None) -> Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
+def score(
+    q: Array,
+    k: Array,
+    mask: Bool[Array, "#B L S"],
+    distance: Int[Array, "#B L S"],
+    scores: Scores,
+    *,
+    slopes: Float[Array, "K G"] | None = None,
+    tap: Tap = no_tap,
+) -> Float[Array, "B K G L S"]:
+    """What softmax reads, float32 whatever the dtype of `q`; `slopes` where these are not all heads that there are."""
+    K, G, H = q.shape[-3:]
+    factor = jnp.asarray(scores.factor(H), q.dtype)
+    s = jnp.einsum("BLKGH,BSKH->BKGLS", q * factor, k, preferred_element_type=jnp.float32)
+    s = soft_cap(s, scores.softcap)
+    if scores.alibi:
+        slopes = jnp.asarray(alibi_slopes(K * G), s.dtype) if slopes is None else slopes
+        s = s - slopes.reshape(1, K, G, 1, 1) * jnp.abs(distance)[:, None, None].astype(s.dtype)
+    s = tap("attn_scores", s)
+    return jnp.where(mask[:, None, None], s, jnp.asarray(MASKED, s.dtype))
+
+
 def attend(
     q: Array,
     k: Array,
@@ -207,16 +231,7 @@ def attend(
     tap: Tap = no_tap,
 ) -> Array:
     """Softmax attention under a materialised mask; logits and softmax are float32 whatever the dtype of `q`."""
-    K, G, H = q.shape[-3:]
-    factor = jnp.asarray(scores.factor(H), q.dtype)
-    s = jnp.einsum("BLKGH,BSKH->BKGLS", q * factor, k, preferred_element_type=jnp.float32)
-    s = soft_cap(s, scores.softcap)
-    if scores.alibi:
-        slopes = jnp.asarray(alibi_slopes(K * G), s.dtype).reshape(1, K, G, 1, 1)
-        s = s - slopes * jnp.abs(distance)[:, None, None].astype(s.dtype)
-    s = tap("attn_scores", s)
-    s = jnp.where(mask[:, None, None], s, jnp.asarray(MASKED, s.dtype))
-    pattern = tap("pattern", jax.nn.softmax(s, axis=-1))
+    pattern = tap("pattern", jax.nn.softmax(score(q, k, mask, distance, scores, tap=tap), axis=-1))
     return jnp.einsum("BKGLS,BSKH->BLKGH", pattern.astype(v.dtype), v)
 
 
@@ -270,16 +285,14 @@ def chunked(q: Array, k: Array, v: Array, mask: Mask, scores: Scores) -> Array:
     return jnp.concatenate([over(band) for band in bands], axis=1)
 
 
-def kernel(name: str) -> Implementation:
-    """A function of `ops/kernels.py`, which imports this file: here it is looked up by its first call.
+def elsewhere(file: str, name: str) -> Implementation:
+    """A function of a file that imports this one: it is looked up by its first call.
 
     Programs that run no kernel never load Pallas.
     """
 
     def run(q: Array, k: Array, v: Array, mask: Mask, scores: Scores) -> Array:
-        from llm_jax.ops import kernels
-
-        return getattr(kernels, name)(q, k, v, mask, scores)
+        return getattr(importlib.import_module(f"llm_jax.ops.{file}"), name)(q, k, v, mask, scores)
 
     return run
 
@@ -287,8 +300,10 @@ def kernel(name: str) -> Implementation:
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": reference,
     "chunked": chunked,
-    **{name: kernel(name) for name in ("flash", "splash", "cudnn", "tokamax")},
+    **{name: elsewhere("kernels", name) for name in ("flash", "splash", "cudnn", "tokamax")},
 }
+# Who attends to rows whose tokens lie on several devices of the mesh axis `context`. Elsewhere they stand for None.
+ACROSS: dict[str, Implementation] = {name: elsewhere("ring", name) for name in ("ring", "zigzag", "ulysses")}
 
 LONG = 1024  # from this many queries on the L x S scores, not the arithmetic, set the limit
 
@@ -311,6 +326,15 @@ def platform() -> str:
     return "gpu" if name == "cuda" else name
 
 
+def across(implementation: str | None) -> str:
+    """Which of `ACROSS` attends to rows that are split, in their own order. Raises `Declined` for one that can't."""
+    if implementation is not None and implementation not in ACROSS:
+        raise Declined(
+            f"{implementation} takes whole rows, and mesh.context splits them; use one of {', '.join(ACROSS)}"
+        )
+    return implementation or "ring"
+
+
 def attention(
     q: Float[Array, "B L K G H"],
     k: Float[Array, "B S K H"],
@@ -324,13 +348,17 @@ def attention(
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): query head (k, g) reads key/value head k.
 
     `implementation=None` takes the first row of `FASTEST` that accepts; a name takes that one or raises `Declined`, a
-    `ValueError`, with the reason. With `tap`, scores and pattern are shown to it, so the reference runs.
+    `ValueError`, with the reason. With `tap`, scores and pattern are shown to it, so the reference runs. Rows that are
+    split over `mesh.context` take one of `ACROSS`, by default `ring`.
     """
+    known = IMPLEMENTATIONS | ACROSS
+    if implementation is not None and implementation not in known:
+        raise ValueError(f"unknown attention {implementation!r}; known: {', '.join(known)}")
     if tap is not None:
         return reference(q, k, v, mask, scores, tap)
-    if implementation is not None:
-        if implementation not in IMPLEMENTATIONS:
-            raise ValueError(f"unknown attention {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}")
+    if size_of("context") > 1:
+        return ACROSS[across(implementation)](q, k, v, mask, scores)
+    if implementation in IMPLEMENTATIONS:
         return IMPLEMENTATIONS[implementation](q, k, v, mask, scores)
     for name, least in FASTEST.get(platform(), {}).items():
         if q.shape[1] >= least:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from llm_jax.sharding import ACTIVATION_AXES, on_each_device, size_of
+
 
 def settle(x: Array) -> Array:
     """`x`, and in the backward pass its gradient, computed once.
@@ -78,3 +80,24 @@ def _lookup_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, None]
 
 
 lookup.defvjp(lambda table, ids: (lookup(table, ids), (table, ids)), _lookup_backward)
+
+
+def embed(table: Float[Array, "V D"], ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+    """`lookup` in a table that is split over devices, and stays where it is: ids go there, and rows come back.
+
+    While they are looked up, `fsdp` splits the width in place of the batch, so that of `V D` numbers none is sent, and
+    the gradient of a row is summed where it belongs. Over `tensor`, a device adds 0 for the rows that others have.
+    """
+    rows, tokens = size_of("data") * size_of("expert"), size_of("context") * size_of("tensor")
+    evenly = ids.shape[0] % rows == ids.shape[1] % tokens == 0
+    if size_of("fsdp") * size_of("tensor") == 1 or not evenly:
+        return lookup(table, ids)
+
+    def own(table: Array, ids: Array) -> Array:
+        place = ids - jax.lax.axis_index("tensor") * len(table)
+        mine = (place >= 0) & (place < len(table))
+        rows = jnp.where(mine[..., None], lookup(table, place), jnp.zeros((), table.dtype))
+        return jax.lax.psum_scatter(rows, "tensor", scatter_dimension=1, tiled=True)
+
+    axes = {**ACTIVATION_AXES, "B": ("data", "expert"), "D": "fsdp"}
+    return on_each_device(own, "VD BS BLD", table, ids, axes=axes)

@@ -321,7 +321,7 @@ def flash(
     q = q * jnp.asarray(scores.factor(H), q.dtype)
     slopes = jnp.asarray(alibi_slopes(K * G).reshape(K, G, 1, 1), jnp.float32) if scores.alibi else None
     return on_each_device(
-        by_head(functools.partial(_attend, tiles)), "BLKGH BSKH BSKH KG11 BTL BLKGH", q, k, v, slopes, tags
+        by_head(functools.partial(_attend, tiles)), "BLKGH BSKH BSKH KG11 BTS BLKGH", q, k, v, slopes, tags
     )
 
 
@@ -347,7 +347,7 @@ def splash(
     if mask.segments is not None:
         ids = splash_attention_kernel.SegmentIds(mask.segments, mask.segments)
     return on_each_device(
-        by_head(lambda q, k, v, _, ids: attend(q, k, v, ids)), "BLKGH BSKH BSKH KG BL BLKGH", q, k, v, None, ids
+        by_head(lambda q, k, v, _, ids: attend(q, k, v, ids)), "BLKGH BSKH BSKH KG BS BLKGH", q, k, v, None, ids
     )
 
 

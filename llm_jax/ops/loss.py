@@ -4,7 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from llm_jax.ops.attention import soft_cap
 
@@ -18,13 +18,18 @@ def unembed(
     return soft_cap(jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32), softcap)
 
 
+def in_chunks(x: Shaped[Array, "B L *D"], chunk: int) -> Shaped[Array, "_ B chunk *D"]:
+    """The tokens of every row in chunks, each spread over the row: where devices share it, none leaves its device."""
+    return jnp.moveaxis(x.reshape(len(x), chunk, -1, *x.shape[2:]), 2, 0)
+
+
 def likeliest(
     hidden: Float[Array, "B L D"], table: Float[Array, "V D"], chunk: int, softcap: float | None = None
 ) -> Int[Array, "B L"]:
     """Where the logits of every hidden state are largest, with those of only `B * chunk` in memory at a time."""
-    B, L, D = hidden.shape
-    parts = hidden.reshape(B, -1, chunk, D).swapaxes(0, 1)
-    return jax.lax.map(lambda x: unembed(x, table, softcap).argmax(-1), parts).swapaxes(0, 1).reshape(B, L)
+    B, L, _ = hidden.shape
+    best = jax.lax.map(lambda x: unembed(x, table, softcap).argmax(-1), in_chunks(hidden, chunk))
+    return jnp.moveaxis(best, 0, 2).reshape(B, L)
 
 
 def cross_entropy(
@@ -66,7 +71,7 @@ def chunked_cross_entropy(
 
     The backward pass computes each chunk's logits again. Raises `ValueError` unless `chunk` divides L.
     """
-    B, L, D = hidden.shape
+    B, L, _ = hidden.shape
     if L % chunk:
         raise ValueError(f"loss.chunk={chunk} does not divide the row length L={L}; use a divisor of {L}")
 
@@ -78,6 +83,5 @@ def chunked_cross_entropy(
         x, y = part
         return None, cross_entropy(unembed(x, wide.astype(table.dtype), softcap), y, **terms)
 
-    parts = (hidden.reshape(B, -1, chunk, D).swapaxes(0, 1), targets.reshape(B, -1, chunk).swapaxes(0, 1))
-    _, (loss, nll) = jax.lax.scan(one, None, parts)
-    return loss.swapaxes(0, 1).reshape(B, L), nll.swapaxes(0, 1).reshape(B, L)
+    _, (loss, nll) = jax.lax.scan(one, None, (in_chunks(hidden, chunk), in_chunks(targets, chunk)))
+    return jnp.moveaxis(loss, 0, 2).reshape(B, L), jnp.moveaxis(nll, 0, 2).reshape(B, L)

@@ -98,7 +98,7 @@ def rotary(
     """
     frequencies = jnp.asarray(config.frequencies(x.shape[-1]), jnp.float32)
     half = frequencies.size
-    angles = jnp.multiply.outer(positions.astype(jnp.float32), frequencies)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None]
     angles = angles.reshape(*angles.shape[:2], *(1,) * (x.ndim - 3), half)
     cos, sin = ((f(angles) * config.scale).astype(x.dtype) for f in (jnp.cos, jnp.sin))
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
@@ -121,5 +121,5 @@ def alibi_slopes(heads: int) -> Float[np.ndarray, " heads"]:
 def sinusoidal(positions: Int[Array, "B L"], d_model: int) -> Float[Array, "B L D"]:
     """Sines then cosines of `positions / 10000**(2i/D)` (Vaswani et al. 2017, arXiv:1706.03762), float32."""
     frequencies = 10_000.0 ** (-jnp.arange(d_model // 2, dtype=jnp.float32) / (d_model // 2))
-    angles = jnp.multiply.outer(positions.astype(jnp.float32), frequencies)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from llm_jax.data.loader import Batch
 from llm_jax.model.transformer import Transformer
@@ -24,6 +24,7 @@ from llm_jax.sharding import ROWS, MeshConfig, batch_sharding, make_mesh, row_pa
 from llm_jax.train.balance import rebalance
 from llm_jax.train.optimizer import make_optimizer, make_schedule
 from llm_jax.train.pipeline import Pipeline
+from llm_jax.train.rows import check, order, ordered, split
 from llm_jax.train.run import RunConfig
 from llm_jax.train.step import (
     Metrics,
@@ -59,6 +60,7 @@ class Program:
                 f"{' x '.join(ROWS)} = {shards} devices; use data.batch_size={-(-size // least) * least}"
             )
         _check_experts(config, mesh)
+        check(config, mesh)
         program = cls(config, mesh)
         if program.pipeline is not None:
             program.pipeline.check(config.data.seq_len)
@@ -73,7 +75,7 @@ class Program:
 
     @functools.cached_property
     def model(self) -> Transformer:
-        return Transformer(self.config.model)
+        return Transformer(split(self.config.model, self.mesh.shape["context"]))
 
     @functools.cached_property
     def pipeline(self) -> Pipeline | None:
@@ -104,12 +106,13 @@ class Program:
         shape, rows = (data.batch_size, data.seq_len), batch_sharding(self.mesh)
         ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
         apart = data.packing == "documents" or data.end_of_text
+        placed = apart or self.order is not None
         seen = jax.ShapeDtypeStruct(shape, bool, sharding=rows)
         return Batch(
             tokens=ids,
             targets=ids,
             segments=ids if apart else None,
-            positions=ids if apart else None,
+            positions=ids if placed else None,
             prefix=seen if data.task is not None and data.task.kind == "translate" else None,
         )
 
@@ -137,19 +140,30 @@ class Program:
     def score(self, params: PyTree, batch: Batch) -> Scored:
         """How well every target of `batch`, all rows of it, is predicted; arrays of NumPy, the same in each process."""
         with jax.set_mesh(self.mesh):
-            return jax.device_get(self._score(params, self.put(self.share(dataclasses.replace(batch, documents=None)))))
+            given = self.put(self.share(dataclasses.replace(batch, documents=None)))
+            found = jax.device_get(self._score(params, given))
+        if self.order is None:
+            return found
+        back = np.argsort(self.order)
+        return jax.tree.map(lambda x: x[:, back], found)
 
     @functools.cached_property
     def rows(self) -> list[int]:
         """The rows of a batch that the devices of this process hold, and so all of it that this process reads."""
         return rows_here(self.mesh, self.config.data.batch_size)
 
+    @functools.cached_property
+    def order(self) -> Int[np.ndarray, " L"] | None:
+        """Which token of a row stands where on the mesh; None: each in its own place."""
+        return order(self.config.model, self.config.data.seq_len, self.mesh.shape["context"])
+
     def share(self, batch: Batch) -> Batch:
         """Of all rows of `batch` those of this process."""
         return jax.tree.map(lambda x: x[self.rows], batch)
 
     def put(self, batch: Batch) -> Batch:
-        """`batch`, the `rows` of this process, as global arrays on the mesh."""
+        """`batch`, the `rows` of this process, as global arrays on the mesh, the tokens of each row in `order`."""
+        batch = batch if self.order is None else ordered(batch, self.order)
         rows, layout = range(self.config.data.batch_size), batch_sharding(self.mesh)
 
         def part(x: np.ndarray, index: Any) -> np.ndarray:

@@ -1,0 +1,84 @@
+"""How the tokens of a row lie on the devices of a mesh: by which attention, in which order, and where that works."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int
+
+from llm_jax.data.loader import Batch
+from llm_jax.model.config import SOFTMAX, ModelConfig
+from llm_jax.ops.attention import Mask, attention
+from llm_jax.ops.ring import zigzag_order
+from llm_jax.sharding import row_parts
+from llm_jax.train.run import RunConfig
+
+
+def split(model: ModelConfig, context: int) -> ModelConfig:
+    """The model as it runs where `context` devices share a row: with its attention named, `zigzag` where none is."""
+    if context == 1:
+        return model
+    named = dataclasses.replace(model.attention, implementation=model.attention.implementation or "zigzag")
+    return dataclasses.replace(model, attention=named)
+
+
+def order(model: ModelConfig, L: int, context: int) -> Int[np.ndarray, " L"] | None:
+    """Which token of a row stands where, in what the model reads that `split` gives; None: each in its own place."""
+    zigzag = context > 1 and split(model, context).attention.implementation == "zigzag"
+    return zigzag_order(L, context) if zigzag else None
+
+
+def ordered(batch: Batch, order: Int[np.ndarray, " L"]) -> Batch:
+    """`batch` with its tokens in `order`; their positions say where they belong."""
+    if batch.positions is None:
+        positions = np.broadcast_to(np.arange(len(order), dtype=np.int32), batch.tokens.shape)
+        batch = dataclasses.replace(batch, positions=positions)
+    return jax.tree.map(lambda x: x[:, order], batch)
+
+
+def check(config: RunConfig, mesh: Mesh) -> None:
+    """Raises `ValueError` where rows, or their heads, can't be split as `mesh` does, with the nearest that works."""
+    model, (n, t) = split(config.model, mesh.shape["context"]), (mesh.shape["context"], mesh.shape["tensor"])
+    L, chunk, how = config.data.seq_len, config.loss.chunk, model.attention.implementation
+    heads, devices = model.K, f"mesh.context={n} x mesh.tensor={t} = {n * t} devices"
+    least = math.lcm(n * t, 2 * n if how == "zigzag" else 1)
+    if heads % t:
+        raise ValueError(
+            f"{heads} key/value heads do not divide over mesh.tensor={t}; use mesh.tensor="
+            f"{max(size for size in range(1, t) if heads % size == 0)} or model.n_kv_heads={heads + -heads % t}"
+        )
+    if L % least:
+        twice = ", which zigzag gives two parts of a row each" if least > n * t else ""
+        raise ValueError(
+            f"data.seq_len={L} does not divide over {devices}{twice}; use data.seq_len={_nearest(L, least)}"
+        )
+    if chunk is not None and chunk % (n * t):
+        raise ValueError(
+            f"loss.chunk={chunk} does not divide over {devices}, which share a row; use loss.chunk="
+            f"{_nearest(chunk, n * t)}"
+        )
+    if n == 1:
+        return
+    if mesh.shape["pipeline"] > 1:
+        raise ValueError(
+            f"mesh.context={n} splits the rows that the stages of mesh.pipeline={mesh.shape['pipeline']} hand on, "
+            "which they can't; set one of them to 1, with more of mesh.fsdp or mesh.tensor"
+        )
+    if others := sorted({layer.mixer for layer in model.period} - {*SOFTMAX}):
+        raise ValueError(
+            f"{' and '.join(others)} layers read a row from end to end, and mesh.context={n} splits it; use "
+            "mesh.context=1, with more of mesh.fsdp or mesh.tensor"
+        )
+    rows = row_parts(mesh)
+    q, k = (jax.ShapeDtypeStruct((rows, L, *x, model.H), model.dtype) for x in ((heads, model.G), (heads,)))
+    with jax.set_mesh(mesh):  # it may decline
+        jax.eval_shape(functools.partial(attention, mask=Mask(), scores=model.scores, implementation=how), q, k, k)
+
+
+def _nearest(size: int, least: int) -> str:
+    """The multiples of `least` around `size`."""
+    below = size // least * least
+    return " or ".join(str(multiple) for multiple in (below, below + least) if multiple)
