@@ -20,19 +20,18 @@ os.environ |= {
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from llm_jax.ops.attention import Mask, Scores, attention
-from llm_jax.sharding import ACTIVATION_AXES, spec
+from llm_jax.sharding import ACTIVATION_AXES, MeshConfig, make_mesh, spec
 
 B, L, K, G, H = 2, 8192, 8, 4, 128  # over a mesh of 2 x 2: a device has one row and 4 key/value heads
 
 
 def main(topology: str, *implementations: str) -> None:
     devices = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
-    mesh = Mesh(np.array(devices).reshape(2, 1, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    mesh = make_mesh(MeshConfig(data=2, tensor=2), devices)
 
     def array(letters: str, shape: tuple[int, ...], dtype: str) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec(letters, ACTIVATION_AXES)))

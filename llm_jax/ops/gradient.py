@@ -98,4 +98,4 @@ def embed(table: Float[Array, "V D"], ids: Int[Array, "B L"]) -> Float[Array, "B
         rows = jnp.where(mine[..., None], lookup(table, place), jnp.zeros((), table.dtype))
         return jax.lax.psum_scatter(rows, "tensor", scatter_dimension=1, tiled=True)
 
-    return on_each_device(own, "VD BS BLD", table, ids, axes=ACTIVATION_AXES | {"B": "data", "D": "fsdp"})
+    return on_each_device(own, "VD BS BLD", table, ids, axes={**ACTIVATION_AXES, "B": "data", "D": "fsdp"})

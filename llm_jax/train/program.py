@@ -103,7 +103,10 @@ class Program:
             found = jax.device_get(
                 self._score(params, self.put(self.share(dataclasses.replace(batch, documents=None))))
             )
-        return found if self.order is None else jax.tree.map(lambda x: x[:, np.argsort(self.order)], found)
+        if self.order is None:
+            return found
+        back = np.argsort(self.order)
+        return jax.tree.map(lambda x: x[:, back], found)
 
     @functools.cached_property
     def rows(self) -> list[int]:
