@@ -145,6 +145,7 @@ def test_each_device_takes_its_own_tokens_to_the_experts_and_its_own_share_of_th
                 MeshConfig(data=1, expert=8),
                 MeshConfig(data=1, fsdp=2, expert=4),
                 MeshConfig(data=1, expert=4, tensor=2),
+                MeshConfig(data=1, context=2, expert=4),
             )
         ),
     ],
