@@ -5,6 +5,7 @@ whole train state shards by the same rows. Activations are constrained by letter
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -211,8 +212,17 @@ def parts(axis: str) -> int:
 
 
 def summed(x: jax.Array, axis: str) -> jax.Array:
-    """The sum over a mesh axis, inside `on_each_device`; elsewhere there is one part, `x`."""
-    return jax.lax.psum(x, axis) if axis in by_hand() else x
+    """The sum over a mesh axis of what `on_each_device` gives as a whole; elsewhere there is one part, `x`."""
+    return _summed(x, axis) if axis in by_hand() else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _summed(x: jax.Array, axis: str) -> jax.Array:
+    return jax.lax.psum(x, axis)
+
+
+# Each device has the same gradient of the sum, over their number: autodiff would send them around to add them up.
+_summed.defvjp(lambda x, axis: (_summed(x, axis), None), lambda axis, _, g: (g * parts(axis),))
 
 
 def size_of(axis: str) -> int:

@@ -145,6 +145,7 @@ def test_each_device_takes_its_own_tokens_to_the_experts_and_its_own_share_of_th
                 MeshConfig(data=1, expert=8),
                 MeshConfig(data=1, fsdp=2, expert=4),
                 MeshConfig(data=1, expert=4, tensor=2),
+                MeshConfig(data=1, context=2, expert=4),
             )
         ),
     ],
@@ -177,6 +178,7 @@ def test_tokens_go_to_experts_elsewhere_and_no_device_has_the_matrices_of_all(me
     main = text[text.index("ENTRY") :]  # without the loops of further rounds
     assert len(re.findall(r"f32\[.* all-to-all\(", main)) == 4  # rows there, results back; and their gradients
     assert not re.search(r"\[8,(24|10|5),(24|10|5)\]", text)
+    assert not re.search(r"\[(32|8,4),8\]\S* all-gather", text)  # the probabilities of all tokens
 
 
 def test_padding_is_not_counted_in_the_load():

@@ -135,7 +135,7 @@ def test_experts_on_several_devices_train_and_are_used_as_on_one(config: RunConf
 @pytest.mark.parametrize(
     ("experts", "message"),
     [
-        (None, r"mesh.expert=4 has no experts to split; set mesh.expert=1, and mesh.data or mesh.fsdp=4"),
+        (None, r"mesh.expert=4 has no experts to split; set mesh.expert=1, and mesh.data 4 times as large"),
         (
             Experts(number=6),
             r"model.experts.number=6 does not divide over mesh.expert=4; use mesh.expert=2 or model.experts.number=8",

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from grid import GRID, TINY, shapes, tiny
 from jax.sharding import Mesh, PartitionSpec
@@ -21,9 +22,11 @@ from llm_jax.sharding import (
     constrain,
     letters_of,
     make_mesh,
+    on_each_device,
     row_parts,
     shardings,
     spec,
+    summed,
 )
 from llm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from llm_jax.train.step import init_state
@@ -198,3 +201,15 @@ def test_the_constraints_of_the_model_stand_in_the_lowered_program(mesh: Mesh):
         f'[{rows}, {tokens}, {{"tensor"}}, {{}}]',  # BLKH, keys and values
         f'[{rows}, {tokens}, {{"tensor"}}]',  # BLF inside the feed-forward, BLV the logits
     }
+
+
+def test_the_gradient_of_a_sum_over_devices_is_there_already_and_sends_nothing():
+    def loss(x: jax.Array, weights: jax.Array) -> jax.Array:
+        return (on_each_device(lambda x: summed(x.sum(0), "tensor"), "FD D", x) * weights).sum()
+
+    x, weights = jnp.ones((4, 3)), jnp.array([1.0, 2, 3])
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, tensor=2), jax.devices()[:2])):
+        compiled = jax.jit(jax.grad(loss)).lower(x, weights).compile()
+        gradient = compiled(x, weights)
+    np.testing.assert_array_equal(gradient, np.broadcast_to(weights, x.shape))
+    assert "replica_groups={{0,1}}" not in str(compiled.as_text())

@@ -112,14 +112,13 @@ class MixtureOfExperts(nn.Module):
         logits = tap(self, "router", jnp.einsum("BLD,DE->BLE", x, w_router, preferred_element_type=jnp.float32))
         bias = self.param("router_bias", nn.initializers.zeros, (E,)) if e.balance == "bias" else None
         bias = bias if bias is None else bias.astype(jnp.float32)
-        routing = route(logits.reshape(-1, E), e, bias, None if counted is None else counted.reshape(-1))
+        routing = route(logits, e, bias, counted)
 
         names = ("gate", "up") if c.gated else ("up",)
         matrices = [*(self._matrix(name, D, F, x) for name in names), self._matrix("down", F, D, x)]
-        chosen, weights = (y.reshape(*x.shape[:2], -1) for y in (routing.experts, routing.weights))
         serve = functools.partial(served, ACTIVATIONS[c.activation])
         wide = "EDF " * len(names)
-        y = on_each_device(serve, f"BSD BSX BSX {wide} EFD BSD", x, chosen, weights, *matrices)
+        y = on_each_device(serve, f"BSD BSX BSX {wide} EFD BSD", x, routing.experts, routing.weights, *matrices)
         if e.shared:
             y = y + FeedForward(c, e.shared * F, name="shared")(x)
         return constrain(y, "BLD"), Utilisation(routing.load, routing.balance_loss, routing.z_loss)

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from llm_jax.sharding import on_each_device
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -72,35 +74,42 @@ class Routing:
       z_loss: mean squared log-partition of the router (Zoph et al. 2022, arXiv:2202.08906, eq. 5).
     """
 
-    experts: Int[Array, "T k"]
-    weights: Float[Array, "T k"]
+    experts: Int[Array, "*T k"]
+    weights: Float[Array, "*T k"]
     load: Float[Array, " E"]
     balance_loss: Float[Array, ""]
     z_loss: Float[Array, ""]
 
 
 def route(
-    logits: Float[Array, "T E"],
+    logits: Float[Array, "*T E"],
     config: Experts,
     bias: Float[Array, " E"] | None = None,
-    counted: Bool[Array, " T"] | None = None,
+    counted: Bool[Array, "*T"] | None = None,
 ) -> Routing:
     """Softmax over all experts, then the k best of them (Mixtral, Jiang et al. 2024, arXiv:2401.04088).
 
     `bias` is added for the choice alone, not to the weights (Wang et al. 2024, arXiv:2408.15664). Tokens that are not
-    `counted`, padding for one, are routed as all others but left out of what is measured. Logits are float32.
+    `counted`, padding for one, are routed as all others but left out of what is measured. Logits are float32, and on a
+    mesh `B L E`.
     """
+
+    def best(scores: Float[Array, "*T E"]) -> Int[Array, "*T k"]:
+        return jax.lax.top_k(scores, config.active)[1]
+
+    every = tuple(range(logits.ndim - 1))
     probabilities = jax.nn.softmax(logits, axis=-1)
-    scores = probabilities if bias is None else probabilities + bias[None]
-    experts = jax.lax.top_k(scores, config.active)[1]
+    scores = probabilities if bias is None else probabilities + jnp.expand_dims(bias, every)
+    # The compiler would gather the scores of all tokens on every device, on a CPU for one.
+    experts = on_each_device(best, "BSX BSX", jax.lax.stop_gradient(scores))
     chosen = jax.nn.one_hot(experts, config.number)  # sums with it spare a gather, and its gradient a scatter
-    weights = (chosen * probabilities[:, None]).sum(-1)
+    weights = (chosen * probabilities[..., None, :]).sum(-1)
     if config.renormalise:
         weights = weights / weights.sum(-1, keepdims=True)
-    counts = jnp.ones((len(logits), 1)) if counted is None else counted[:, None].astype(jnp.float32)
+    counts = (jnp.ones(logits.shape[:-1]) if counted is None else counted.astype(jnp.float32))[..., None]
     tokens = jnp.maximum(counts.sum(), 1)
-    load = (counts * chosen.sum(1)).sum(0)
-    mean = (counts * probabilities).sum(0) / tokens
+    load = (counts * chosen.sum(-2)).sum(every)
+    mean = (counts * probabilities).sum(every) / tokens
     log_partition = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     return Routing(
         experts=experts,

@@ -231,7 +231,7 @@ def _check_experts(config: RunConfig, mesh: Mesh) -> None:
     experts, devices = config.model.experts, mesh.shape["expert"]
     if experts is None and devices > 1:
         raise ValueError(
-            f"mesh.expert={devices} has no experts to split; set mesh.expert=1, and mesh.data or mesh.fsdp={devices}"
+            f"mesh.expert={devices} has no experts to split; set mesh.expert=1, and mesh.data {devices} times as large"
         )
     if experts is not None and experts.number % devices:
         below = math.gcd(experts.number, devices)
