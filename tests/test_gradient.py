@@ -1,11 +1,17 @@
 """What is written for speed is the identity or the sum that it says, forward and backward."""
 
+import functools
+import re
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
-from llm_jax.ops.gradient import add_bias, linear, lookup, over_tokens, settle
+from llm_jax.ops.gradient import add_bias, embed, linear, lookup, over_tokens, settle
+from llm_jax.sharding import PARAMETER_AXES, MeshConfig, constrain, make_mesh, spec
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 3, 4)), jnp.float32)
 
@@ -76,3 +82,24 @@ def test_a_token_seen_often_gets_its_whole_gradient_in_bfloat16():
     ids = jnp.zeros((1, 1000), jnp.int32)
     gradient = jax.grad(lambda table: lookup(table, ids).sum())(jnp.zeros((2, 1), jnp.bfloat16))
     assert gradient.tolist() == [[1000], [0]]
+
+
+def test_tokens_go_to_the_rows_of_a_table_that_is_split_and_the_table_stays():
+    table, ids = (
+        jnp.asarray(np.random.default_rng(0).normal(size=(48, 64)), jnp.float32),
+        jnp.arange(32).reshape(4, 8) % 11,
+    )
+
+    def loss(embed: Callable, table: jax.Array) -> jax.Array:
+        return jnp.sin(constrain(embed(table, ids * 4), "BLD")).sum()
+
+    expected = jax.value_and_grad(functools.partial(loss, lookup))(table)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2))
+    layout = NamedSharding(mesh, spec("VD", PARAMETER_AXES))
+    with jax.set_mesh(mesh):
+        run = jax.jit(jax.value_and_grad(functools.partial(loss, embed)), out_shardings=(None, layout))
+        compiled = run.lower(jax.device_put(table, layout)).compile()
+    for mine, theirs in zip(compiled(jax.device_put(table, layout)), expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+    sent = re.findall(r"f32\[(\d+),(\d+)\]\S* (?:all-gather|all-to-all|collective-permute)", compiled.as_text())
+    assert not sent  # two axes have the table and its gradient, what tokens read has three

@@ -1,12 +1,16 @@
 """Attention over rows that lie on several devices gives what attention over whole rows gives."""
 
+import math
+import re
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llm_jax.ops.attention import Declined, Mask, Scores, Sparse, attention
-from llm_jax.ops.ring import zigzag_order
+from llm_jax.ops.ring import Ring, parts_of, zigzag_order
 from llm_jax.sharding import MeshConfig, make_mesh
 
 B, L, K, G, H = 2, 16, 4, 2, 8
@@ -32,13 +36,17 @@ def inputs() -> list[jax.Array]:
     ]
 
 
-def output_and_gradients(name: str, mask: Mask, scores: Scores, arrays: list[jax.Array]) -> list[jax.Array]:
+def run_of(name: str, scores: Scores) -> Any:
     @jax.jit
     def run(mask: Mask, q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> list[jax.Array]:
         out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, mask, scores, implementation=name), q, k, v)
         return [out, *pull(g)]
 
-    return run(mask, *arrays)
+    return run
+
+
+def output_and_gradients(name: str, mask: Mask, scores: Scores, arrays: list[jax.Array]) -> list[jax.Array]:
+    return run_of(name, scores)(mask, *arrays)
 
 
 def split(name: str, case: str, mesh: MeshConfig = EVERY) -> list[np.ndarray]:
@@ -77,3 +85,70 @@ def test_every_form_gives_what_whole_rows_give_under_every_mask(name: str, case:
             split(name, case, mesh)
     else:
         check(name, case, mesh)
+
+
+def around(parts: np.ndarray, mask: Mask) -> Ring:
+    return Ring(parts, L // parts.size, mask.view(L, L, L // parts.size, L // parts.size), Scores())
+
+
+def meetings(ring: Ring) -> list[list[int]]:
+    """How many pairs of parts each device attends to, at each step."""
+    held = [np.roll(ring.parts, step, axis=0) for step in range(ring.devices)]
+    return [
+        [int(ring.view[np.ix_(mine, other)].sum()) for mine, other in zip(ring.parts, x, strict=True)] for x in held
+    ]
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_the_zigzag_gives_every_device_the_same_work_at_every_step(devices: int):
+    assert meetings(around(parts_of(devices, 2), Mask())) == [[3] * devices] + [[2] * devices] * (devices - 1)
+    plain = np.sum(meetings(around(parts_of(devices, 1), Mask())), axis=0)
+    assert plain.tolist() == list(range(1, devices + 1))
+
+
+def test_in_the_zigzag_every_token_stands_once():
+    assert zigzag_order(16, 4).tolist() == [0, 1, 14, 15, 2, 3, 12, 13, 4, 5, 10, 11, 6, 7, 8, 9]
+
+
+def test_keys_that_nobody_sees_are_not_sent():
+    assert around(parts_of(8, 1), Mask()).steps == 8
+    assert around(parts_of(8, 1), Mask(window=3)).steps == 2
+    assert around(parts_of(8, 1), Mask(window=4)).steps == 3
+    assert around(parts_of(8, 1), Mask(window=3, sinks=1)).steps == 8
+
+
+def test_a_mesh_without_context_takes_a_name_of_the_ring_for_none():
+    for name in ("ring", "zigzag", "ulysses"):
+        for mine, theirs in zip(
+            output_and_gradients(name, Mask(), Scores(), inputs()),
+            output_and_gradients("reference", Mask(), Scores(), inputs()),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+def test_rows_of_a_cache_and_rows_that_do_not_divide_are_declined():
+    q, k, v, _ = inputs()
+    with jax.set_mesh(make_mesh(EVERY)):
+        with pytest.raises(Declined, match="ring is for training, and attends to no cache; generate on a mesh"):
+            attention(q, k, v, Mask(kv_length=jnp.array([L, L])))
+        with pytest.raises(Declined, match="zigzag cuts rows into 8 parts, got 12 tokens; use a multiple of that"):
+            attention(q[:, :12], k[:, :12], v[:, :12], Mask(), implementation="zigzag")
+        with pytest.raises(Declined, match=r"chunked takes whole rows, .* use one of ring"):
+            attention(q, k, v, Mask(), implementation="chunked")
+
+
+@pytest.mark.parametrize("name", ["zigzag", "ulysses"])
+def test_as_many_numbers_are_sent_as_the_page_says(name: str):
+    mesh = MeshConfig(data=2, context=2, tensor=2) if name == "ulysses" else EVERY
+    n, rows = mesh.context, B // mesh.data
+    share = rows * (L // n) * (K // mesh.tensor) * H  # of the keys on a device
+    with jax.set_mesh(make_mesh(mesh)):
+        text = run_of(name, Scores()).lower(Mask(), *inputs()).compile().as_text()
+    sent = 0
+    for shapes, kind in re.findall(r" = (.*?) (collective-permute|all-to-all)\(", text):
+        numbers = sum(math.prod(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", shapes))
+        sent += numbers if kind == "collective-permute" else numbers * (n - 1) // n
+    # The backward pass finds the keys that the forward pass sent, where no scan over layers lies between.
+    around, home = (n - 1) * 2 * share, n * 2 * share
+    assert sent == (2 * (2 + 2 * G) * share * (n - 1) // n if name == "ulysses" else around + home)

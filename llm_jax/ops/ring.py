@@ -66,7 +66,7 @@ class Ring:
 
     def pairs(self, step: int) -> list[tuple[int, int]]:
         """Which own part any device attends with to which part of what it holds at a step."""
-        theirs = np.roll(self.parts, -step, axis=0)
+        theirs = np.roll(self.parts, step, axis=0)
         number = range(self.parts.shape[1])
         return [(i, j) for i in number for j in number if self.view[self.parts[:, i], theirs[:, j]].any()]
 
@@ -85,7 +85,7 @@ class Ring:
     def visits(self, step: int) -> list[tuple[int, int, Array, tuple[Array, Array]]]:
         """For each of `pairs`: whether this device sees anything there, and where its queries and keys begin."""
         me, parts, view = jax.lax.axis_index(AXIS), jnp.asarray(self.parts), jnp.asarray(self.view)
-        other, found = (me + step) % self.devices, []
+        other, found = (me - step) % self.devices, []
         for i, j in self.pairs(step):
             row, column = parts[me, i], parts[other, j]
             found.append((i, j, view[row, column], (row * self.size, column * self.size)))
@@ -96,8 +96,8 @@ class Ring:
         return jnp.split(x, self.parts.shape[1], axis=axis)
 
     def passed_on(self, x: Array, by: int = 1) -> Array:
-        """What the device `by` places on holds."""
-        places = [((i + by) % self.devices, i) for i in range(self.devices)]
+        """What the device `by` places before holds: those behind a window are never met."""
+        places = [(i, (i + by) % self.devices) for i in range(self.devices)]
         return jax.lax.ppermute(x, AXIS, places) if by % self.devices else x
 
 
