@@ -11,6 +11,7 @@ import pytest
 from llm_jax import tree
 from llm_jax.data.loader import Batch, Loader
 from llm_jax.ops.experts import Experts
+from llm_jax.sharding import MeshConfig
 from llm_jax.train.diagnose import diagnose
 from llm_jax.train.loop import open_data
 from llm_jax.train.program import Program
@@ -91,3 +92,10 @@ def test_a_poisoned_row_of_the_embedding_is_found_though_few_rows_of_the_batch_h
     params = planted(state.params, {"embedding/table": (token, jnp.inf)})
     params |= {"unembedding": state.params["embedding"]}
     assert diagnose(program, params, batch, 0) == FORWARD + "embed"
+
+
+@pytest.mark.slow
+def test_in_rows_that_devices_share_the_layer_is_found_too(config: RunConfig, batch: Batch):
+    program = Program.on(dataclasses.replace(config, mesh=MeshConfig(data=2, context=2, tensor=2)))
+    params = planted(program.init().params, {"layers/attention/w_k": ((1, 0, 0, 0), float("nan"))})
+    assert diagnose(program, params, batch, 0) == f"{FORWARD}k of layer 1"

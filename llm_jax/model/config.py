@@ -71,7 +71,7 @@ class AttentionConfig:
       scale: of the scores; None: `H**-0.5`.
       softcap: of the scores.
       convolution: tokens that the short convolution of `delta` layers spans.
-      implementation: one of `ops/attention.py`. None: the fastest that accepts.
+      implementation: one of `ops/attention.py`. None: the fastest that accepts; `zigzag` where devices share a row.
     """
 
     window: int | None = None
