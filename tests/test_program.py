@@ -11,6 +11,7 @@ import pytest
 from tiny_run import tiny
 
 from llm_jax import tree
+from llm_jax.config import override
 from llm_jax.data.loader import Batch, Loader
 from llm_jax.ops.experts import Experts
 from llm_jax.sharding import MeshConfig, make_mesh
@@ -136,3 +137,19 @@ def test_scoring_in_microbatches_gives_every_row_its_own_losses(config: RunConfi
     found, expected = parts.score(params, batches[0]), whole.score(params, batches[0])
     np.testing.assert_allclose(found.nll, expected.nll, atol=1e-5)
     np.testing.assert_array_equal(found.likeliest, expected.likeliest)
+
+
+@pytest.mark.parametrize("packing", ["documents", "windows"])
+def test_the_abstract_batch_is_what_the_loader_gives(config: RunConfig, packing: str):
+    changed = override(config, [f"data.packing={packing}"])
+    given = Program.on(changed).put(Loader(open_data(changed, print).split("train"), changed.data).batch(0))
+    abstract = Program.on(changed).abstract_batch
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), given) == jax.tree.map(
+        lambda x: (x.shape, x.dtype, x.sharding), abstract
+    )
+
+
+def test_a_step_lowered_for_devices_that_are_given_lies_on_these(config: RunConfig):
+    program = Program.on(dataclasses.replace(config, mesh=FSDP_TENSOR), jax.devices()[::-1])
+    assert program.mesh.devices.flat[0] == jax.devices()[7]
+    assert 'sdy.mesh @mesh = <["pipeline"=1, "data"=1, "fsdp"=4, "tensor"=2]' in program.lowered().as_text()

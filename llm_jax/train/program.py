@@ -6,10 +6,12 @@ a run, a restore onto another mesh, and the study of a model far larger than thi
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -43,9 +45,9 @@ class Program:
     mesh: Mesh
 
     @classmethod
-    def on(cls, config: RunConfig) -> "Program":
-        """The program on all devices there are. Raises `ValueError` where rows don't divide over them."""
-        mesh, size, accumulate = make_mesh(config.mesh), config.data.batch_size, config.accumulate
+    def on(cls, config: RunConfig, devices: Sequence[Any] | None = None) -> "Program":
+        """The program on `devices`, by default all there are. Raises `ValueError` where rows don't divide over them."""
+        mesh, size, accumulate = make_mesh(config.mesh, devices), config.data.batch_size, config.accumulate
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
         rows, least = size // accumulate, shards * accumulate
         if size % least:
@@ -85,6 +87,22 @@ class Program:
             shardings(shapes, self.mesh),
         )
 
+    @functools.cached_property
+    def abstract_batch(self) -> Batch:
+        """Shape, dtype and sharding of what the loader gives, rows of all processes together."""
+        data = self.config.data
+        shape, rows = (data.batch_size, data.seq_len), batch_sharding(self.mesh)
+        ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
+        apart = data.packing == "documents" or data.end_of_text
+        seen = jax.ShapeDtypeStruct(shape, bool, sharding=rows)
+        return Batch(
+            tokens=ids,
+            targets=ids,
+            segments=ids if apart else None,
+            positions=ids if apart else None,
+            prefix=seen if data.task is not None and data.task.kind == "translate" else None,
+        )
+
     def init(self) -> TrainState:
         """A fresh state, every leaf made where it belongs."""
         make = jax.jit(functools.partial(init_state, self.model, self._optimizer), out_shardings=self._layout)
@@ -94,6 +112,12 @@ class Program:
         """One optimizer step; `state` is donated. Compiles once, and says so by an error if it ever would again."""
         with jax.set_mesh(self.mesh):
             return self._train_step(state, self.put(batch))
+
+    def lowered(self) -> jax.stages.Lowered:
+        """The train step before it is compiled, from shapes alone: the devices of the mesh need not be there."""
+        state, batch = self.abstract_state, self.abstract_batch  # made on devices that are there, so before the mesh
+        with jax.set_mesh(self.mesh):
+            return self._train_step.lower(state, batch)
 
     def score(self, params: PyTree, batch: Batch) -> Scored:
         """How well every target of `batch`, all rows of it, is predicted; arrays of NumPy, the same in each process."""

@@ -1,0 +1,32 @@
+"""Llama 2 7B (arXiv:2307.09288, table 1 and its released config) for a slice of 16 TPU v5e.
+
+    llm-jax plan llama2_7b --topology v5e:4x4
+
+Not trained here: `plan` compiles it, and docs/plan.md reads the result.
+"""
+
+from llm_jax.data.loader import DataConfig
+from llm_jax.model.config import ModelConfig
+from llm_jax.sharding import MeshConfig
+from llm_jax.train.optimizer import OptimizerConfig
+from llm_jax.train.run import RunConfig
+from llm_jax.train.step import LossConfig
+
+config = RunConfig(
+    model=ModelConfig(
+        vocab_size=32_000,
+        d_model=4096,
+        n_layers=32,
+        n_heads=32,
+        d_ff=11_008,
+        max_seq_len=2048,
+        tied=False,
+        dtype="bfloat16",
+        remat="full",
+    ),
+    data=DataConfig(uri="shards", tokenizer="train:32000", seq_len=2048, batch_size=16),
+    optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=2000),
+    loss=LossConfig(chunk=512),
+    mesh=MeshConfig(data=1, fsdp=-1),
+    steps=100_000,
+)
