@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llm_jax import tree as trees
@@ -139,17 +140,27 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(letters, ACTIVATION_AXES)))
 
 
-def on_each_device(function: Callable[..., jax.Array], letters: str, *arrays: Any) -> jax.Array:
+def on_each_device(function: Callable[..., Any], letters: str, *arrays: Any, rows_only: bool = False) -> Any:
     """`function` of each device's own part of the arrays: of its rows, its heads, its share of a width.
 
-    For what the compiler can't split by itself. `letters` are those of the arrays, then those of the result; what no
-    letter splits is whole on every device. Sums over parts are the function's own affair: see `summed`.
+    For what the compiler can't split by itself, or sends too much for. `letters` are those of the arrays, then those of
+    the result; what no letter splits is whole on every device. `*VD` is a parameter, split as such: see `gathered`.
+    Sums over parts are the function's own affair: see `summed`. With `rows_only` each device has its own rows, and
+    what else is split is left to the compiler.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    free = set(mesh.axis_names) - by_hand()
-    if mesh.size == 1 or not free:
+    free = set(ACTIVATION_AXES["B"] or () if rows_only else mesh.axis_names) - by_hand()
+    if mesh.empty or mesh.size == 1 or not free:
         return function(*arrays)
-    *specs, out = (spec(word, ACTIVATION_AXES) for word in letters.split())
+
+    def part(word: str) -> PartitionSpec:
+        axes = PARAMETER_AXES if word.startswith("*") else ACTIVATION_AXES
+        along = (axes.get(letter) or () for letter in word.removeprefix("*"))
+        return PartitionSpec(
+            *(tuple(x for x in ((a,) if isinstance(a, str) else a) if x in free) or None for a in along)
+        )
+
+    *specs, out = map(part, letters.split())
     return jax.shard_map(function, in_specs=tuple(specs), out_specs=out, axis_names=free, check_vma=False)(*arrays)
 
 
@@ -162,3 +173,17 @@ def by_hand() -> set[str]:
 def summed(x: jax.Array, axis: str) -> jax.Array:
     """The sum over a mesh axis, inside `on_each_device`; elsewhere there is one part, `x`."""
     return jax.lax.psum(x, axis) if axis in by_hand() else x
+
+
+def gathered(x: jax.Array, letters: str) -> jax.Array:
+    """The whole of a parameter of which each device inside `on_each_device` has a part, and its gradient parted.
+
+    Parts are laid one after the other before they are joined: a TPU adds up and parts along the first axis only, and
+    along another would send the whole sum to all.
+    """
+    for place, letter in enumerate(letters):
+        axis = PARAMETER_AXES.get(letter)
+        if axis in by_hand():
+            parts = jnp.moveaxis(jax.lax.all_gather(x, axis), 0, place)
+            x = parts.reshape(*x.shape[:place], -1, *x.shape[place + 1 :])
+    return x

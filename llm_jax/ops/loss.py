@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llm_jax.ops.attention import soft_cap
+from llm_jax.ops.gradient import in_turn
+from llm_jax.sharding import gathered, on_each_device
 
 IGNORE = -1  # a target that counts for nothing: padding, or the last token of a document
 
@@ -64,20 +66,31 @@ def chunked_cross_entropy(
 ) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
     """The same of `unembed(hidden, table, softcap)`, with the logits of only `B * chunk` tokens in memory at a time.
 
-    The backward pass computes each chunk's logits again. Raises `ValueError` unless `chunk` divides L.
+    The backward pass computes each chunk's logits again. Each device goes through the chunks of its own rows: the table
+    is gathered before the first and its gradient added up after the last, once, where the compiler by itself would do
+    both with every chunk. Raises `ValueError` unless `chunk` divides L.
     """
-    B, L, D = hidden.shape
+    L, D = hidden.shape[1:]
     if L % chunk:
         raise ValueError(f"loss.chunk={chunk} does not divide the row length L={L}; use a divisor of {L}")
 
-    # The table's gradient is a sum over chunks: in float32, or it would lose digits with every chunk.
-    wide = table.astype(jnp.float32)
+    def in_chunks(hidden: Array, table: Array, targets: Array) -> tuple[Array, Array]:
+        # The table's gradient is a sum over chunks: in float32, or it would lose digits with every chunk.
+        wide = gathered(table, "VD").astype(jnp.float32)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def one(_: None, part: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
-        x, y = part
-        return None, cross_entropy(unembed(x, wide.astype(table.dtype), softcap), y, **terms)
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def one(_: None, part: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
+            x, y = part
+            return None, cross_entropy(unembed(x, wide.astype(table.dtype), softcap), y, **terms)
 
-    parts = (hidden.reshape(B, -1, chunk, D).swapaxes(0, 1), targets.reshape(B, -1, chunk).swapaxes(0, 1))
-    _, (loss, nll) = jax.lax.scan(one, None, parts)
-    return loss.swapaxes(0, 1).reshape(B, L), nll.swapaxes(0, 1).reshape(B, L)
+        parts = (
+            hidden.reshape(-1, L // chunk, chunk, D).swapaxes(0, 1),
+            targets.reshape(-1, L // chunk, chunk).swapaxes(0, 1),
+        )
+        _, (loss, nll) = jax.lax.scan(one, None, parts)
+        return loss.swapaxes(0, 1).reshape(-1, L), nll.swapaxes(0, 1).reshape(-1, L)
+
+    # Backward, the table's gradient is parted before that of `hidden` goes on: whole it is as large as many layers.
+    hidden, table = jax.lax.optimization_barrier((hidden, table))
+    loss, nll = on_each_device(in_chunks, "BLD *VD BL BL", hidden, table, targets, rows_only=True)
+    return in_turn(loss), nll

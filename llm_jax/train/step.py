@@ -68,7 +68,8 @@ def cast(params: PyTree, dtype: Any) -> PyTree:
 
     Done once, before anything is gathered from other devices.
     """
-    return trees.map_with_path(lambda path, x: x if re.search(DELICATE, path) else x.astype(dtype), params)
+    with jax.named_scope("cast"):
+        return trees.map_with_path(lambda path, x: x if re.search(DELICATE, path) else x.astype(dtype), params)
 
 
 @struct.dataclass
@@ -108,10 +109,13 @@ def losses_of(
 ) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
     """Loss and negative log-likelihood of every target; without `logits`, which are then made chunk by chunk."""
     terms = {"z_loss": config.z_loss, "label_smoothing": config.label_smoothing}
-    if logits is not None:
-        return cross_entropy(logits, targets, **terms)
-    assert config.chunk is not None
-    return chunked_cross_entropy(hidden, head_table(model, params), targets, config.chunk, model.logit_softcap, **terms)
+    with jax.named_scope("loss"):
+        if logits is not None:
+            return cross_entropy(logits, targets, **terms)
+        assert config.chunk is not None
+        return chunked_cross_entropy(
+            hidden, head_table(model, params), targets, config.chunk, model.logit_softcap, **terms
+        )
 
 
 @struct.dataclass
@@ -185,18 +189,20 @@ def make_train_step(
         (loss, sums), gradients = gradient(state.params, batch, key)
         load = sums.pop(LOAD, None)
         targets = jnp.maximum((batch.targets != IGNORE).sum(), 1)
-        loss, sums, gradients = jax.tree.map(lambda x: x / targets.astype(x.dtype), (loss, sums, gradients))
+        each = 1 / targets.astype(jnp.float32)  # a product is computed where it is read, a quotient kept
+        loss, sums, gradients = jax.tree.map(lambda x: x * each.astype(x.dtype), (loss, sums, gradients))
         tokens = targets if batch.segments is None else (batch.segments != 0).sum()  # what was read, asked or not
         norm = optax.tree.norm(gradients)
         rate = schedule(state.step)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
-        def update(state: TrainState) -> tuple[PyTree, PyTree]:
-            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, optax.tree.scale(rate, updates))
-            return params if rebalance is None or load is None else rebalance(params, load), opt_state
-
-        params, opt_state = jax.lax.cond(finite, update, lambda s: (s.params, s.opt_state), state)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, optax.tree.scale(rate, updates))
+        if rebalance is not None and load is not None:
+            params = rebalance(params, load)
+        # A choice of each number, not of a branch: a branch would want float32 gradients whole in memory, before it.
+        old, new = (state.params, state.opt_state), (params, opt_state)
+        params, opt_state = jax.tree.map(functools.partial(jnp.where, finite), new, old)
         metrics = {"loss": loss, **sums, "grad_norm": norm, "learning_rate": rate}
         metrics |= {"tokens": tokens, "skipped": ~finite} | ({} if load is None else utilisation(load))
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
