@@ -334,7 +334,6 @@ class Buffer:
 
     @property
     def bytes(self) -> int:
-        """None in the memory of another kind: that of the chip itself, or the host's."""
         return 0 if re.search(r"S\([1-9]\)", self.array) else nbytes(self.array)
 
 
@@ -359,7 +358,7 @@ def _live(module: Module, computation: str) -> Counter[str]:
         made.append([buffer for buffer in values[x.name] if buffer not in last])
         last.update(dict.fromkeys([*values[x.name], *read], i))
     last.update(dict.fromkeys(values[module.root(computation).name], len(body)))
-    kept = {buffer for x in body if x.opcode == "parameter" or x.root for buffer in values[x.name]}
+    kept = {buffer for x in body if x.opcode in ("parameter", "constant") or x.root for buffer in values[x.name]}
 
     now: dict[Buffer, None] = {}
     peak: Counter[str] = Counter()
@@ -387,7 +386,7 @@ def _live(module: Module, computation: str) -> Counter[str]:
 def _buffers(x: Instruction, named: Mapping[str, Instruction], values: Mapping[str, list[Buffer]]) -> list[Buffer]:
     """Where the arrays of what `x` gives are: those of its operands, or new ones."""
     given = [buffer for name in x.operands for buffer in values.get(name, [])]
-    if x.opcode in ("bitcast", "tuple", "opt-barrier", "while"):
+    if x.opcode in ("bitcast", "tuple", "opt-barrier", "while"):  # they rename what others have made
         return given
     if x.opcode == "get-tuple-element":
         sizes = [len(arrays(part)) for part in parts(named[x.operands[0]].shape)]

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llm_jax import tree as trees
@@ -176,14 +175,9 @@ def summed(x: jax.Array, axis: str) -> jax.Array:
 
 
 def gathered(x: jax.Array, letters: str) -> jax.Array:
-    """The whole of a parameter of which each device inside `on_each_device` has a part, and its gradient parted.
-
-    Parts are laid one after the other before they are joined: a TPU adds up and parts along the first axis only, and
-    along another would send the whole sum to all.
-    """
+    """The whole of a parameter of which each device inside `on_each_device` has a part, and its gradient parted."""
     for place, letter in enumerate(letters):
         axis = PARAMETER_AXES.get(letter)
         if axis in by_hand():
-            parts = jnp.moveaxis(jax.lax.all_gather(x, axis), 0, place)
-            x = parts.reshape(*x.shape[:place], -1, *x.shape[place + 1 :])
+            x = jax.lax.all_gather(x, axis, axis=place, tiled=True)
     return x
