@@ -237,7 +237,7 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
                 kind=kind,
                 axes=axes_of(group or [list(range(devices))], mesh, permuted=kind == "collective-permute"),
                 devices=devices,
-                sent=SENT[kind](devices) * put_in,
+                sent=float(SENT[kind](devices) * put_in),
                 count=visit.times,
                 overlapped=_overlapped(module, visit),
                 scope=x.attribute(r'op_name="([^"]*)"') or "",

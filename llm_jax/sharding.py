@@ -148,8 +148,10 @@ def on_each_device(function: Callable[..., Any], letters: str, *arrays: Any, row
     what else is split is left to the compiler.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    free = set(ACTIVATION_AXES["B"] or () if rows_only else mesh.axis_names) - by_hand()
-    if mesh.empty or mesh.size == 1 or not free:
+    free = set(mesh.axis_names) - by_hand()
+    if rows_only:
+        free = {axis for axis in free & set(ACTIVATION_AXES["B"] or ()) if mesh.shape[axis] > 1}
+    if mesh.size == 1 or not free:
         return function(*arrays)
 
     def part(word: str) -> PartitionSpec:
@@ -179,5 +181,5 @@ def gathered(x: jax.Array, letters: str) -> jax.Array:
     for place, letter in enumerate(letters):
         axis = PARAMETER_AXES.get(letter)
         if axis in by_hand():
-            x = jax.lax.all_gather(x, axis, axis=place, tiled=True)
-    return x
+            x = jax.lax.all_gather(constrain(x, letters), axis, axis=place, tiled=True)
+    return constrain(x, letters)
