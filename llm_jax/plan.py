@@ -229,7 +229,7 @@ def flops_a_token(config: RunConfig) -> dict[str, float]:
     head = 6 * math.prod(shapes(c)[c.head]["table"].shape)
     again = (model - head) / 3 * (c.remat not in ("none", "dots")) + head / 3 * (config.loss.chunk is not None)
     again += model / 3 * (config.mesh.pipeline != 1)
-    return {"model": model, "with recomputation": model + again}
+    return {"model": float(model), "with recomputation": float(model + again)}
 
 
 def memory_bytes(config: RunConfig, program: Program) -> float:

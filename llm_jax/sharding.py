@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llm_jax import tree as trees
@@ -69,18 +70,30 @@ class MeshConfig:
             raise ValueError(f"mesh sizes are positive, and at most one is -1 (what is left); got {self}")
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all `devices` (default: every device of every process), axes `pipeline, data, fsdp, tensor`."""
-    devices = jax.devices() if devices is None else devices
+def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
+    """The axes of the mesh in their order, and the devices along each. Raises `ValueError` where they don't fit."""
     sizes = dataclasses.asdict(config)
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if len(devices) % fixed or (-1 not in sizes.values() and len(devices) != fixed):
+    if devices % fixed or (-1 not in sizes.values() and devices != fixed):
         raise ValueError(
             f"mesh {sizes} takes {'a multiple of ' * (-1 in sizes.values())}{fixed} devices, but there are "
-            f"{len(devices)}; choose sizes whose product divides {len(devices)}, and -1 for what is left"
+            f"{devices}; choose sizes whose product divides {devices}, and -1 for what is left"
         )
-    sizes = {axis: len(devices) // fixed if size == -1 else size for axis, size in sizes.items()}
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+    return {axis: devices // fixed if size == -1 else size for axis, size in sizes.items()}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over all `devices` (default: every device of every process), axes `pipeline, data, fsdp, tensor`.
+
+    Of several slices of a TPU the first axes, which send least, lead from one to the other.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(config, len(devices))
+    kinds = (AxisType.Auto,) * len(sizes)
+    if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+        by_slice = sorted(devices, key=lambda device: device.slice_index)
+        return Mesh(np.array(by_slice).reshape(tuple(sizes.values())), tuple(sizes), axis_types=kinds)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices)
 
 
 def spec(letters: str, axes: Mapping[str, Axes]) -> PartitionSpec:

@@ -217,11 +217,20 @@ def plan(args: Namespace) -> None:
     from rich.console import Console
 
     from llm_jax import plan as plans
+    from llm_jax import search
 
-    found = plans.plan(_config(args), topology, args.price)
-    Console(width=None if sys.stdout.isatty() else 120).print(plans.render(found))
+    config, console = _config(args), Console(width=None if sys.stdout.isatty() else 120)
+    searched = search.search(config, topology, args.compiles, args.price, report=_say) if args.search else None
+    found = plans.plan(config, topology, args.price) if searched is None else searched.tried[0].plan
+    if found is not None:
+        console.print(plans.render(found))
+    if searched is not None:
+        console.print(search.render(searched))
     if args.json:
-        write_whole(Path(args.json), json.dumps(plans.as_json(found), indent=2) + "\n")
+        written = ({} if found is None else plans.as_json(found)) | (
+            {} if searched is None else search.as_json(searched)
+        )
+        write_whole(Path(args.json), json.dumps(written, indent=2) + "\n")
 
 
 def _config(args: Namespace) -> "RunConfig":
