@@ -22,7 +22,7 @@ from jaxtyping import PyTree
 from rich.console import Group
 from rich.text import Text
 
-from llm_jax import hlo
+from llm_jax import buffers, hlo
 from llm_jax import tree as trees
 from llm_jax.model.count import flops_per_token, shapes
 from llm_jax.show import columns, metric, shares, title
@@ -41,13 +41,15 @@ class Figures:
 
     Attributes:
       arguments: bytes of the state and the batch; the new state takes the place of the old.
-      temporary: bytes of all else.
-      peak: of both together, at the moment when they are most.
+      temporary: bytes set apart for all else, gaps between arrays included.
+      needed: bytes set apart in all, which have to fit.
+      peak: bytes in use at the moment when they are most; on a CPU not known, and `needed`.
       text: of the scheduled program; empty where it was too large to be finished.
     """
 
     arguments: int
     temporary: int
+    needed: int
     peak: int
     text: str
 
@@ -85,6 +87,7 @@ class Plan:
     tokens: int
     fits: bool
     limit: int
+    needed: int
     peak: int
     arguments: int
     temporary: int
@@ -144,17 +147,21 @@ def _compiled(lowered: jax.stages.Lowered, arguments: int) -> Figures:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = re.search(r"HLO temporaries \(([\d.]+)([KMGT]?)\)|Used ([\d.]+)([KMGT]?) of", str(error))
+        found = re.search(r"HLO temporaries \(([\d.]+)([KMGT]?)\)|Used ([\d.]+)([KMGT]?) of", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) and "Oom" not in str(error):
             raise
-        amount, unit = [x for x in (needed.groups() if needed else ("inf", "")) if x is not None]
-        peak = int(float(amount) * 2 ** (10 * " KMGT".index(unit or " ")))
-        return Figures(arguments, peak - arguments, peak, "")
+        if found is None:
+            raise
+        amount, unit = [x for x in found.groups() if x is not None]
+        needed = int(float(amount) * 2 ** (10 * " KMGT".index(unit or " ")))
+        return Figures(arguments, needed - arguments, needed, needed, "")
     memory = compiled.memory_analysis()
     assert memory is not None
-    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + new
-    return Figures(memory.argument_size_in_bytes, memory.temp_size_in_bytes, peak, compiled.as_text() or "")
+    given, new = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
+    needed = given + memory.temp_size_in_bytes + new
+    peak = getattr(memory, "peak_memory_in_bytes", 0)
+    peak = peak if given < peak < needed else needed
+    return Figures(given, memory.temp_size_in_bytes, needed, peak, compiled.as_text() or "")
 
 
 def bytes_here(tree: PyTree) -> int:
@@ -180,15 +187,16 @@ def plan(config: RunConfig, topology: Topology, price: float | None = None, fold
         mesh={axis: size for axis, size in mesh.items() if size > 1},
         rows=rows,
         tokens=tokens,
-        fits=bool(found.text) and found.peak <= topology.chip.memory,
+        fits=bool(found.text) and found.needed <= topology.chip.memory,
         limit=int(topology.chip.memory),
+        needed=found.needed,
         peak=found.peak,
         arguments=found.arguments,
         temporary=found.temporary,
         parameters={path: bytes_here(leaf) for path, leaf in trees.leaves(state.params).items()},
         optimizer=bytes_here(state.opt_state),
         gradients=bytes_here(state.params) * jax.numpy.dtype(config.model.dtype).itemsize // 4,
-        temporaries=dict(places(hlo.live(module)).most_common()) if module else {},
+        temporaries=dict(places(buffers.live(module)).most_common()) if module else {},
         traffic=traffic,
         flops=flops,
         seconds={
@@ -271,7 +279,7 @@ def as_json(p: Plan) -> dict[str, Any]:
 def render(p: Plan) -> Group:
     """The plan for a `rich` console."""
     gb = functools.partial(metric, unit="B")
-    spare = p.limit - p.peak
+    spare = p.limit - p.needed
     verdict = f"fits, with {gb(spare)} to spare" if p.fits else f"does not fit, by {gb(-spare)}"
     mesh = ", ".join(f"{axis} {size}" for axis, size in p.mesh.items()) or "one device"
     memory = {"weights": sum(p.parameters.values()), "optimizer": p.optimizer}
@@ -281,7 +289,7 @@ def render(p: Plan) -> Group:
     pages = [
         Text(f"{p.topology}: {verdict}", style="bold green" if p.fits else "bold red"),
         Text(f"{p.devices} devices ({mesh}), {p.rows} rows, {p.tokens:,} tokens a step; all below is of one device"),
-        title(f"Memory: {gb(p.peak)} at the peak, of {gb(p.limit)}"),
+        title(f"Memory: {gb(p.needed)} set apart of {gb(p.limit)}, {gb(p.peak)} in use at the peak"),
         shares(memory | {"temporary": p.temporary}, gb),
         Text("weights, by path", style="dim"),
         shares(largest | {"others": rest}, gb),

@@ -187,15 +187,15 @@ def kept_a_row(config: RunConfig) -> int:
 def render(found: Found) -> Group:
     """What was tried, and what came of it, for a `rich` console."""
     table = columns("", "right", "right", "right", "dim")
-    table.add_row("changes", "peak", "step at best", "tokens a day", "", style="dim")
+    table.add_row("changes", "memory", "step at best", "tokens a day", "", style="dim")
     for one in found.tried:
         if one.plan is None:
             table.add_row(one.name, "", "", "", f"refused: {one.reason[:60]}")
             continue
         p = one.plan
-        verdict = "fits" if p.fits else f"too large by {metric(p.peak - p.limit, 'B')}"
+        verdict = "fits" if p.fits else f"too large by {metric(p.needed - p.limit, 'B')}"
         step = f"{p.step_seconds * 1e3:,.0f} ms"
-        table.add_row(one.name, metric(p.peak, "B"), step, metric(p.tokens_per_day, ""), verdict)
+        table.add_row(one.name, metric(p.needed, "B"), step, metric(p.tokens_per_day, ""), verdict)
     ends = [Text(f"{len(found.tried)} of {found.considered} choices compiled, in the order of arithmetic", "dim")]
     if found.fastest is None or found.smallest is None:
         ends.append(Text("nothing that was compiled fits; allow more --compiles, or take more chips", "bold red"))
@@ -212,7 +212,7 @@ def as_json(found: Found) -> dict[str, Any]:
         {
             "changes": list(one.choice.changes),
             "fits": one.fits,
-            "peak": one.plan and one.plan.peak,
+            "needed": one.plan and one.plan.needed,
             "step_seconds": one.plan and one.plan.step_seconds,
             "tokens_per_day": one.plan and one.plan.tokens_per_day,
             "refused": one.reason or None,

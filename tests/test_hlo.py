@@ -2,7 +2,7 @@
 
 import pytest
 
-from llm_jax import hlo
+from llm_jax import buffers, hlo
 
 # Of a TPU: a windowed product whose loop is unrolled by two, and counts in a u32 from 0 to 8.
 WINDOWED = """\
@@ -149,12 +149,12 @@ def test_temporaries_are_counted_while_something_still_reads_them():
         '%near = f32[4096]{0:S(1)} broadcast(%c), metadata={op_name="on the chip"}',
         "ROOT %d = f32[256]{0} add(%c, %x)",
     )
-    assert hlo.live(module) == {"a": 2048, "b": 512}
+    assert buffers.live(module) == {"a": 2048, "b": 512}
 
 
 def test_a_loop_works_in_place_and_a_result_is_not_temporary():
     received = beside = 8 * 128 * 2
-    assert hlo.live(hlo.parse(WINDOWED)).total() == received + beside
+    assert buffers.live(hlo.parse(WINDOWED)).total() == received + beside
 
 
 def test_what_is_no_program_is_an_error_that_shows_it():

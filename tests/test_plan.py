@@ -133,7 +133,7 @@ def test_a_search_compiles_within_its_budget_and_names_the_fastest_that_fits(con
 
 def test_of_a_run_that_does_not_fit_a_search_finds_the_smallest_change_that_makes_it(config, folder, monkeypatch):
     whole = plan(config, CPU, folder=folder)
-    tight = dataclasses.replace(CPU.chip, memory=whole.peak - 1)
+    tight = dataclasses.replace(CPU.chip, memory=whole.needed - 1)
     monkeypatch.setitem(topologies.CHIPS, "cpu", tight)
     found = search.search(config, CPU, 3, folder=folder, report=lambda _: None)
     assert not found.tried[0].fits
