@@ -137,6 +137,8 @@ class Topology:
         options: dict[str, Any] = {} if self.slices == 1 else {"num_slices": self.slices}
         if self.kind == "v4":
             options["chip_config_name"] = "megacore"  # both cores of a chip as one device
+        if min(self.shape[:2]) < 2:  # a host has 2 x 2 chips unless it is said that it has fewer
+            options["chips_per_host_bounds"] = [*(min(2, size) for size in self.shape[:2]), 1]
         return topologies.get_topology_desc(f"{self.kind}:{shape}", platform="tpu", **options).devices
 
 

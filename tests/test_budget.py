@@ -25,7 +25,7 @@ CONFIG = RunConfig(
     model=ModelConfig(
         vocab_size=256,
         d_model=32,
-        n_layers=3,
+        n_layers=4,
         n_heads=4,
         n_kv_heads=2,
         d_ff=48,
@@ -38,7 +38,8 @@ CONFIG = RunConfig(
     optimizer=OptimizerConfig(warmup_steps=2),
     prompts=(),
 )
-B, L, D, N, V = 16, 64, 32, 3, 256
+B, L, D, N, V = 16, 64, 32, 4, 256
+M = 4  # microbatches of a pipeline
 FLOAT, ID = 4, 4  # bytes of a number, and of a token
 SCALARS = 512  # bytes: loss, counts and norms are sums of single numbers, and so is what tells of a stray one
 
@@ -48,7 +49,8 @@ Budget = dict[tuple[str, str], tuple[float, int | None]]
 
 def sent(**mesh: int) -> dict[tuple[str, str], tuple[int, float]]:
     """What the compiled step sends: times, and bytes of a device."""
-    config = dataclasses.replace(CONFIG, mesh=MeshConfig(**{"data": 1} | mesh))
+    accumulate = M if "pipeline" in mesh else 1
+    config = dataclasses.replace(CONFIG, mesh=MeshConfig(**{"data": 1} | mesh), accumulate=accumulate)
     program = Program.on(config, jax.devices()[: math.prod(mesh.values())])
     module = hlo.parse(program.lowered().compile().as_text())
     return hlo.totals(hlo.collectives(module, program.mesh.shape))
@@ -120,13 +122,30 @@ def tensor_budget(tensor: int) -> Budget:
     return {("all-reduce", "tensor"): (N * (2 + 1 + 3 + 2) * stream + 2 * stream + 5 * row, None)}
 
 
+def pipeline_budget(pipeline: int) -> Budget:
+    """A tick hands a microbatch of the stream to the next stage, one tick of backward its gradient to the stage before.
+
+    All stages embed, and read the head, each for its share of the tokens, which an all-to-all deals out: forward of
+    what the first stage begins, and of what the last one ends; backward the same. p - 1 ticks are forward alone, and as
+    many backward. Gradients of embedded tokens are gathered, those of embedding, head and last norm summed.
+    """
+    piece, part, alone = B // M * L * D * FLOAT, (pipeline - 1) / pipeline, pipeline - 1
+    return {
+        ("collective-permute", "pipeline"): ((2 * M + alone) * piece, 2 * M + alone),
+        ("all-to-all", "pipeline"): ((4 * M + 2 * alone) * part * piece, 4 * M + 2 * alone),
+        ("all-gather", "pipeline"): (M * part * piece, M),
+        ("all-reduce", "pipeline"): (whole(pipeline, 2 * V * D + D), None),
+    }
+
+
 @pytest.mark.parametrize(
     ("mesh", "budget"),
     [
-        ({"data": 8}, data_budget),
+        pytest.param({"data": 8}, data_budget, marks=pytest.mark.slow),
         ({"fsdp": 8}, fsdp_budget),
-        ({"data": 2, "fsdp": 4}, fsdp_budget),
+        pytest.param({"data": 2, "fsdp": 4}, fsdp_budget, marks=pytest.mark.slow),
         ({"tensor": 2}, tensor_budget),
+        pytest.param({"pipeline": 2}, pipeline_budget, marks=pytest.mark.slow),
     ],
     ids=str,
 )

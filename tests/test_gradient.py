@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.ops.gradient import add_bias, linear, lookup, over_tokens, settle
+from llm_jax.ops.gradient import add_bias, in_turn, linear, lookup, over_tokens, settle
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 3, 4)), jnp.float32)
 
@@ -76,3 +76,12 @@ def test_a_token_seen_often_gets_its_whole_gradient_in_bfloat16():
     ids = jnp.zeros((1, 1000), jnp.int32)
     gradient = jax.grad(lambda table: lookup(table, ids).sum())(jnp.zeros((2, 1), jnp.bfloat16))
     assert gradient.tolist() == [[1000], [0]]
+
+
+def test_a_gradient_in_turn_is_that_of_the_value_and_waits_for_it():
+    x = jnp.array([1.0, 2.0])
+    np.testing.assert_array_equal(jax.grad(lambda x: in_turn(x * x).sum())(x), 2 * x)
+    text = jax.jit(jax.grad(lambda x: in_turn(jnp.exp(x)).sum())).lower(x).as_text()
+    assert "stablehlo.subtract" in text  # of the value from itself
+    poisoned = jax.grad(lambda x: in_turn(x / 0).sum())(x)
+    assert not np.isfinite(poisoned).any()
