@@ -336,4 +336,4 @@ def _time(p: Plan) -> list[Any]:
 
 
 def _seconds(seconds: float) -> str:
-    return f"{seconds * 1e3:,.1f} ms"
+    return f"{seconds * 1e3:,.1f} ms" if seconds > 1e-4 else f"{seconds * 1e6:,.1f} us"
