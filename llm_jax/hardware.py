@@ -9,17 +9,19 @@ import time
 import jax
 import jax.numpy as jnp
 
+from llm_jax.topologies import CHIPS
+
 # bfloat16 FLOP/s of one JAX device, dense, from the makers' data sheets; matched by the start of `device_kind`.
 PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-    "TPU7x": 1153e12,  # a chip is two devices
+    "TPU v4": CHIPS["v4"].flops,
+    "TPU v5 lite": CHIPS["v5e"].flops,
+    "TPU v5e": CHIPS["v5e"].flops,
+    "TPU v5": CHIPS["v5p"].flops,
+    "TPU v6": CHIPS["v6e"].flops,
+    "TPU7x": CHIPS["tpu7x"].flops,
     "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
+    "NVIDIA H100": CHIPS["h100"].flops,
+    "NVIDIA H200": CHIPS["h100"].flops,
 }
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llm_jax import tree as trees
@@ -92,18 +93,30 @@ class MeshConfig:
             raise ValueError(f"mesh sizes are positive, and at most one is -1 (what is left); got {self}")
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all `devices` (default: every device of every process), axes as `MeshConfig` names them."""
-    devices = jax.devices() if devices is None else devices
+def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
+    """The axes of the mesh in their order, and the devices along each. Raises `ValueError` where they don't fit."""
     sizes = dataclasses.asdict(config)
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if len(devices) % fixed or (-1 not in sizes.values() and len(devices) != fixed):
+    if devices % fixed or (-1 not in sizes.values() and devices != fixed):
         raise ValueError(
             f"mesh {sizes} takes {'a multiple of ' * (-1 in sizes.values())}{fixed} devices, but there are "
-            f"{len(devices)}; choose sizes whose product divides {len(devices)}, and -1 for what is left"
+            f"{devices}; choose sizes whose product divides {devices}, and -1 for what is left"
         )
-    sizes = {axis: len(devices) // fixed if size == -1 else size for axis, size in sizes.items()}
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+    return {axis: devices // fixed if size == -1 else size for axis, size in sizes.items()}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over all `devices` (default: every device of every process), axes as `MeshConfig` names them.
+
+    Of several slices of a TPU the first axes, which send least, lead from one to the other.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(config, len(devices))
+    kinds = (AxisType.Auto,) * len(sizes)
+    if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+        by_slice = sorted(devices, key=lambda device: device.slice_index)
+        return Mesh(np.array(by_slice).reshape(tuple(sizes.values())), tuple(sizes), axis_types=kinds)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices)
 
 
 def spec(letters: str, axes: Mapping[str, Axes]) -> PartitionSpec:
@@ -185,18 +198,32 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
 
 
 def on_each_device(
-    function: Callable[..., jax.Array], letters: str, *arrays: Any, axes: Mapping[str, Axes] = ACTIVATION_AXES
-) -> jax.Array:
+    function: Callable[..., Any],
+    letters: str,
+    *arrays: Any,
+    axes: Mapping[str, Axes] = ACTIVATION_AXES,
+    rows_only: bool = False,
+) -> Any:
     """`function` of each device's own part of the arrays: of its rows, its heads, its share of a width.
 
-    For what the compiler can't split by itself. `letters` are those of the arrays, then those of the result; what no
-    letter splits is whole on every device. Sums over parts are the function's own affair: see `summed`.
+    For what the compiler can't split by itself, or sends too much for. `letters` are those of the arrays, then those of
+    the result; what no letter splits is whole on every device. `*VD` is a parameter, split as such: see `gathered`.
+    Sums over parts are the function's own affair: see `summed`. With `rows_only` each device has its own rows, and
+    what else is split is left to the compiler.
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = set(mesh.axis_names) - by_hand()
+    if rows_only:
+        free = {axis for axis in free & set(ROWS) if mesh.shape[axis] > 1}
     if mesh.size == 1 or not free:
         return function(*arrays)
-    *specs, out = (spec(word, axes) for word in letters.split())
+
+    def part(word: str) -> PartitionSpec:
+        table = PARAMETER_AXES if word.startswith("*") else axes
+        names = (_names(along) for along in spec(word.removeprefix("*"), table))
+        return PartitionSpec(*(tuple(axis for axis in some if axis in free) or None for some in names))
+
+    *specs, out = map(part, letters.split())
     return jax.shard_map(function, in_specs=tuple(specs), out_specs=out, axis_names=free, check_vma=False)(*arrays)
 
 
@@ -228,3 +255,12 @@ _summed.defvjp(lambda x, axis: (_summed(x, axis), None), lambda axis, _, g: (g *
 def size_of(axis: str) -> int:
     """Devices along a mesh axis over which the compiler splits arrays; 1 where there are none, or code does it."""
     return 1 if axis in by_hand() else jax.sharding.get_abstract_mesh().shape.get(axis, 1)
+
+
+def gathered(x: jax.Array, letters: str) -> jax.Array:
+    """The whole of a parameter of which each device inside `on_each_device` has a part, and its gradient parted."""
+    for place, letter in enumerate(letters):
+        axis = PARAMETER_AXES.get(letter)
+        if axis in by_hand():
+            x = jax.lax.all_gather(constrain(x, letters), axis, axis=place, tiled=True)
+    return constrain(x, letters)

@@ -234,23 +234,23 @@ WALKED = 3  # up to so many layers are walked through one by one
 def render(d: Description) -> Group:
     """The walk through the shapes, then what they cost, for a `rich` console."""
     legend = [Text.assemble((letter, "cyan"), f" {LETTERS[letter]} {n:,}") for letter, n in d.sizes.items()]
-    compute = _columns("", "right")
+    compute = columns("", "right")
     compute.add_row("a token, forward", metric(d.flops_per_token / 3, "FLOP"))
     compute.add_row("a token, training", metric(d.flops_per_token, "FLOP"))
     compute.add_row(f"a step, {d.tokens_per_step:,} tokens", metric(d.flops_per_token * d.tokens_per_step, "FLOP"))
     total = sum(d.parameters.values())
     met = "" if d.active_parameters == total else f"; a token meets {d.active_parameters:,}"
     return Group(
-        _title("Shapes of a microbatch"),
+        title("Shapes of a microbatch"),
         Columns(legend, padding=(0, 3)),
         Text(),
         walk(d),
         Text("attn_scores and pattern: whole only where a tap looks, or L is short", style="dim"),
-        _title(f"Parameters: {total:,}{met}"),
+        title(f"Parameters: {total:,}{met}"),
         shares(d.parameters, "{:,}".format),
-        _title("Compute"),
+        title("Compute"),
         compute,
-        _title("Memory, of all devices together"),
+        title("Memory, of all devices together"),
         shares(memory_in_words(d.memory), functools.partial(metric, unit="B")),
         Text("kept: all that jax.vjp of the loss holds on to; the compiler may do better or worse", style="dim"),
     )
@@ -258,7 +258,7 @@ def render(d: Description) -> Group:
 
 def walk(d: Description) -> Table:
     """A line for each activation: name, letters, sizes, dtype, words."""
-    table = _columns("bold", "cyan", "", "dim")
+    table = columns("bold", "cyan", "", "dim")
     table.add_column(style="dim")
     several = len({a.kind for a in d.activations if a.kind}) > 1
     for (kind, layers), group in itertools.groupby(d.activations, lambda a: (a.kind, a.layers)):
@@ -283,7 +283,7 @@ def spans(numbers: Sequence[int]) -> str:
 
 def shares(amounts: dict[str, int], shown: Callable[[int], str]) -> Table:
     """A line for each amount that is not 0, with its share of all, and the sum."""
-    table, total = _columns("", "right", "right"), sum(amounts.values())
+    table, total = columns("", "right", "right"), sum(amounts.values())
     for name, amount in (amounts | {"in all": total}).items():
         if amount:
             table.add_row(name, shown(amount), f"{amount / total:.1%}")
@@ -308,11 +308,11 @@ def metric(n: int | float, unit: str) -> str:
     return f"{float(mantissa) * 10 ** (int(exponent) % 3):.3g} {' kMGTPEZY'[thousands].strip()}{unit}"
 
 
-def _title(text: str) -> Text:
+def title(text: str) -> Text:
     return Text(f"\n{text}", style="bold")
 
 
-def _columns(*styles: str) -> Table:
+def columns(*styles: str) -> Table:
     """A table without lines; a column is of a style, or flush `right`."""
     table = Table.grid(padding=(0, 2, 0, 0))
     for style in styles:

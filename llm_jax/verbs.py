@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_jax.config import nearest, override
+from llm_jax.log import write_whole
 from llm_jax.recipes import recipe_docstring, recipes
 
 if TYPE_CHECKING:
@@ -198,6 +199,40 @@ def show(args: Namespace) -> None:
         _print_json(dataclasses.asdict(description))
     else:
         Console(width=None if sys.stdout.isatty() else 120).print(pages.render(description))
+
+
+def plan(args: Namespace) -> None:
+    """Compile the train step of CONFIG for accelerators that are not here, and say what it would be.
+
+    Whether it fits and where the memory goes, what is sent along which axis of the mesh, FLOPs, the time of a step at
+    published peak rates, and at a --price what it costs. --search tries what may be changed, each a compile.
+
+      llm-jax plan llama2_7b --topology v5e:4x4
+      llm-jax plan llama2_7b --topology v5p:2x2x1 data.batch_size=8 --price 4.2
+      llm-jax plan llama2_7b --topology v5e:4x4 data.batch_size=256 --search --compiles 6
+    """
+    from llm_jax import topologies
+
+    topology = topologies.parse(args.topology, args.slices)
+    topology.prepare()
+
+    from rich.console import Console
+
+    from llm_jax import plan as plans
+    from llm_jax import search
+
+    config, console = _config(args), Console(width=None if sys.stdout.isatty() else 120)
+    searched = search.search(config, topology, args.compiles, args.price, report=_say) if args.search else None
+    found = plans.plan(config, topology, args.price) if searched is None else searched.tried[0].plan
+    if found is not None:
+        console.print(plans.render(found))
+    if searched is not None:
+        console.print(search.render(searched))
+    if args.json:
+        written = ({} if found is None else plans.as_json(found)) | (
+            {} if searched is None else search.as_json(searched)
+        )
+        write_whole(Path(args.json), json.dumps(written, indent=2) + "\n")
 
 
 def _config(args: Namespace) -> "RunConfig":

@@ -14,12 +14,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     (r"__main__", 7),
     (r"cli|verbs", 6),
-    (r"show|terminal|trained|verify|compat", 5),
+    (r"show|plan|search|terminal|trained|verify|compat", 5),
     (r"train", 4),
     (r"infer", 3),
     (r"model", 2),
     (r"ops|data", 1),
-    (r"config|tree|sharding|processes|log|hardware|recipes|__\w+__", 0),
+    (r"config|tree|sharding|processes|log|hardware|recipes|hlo|buffers|topologies|__\w+__", 0),
 ]
 VAGUE = {"utils", "util", "common", "base", "helpers", "helper", "manager", "misc"}
 

@@ -1,15 +1,19 @@
 """Cross-entropy equals float64 arithmetic; the chunked form equals it too, and never holds all logits."""
 
+import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxprs import equations
 
 from llm_jax.data import loader
 from llm_jax.ops.loss import IGNORE, chunked_cross_entropy, cross_entropy
+from llm_jax.sharding import MeshConfig, batch_sharding, make_mesh
 
 B, L, D, V = 2, 6, 3, 7
 HIDDEN_KEY, TABLE_KEY, WEIGHT_KEY = jax.random.split(jax.random.key(0), 3)
@@ -119,6 +123,23 @@ def test_many_chunks_give_the_bfloat16_head_as_good_a_gradient_as_one():
     exact = gradient("float32", rows)
     error = {chunk: np.linalg.norm(gradient("bfloat16", chunk) - exact) for chunk in (rows, 2)}
     assert error[2] < 1.5 * error[rows]
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, tensor=2)], ids=str)
+def test_devices_that_share_rows_width_and_tokens_give_the_loss_and_gradient_of_one(mesh: MeshConfig):
+    keys = jax.random.split(jax.random.key(1), 3)
+    hidden, table = jax.random.normal(keys[0], (8, 4, 6)), jax.random.normal(keys[1], (10, 6))
+    targets = jax.random.randint(keys[2], (8, 4), IGNORE, 10)
+
+    def loss(hidden: jax.Array, table: jax.Array) -> jax.Array:
+        return chunked_cross_entropy(hidden, table, targets, 2, z_loss=1e-2)[0].sum()
+
+    run = jax.value_and_grad(loss, argnums=(0, 1))
+    here = make_mesh(mesh, jax.devices()[: math.prod(dataclasses.astuple(mesh))])
+    width = NamedSharding(here, PartitionSpec("tensor", "fsdp"))
+    with jax.set_mesh(here):
+        found = jax.jit(run, in_shardings=(batch_sharding(here), width))(hidden, table)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, run(hidden, table))
 
 
 def test_a_chunk_that_does_not_divide_the_row_is_refused():

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from llm_jax.ops.attention import soft_cap
+from llm_jax.ops.gradient import in_turn
+from llm_jax.sharding import gathered, on_each_device
 
 IGNORE = -1  # a target that counts for nothing: padding, or the last token of a document
 
@@ -23,13 +25,16 @@ def in_chunks(x: Shaped[Array, "B L *D"], chunk: int) -> Shaped[Array, "_ B chun
     return jnp.moveaxis(x.reshape(len(x), chunk, -1, *x.shape[2:]), 2, 0)
 
 
+def whole_rows(x: Shaped[Array, "_ B chunk"]) -> Shaped[Array, "B L"]:
+    """The rows that `in_chunks` took apart."""
+    return jnp.moveaxis(x, 0, 2).reshape(x.shape[1], -1)
+
+
 def likeliest(
     hidden: Float[Array, "B L D"], table: Float[Array, "V D"], chunk: int, softcap: float | None = None
 ) -> Int[Array, "B L"]:
     """Where the logits of every hidden state are largest, with those of only `B * chunk` in memory at a time."""
-    B, L, _ = hidden.shape
-    best = jax.lax.map(lambda x: unembed(x, table, softcap).argmax(-1), in_chunks(hidden, chunk))
-    return jnp.moveaxis(best, 0, 2).reshape(B, L)
+    return whole_rows(jax.lax.map(lambda x: unembed(x, table, softcap).argmax(-1), in_chunks(hidden, chunk)))
 
 
 def cross_entropy(
@@ -69,19 +74,27 @@ def chunked_cross_entropy(
 ) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
     """The same of `unembed(hidden, table, softcap)`, with the logits of only `B * chunk` tokens in memory at a time.
 
-    The backward pass computes each chunk's logits again. Raises `ValueError` unless `chunk` divides L.
+    The backward pass computes each chunk's logits again. Each device goes through the chunks of its own rows: the table
+    is gathered before the first and its gradient added up after the last, once, where the compiler by itself would do
+    both with every chunk. Raises `ValueError` unless `chunk` divides L.
     """
-    B, L, _ = hidden.shape
+    L = hidden.shape[1]
     if L % chunk:
         raise ValueError(f"loss.chunk={chunk} does not divide the row length L={L}; use a divisor of {L}")
 
-    # The table's gradient is a sum over chunks: in float32, or it would lose digits with every chunk.
-    wide = table.astype(jnp.float32)
+    def chunk_by_chunk(hidden: Array, table: Array, targets: Array) -> tuple[Array, Array]:
+        # The table's gradient is a sum over chunks: in float32, or it would lose digits with every chunk.
+        wide = gathered(table, "VD").astype(jnp.float32)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def one(_: None, part: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
-        x, y = part
-        return None, cross_entropy(unembed(x, wide.astype(table.dtype), softcap), y, **terms)
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def one(_: None, part: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
+            x, y = part
+            return None, cross_entropy(unembed(x, wide.astype(table.dtype), softcap), y, **terms)
 
-    _, (loss, nll) = jax.lax.scan(one, None, (in_chunks(hidden, chunk), in_chunks(targets, chunk)))
-    return jnp.moveaxis(loss, 0, 2).reshape(B, L), jnp.moveaxis(nll, 0, 2).reshape(B, L)
+        _, losses = jax.lax.scan(one, None, (in_chunks(hidden, chunk), in_chunks(targets, chunk)))
+        return jax.tree.map(whole_rows, losses)
+
+    # Backward, the table's gradient is parted before that of `hidden` goes on: whole it is as large as many layers.
+    hidden, table = jax.lax.optimization_barrier((hidden, table))
+    loss, nll = on_each_device(chunk_by_chunk, "BLD *VD BL BL", hidden, table, targets, rows_only=True)
+    return in_turn(loss), nll

@@ -68,7 +68,8 @@ def cast(params: PyTree, dtype: Any) -> PyTree:
 
     Done once, before anything is gathered from other devices.
     """
-    return trees.map_with_path(lambda path, x: x if re.search(DELICATE, path) else x.astype(dtype), fetched(params))
+    with jax.named_scope("cast"):
+        return trees.map_with_path(lambda path, x: x if re.search(DELICATE, path) else x.astype(dtype), fetched(params))
 
 
 def fetched(tree: PyTree) -> PyTree:
@@ -123,10 +124,13 @@ def losses_of(
 ) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
     """Loss and negative log-likelihood of every target; without `logits`, which are then made chunk by chunk."""
     terms = {"z_loss": config.z_loss, "label_smoothing": config.label_smoothing}
-    if logits is not None:
-        return cross_entropy(logits, targets, **terms)
-    assert config.chunk is not None
-    return chunked_cross_entropy(hidden, head_table(model, params), targets, config.chunk, model.logit_softcap, **terms)
+    with jax.named_scope("loss"):
+        if logits is not None:
+            return cross_entropy(logits, targets, **terms)
+        assert config.chunk is not None
+        return chunked_cross_entropy(
+            hidden, head_table(model, params), targets, config.chunk, model.logit_softcap, **terms
+        )
 
 
 @struct.dataclass
@@ -200,21 +204,22 @@ def make_train_step(
         (loss, sums), gradients = gradient(fetched(state.params), batch, key)
         load = sums.pop(LOAD, None)
         targets = jnp.maximum((batch.targets != IGNORE).sum(), 1)
-        loss, sums, gradients = jax.tree.map(lambda x: x / targets.astype(x.dtype), (loss, sums, gradients))
+        each = 1 / targets.astype(jnp.float32)  # a product is computed where it is read, a quotient kept
+        loss, sums, gradients = jax.tree.map(lambda x: x * each.astype(x.dtype), (loss, sums, gradients))
         tokens = targets if batch.segments is None else (batch.segments != 0).sum()  # what was read, asked or not
         norm = optax.tree.norm(gradients)
         rate = schedule(state.step)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
-        def update(params: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree]:
-            spaces = jax.tree.map(space_of, (params, opt_state))
-            params, opt_state = fetched((params, opt_state))  # here, and not before the forward pass needs the room
-            updates, opt_state = optimizer.update(gradients, opt_state, params)
-            params = optax.apply_updates(params, optax.tree.scale(rate, updates))
-            params = params if rebalance is None or load is None else rebalance(params, load)
-            return returned((params, opt_state), spaces)
-
-        params, opt_state = jax.lax.cond(finite, update, lambda *before: before, state.params, state.opt_state)
+        before = state.params, state.opt_state
+        params, opt_state = fetched(before)
+        updates, new_state = optimizer.update(gradients, opt_state, params)
+        new_params = optax.apply_updates(params, optax.tree.scale(rate, updates))
+        if rebalance is not None and load is not None:
+            new_params = rebalance(new_params, load)
+        # A choice of each number, not of a branch: a branch would want float32 gradients whole in memory, before it.
+        after = jax.tree.map(functools.partial(jnp.where, finite), (new_params, new_state), (params, opt_state))
+        params, opt_state = returned(after, jax.tree.map(space_of, before))
         metrics = {"loss": loss, **sums, "grad_norm": norm, "learning_rate": rate}
         metrics |= {"tokens": tokens, "skipped": ~finite} | ({} if load is None else utilisation(load))
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics

@@ -1,0 +1,324 @@
+"""Reads the text of a compiled program: what it sends, and how long it takes. `buffers.py` reads what it holds.
+
+The text is that of `jit(...).lower(...).compile().as_text()`, of any platform: the instructions of each computation in
+the order in which they run. JAX is not needed to read it.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16}  # the others end in their bits
+# What a device of n sends, in sizes of what it puts in: the algorithms that send least, which are rings.
+SENT = {
+    "all-gather": lambda n: n - 1,
+    "reduce-scatter": lambda n: (n - 1) / n,
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """`%name = shape opcode(operands), attributes`; of a constant the operand is its text."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+    root: bool
+
+    def attribute(self, pattern: str) -> str | None:
+        """What the group of `pattern` matches in the attributes."""
+        found = re.search(pattern, self.attributes)
+        return found and found[1]
+
+    @property
+    def calls(self) -> dict[str, str]:
+        """The computations that it runs, by the role of each."""
+        if branches := self.attribute(r"branch_computations=\{([^}]*)\}"):
+            return {str(i): name.strip(" %") for i, name in enumerate(branches.split(","))}
+        roles = "calls|body|condition|true_computation|false_computation" + "|to_apply" * (self.opcode == "call")
+        return dict(re.findall(rf"\b({roles})=%?([\w.\-]+)", self.attributes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """The computations of a program by name, and the name of that which is run."""
+
+    computations: Mapping[str, Sequence[Instruction]]
+    entry: str
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, dict[str, Instruction]]:
+        return {name: {x.name: x for x in body} for name, body in self.computations.items()}
+
+    def root(self, computation: str) -> Instruction:
+        return next(x for x in self.computations[computation] if x.root)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Devices that exchange arrays.
+
+    Attributes:
+      kind: as the keys of `SENT`.
+      axes: the mesh axes along which they do, as `data+fsdp`; empty where no axes make such groups.
+      devices: how many of them, in a group.
+      sent: bytes that a device sends, each time.
+      count: times a step.
+      overlapped: whether the program computes meanwhile.
+      scope: where in the source it stands, as `op_name` says.
+    """
+
+    kind: str
+    axes: str
+    devices: int
+    sent: float
+    count: int
+    overlapped: bool
+    scope: str
+
+
+def parse(text: str) -> Module:
+    """The program that `text` spells. Raises `ValueError` where it spells none."""
+    computations: dict[str, list[Instruction]] = {}
+    entry, body = None, None
+    for line in text.splitlines():
+        if head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            body = computations.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        elif body is not None and (found := re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)):
+            shape, rest = _shape(line[found.end() :])
+            opcode, _, rest = rest.partition("(")
+            inside, attributes = _closed("(" + rest)
+            names = re.findall(r"%([\w.\-]+)", inside) or [inside[1:-1]]
+            body.append(Instruction(found[2], shape, opcode, tuple(names), attributes, bool(found[1])))
+    if entry is None:
+        raise ValueError(f"no program: expected the text of a compiled module, got {text[:60]!r}")
+    return Module(computations, entry)
+
+
+def _shape(text: str) -> tuple[str, str]:
+    """The shape that `text` begins with, and what follows it."""
+    if text.startswith("("):
+        shape, rest = _closed(text)
+        return shape, rest.lstrip()
+    shape, _, rest = text.partition(" ")
+    return shape, rest
+
+
+def _closed(text: str) -> tuple[str, str]:
+    """`text` up to the parenthesis that closes its first one, and what follows it."""
+    depth = 0
+    for at in re.finditer(r"[()]", text):
+        depth += 1 if at[0] == "(" else -1
+        if depth == 0:
+            return text[: at.end()], text[at.end() :]
+    raise ValueError(f"a parenthesis is not closed in {text[:60]!r}")
+
+
+def arrays(shape: str) -> list[str]:
+    """The arrays of a shape, a tuple's one after the other, each as `bf16[8,128]{1,0:T(8,128)}`."""
+    return re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", shape)
+
+
+def parts(shape: str) -> list[str]:
+    """The shapes that a tuple's is made of, which may be tuples."""
+    depth, found = 0, [""]
+    for piece in re.split(r"([()\[\]{},])", shape[1:-1]):
+        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(piece, 0)
+        if piece == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += piece
+    return found
+
+
+def nbytes(array: str) -> int:
+    """The size of an array, without the padding of its tiles."""
+    kind, sizes = re.findall(r"(\w+)\[([\d,]*)\]", array)[0]
+    bits = re.search(r"\d+", kind)
+    each = BYTES.get(kind) or (int(bits[0]) / 8 if bits else 0)  # a token has no bits
+    return int(each * math.prod(int(size) for size in sizes.split(",") if size))
+
+
+@dataclasses.dataclass(frozen=True)
+class Visit:
+    """An instruction of a running program: how many times a step it runs, and inside of which fusion."""
+
+    instruction: Instruction
+    computation: str
+    times: int
+    fusion: str | None
+
+
+def visits(module: Module) -> Iterator[Visit]:
+    """Every instruction that runs, in the order in which it first does; of branches those of the longest."""
+
+    def walk(computation: str, times: int, fusion: str | None) -> Iterator[Visit]:
+        for x in module.computations[computation]:
+            yield Visit(x, computation, times, fusion)
+            calls = x.calls
+            if x.opcode == "while":
+                yield from walk(calls["body"], times * trips(module, computation, x), fusion)
+            elif x.opcode == "conditional":
+                yield from walk(max(calls.values(), key=lambda name: len(module.computations[name])), times, fusion)
+            elif x.opcode in ("fusion", "call", "async-start"):
+                for name in calls.values():
+                    yield from walk(name, times, name if x.opcode == "fusion" and fusion is None else fusion)
+
+    return walk(module.entry, 1, None)
+
+
+def trips(module: Module, computation: str, loop: Instruction) -> int:
+    """How often the body of a `while` runs: as the compiler says, or else as its counter is compared and raised."""
+    if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"\}'):
+        return int(known)
+    condition, body = loop.calls["condition"], loop.calls["body"]
+    start = module.by_name[computation].get(loop.operands[0])
+
+    def number(where: str, name: str) -> int | None:
+        """The constant that `name` is in the condition, the body or, carried unchanged, before the loop."""
+        x = module.by_name[where].get(name)
+        if x is None or x.opcode == "constant":
+            return int(x.operands[0]) if x and re.fullmatch(r"-?\d+", x.operands[0]) else None
+        if x.opcode in ("copy", "bitcast", "convert"):
+            return number(where, x.operands[0])
+        if x.opcode == "get-tuple-element" and where in (condition, body) and start and start.opcode == "tuple":
+            return number(computation, start.operands[int(x.attribute(r"index=(\d+)") or 0)])
+        return None
+
+    def step(name: str) -> int:
+        x = module.by_name[body][name]
+        if x.opcode != "add":
+            return step(x.operands[0]) if x.opcode in ("copy", "bitcast") else 0
+        left, right = x.operands
+        added = number(body, right)
+        return added + step(left) if added is not None else (number(body, left) or 0) + step(right)
+
+    compared = module.root(condition)
+    counter = module.by_name[condition].get(compared.operands[0])
+    if compared.opcode != "compare" or counter is None or counter.opcode != "get-tuple-element":
+        return 1
+    index, last = int(counter.attribute(r"index=(\d+)") or 0), number(condition, compared.operands[1])
+    first = number(condition, compared.operands[0]) or 0
+    raised = step(module.root(body).operands[index])
+    if last is None or not raised:
+        return 1
+    return max(0, -(-(last - first) // raised))
+
+
+def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
+    """What a step sends over `mesh`, its axes with their sizes in the order of its devices."""
+    found, seen = [], set()
+    for visit in visits(module):
+        x, kind = visit.instruction, visit.instruction.opcode.removesuffix("-start")
+        if kind not in SENT:
+            continue
+        channel = x.attribute(r"channel_id=(\d+)")
+        if visit.fusion is not None and channel is not None:
+            if (channel, kind) in seen:  # each fusion of an asynchronous chain shows the collective that it carries
+                continue
+            seen.add((channel, kind))
+        if kind == "all-reduce" and "all-reduce-scatter" in (visit.fusion or ""):
+            kind = "reduce-scatter"  # of the sum a device keeps its part
+        group = _pairs(x) if kind == "collective-permute" else _groups(x, math.prod(mesh.values()))
+        devices = len(mesh) and math.prod(mesh.values()) if group is None else len(group[0])
+        put_in = sum(nbytes(a) for name in x.operands for a in arrays(module.by_name[visit.computation][name].shape))
+        found.append(
+            Collective(
+                kind=kind,
+                axes=axes_of(group or [list(range(devices))], mesh, permuted=kind == "collective-permute"),
+                devices=devices,
+                sent=float(SENT[kind](devices) * put_in),
+                count=visit.times,
+                overlapped=_overlapped(module, visit),
+                scope=x.attribute(r'op_name="([^"]*)"') or "",
+            )
+        )
+    return [one for one in found if one.sent]
+
+
+def _pairs(x: Instruction) -> list[list[int]] | None:
+    pairs = x.attribute(r"source_target_pairs=\{(\{[\d,{}\s]*\})\}")
+    return [[int(i) for i in pair.split(",")] for pair in re.findall(r"\{([\d,\s]+)\}", pairs)] if pairs else None
+
+
+def _groups(x: Instruction, devices: int) -> list[list[int]] | None:
+    """The groups that exchange, in any of the three spellings; None: all devices."""
+    if listed := x.attribute(r"replica_groups=\{(\{[\d,{}\s]*\})\}"):
+        return [[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d,\s]+)\}", listed)]
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", x.attributes):
+        sizes = [int(size) for size in found[3].split(",")]
+        order = [int(axis) for axis in found[4].split(",")] if found[4] else list(range(len(sizes)))
+        ids, each = _transposed(sizes, order), int(found[2])
+        return [ids[i : i + each] for i in range(0, len(ids), each)]
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", x.attributes):
+        named = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        chosen = re.findall(r"'(\w+)'", found[3])
+        names = list(named)
+        order = [names.index(name) for name in names if name not in chosen] + [names.index(name) for name in chosen]
+        places, each = _transposed(list(named.values()), order), math.prod(named[name] for name in chosen)
+        ids = list(range(len(places)))  # of the devices at these places
+        if laid := re.search(r"\[([\d,]+)\]T\(([\d,]+)\)", found[2]):
+            ids = _transposed(*([int(n) for n in numbers.split(",")] for numbers in laid.groups()))
+        return [[ids[place] for place in places[i : i + each]] for i in range(0, len(places), each)]
+    return None
+
+
+def _transposed(sizes: Sequence[int], order: Sequence[int]) -> list[int]:
+    """`arange(prod(sizes)).reshape(sizes).transpose(order).ravel()`."""
+    strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
+    places = itertools.product(*(range(sizes[axis]) for axis in order))
+    return [sum(i * strides[axis] for i, axis in zip(place, order, strict=True)) for place in places]
+
+
+def axes_of(groups: Sequence[Sequence[int]], mesh: Mapping[str, int], *, permuted: bool = False) -> str:
+    """The axes of `mesh` along which the devices of a group differ, joined by `+`; of a permutation, of any pair."""
+    sizes = list(mesh.values())
+
+    def place(device: int) -> tuple[int, ...]:
+        return tuple(device // math.prod(sizes[i + 1 :]) % size for i, size in enumerate(sizes))
+
+    moving = [
+        name
+        for i, name in enumerate(mesh)
+        if any(len({place(device)[i] for device in group}) > 1 for group in (groups if permuted else groups[:1]))
+    ]
+    whole = permuted or math.prod(mesh[name] for name in moving) == len(groups[0])
+    return "+".join(moving) if whole else ""
+
+
+def _overlapped(module: Module, visit: Visit) -> bool:
+    """Whether anything is computed between the start of a collective and its end."""
+    if visit.fusion is not None:
+        return "all-reduce-scatter" not in visit.fusion
+    if not visit.instruction.opcode.endswith("-start"):
+        return False
+    after = itertools.dropwhile(lambda x: x is not visit.instruction, module.computations[visit.computation])
+    between = itertools.takewhile(lambda x: visit.instruction.name not in x.operands, itertools.islice(after, 1, None))
+    return any(x.opcode in ("fusion", "dot", "convolution", "custom-call", "while", "call") for x in between)
+
+
+def cycles(module: Module) -> int:
+    """The cycles that the compiler for TPU expects a step to take; 0 where it says nothing. Kernels carry none."""
+    return sum(
+        visit.times * int(found)
+        for visit in visits(module)
+        if visit.fusion is None and (found := visit.instruction.attribute(r'"estimated_cycles":"(\d+)"'))
+    )
+
+
+def totals(found: Sequence[Collective]) -> dict[tuple[str, str], tuple[int, float]]:
+    """Times a step, and bytes that a device sends, of each kind of collective along each axis."""
+    sums: dict[tuple[str, str], tuple[int, float]] = {}
+    for one in found:
+        times, sent = sums.get((one.kind, one.axes), (0, 0.0))
+        sums[one.kind, one.axes] = (times + one.count, sent + one.count * one.sent)
+    return dict(sorted(sums.items()))

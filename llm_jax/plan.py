@@ -1,0 +1,339 @@
+"""What a run would be on accelerators that are not here: what fits, what is sent, how fast it could be.
+
+`figures` compiles the very step that trains, for a topology; `plan` reads the compiled program and adds arithmetic;
+`render` prints it. Bytes are those of one device, a GB is 1e9 of them.
+"""
+
+import dataclasses
+import functools
+import gzip
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+from rich.console import Group
+from rich.text import Text
+
+from llm_jax import buffers, hlo
+from llm_jax import tree as trees
+from llm_jax.show import columns, metric, shares, title
+from llm_jax.topologies import Topology
+from llm_jax.train.count import flops_per_token, shapes
+from llm_jax.train.loop import cache_folder
+from llm_jax.train.program import Program
+from llm_jax.train.run import RunConfig
+
+DAY = 24 * 3600
+CLOCKS = {"v5e": 1.5e9, "v5p": 1.75e9}  # cycles a second, where they are known
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """What the compiler says of a program, a device.
+
+    Attributes:
+      arguments: bytes of the state and the batch; the new state takes the place of the old.
+      temporary: bytes set apart for all else, gaps between arrays included.
+      needed: bytes set apart in all, which have to fit.
+      peak: bytes in use at the moment when they are most; on a CPU not known, and `needed`.
+      text: of the scheduled program; empty where it was too large to be finished.
+    """
+
+    arguments: int
+    temporary: int
+    needed: int
+    peak: int
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What a device sends by one kind of collective along some axes of the mesh, a step; and while it computes."""
+
+    kind: str
+    axes: str
+    count: int
+    bytes: float
+    overlapped: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A step of a config on a topology. Bytes, FLOPs and seconds are those of one device.
+
+    Attributes:
+      parameters: bytes by path.
+      temporaries: bytes at their peak by what made them, read from the program text: an estimate of `temporary`.
+      traffic: None where the program was too large to be finished.
+      flops: of the model, and with what is computed again.
+      seconds: a step at published peak rates of compute, memory, and wire, each by itself.
+      cycles: a step as the compiler for TPU estimates it, without kernels.
+    """
+
+    topology: str
+    devices: int
+    chips: int
+    mesh: dict[str, int]
+    rows: int
+    tokens: int
+    fits: bool
+    limit: int
+    needed: int
+    peak: int
+    arguments: int
+    temporary: int
+    parameters: dict[str, int]
+    optimizer: int
+    gradients: int
+    temporaries: dict[str, int]
+    traffic: list[Traffic] | None
+    flops: dict[str, float]
+    seconds: dict[str, float]
+    cycles: int
+    cycle_seconds: float | None
+    price: float | None
+
+    @property
+    def step_seconds(self) -> float:
+        """The least that a step takes: what takes longest, with all else behind it."""
+        return max(self.seconds.values())
+
+    @property
+    def tokens_per_day(self) -> float:
+        return self.tokens / self.step_seconds * DAY
+
+    @property
+    def cost(self) -> float | None:
+        """Of a billion tokens, in the currency of the price."""
+        return self.price and self.price * self.chips * 24 / self.tokens_per_day * 1e9
+
+
+def figures(program: Program, topology: Topology, folder: Path | None = None) -> Figures:
+    """Compiles the train step of `program`, or finds in `folder` what came of it before."""
+    lowered = program.lowered()
+    folder = folder or cache_folder() / "plans"
+    key = hashlib.sha256("\n".join([lowered.as_text(), str(topology), *_versions()]).encode()).hexdigest()[:32]
+    path = folder / f"{key}.json.gz"
+    if path.exists():
+        return Figures(**json.loads(gzip.decompress(path.read_bytes())))
+    found = _compiled(lowered, bytes_here((program.abstract_state, program.abstract_batch)))
+    folder.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(found)).encode()))
+    part.replace(path)
+    return found
+
+
+def _versions() -> list[str]:
+    found = []
+    for package in ("jax", "jaxlib", "libtpu", "jax-cuda12-pjrt"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+# How the compilers for TPU say that a program needs more memory than there is; the state and the batch are in it.
+TOO_LARGE = r"HLO temporaries \(([\d.]+)([KMGT]?)\)|Used ([\d.]+)([KMGT]?) of"
+
+
+def _compiled(lowered: jax.stages.Lowered, arguments: int) -> Figures:
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = re.search(TOO_LARGE, str(error))
+        if found is None:
+            raise
+        amount, unit = (x for x in found.groups() if x is not None)
+        needed = int(float(amount) * 2 ** (10 * " KMGT".index(unit or " ")))
+        return Figures(arguments, needed - arguments, needed, needed, "")
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    given, new = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
+    needed = given + memory.temp_size_in_bytes + new
+    peak = getattr(memory, "peak_memory_in_bytes", 0)
+    peak = peak if given < peak < needed else needed
+    return Figures(given, memory.temp_size_in_bytes, needed, peak, compiled.as_text() or "")
+
+
+def bytes_here(tree: PyTree) -> int:
+    """Bytes that a device holds of abstract arrays that are laid out on a mesh."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def plan(config: RunConfig, topology: Topology, price: float | None = None, folder: Path | None = None) -> Plan:
+    """All that a step of `config` is on `topology`; `price` is that of a chip an hour."""
+    program = Program.on(config, topology.devices())
+    found = figures(program, topology, folder)
+    module = hlo.parse(found.text) if found.text else None
+    mesh, state = dict(program.mesh.shape), program.abstract_state
+    rows, tokens = config.data.batch_size, config.data.batch_size * config.data.seq_len
+    traffic = None if module is None else traffic_of(module, mesh, topology)
+    cycles = hlo.cycles(module) if module else 0
+    flops = {name: n * tokens / topology.n_devices for name, n in flops_a_token(config).items()}
+    clock = CLOCKS.get(topology.kind)
+    return Plan(
+        topology=str(topology),
+        devices=topology.n_devices,
+        chips=topology.n_chips,
+        mesh={axis: size for axis, size in mesh.items() if size > 1},
+        rows=rows,
+        tokens=tokens,
+        fits=bool(found.text) and found.needed <= topology.chip.memory,
+        limit=int(topology.chip.memory),
+        needed=found.needed,
+        peak=found.peak,
+        arguments=found.arguments,
+        temporary=found.temporary,
+        parameters={path: bytes_here(leaf) for path, leaf in trees.leaves(state.params).items()},
+        optimizer=bytes_here(state.opt_state),
+        gradients=bytes_here(state.params) * jax.numpy.dtype(config.model.dtype).itemsize // 4,
+        temporaries=dict(places(buffers.live(module)).most_common()) if module else {},
+        traffic=traffic,
+        flops=flops,
+        seconds={
+            "compute": flops["with recomputation"] / topology.chip.flops,
+            "memory": memory_bytes(config, program) / topology.chip.memory_rate,
+            "wire": sum(one.seconds for one in traffic or []),
+        },
+        cycles=cycles,
+        cycle_seconds=cycles / clock if clock and cycles else None,
+        price=price,
+    )
+
+
+def traffic_of(module: hlo.Module, mesh: Mapping[str, int], topology: Topology) -> list[Traffic]:
+    """What a step sends, by kind and axes, the most first; between slices or nodes at the rate of their network."""
+    groups: dict[tuple[str, str], list[hlo.Collective]] = {}
+    for one in hlo.collectives(module, mesh):
+        groups.setdefault((one.kind, one.axes), []).append(one)
+    strides = dict(zip(mesh, (math.prod(list(mesh.values())[i + 1 :]) for i in range(len(mesh))), strict=True))
+    found = []
+    for (kind, axes), members in groups.items():
+        sent = sum(one.sent * one.count for one in members)
+        along = axes.split("+") if axes else list(mesh)
+        far = any(strides[axis] * mesh[axis] > topology.island for axis in along)
+        rate = topology.chip.between if far else topology.chip.wire
+        overlapped = sum(one.sent * one.count for one in members if one.overlapped)
+        found.append(Traffic(kind, axes, sum(one.count for one in members), sent, overlapped, sent / rate))
+    return sorted(found, key=lambda one: -one.bytes)
+
+
+def flops_a_token(config: RunConfig) -> dict[str, float]:
+    """FLOPs of a training step a token: of the model, and with the forward passes that are computed again.
+
+    Rematerialization computes a block again, all but what it keeps: `dots` keeps the matrix products, and named taps
+    are counted as if they spared nothing. A chunked loss computes the logits again, a pipeline its stages.
+    """
+    c, model = config.model, flops_per_token(config.model, config.data.seq_len)
+    head = 6 * math.prod(shapes(c)[c.head]["table"].shape)
+    again = (model - head) / 3 * (c.remat not in ("none", "dots")) + head / 3 * (config.loss.chunk is not None)
+    again += model / 3 * (config.mesh.pipeline != 1)
+    return {"model": float(model), "with recomputation": float(model + again)}
+
+
+def memory_bytes(config: RunConfig, program: Program) -> float:
+    """Bytes to and from memory at the least: weights, and their optimizer. Activations come on top.
+
+    Each pass of each microbatch reads the weights that its devices share out, gathered: forward, backward for the
+    gradients of inputs and for those of weights, and once more for what is computed again. The optimizer reads
+    weights, gradients and moments, and writes weights and moments.
+    """
+    c, mesh = config.model, program.mesh.shape
+    passes = 3 + (c.remat not in ("none", "dots"))
+    share = trees.count(program.abstract_state.params) / (mesh["tensor"] * mesh["pipeline"])
+    state = 2 * bytes_here(program.abstract_state) + bytes_here(program.abstract_state.params)
+    return passes * config.accumulate * share * jax.numpy.dtype(c.dtype).itemsize + state
+
+
+PLACES = (
+    "cast|embed|attention_norm|feedforward_norm|attention|feedforward|experts|final_norm|head|loss|optimizer|layers"
+)
+
+
+def places(scopes: Mapping[str, int]) -> Counter[str]:
+    """Bytes by place of the model and direction, where `scopes` have the names that the compiler keeps."""
+    found: Counter[str] = Counter()
+    for scope, amount in scopes.items():
+        again, back = "rematted_computation" in scope, "transpose(" in scope
+        words = re.findall(rf"\b({PLACES})\b", scope.replace("_out_norm", "_norm"))
+        name = words[-1] if words else "cast" if scope.startswith("state.params") else "unnamed"
+        found[f"{name}{', computed again' if again else ', backward' if back else ''}"] += amount
+    return found
+
+
+def as_json(p: Plan) -> dict[str, Any]:
+    """Everything, for machines."""
+    more = {"step_seconds": p.step_seconds, "tokens_per_day": p.tokens_per_day, "cost_per_billion_tokens": p.cost}
+    return dataclasses.asdict(p) | more
+
+
+def render(p: Plan) -> Group:
+    """The plan for a `rich` console."""
+    gb = functools.partial(metric, unit="B")
+    spare = p.limit - p.needed
+    verdict = f"fits, with {gb(spare)} to spare" if p.fits else f"does not fit, by {gb(-spare)}"
+    mesh = ", ".join(f"{axis} {size}" for axis, size in p.mesh.items()) or "one device"
+    memory = {"weights": sum(p.parameters.values()), "optimizer": p.optimizer}
+    memory["batch"] = max(0, p.arguments - sum(memory.values()))
+    largest = dict(sorted(p.parameters.items(), key=lambda item: -item[1])[:8])
+    rest = sum(p.parameters.values()) - sum(largest.values())
+    pages = [
+        Text(f"{p.topology}: {verdict}", style="bold green" if p.fits else "bold red"),
+        Text(f"{p.devices} devices ({mesh}), {p.rows} rows, {p.tokens:,} tokens a step; all below is of one device"),
+        title(f"Memory: {gb(p.needed)} set apart of {gb(p.limit)}, {gb(p.peak)} in use at the peak"),
+        shares(memory | {"temporary": p.temporary}, gb),
+        Text("weights, by path", style="dim"),
+        shares(largest | {"others": rest}, gb),
+    ]
+    if p.temporaries:
+        estimate = gb(sum(p.temporaries.values()))
+        shown = dict(list(p.temporaries.items())[:10])
+        others = sum(list(p.temporaries.values())[10:])
+        pages += [
+            Text(
+                f"temporary at the peak, read from the program: {estimate}; gaps and padding are not seen", style="dim"
+            ),
+            shares(shown | {"others": others}, gb),
+        ]
+    return Group(*pages, *_wire(p), *_time(p))
+
+
+def _wire(p: Plan) -> list[Any]:
+    if p.traffic is None:
+        return [title("Wire: the compiler gave up before it knew")]
+    table = columns("", "", "right", "right", "right", "right")
+    table.add_row("collective", "axes", "times", "sent", "overlapped", "at best", style="dim")
+    for one in p.traffic:
+        share = f"{one.overlapped / one.bytes:.0%}"
+        table.add_row(one.kind, one.axes or "?", f"{one.count:,}", metric(one.bytes, "B"), share, _seconds(one.seconds))
+    return [title(f"Wire: {metric(sum(one.bytes for one in p.traffic), 'B')} sent a step"), table]
+
+
+def _time(p: Plan) -> list[Any]:
+    table = columns("", "right", "")
+    for name, seconds in p.seconds.items():
+        table.add_row(name, _seconds(seconds), "the longest" if seconds == p.step_seconds else "")
+    if p.cycle_seconds is not None:
+        table.add_row("cycles", _seconds(p.cycle_seconds), f"{p.cycles / 1e6:,.0f} million by the compiler, no kernels")
+    work = columns("", "right")
+    for name, flops in p.flops.items():
+        work.add_row(name, metric(flops, "FLOP"))
+    ends = f"{metric(p.tokens_per_day, 'tokens').replace(' ', ' ')} a day at best"
+    if p.cost is not None:
+        ends += f"; a billion tokens for {p.cost:,.2f} at {p.price:,.2f} a chip and hour"
+    return [title("Compute of a step"), work, title("Time of a step at published peaks"), table, Text(ends)]
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.1f} ms" if seconds > 1e-4 else f"{seconds * 1e6:,.1f} us"

@@ -1,0 +1,183 @@
+"""A plan says of a run on other devices what the compiler and arithmetic know, and they agree."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_run import tiny
+
+from llm_jax import search, topologies
+from llm_jax.cli import main
+from llm_jax.config import override
+from llm_jax.plan import Plan, figures, plan
+from llm_jax.sharding import MeshConfig
+from llm_jax.train.program import Program
+from llm_jax.train.run import RunConfig
+
+CPU = topologies.parse("cpu:8")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    return dataclasses.replace(tiny(Path("nowhere")), mesh=MeshConfig(data=2, fsdp=4), accumulate=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("plans")
+
+
+@pytest.fixture(scope="module")
+def planned(config: RunConfig, folder: Path) -> Plan:
+    return plan(config, CPU, price=2.0, folder=folder)
+
+
+def test_the_arithmetic_of_the_state_is_what_the_compiler_says_of_the_arguments(config, planned):
+    memory = Program.on(config, CPU.devices()).lowered().compile().memory_analysis()
+    assert memory is not None
+    weights = sum(planned.parameters.values())
+    batch = 4 * config.data.batch_size // 8 * config.data.seq_len * 4  # tokens, targets, segments, positions
+    assert weights + planned.optimizer + batch + 4 == planned.arguments == memory.argument_size_in_bytes
+    assert planned.temporary == memory.temp_size_in_bytes
+    assert (
+        planned.peak == planned.arguments + planned.temporary + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    )
+
+
+def test_temporaries_read_from_the_program_are_about_what_the_compiler_needs(planned):
+    assert 0.5 < sum(planned.temporaries.values()) / planned.temporary < 1.5
+    assert any("attention" in place for place in planned.temporaries)
+
+
+def test_a_step_at_best_takes_as_long_as_the_slowest_of_compute_memory_and_wire(planned):
+    assert planned.step_seconds == max(planned.seconds.values())
+    assert planned.traffic is not None
+    assert planned.seconds["wire"] == pytest.approx(sum(one.bytes for one in planned.traffic) / CPU.chip.wire)
+    assert planned.tokens_per_day == pytest.approx(16 * 32 / planned.step_seconds * 86400)
+    hours = 1e9 / planned.tokens_per_day * 24
+    assert planned.cost == pytest.approx(hours * 8 * 2.0)
+
+
+def test_what_was_compiled_once_is_read_from_the_cache(config, planned, folder, monkeypatch):
+    monkeypatch.setattr("llm_jax.plan._compiled", None)
+    again = figures(Program.on(config, CPU.devices()), CPU, folder)
+    assert again.temporary == planned.temporary
+    with pytest.raises(TypeError):  # another program
+        figures(Program.on(override(config, ["model.n_layers=1"]), CPU.devices()), CPU, folder)
+
+
+def test_bytes_between_slices_go_at_the_rate_of_their_network():
+    two = topologies.parse("v5e:2x2", slices=2)
+    assert (two.n_devices, two.island, str(two)) == (8, 4, "2 slices of v5e:2x2")
+    from llm_jax import hlo
+    from llm_jax.plan import traffic_of
+
+    text = """\
+ENTRY %main (x: f32[256]) -> f32[256] {
+  %x = f32[256]{0} parameter(0)
+  %a = f32[256]{0} all-reduce(%x), channel_id=1, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
+  ROOT %b = f32[256]{0} all-reduce(%a), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+}
+"""
+    found = {one.axes: one for one in traffic_of(hlo.parse(text), {"data": 2, "fsdp": 4}, two)}
+    assert found["data"].seconds == found["data"].bytes / two.chip.between
+    assert found["fsdp"].seconds == found["fsdp"].bytes / two.chip.wire
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v9:4x4", r"no topology is called 'v9:4x4'; (did you mean|known: cpu:8, h100:1x8, tpu7x:2x2x4, v4:2x2x4)"),
+        ("v5e", "a topology of v5e is 2 sizes, as v5e:4x4; got 'v5e'"),
+        ("v5p:4x4", "a topology of v5p is 3 sizes, as v5p:2x2x4; got 'v5p:4x4'"),
+        ("cpu:0", "a topology of cpu is 1 sizes"),
+    ],
+)
+def test_a_topology_that_is_none_is_an_error_with_those_that_are(name: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        topologies.parse(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("v5e:4x4", r'pip install "jax\[tpu\]=='),
+        ("h100:1x8", r"pip install --no-deps jax-cuda12-plugin==[\d.]+ jax-cuda12-pjrt=="),
+    ],
+)
+def test_a_compiler_that_is_missing_is_an_error_with_the_line_that_installs_it(name: str, line: str, monkeypatch):
+    def missing(package: str) -> str:
+        raise topologies.importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(topologies.importlib.metadata, "version", missing)
+    with pytest.raises(ValueError, match=line):
+        topologies.parse(name).devices()
+
+
+def test_every_topology_that_an_error_names_is_one():
+    for kind, chip in topologies.CHIPS.items():
+        assert topologies.parse(chip.example).kind == kind
+
+
+def test_a_search_compiles_within_its_budget_and_names_the_fastest_that_fits(config, folder):
+    found = search.search(config, CPU, 2, folder=folder, report=lambda _: None)
+    assert found.tried[0].choice.changes == ()
+    assert len(found.tried) <= 2 < found.considered
+    assert found.fastest is not None
+    assert found.fastest.seconds_a_token == min(one.seconds_a_token for one in found.tried)
+
+
+def test_of_a_run_that_does_not_fit_a_search_finds_the_smallest_change_that_makes_it(config, folder, monkeypatch):
+    whole = plan(config, CPU, folder=folder)
+    tight = dataclasses.replace(CPU.chip, memory=whole.needed - 1)
+    monkeypatch.setitem(topologies.CHIPS, "cpu", tight)
+    found = search.search(config, CPU, 3, folder=folder, report=lambda _: None)
+    assert not found.tried[0].fits
+    assert found.smallest is not None
+    assert found.smallest.choice.fields == 1
+
+
+def test_choices_change_what_they_say_and_split_evenly(config):
+    for choice in search.choices(config, CPU):
+        mesh = search.mesh_sizes(choice.config.mesh, 8)
+        assert math.prod(mesh.values()) == 8
+        assert choice.config.data.batch_size % (mesh["data"] * mesh["fsdp"] * choice.config.accumulate) == 0
+        assert (choice.fields > 0) == bool(choice.changes)
+
+
+def test_the_verb_writes_its_plan_for_machines(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path))
+    recipe = Path(__file__).parents[1] / "configs" / "quickstart.py"
+    small = ["model.n_layers=1", "model.d_model=32", "model.vocab_size=264", "data.batch_size=8", "data.seq_len=32"]
+    argv = ["plan", str(recipe), "--topology", "cpu:8", *small, "--json", str(tmp_path / "plan.json")]
+    assert main(argv) == 0
+    assert "fits" in capsys.readouterr().out
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["fits"]
+    assert written["devices"] == 8
+    assert {"parameters", "traffic", "seconds", "tokens_per_day"} <= set(written)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the compiler for TPU is not installed")
+@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1"])
+def test_a_plan_for_a_tpu_agrees_with_its_compiler(name: str, config, folder):
+    topology = topologies.parse(name)
+    small = override(config, ["mesh.data=1", "mesh.fsdp=4", "model.d_model=256", "model.d_ff=512"])
+    found = plan(small, topology, folder=folder)
+    assert found.fits
+    assert found.cycles > 0
+    assert found.traffic
+    assert "tensor" not in {one.axes for one in found.traffic}
+    assert found.arguments == pytest.approx(sum(found.parameters.values()) + found.optimizer, rel=0.02)
+
+
+def test_reading_a_topology_does_not_start_jax():
+    import subprocess
+
+    program = "import sys; from llm_jax import topologies; topologies.parse('v5e:4x4'); sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1]).returncode == 0
