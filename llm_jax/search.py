@@ -134,8 +134,9 @@ def choices(config: RunConfig, topology: Topology) -> Iterator[Choice]:
             have = {"model.remat": c.remat, "accumulate": config.accumulate, "data.batch_size": config.data.batch_size}
             changed = {key: value for key, value in wanted.items() if value != have[key]}
             axes = [axis for axis in mesh if mesh[axis] != mine[axis]]
-            # All sizes, or a -1 among the others would take what is left.
-            sizes = {f"mesh.{axis}": size for axis, size in mesh.items()} if axes else {}
+            # A -1 is said as a number too, or it would take what is left by the change of another.
+            said = {axis: size for axis, size in mesh.items() if size != getattr(config.mesh, axis)} if axes else {}
+            sizes = {f"mesh.{axis}": size for axis, size in said.items()}
             changes = tuple(f"{key}={value}" for key, value in (sizes | changed).items())
             other = override(config, changes)
             yield Choice(changes, len(axes) + len(changed), other, *predicted(other, mesh, topology))

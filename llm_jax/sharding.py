@@ -192,8 +192,9 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    parts = zip(x.shape, spec(letters, ACTIVATION_AXES), strict=True)
-    even = [part if size % math.prod(mesh.shape[axis] for axis in _names(part)) == 0 else None for size, part in parts]
+    entries = (tuple(axis for axis in _names(entry) if axis not in by_hand()) for entry in spec(letters, ACTIVATION_AXES))
+    sizes = zip(x.shape, entries, strict=True)
+    even = [axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None for size, axes in sizes]
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*even)))
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from llm_jax.ops.attention import soft_cap
 from llm_jax.ops.gradient import in_turn
-from llm_jax.sharding import gathered, on_each_device
+from llm_jax.sharding import constrain, gathered, on_each_device
 
 IGNORE = -1  # a target that counts for nothing: padding, or the last token of a document
 
@@ -89,7 +89,8 @@ def chunked_cross_entropy(
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def one(_: None, part: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
             x, y = part
-            return None, cross_entropy(unembed(x, wide.astype(table.dtype), softcap), y, **terms)
+            logits = constrain(unembed(x, wide.astype(table.dtype), softcap), "BLV")
+            return None, cross_entropy(logits, y, **terms)
 
         _, losses = jax.lax.scan(one, None, (in_chunks(hidden, chunk), in_chunks(targets, chunk)))
         return jax.tree.map(whole_rows, losses)
