@@ -177,7 +177,11 @@ def visits(module: Module) -> Iterator[Visit]:
 
 
 def trips(module: Module, computation: str, loop: Instruction) -> int:
-    """How often the body of a `while` runs: as the compiler says, or else as its counter is compared and raised."""
+    """How often the body of a `while` runs: as the compiler says, or else as its counter is compared and raised.
+
+    A loop whose length is known only when it runs counts none: such are the further rounds of `ops/exchange.py`, which
+    usually are not needed.
+    """
     if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"\}'):
         return int(known)
     condition, body = loop.calls["condition"], loop.calls["body"]
@@ -205,12 +209,12 @@ def trips(module: Module, computation: str, loop: Instruction) -> int:
     compared = module.root(condition)
     counter = module.by_name[condition].get(compared.operands[0])
     if compared.opcode != "compare" or counter is None or counter.opcode != "get-tuple-element":
-        return 1
+        return 0
     index, last = int(counter.attribute(r"index=(\d+)") or 0), number(condition, compared.operands[1])
     first = number(condition, compared.operands[0]) or 0
     raised = step(module.root(body).operands[index])
     if last is None or not raised:
-        return 1
+        return 0
     return max(0, -(-(last - first) // raised))
 
 

@@ -51,8 +51,9 @@ LETTERS: tuple[tuple[str, str], ...] = (
     (r"classes/table$", "CD"),
 )
 
-# The mesh axes that split the rows of a batch.
+# The mesh axes that split the rows of a batch, and its tokens.
 ROWS = ("data", "fsdp", "expert")
+TOKENS = (*ROWS, "context")
 
 # Letter -> mesh axis. A letter that stands in neither table is never split.
 PARAMETER_AXES: Mapping[str, Axes] = {
@@ -192,7 +193,9 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    entries = (tuple(axis for axis in _names(entry) if axis not in by_hand()) for entry in spec(letters, ACTIVATION_AXES))
+    entries = (
+        tuple(axis for axis in _names(entry) if axis not in by_hand()) for entry in spec(letters, ACTIVATION_AXES)
+    )
     sizes = zip(x.shape, entries, strict=True)
     even = [axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None for size, axes in sizes]
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*even)))
@@ -203,19 +206,19 @@ def on_each_device(
     letters: str,
     *arrays: Any,
     axes: Mapping[str, Axes] = ACTIVATION_AXES,
-    rows_only: bool = False,
+    over: Sequence[str] | None = None,
 ) -> Any:
     """`function` of each device's own part of the arrays: of its rows, its heads, its share of a width.
 
     For what the compiler can't split by itself, or sends too much for. `letters` are those of the arrays, then those of
     the result; what no letter splits is whole on every device. `*VD` is a parameter, split as such: see `gathered`.
-    Sums over parts are the function's own affair: see `summed`. With `rows_only` each device has its own rows, and
-    what else is split is left to the compiler.
+    Sums over parts are the function's own affair: see `summed`. With `over` these mesh axes are split so, and what the
+    others split is left to the compiler.
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = set(mesh.axis_names) - by_hand()
-    if rows_only:
-        free = {axis for axis in free & set(ROWS) if mesh.shape[axis] > 1}
+    if over is not None:
+        free = {axis for axis in free & set(over) if mesh.shape[axis] > 1}
     if mesh.size == 1 or not free:
         return function(*arrays)
 

@@ -15,6 +15,8 @@ import pytest
 from llm_jax import hlo, tree
 from llm_jax.data.loader import DataConfig
 from llm_jax.model.config import ModelConfig
+from llm_jax.ops.exchange import ROOM
+from llm_jax.ops.experts import Experts
 from llm_jax.sharding import MeshConfig
 from llm_jax.train.optimizer import OptimizerConfig
 from llm_jax.train.program import Program
@@ -47,6 +49,12 @@ SCALARS = 512  # bytes: loss, counts and norms are sums of single numbers, and s
 Budget = dict[tuple[str, str], tuple[float, int | None]]
 
 
+MIXTURE_EXPERTS = Experts(number=4, balance="none")
+MIXTURE = dataclasses.replace(
+    CONFIG, model=dataclasses.replace(CONFIG.model, layers=("global+moe",), experts=MIXTURE_EXPERTS)
+)
+
+
 def sent(**mesh: int) -> dict[tuple[str, str], tuple[int, float]]:
     """What the compiled step sends: times, and bytes of a device."""
     accumulate = M if "pipeline" in mesh else 1
@@ -57,9 +65,9 @@ def sent(**mesh: int) -> dict[tuple[str, str], tuple[int, float]]:
 
 
 @functools.cache
-def numbers() -> dict[str, int]:
+def numbers(config: RunConfig = CONFIG) -> dict[str, int]:
     """How many numbers each parameter has."""
-    state = Program.on_one_device(CONFIG).abstract_state
+    state = Program.on_one_device(config).abstract_state
     return {path: math.prod(leaf.shape) for path, leaf in tree.leaves(state.params).items()}
 
 
@@ -78,30 +86,24 @@ def fsdp_budget(fsdp: int, data: int = 1) -> Budget:
     """Matrices of blocks are gathered forward and again backward, the head once for all chunks of the loss.
 
     Norms are gathered once more, where they are computed again. Gradients of blocks are summed; the head's leaves each
-    device its part. Embedded tokens are split by width where they are looked up and by row where they are read, which
-    an all-to-all exchanges, and their gradients back. A device looks up its columns for the tokens of all.
+    device its part. A device looks up its columns of the embedding for the tokens of all, which an all-to-all exchanges
+    for all columns of its own, and their gradients back.
     With `data` each device has a part of the state, and sums the gradients of that part alone with its replicas.
     """
     part, (inside, matrices) = (fsdp - 1) / fsdp, blocks()
     norms, last = 3 * 2 * N, 2  # of blocks; behind them
     ids, tokens = B // data * L * ID, B // (data * fsdp) * L * D * FLOAT
-    both = 2 if data == 1 else 1  # forward and backward
     budget: Budget = {
         ("all-gather", "fsdp"): (
-            part * ((2 * inside + V * D + (norms + last) * D) * FLOAT + both * ids),
-            2 * matrices * N + 1 + norms + last + both,
+            part * ((2 * inside + V * D + (norms + last) * D) * FLOAT + ids),
+            2 * matrices * N + 1 + norms + last + 1,
         ),
         ("all-reduce", "fsdp"): (2 * part * (inside + (2 * N + 1) * D) * FLOAT, None),
         ("reduce-scatter", "fsdp"): (part * V * D * FLOAT, 1),
-        ("all-to-all", "fsdp"): (both * part * tokens, both),
+        ("all-to-all", "fsdp"): (2 * part * tokens, 2),
     }
     if data > 1:
-        replicas = 2 * (data - 1) / data
-        budget[("all-reduce", "data")] = (replicas * (inside + V * D + (2 * N + 1) * D) / fsdp * FLOAT, None)
-        # Not what it should be: XLA finds no way from the rows of the embedding's gradient to its columns (it warns of
-        # "involuntary full rematerialization"), and sums the whole table over all devices.
-        budget[("all-reduce", "data+fsdp")] = (whole(data * fsdp, V * D), None)
-        budget[("all-gather", "data")] = ((data - 1) * tokens, 1)
+        budget[("all-reduce", "data")] = (whole(data, (inside + 2 * V * D + (2 * N + 1) * D) // fsdp), None)
     return budget
 
 
@@ -111,15 +113,51 @@ def whole(devices: int, size: int) -> float:
 
 
 def tensor_budget(tensor: int) -> Budget:
-    """A block splits its heads and its features, and sums what they add to the stream.
+    """A block splits its heads and its features, and between sublayers the stream by its tokens.
 
-    Forward once for attention and once for the feed-forward; attention's once more where a block is computed again.
-    Backward at the inputs of queries, keys, values, and of the gated feed-forward's two. The embedding is split by
-    token, so its rows are a sum, and so is the gradient of what the head reads. Of logits that are split by token a
-    chunk needs the maximum and two sums, and the maximum and a sum when it is computed again.
+    Each sublayer gathers the tokens, again where it is computed again, and the gradient of what it gave; so does the
+    head, chunk by chunk, and backward the embedding. Sums are those of attention, which is computed twice, and of the
+    feed-forward; backward at the inputs of queries, keys, values, of the gated feed-forward's two, and of the head. The
+    embedded tokens leave each device its own. Of logits, split by V, a chunk needs the maximum and two sums, and the
+    maximum and a sum when it is computed again. Each device has the norms' gradient of its own tokens.
     """
-    stream, row = whole(tensor, B * L * D), whole(tensor, B * L)
-    return {("all-reduce", "tensor"): (N * (2 + 1 + 3 + 2) * stream + 2 * stream + 5 * row, None)}
+    stream, row, norms = whole(tensor, B * L * D), whole(tensor, B * L), whole(tensor, 2 * N * D)
+    gathers, sums, chunks = 2 * 3, 2 + 1 + 3 + 2, 2 * (L // CONFIG.loss.chunk)
+    return {
+        ("all-gather", "tensor"): ((N * gathers + 2 + 1) * stream / 2, N * gathers + chunks + 1),
+        ("all-reduce", "tensor"): ((N * sums + 1) * stream + 5 * row + norms, None),
+        ("reduce-scatter", "tensor"): (stream / 2, 1),
+    }
+
+
+def context_budget(context: int) -> Budget:
+    """Keys and values go around forward, and again backward, with their gradients, which then go home.
+
+    Parameters are whole on every device, and so is their gradient, summed once.
+    """
+    message = 2 * B * L // context * CONFIG.model.K * CONFIG.model.H * FLOAT
+    times = N * (2 * (context - 1) + context)
+    return {
+        ("collective-permute", "context"): (times * message, times),
+        ("all-reduce", "context"): (whole(context, sum(numbers().values())), None),
+    }
+
+
+def expert_budget(expert: int) -> Budget:
+    """A round takes tokens to their experts and back, forward, again where it is computed again, and backward.
+
+    A device has the gradients of its own experts from all; those of all other parameters are summed. Routers are split
+    like experts, and gathered.
+    """
+    part, kept = (expert - 1) / expert, [n for path, n in numbers(MIXTURE).items() if "/experts/w_" not in path]
+    room = math.ceil(ROOM * (B // expert) * L * 2 / expert)
+    times = N * 3 * 2
+    router = N * D * MIXTURE_EXPERTS.number
+    return {
+        ("all-to-all", "expert"): (times * part * expert * room * D * FLOAT, times + N * 2),
+        ("all-reduce", "expert"): (whole(expert, sum(kept) + router), None),
+        ("all-gather", "expert"): (2 * part * router * FLOAT, 2 * N),
+    }
 
 
 def pipeline_budget(pipeline: int) -> Budget:
@@ -145,6 +183,9 @@ def pipeline_budget(pipeline: int) -> Budget:
         ({"fsdp": 8}, fsdp_budget),
         pytest.param({"data": 2, "fsdp": 4}, fsdp_budget, marks=pytest.mark.slow),
         ({"tensor": 2}, tensor_budget),
+        ({"context": 2}, context_budget),
+        pytest.param({"context": 4}, context_budget, marks=pytest.mark.slow),
+        pytest.param({"expert": 2}, expert_budget, marks=pytest.mark.slow),
         pytest.param({"pipeline": 2}, pipeline_budget, marks=pytest.mark.slow),
     ],
     ids=str,

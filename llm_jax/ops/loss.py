@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from llm_jax.ops.attention import soft_cap
 from llm_jax.ops.gradient import in_turn
-from llm_jax.sharding import constrain, gathered, on_each_device
+from llm_jax.sharding import TOKENS, constrain, gathered, on_each_device
 
 IGNORE = -1  # a target that counts for nothing: padding, or the last token of a document
 
@@ -20,12 +20,12 @@ def unembed(
     return soft_cap(jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32), softcap)
 
 
-def in_chunks(x: Shaped[Array, "B L *D"], chunk: int) -> Shaped[Array, "_ B chunk *D"]:
+def in_chunks(x: Shaped[Array, "B L *D"], number: int) -> Shaped[Array, "number B _ *D"]:
     """The tokens of every row in chunks, each spread over the row: where devices share it, none leaves its device."""
-    return jnp.moveaxis(x.reshape(len(x), chunk, -1, *x.shape[2:]), 2, 0)
+    return jnp.moveaxis(x.reshape(len(x), -1, number, *x.shape[2:]), 2, 0)
 
 
-def whole_rows(x: Shaped[Array, "_ B chunk"]) -> Shaped[Array, "B L"]:
+def whole_rows(x: Shaped[Array, "number B _"]) -> Shaped[Array, "B L"]:
     """The rows that `in_chunks` took apart."""
     return jnp.moveaxis(x, 0, 2).reshape(x.shape[1], -1)
 
@@ -34,7 +34,8 @@ def likeliest(
     hidden: Float[Array, "B L D"], table: Float[Array, "V D"], chunk: int, softcap: float | None = None
 ) -> Int[Array, "B L"]:
     """Where the logits of every hidden state are largest, with those of only `B * chunk` in memory at a time."""
-    return whole_rows(jax.lax.map(lambda x: unembed(x, table, softcap).argmax(-1), in_chunks(hidden, chunk)))
+    chunks = in_chunks(hidden, hidden.shape[1] // chunk)
+    return whole_rows(jax.lax.map(lambda x: unembed(x, table, softcap).argmax(-1), chunks))
 
 
 def cross_entropy(
@@ -74,9 +75,9 @@ def chunked_cross_entropy(
 ) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
     """The same of `unembed(hidden, table, softcap)`, with the logits of only `B * chunk` tokens in memory at a time.
 
-    The backward pass computes each chunk's logits again. Each device goes through the chunks of its own rows: the table
-    is gathered before the first and its gradient added up after the last, once, where the compiler by itself would do
-    both with every chunk. Raises `ValueError` unless `chunk` divides L.
+    The backward pass computes each chunk's logits again. Each device goes through the chunks of its own tokens: the
+    table is gathered before the first and its gradient added up after the last, once, where the compiler by itself
+    would do both with every chunk. Raises `ValueError` unless `chunk` divides L.
     """
     L = hidden.shape[1]
     if L % chunk:
@@ -92,10 +93,10 @@ def chunked_cross_entropy(
             logits = constrain(unembed(x, wide.astype(table.dtype), softcap), "BLV")
             return None, cross_entropy(logits, y, **terms)
 
-        _, losses = jax.lax.scan(one, None, (in_chunks(hidden, chunk), in_chunks(targets, chunk)))
+        _, losses = jax.lax.scan(one, None, (in_chunks(hidden, L // chunk), in_chunks(targets, L // chunk)))
         return jax.tree.map(whole_rows, losses)
 
     # Backward, the table's gradient is parted before that of `hidden` goes on: whole it is as large as many layers.
     hidden, table = jax.lax.optimization_barrier((hidden, table))
-    loss, nll = on_each_device(chunk_by_chunk, "BLD *VD BL BL", hidden, table, targets, rows_only=True)
+    loss, nll = on_each_device(chunk_by_chunk, "BLD *VD BL BL", hidden, table, targets, over=TOKENS)
     return in_turn(loss), nll
