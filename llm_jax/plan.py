@@ -163,7 +163,12 @@ def _compiled(lowered: jax.stages.Lowered, arguments: int) -> Figures:
     needed = given + memory.temp_size_in_bytes + new
     peak = getattr(memory, "peak_memory_in_bytes", 0)
     peak = peak if given < peak < needed else needed
-    return Figures(given, memory.temp_size_in_bytes, needed, peak, compiled.as_text() or "")
+    try:
+        text = compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError as error:
+        line = f'pip install "jax[tpu]=={jax.__version__}"'
+        raise ValueError(f"{', '.join(_versions())} don't go together: {str(error)[:200]}; {line}") from error
+    return Figures(given, memory.temp_size_in_bytes, needed, peak, text)
 
 
 def bytes_here(tree: PyTree) -> int:
