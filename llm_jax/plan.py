@@ -72,6 +72,7 @@ class Plan:
 
     Attributes:
       parameters: bytes by path.
+      gradients: bytes of all of them, in the dtype of the computation; they are among the temporaries.
       temporaries: bytes at their peak by what made them, read from the program text: an estimate of `temporary`.
       traffic: None where the program was too large to be finished.
       flops: of the model, and with what is computed again.
@@ -307,7 +308,7 @@ def render(p: Plan) -> Group:
         others = sum(list(p.temporaries.values())[10:])
         pages += [
             Text(
-                f"temporary at the peak, read from the program: {estimate}; gaps and padding are not seen", style="dim"
+                f"temporary at the peak, as read from the program: {estimate}; all gradients: {gb(p.gradients)}", "dim"
             ),
             shares(shown | {"others": others}, gb),
         ]
