@@ -44,9 +44,9 @@ def test_the_arithmetic_of_the_state_is_what_the_compiler_says_of_the_arguments(
     batch = 4 * config.data.batch_size // 8 * config.data.seq_len * 4  # tokens, targets, segments, positions
     assert weights + planned.optimizer + batch + 4 == planned.arguments == memory.argument_size_in_bytes
     assert planned.temporary == memory.temp_size_in_bytes
-    assert (
-        planned.peak == planned.arguments + planned.temporary + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    )
+    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    assert planned.needed == planned.arguments + planned.temporary + new
+    assert planned.arguments < planned.peak <= planned.needed
 
 
 def test_temporaries_read_from_the_program_are_about_what_the_compiler_needs(planned):
@@ -172,7 +172,8 @@ def test_a_plan_for_a_tpu_agrees_with_its_compiler(name: str, config, folder):
     assert found.cycles > 0
     assert found.traffic
     assert "tensor" not in {one.axes for one in found.traffic}
-    assert found.arguments == pytest.approx(sum(found.parameters.values()) + found.optimizer, rel=0.02)
+    state = sum(found.parameters.values()) + found.optimizer
+    assert found.arguments == pytest.approx(state, rel=0.05)  # a TPU pads small arrays to its tiles
 
 
 def test_reading_a_topology_does_not_start_jax():
