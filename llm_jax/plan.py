@@ -72,6 +72,7 @@ class Plan:
 
     Attributes:
       parameters: bytes by path.
+      gradients: bytes of all of them, in the dtype of the computation; they are among the temporaries.
       temporaries: bytes at their peak by what made them, read from the program text: an estimate of `temporary`.
       traffic: None where the program was too large to be finished.
       flops: of the model, and with what is computed again.
@@ -163,7 +164,12 @@ def _compiled(lowered: jax.stages.Lowered, arguments: int) -> Figures:
     needed = given + memory.temp_size_in_bytes + new
     peak = getattr(memory, "peak_memory_in_bytes", 0)
     peak = peak if given < peak < needed else needed
-    return Figures(given, memory.temp_size_in_bytes, needed, peak, compiled.as_text() or "")
+    try:
+        text = compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError as error:
+        line = f'pip install "jax[tpu]=={jax.__version__}"'
+        raise ValueError(f"{', '.join(_versions())} don't go together: {str(error)[:200]}; {line}") from error
+    return Figures(given, memory.temp_size_in_bytes, needed, peak, text)
 
 
 def bytes_here(tree: PyTree) -> int:
@@ -302,7 +308,7 @@ def render(p: Plan) -> Group:
         others = sum(list(p.temporaries.values())[10:])
         pages += [
             Text(
-                f"temporary at the peak, read from the program: {estimate}; gaps and padding are not seen", style="dim"
+                f"temporary at the peak, as read from the program: {estimate}; all gradients: {gb(p.gradients)}", "dim"
             ),
             shares(shown | {"others": others}, gb),
         ]

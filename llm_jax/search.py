@@ -90,6 +90,7 @@ def search(
     Until something fits every second one is of the smallest change instead. Nothing is compiled that arithmetic says
     is slower than what fits already.
     """
+    topology.devices()  # where they can't be had no choice helps
     every = list(choices(config, topology))
     mine = Choice((), 0, config)
     able = [one for one in every if one.changes and LEAN * one.bytes <= topology.chip.memory]
@@ -126,8 +127,8 @@ def choices(config: RunConfig, topology: Topology) -> Iterator[Choice]:
     for (fsdp, tensor), share in itertools.product(splits, (1, 2, 4)):
         mesh = mine | {"data": free // tensor // fsdp, "fsdp": fsdp, "tensor": tensor}
         rows, shards = config.data.batch_size // share, mesh["data"] * mesh["fsdp"]
-        widths = {tensor: (c.K, c.F, c.vocab_size), fsdp: (c.d_model,)}
-        if config.data.batch_size % share or rows % shards or any(w % n for n, ws in widths.items() for w in ws):
+        uneven = any(width % tensor for width in (c.K, c.F, c.vocab_size)) or c.d_model % fsdp
+        if config.data.batch_size % share or rows % shards or uneven:
             continue
         for remat, accumulate in itertools.product(sorted({*REMATS, c.remat}), divisors(rows // shards)):
             wanted = {"model.remat": remat, "accumulate": accumulate, "data.batch_size": rows}

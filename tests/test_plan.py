@@ -4,16 +4,17 @@ import dataclasses
 import importlib.util
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from tiny_run import tiny
 
-from llm_jax import search, topologies
+from llm_jax import hlo, search, topologies
 from llm_jax.cli import main
 from llm_jax.config import override
-from llm_jax.plan import Plan, figures, plan
+from llm_jax.plan import Plan, figures, plan, traffic_of
 from llm_jax.sharding import MeshConfig
 from llm_jax.train.program import Program
 from llm_jax.train.run import RunConfig
@@ -22,7 +23,7 @@ CPU = topologies.parse("cpu:8")
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+def config() -> RunConfig:
     return dataclasses.replace(tiny(Path("nowhere")), mesh=MeshConfig(data=2, fsdp=4), accumulate=1)
 
 
@@ -43,9 +44,9 @@ def test_the_arithmetic_of_the_state_is_what_the_compiler_says_of_the_arguments(
     batch = 4 * config.data.batch_size // 8 * config.data.seq_len * 4  # tokens, targets, segments, positions
     assert weights + planned.optimizer + batch + 4 == planned.arguments == memory.argument_size_in_bytes
     assert planned.temporary == memory.temp_size_in_bytes
-    assert (
-        planned.peak == planned.arguments + planned.temporary + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    )
+    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    assert planned.needed == planned.arguments + planned.temporary + new
+    assert planned.arguments < planned.peak <= planned.needed
 
 
 def test_temporaries_read_from_the_program_are_about_what_the_compiler_needs(planned):
@@ -73,9 +74,6 @@ def test_what_was_compiled_once_is_read_from_the_cache(config, planned, folder, 
 def test_bytes_between_slices_go_at_the_rate_of_their_network():
     two = topologies.parse("v5e:2x2", slices=2)
     assert (two.n_devices, two.island, str(two)) == (8, 4, "2 slices of v5e:2x2")
-    from llm_jax import hlo
-    from llm_jax.plan import traffic_of
-
     text = """\
 ENTRY %main (x: f32[256]) -> f32[256] {
   %x = f32[256]{0} parameter(0)
@@ -167,17 +165,17 @@ def test_the_verb_writes_its_plan_for_machines(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1"])
 def test_a_plan_for_a_tpu_agrees_with_its_compiler(name: str, config, folder):
     topology = topologies.parse(name)
+    topology.prepare()
     small = override(config, ["mesh.data=1", "mesh.fsdp=4", "model.d_model=256", "model.d_ff=512"])
     found = plan(small, topology, folder=folder)
     assert found.fits
     assert found.cycles > 0
     assert found.traffic
     assert "tensor" not in {one.axes for one in found.traffic}
-    assert found.arguments == pytest.approx(sum(found.parameters.values()) + found.optimizer, rel=0.02)
+    state = sum(found.parameters.values()) + found.optimizer
+    assert found.arguments == pytest.approx(state, rel=0.05)  # a TPU pads small arrays to its tiles
 
 
 def test_reading_a_topology_does_not_start_jax():
-    import subprocess
-
     program = "import sys; from llm_jax import topologies; topologies.parse('v5e:4x4'); sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1]).returncode == 0
