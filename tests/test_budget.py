@@ -57,8 +57,8 @@ MIXTURE = dataclasses.replace(
 
 def sent(**mesh: int) -> dict[tuple[str, str], tuple[int, float]]:
     """What the compiled step sends: times, and bytes of a device."""
-    accumulate = M if "pipeline" in mesh else 1
-    config = dataclasses.replace(CONFIG, mesh=MeshConfig(**{"data": 1} | mesh), accumulate=accumulate)
+    accumulate, config = M if "pipeline" in mesh else 1, MIXTURE if "expert" in mesh else CONFIG
+    config = dataclasses.replace(config, mesh=MeshConfig(**{"data": 1} | mesh), accumulate=accumulate)
     program = Program.on(config, jax.devices()[: math.prod(mesh.values())])
     module = hlo.parse(program.lowered().compile().as_text())
     return hlo.totals(hlo.collectives(module, program.mesh.shape))
