@@ -3,6 +3,8 @@
 `python tests/test_verify.py` writes the tables of docs/parallelism.md from `golden/verify.json`.
 """
 
+import json
+import re
 from pathlib import Path
 
 import pytest
