@@ -18,7 +18,7 @@ from rich.text import Text
 
 from llm_jax.config import override
 from llm_jax.plan import Plan, flops_a_token, plan
-from llm_jax.sharding import MeshConfig, mesh_sizes
+from llm_jax.sharding import ROWS, MeshConfig, mesh_sizes
 from llm_jax.show import columns, metric, nbytes, residual_bytes, title
 from llm_jax.topologies import Topology
 from llm_jax.train.count import shapes
@@ -126,7 +126,7 @@ def choices(config: RunConfig, topology: Topology) -> Iterator[Choice]:
     splits = [(fsdp, tensor) for tensor in divisors(free) for fsdp in divisors(free // tensor)]
     for (fsdp, tensor), share in itertools.product(splits, (1, 2, 4)):
         mesh = mine | {"data": free // tensor // fsdp, "fsdp": fsdp, "tensor": tensor}
-        rows, shards = config.data.batch_size // share, mesh["data"] * mesh["fsdp"]
+        rows, shards = config.data.batch_size // share, math.prod(mesh[axis] for axis in ROWS)
         uneven = any(width % tensor for width in (c.K, c.F, c.vocab_size)) or c.d_model % fsdp
         if config.data.batch_size % share or rows % shards or uneven:
             continue
@@ -150,7 +150,7 @@ def divisors(n: int) -> list[int]:
 def predicted(config: RunConfig, mesh: dict[str, int], topology: Topology) -> tuple[float, float]:
     """Bytes of a device and seconds a token, by arithmetic alone.
 
-    State and gradients are split over `fsdp`, `tensor` and stages, what the backward pass keeps over rows and `tensor`.
+    State and gradients are split over `fsdp`, `tensor` and stages, what backward passes keep over tokens and `tensor`.
     Weights are gathered for each microbatch, forward and backward, and their gradients parted; blocks that are split
     over `tensor` sum the stream four times, and twice as often while they are computed again.
     """
@@ -158,7 +158,8 @@ def predicted(config: RunConfig, mesh: dict[str, int], topology: Topology) -> tu
     size = jnp.dtype(c.dtype).itemsize
     numbers = nbytes(shapes(c)) / 4
     parts = mesh["fsdp"] * mesh["tensor"] * mesh["pipeline"]
-    rows = config.data.batch_size / config.accumulate / (mesh["data"] * mesh["fsdp"])
+    shards = math.prod(mesh[axis] for axis in ROWS) * mesh["context"]
+    rows = config.data.batch_size / config.accumulate / shards
     alone = dataclasses.replace(
         config, mesh=MeshConfig(), accumulate=1, data=dataclasses.replace(config.data, batch_size=1)
     )
@@ -170,7 +171,7 @@ def predicted(config: RunConfig, mesh: dict[str, int], topology: Topology) -> tu
     share = numbers * size / (mesh["tensor"] * mesh["pipeline"])
     gathered = 3 * config.accumulate * share * (mesh["fsdp"] - 1) / mesh["fsdp"]
     replicated = 2 * share / mesh["fsdp"] * (mesh["data"] - 1) / mesh["data"]
-    stream = tokens / (mesh["data"] * mesh["fsdp"]) * c.d_model * size * c.n_layers / mesh["pipeline"]
+    stream = tokens / shards * c.d_model * size * c.n_layers / mesh["pipeline"]
     sums = (4 + 2 * (c.remat != "none")) * 2 * (mesh["tensor"] - 1) / mesh["tensor"] * stream
     rate = chip.between if mesh["data"] > 1 and topology.island < topology.n_devices else chip.wire
     wire = (gathered + sums) / chip.wire + replicated / rate
