@@ -223,6 +223,8 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
     found, seen = [], set()
     for visit in visits(module):
         x, kind = visit.instruction, visit.instruction.opcode.removesuffix("-start")
+        if kind == "send":  # to another slice of a TPU
+            kind = (x.attribute(r'_xla_megascale_transfer_type="(\w+)"') or "").lower().replace("_", "-")
         if kind not in SENT:
             continue
         channel = x.attribute(r"channel_id=(\d+)")
@@ -255,7 +257,11 @@ def _pairs(x: Instruction) -> list[list[int]] | None:
 
 
 def _groups(x: Instruction, devices: int) -> list[list[int]] | None:
-    """The groups that exchange, in any of the three spellings; None: all devices."""
+    """The groups that exchange, in any of the three spellings, or a device of each slice; None: all devices."""
+    if slices := x.attribute(r'_xla_megascale_target="\{([\d,:]+)\}'):
+        ids = [int(i) for i in re.findall(r"\d+", slices)]
+        number = ids[-1] - ids[0] + 1 if ":" in slices else len(ids)
+        return [list(range(0, devices, devices // number))]
     if listed := x.attribute(r"replica_groups=\{(\{[\d,{}\s]*\})\}"):
         return [[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d,\s]+)\}", listed)]
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", x.attributes):
@@ -303,7 +309,7 @@ def _overlapped(module: Module, visit: Visit) -> bool:
     """Whether anything is computed between the start of a collective and its end."""
     if visit.fusion is not None:
         return "all-reduce-scatter" not in visit.fusion
-    if not visit.instruction.opcode.endswith("-start"):
+    if not visit.instruction.opcode.endswith(("-start", "send")):
         return False
     after = itertools.dropwhile(lambda x: x is not visit.instruction, module.computations[visit.computation])
     between = itertools.takewhile(lambda x: visit.instruction.name not in x.operands, itertools.islice(after, 1, None))

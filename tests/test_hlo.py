@@ -131,6 +131,14 @@ def test_an_asynchronous_chain_of_fusions_shows_its_collective_many_times_and_se
     assert (found.kind, found.count, found.sent, found.overlapped) == ("all-gather", 1, 3 * 1024, True)
 
 
+def test_what_slices_sum_by_the_network_is_an_all_reduce_of_the_axis_between_them():
+    how = '_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"'
+    send = "%s = (f32[256]{0}, u32[], token[]) send(%x, %t), channel_id=1, is_host_transfer=true"
+    lines = ["%t = token[] after-all()", f"{send}, frontend_attributes={{{how}}}", "ROOT %d = token[] send-done(%s)"]
+    found = only(program(*lines), data=2, fsdp=4)
+    assert (found.kind, found.axes, found.devices, found.sent) == ("all-reduce", "data", 2, 1024)
+
+
 def test_a_start_with_its_end_right_behind_overlaps_with_nothing():
     between = "%w = f32[256]{0} fusion(%x), calls=%none"
     groups = "channel_id=1, replica_groups={{0,1}}, dimensions={0}"
