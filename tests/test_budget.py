@@ -188,7 +188,7 @@ def pipeline_budget(pipeline: int) -> Budget:
         pytest.param({"expert": 2}, expert_budget, marks=pytest.mark.slow),
         pytest.param({"pipeline": 2}, pipeline_budget, marks=pytest.mark.slow),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else value.__name__,
 )
 def test_a_step_sends_what_its_strategy_has_to_and_nothing_else(mesh: dict[str, int], budget: Callable[..., Budget]):
     found, expected = sent(**mesh), budget(**mesh)
