@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from grid import tiny, tokens, weights
 
 from llm_jax.data.loader import Batch
@@ -55,6 +56,7 @@ def test_biases_move_against_the_load_of_their_own_layer_and_nothing_else_moves(
     np.testing.assert_allclose(moves["layers_2/experts/router_bias"], [0.5, -0.5, 0.5, 0.5], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_steps_with_a_following_bias_even_out_the_load_without_a_gradient_on_it():
     config = mixture(balance="bias", bias_rate=0.02)
     model, rule = Transformer(config), make_optimizer(OptimizerConfig(weight_decay=0.5))

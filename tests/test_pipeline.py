@@ -76,6 +76,11 @@ def check(found: Any, expected: Any) -> None:
     assert max(far.values()) < 1e-5, far
 
 
+def test_loss_and_gradient_are_those_of_one_device():
+    check(pipelined(PLAIN, LOSS, PipelineConfig("1f1b"), MeshConfig(pipeline=2, data=1)), one_device(PLAIN, LOSS))
+
+
+@pytest.mark.slow
 def test_loss_gradient_and_the_use_of_experts_are_those_of_one_device():
     found = pipelined(MIXED, LOSS, PipelineConfig("1f1b", 2), MeshConfig(pipeline=2, data=1))
     check(found, one_device(MIXED, LOSS))

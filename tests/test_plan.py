@@ -129,6 +129,7 @@ def test_a_search_compiles_within_its_budget_and_names_the_fastest_that_fits(con
     assert found.fastest.seconds_a_token == min(one.seconds_a_token for one in found.tried)
 
 
+@pytest.mark.slow
 def test_of_a_run_that_does_not_fit_a_search_finds_the_smallest_change_that_makes_it(config, folder, monkeypatch):
     whole = plan(config, CPU, folder=folder)
     tight = dataclasses.replace(CPU.chip, memory=whole.needed - 1)

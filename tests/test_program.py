@@ -67,7 +67,7 @@ def on(config: RunConfig, mesh: MeshConfig) -> Program:
     ("mesh", "another"),
     [
         (DATA_FSDP, DATA_TENSOR),
-        (CONTEXT_FSDP_TENSOR, CONTEXT),
+        pytest.param(CONTEXT_FSDP_TENSOR, CONTEXT, marks=pytest.mark.slow),
         pytest.param(CONTEXT, DATA, marks=pytest.mark.slow),
         pytest.param(CONTEXT_TENSOR, FSDP, marks=pytest.mark.slow),
         pytest.param(DATA_TENSOR, DATA_FSDP, marks=pytest.mark.slow),
@@ -277,7 +277,8 @@ def test_a_step_lowered_for_devices_that_are_given_lies_on_these(config: RunConf
     )
 
 
-@pytest.mark.parametrize("offload", [pytest.param("optimizer", marks=pytest.mark.slow), "state"])
+@pytest.mark.slow
+@pytest.mark.parametrize("offload", ["optimizer", "state"])
 def test_a_state_that_waits_on_the_host_trains_to_the_same_bits(config: RunConfig, batches, tmp_path, offload):
     plain, waiting = (on(dataclasses.replace(config, offload=where), DATA_FSDP) for where in ("none", offload))
     found, expected = trained(waiting, batches[:2])[0], trained(plain, batches[:2])[0]

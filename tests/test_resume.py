@@ -99,6 +99,7 @@ def test_a_run_killed_between_steps_and_resumed_equals_the_uninterrupted_one(
     assert_equal_runs(folder, seen | hashes, config, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_another_layout_and_in_no_other_config(config: RunConfig, tmp_path: Path):
     with watched(kill_at(5)), pytest.raises(Killed):
         train(config, tmp_path / "run", console=console())
