@@ -70,7 +70,7 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
     ),
     "resume": (
         RUN,
-        arg("assignments", metavar="mesh.AXIS=SIZE", nargs="*", help="other devices than before, as mesh.fsdp=4"),
+        arg("assignments", metavar="key=value", nargs="*", help="another layout, for other devices, as mesh.fsdp=4"),
         arg("--steps", type=int, metavar="N", help="a new total of steps"),
         *PEERS,
         JSON,

@@ -60,7 +60,7 @@ def resume(args: Namespace) -> None:
 
     loop.own_process()
     with processes.joined(args.coordinator, args.processes, args.process):
-        progress = loop.resume(args.run, steps=args.steps, mesh=args.assignments, console=_console(args))
+        progress = loop.resume(args.run, steps=args.steps, layout=args.assignments, console=_console(args))
         _say_what_next(args, args.run, progress.step, run.load_config(args.run).steps)
 
 
@@ -276,7 +276,8 @@ def verify(args: Namespace) -> None:
     """Show that CONFIG, shrunk to test size, trains on every mesh as on one device.
 
     On eight simulated devices, in float32: each mesh axis alone, and every two together. Loss and the gradient of every
-    parameter are compared, and twenty steps of training. It takes some minutes; --axes keeps to the layouts of these.
+    parameter are compared, and twenty steps of training. All takes a quarter of an hour and more on two cores; --axes
+    keeps to the layouts of these.
 
       llm-jax verify                                                     of quickstart
       llm-jax verify quickstart model.layers=global+moe model.experts.number=8
@@ -300,7 +301,9 @@ def verify(args: Namespace) -> None:
         print(checks.line(verdict), file=sys.stderr if args.json else sys.stdout, flush=True)
     if args.json:
         _print_json(checks.as_json(found))
-    if different := [verdict.layout for verdict in found if not verdict.equal]:
+    if all(verdict.refused for verdict in found):
+        raise ValueError(f"none of {len(found)} layouts can be, for the reasons above; name other --axes")
+    if different := [verdict.layout for verdict in found if verdict.equal is False]:
         raise ValueError(
             f"{', '.join(different)}: not what one device gives; find where it parts with fewer layers or a plainer "
             "model, and please report it"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny_run import batch_hash, console, last_checkpoint, rows, said
 
@@ -100,18 +101,20 @@ def test_a_run_killed_between_steps_and_resumed_equals_the_uninterrupted_one(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_in_another_layout_and_in_no_other_config(config: RunConfig, tmp_path: Path):
+def test_a_run_goes_on_in_another_layout_and_in_no_other_config(config: RunConfig, tmp_path: Path, uninterrupted):
     with watched(kill_at(5)), pytest.raises(Killed):
         train(config, tmp_path / "run", console=console())
-    with pytest.raises(ValueError, match=r"model.n_layers=3: .* only mesh.\* and pipeline.\* may change"):
-        resume(tmp_path / "run", mesh=["model.n_layers=3"])
+    with pytest.raises(ValueError, match=r"model.n_layers=3: .* only mesh., pipeline., .* may change"):
+        resume(tmp_path / "run", layout=["model.n_layers=3"])
     screen = console()
     with watched() as hashes:
-        resume(tmp_path / "run", mesh=["mesh.data=4", "mesh.tensor=-1"], console=screen)
+        resume(tmp_path / "run", layout=["mesh.data=4", "mesh.tensor=-1"], console=screen)
     assert 0 < min(hashes) <= 5
     assert max(hashes) == 7
     assert "not the same bits as without the stop: mesh.tensor is 1 there, -1 here" in said(screen)
     assert load_config(tmp_path / "run").mesh == MeshConfig(data=4, tensor=-1)
+    losses = [[row["loss"] for row in rows(folder) if "loss" in row] for folder in (tmp_path / "run", uninterrupted[0])]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
 
 def test_a_run_that_was_asked_to_stop_and_resumed_equals_the_uninterrupted_one(

@@ -130,8 +130,11 @@ def test_a_mesh_without_context_takes_a_name_of_the_ring_for_none():
 def test_rows_of_a_cache_and_rows_that_do_not_divide_are_declined():
     q, k, v, _ = inputs()
     with jax.set_mesh(make_mesh(EVERY)):
-        with pytest.raises(Declined, match="ring is for training, and attends to no cache; generate on a mesh"):
-            attention(q, k, v, Mask(kv_length=jnp.array([L, L])))
+        for name in ("ring", "zigzag", "ulysses"):
+            with pytest.raises(Declined, match=f"{name} is for training, and attends to no cache; generate on a mesh"):
+                attention(q, k, v, Mask(kv_length=jnp.array([L, L])), implementation=name)
+        with pytest.raises(Declined, match=r"tokens of a zigzag are out of order; look at them with .*=ring"):
+            attention(q, k, v, Mask(), implementation="zigzag", tap=lambda name, x: x)
         with pytest.raises(Declined, match="zigzag cuts rows into 8 parts, got 12 tokens; use a multiple of that"):
             attention(q[:, :12], k[:, :12], v[:, :12], Mask(), implementation="zigzag")
         with pytest.raises(Declined, match=r"chunked takes whole rows, .* use one of ring"):

@@ -354,6 +354,8 @@ def attention(
     known = IMPLEMENTATIONS | ACROSS
     if implementation is not None and implementation not in known:
         raise ValueError(f"unknown attention {implementation!r}; known: {', '.join(known)}")
+    if tap is not None and implementation == "zigzag" and size_of("context") > 1:
+        raise Declined("the tokens of a zigzag are out of order; look at them with model.attention.implementation=ring")
     if tap is not None:
         return reference(q, k, v, mask, scores, tap)
     if size_of("context") > 1:

@@ -101,10 +101,14 @@ class Ring:
         return jax.lax.ppermute(x, AXIS, places) if by % self.devices else x
 
 
-def _around(name: str, q: Array, k: Array, v: Array, mask: Mask, scores: Scores, number: int) -> Array:
-    devices, L, (K, G) = size_of(AXIS), q.shape[1], q.shape[2:4]
+def _for_training(name: str, mask: Mask) -> None:
     if mask.kv_length is not None:
         raise Declined(f"{name} is for training, and attends to no cache; generate on a mesh with mesh.context=1")
+
+
+def _around(name: str, q: Array, k: Array, v: Array, mask: Mask, scores: Scores, number: int) -> Array:
+    devices, L, (K, G) = size_of(AXIS), q.shape[1], q.shape[2:4]
+    _for_training(name, mask)
     if L % (devices * number):
         raise Declined(f"{name} cuts rows into {devices * number} parts, got {L} tokens; use a multiple of that")
     size = L // (devices * number)
@@ -214,7 +218,7 @@ def _scores(known: Ring, where: tuple, mask: Mask, slopes: Array | None, q: Arra
 
 
 def _width(L: int) -> int:
-    return BLOCK if L % BLOCK == 0 else L
+    return max(width for width in range(1, min(L, BLOCK) + 1) if L % width == 0)
 
 
 def _starts(q: Array) -> Array:
@@ -238,6 +242,7 @@ def _rows(q: Float[Array, "B L K G H"]) -> tuple[int, ...]:
 def ulysses(q: Array, k: Array, v: Array, mask: Mask, scores: Scores) -> Array:
     """Whole rows of a share of the heads: an all-to-all before attention, of any implementation, and one behind it."""
     devices, heads = size_of(AXIS), q.shape[2] // size_of("tensor")
+    _for_training("ulysses", mask)
     if scores.alibi:
         raise Declined("ulysses has no alibi, whose slopes differ by head; 'ring' and 'zigzag' have")
     if heads % devices:

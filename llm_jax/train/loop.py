@@ -95,6 +95,19 @@ def open_run_data(folder: Path, config: RunConfig, report: Report) -> Shards:
     return shards
 
 
+# What may change when a run goes on: how it is laid out and computed, not what.
+LAYOUT = (
+    "mesh.",
+    "pipeline.",
+    "accumulate=",
+    "offload=",
+    "loss.chunk=",
+    "model.remat=",
+    "model.unroll=",
+    "model.attention.implementation=",
+)
+
+
 def train(config: RunConfig, folder: str | Path, *, console: Console | None = None, command: str = "") -> Progress:
     """Starts a run of `config` in `folder`. What fails before the first step is over leaves nothing behind.
 
@@ -125,21 +138,21 @@ def _way_on(folder: Path) -> str:
 
 
 def resume(
-    folder: str | Path, *, steps: int | None = None, mesh: Sequence[str] = (), console: Console | None = None
+    folder: str | Path, *, steps: int | None = None, layout: Sequence[str] = (), console: Console | None = None
 ) -> Progress:
     """Goes on exactly where the run in `folder` stopped; `steps` sets a new total, to which the schedule stretches.
 
-    `mesh` are words such as `mesh.fsdp=2`, for other devices than before: the state is the same in every layout.
+    `layout` are words such as `mesh.fsdp=2`, for other devices than before: the state is the same in every layout.
     Raises `ValueError` where there is no run, or its data or model is no longer what it was, and as `train` does.
     """
     folder = Path(folder)
     old = run.load_config(folder)
-    if other := [word for word in mesh if not word.startswith(("mesh.", "pipeline."))]:
+    if other := [word for word in layout if not word.startswith(LAYOUT)]:
         raise ValueError(
-            f"{other[0]}: a run goes on with its own config, of which only mesh.* and pipeline.* may change; "
+            f"{other[0]}: a run goes on with its own config, of which only {', '.join(LAYOUT)} may change; "
             f"for another one start a new run with init_from={folder}"
         )
-    config = override(old if steps is None else dataclasses.replace(old, steps=steps), mesh)
+    config = override(old if steps is None else dataclasses.replace(old, steps=steps), layout)
     console = console or Console()
     with run.owned(folder):
         session = Session.open(config, folder, console, open_run_data(folder, old, on(console)))
@@ -230,9 +243,8 @@ class Session:
                 f"steps {old.steps} -> {c.steps}: the {c.optimizer.schedule} schedule stretches, "
                 f"and here the learning rate is {now:.3g} instead of {before:.3g}"
             )
-        before, now = ({"mesh": to_dict(o.mesh), "pipeline": to_dict(o.pipeline)} for o in (old, c))
-        layout = run.differences(before, now)
-        for change in layout + run.changed_environment(self.folder):
+        before, now = (to_dict(dataclasses.replace(o, steps=c.steps)) for o in (old, c))
+        for change in run.differences(before, now) + run.changed_environment(self.folder):
             self.say(f"not the same bits as without the stop: {change}")
         return restored
 

@@ -48,7 +48,7 @@ def check(config: RunConfig, mesh: Mesh) -> None:
     if heads % t:
         raise ValueError(
             f"{heads} key/value heads do not divide over mesh.tensor={t}; use mesh.tensor="
-            f"{max(size for size in range(1, t) if heads % size == 0)} or model.n_kv_heads={heads + -heads % t}"
+            f"{math.gcd(heads, t)} or model.n_kv_heads={heads + -heads % t}"
         )
     if L % least:
         twice = ", which zigzag gives two parts of a row each" if least > n * t else ""

@@ -74,10 +74,10 @@ def cast(params: PyTree, dtype: Any) -> PyTree:
 
 def fetched(tree: PyTree) -> PyTree:
     """`tree` in the memory of the devices, from that of the host, where `RunConfig.offload` has some of it wait."""
-    return returned(tree, jax.tree.map(lambda _: jax.memory.Space.Device, tree))
+    return moved(tree, jax.tree.map(lambda _: jax.memory.Space.Device, tree))
 
 
-def returned(tree: PyTree, spaces: PyTree) -> PyTree:
+def moved(tree: PyTree, spaces: PyTree) -> PyTree:
     """Each leaf of `tree` in the memory that `spaces` says."""
     return jax.tree.map(lambda x, space: x if space_of(x) == space else jax.device_put(x, space), tree, spaces)
 
@@ -219,7 +219,7 @@ def make_train_step(
             new_params = rebalance(new_params, load)
         # A choice of each number, not of a branch: a branch would want float32 gradients whole in memory, before it.
         after = jax.tree.map(functools.partial(jnp.where, finite), (new_params, new_state), (params, opt_state))
-        params, opt_state = returned(after, jax.tree.map(space_of, before))
+        params, opt_state = moved(after, jax.tree.map(space_of, before))
         metrics = {"loss": loss, **sums, "grad_norm": norm, "learning_rate": rate}
         metrics |= {"tokens": tokens, "skipped": ~finite} | ({} if load is None else utilisation(load))
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
