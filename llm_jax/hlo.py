@@ -227,13 +227,15 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
             kind = (x.attribute(r'_xla_megascale_transfer_type="(\w+)"') or "").lower().replace("_", "-")
         if kind not in SENT:
             continue
-        channel = x.attribute(r"channel_id=(\d+)")
-        if visit.fusion is not None and channel is not None:
-            if (channel, kind) in seen:  # each fusion of an asynchronous chain shows the collective that it carries
-                continue
-            seen.add((channel, kind))
+        channel, scope = x.attribute(r"channel_id=(\d+)"), x.attribute(r'op_name="([^"]*)"') or ""
         if kind == "all-reduce" and "all-reduce-scatter" in (visit.fusion or ""):
             kind = "reduce-scatter"  # of the sum a device keeps its part
+        elif visit.fusion is not None and channel is not None:
+            # Each fusion of an asynchronous chain shows the collective that it carries. All of `shard_map` have one
+            # channel.
+            if (channel, kind, scope) in seen:
+                continue
+            seen.add((channel, kind, scope))
         group = _pairs(x) if kind == "collective-permute" else _groups(x, math.prod(mesh.values()))
         devices = len(mesh) and math.prod(mesh.values()) if group is None else len(group[0])
         put_in = sum(nbytes(a) for name in x.operands for a in arrays(module.by_name[visit.computation][name].shape))
@@ -245,7 +247,7 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
                 sent=float(SENT[kind](devices) * put_in),
                 count=visit.times,
                 overlapped=_overlapped(module, visit),
-                scope=x.attribute(r'op_name="([^"]*)"') or "",
+                scope=scope,
             )
         )
     return [one for one in found if one.sent]

@@ -145,18 +145,27 @@ def _versions() -> list[str]:
 
 
 # How the compilers for TPU say that a program needs more memory than there is; the state and the batch are in it.
-TOO_LARGE = r"HLO temporaries \(([\d.]+)([KMGT]?)\)|Used ([\d.]+)([KMGT]?) of"
+TOO_LARGE = r"HLO temporaries \(([\d.]+)([KMGT]?)\)|Used ([\d.]+)([KMGT]?) of \S+ hbm"
+
+
+def too_large(message: str) -> int:
+    """The bytes that a program needs, where an error of the compiler says that they are more than there are.
+
+    Raises `ValueError` for any other error, as of a kernel that exceeds the memory on the chip.
+    """
+    found = re.search(TOO_LARGE, message)
+    if found is None:
+        first = re.sub(r"^[A-Z_]+: ", "", message.strip().partition("\n")[0])
+        raise ValueError(f"the compiler refuses the program: {first[:300]}")
+    amount, unit = (x for x in found.groups() if x is not None)
+    return int(float(amount) * 2 ** (10 * " KMGT".index(unit or " ")))
 
 
 def _compiled(lowered: jax.stages.Lowered, arguments: int) -> Figures:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(TOO_LARGE, str(error))
-        if found is None:
-            raise
-        amount, unit = (x for x in found.groups() if x is not None)
-        needed = int(float(amount) * 2 ** (10 * " KMGT".index(unit or " ")))
+        needed = too_large(str(error))
         return Figures(arguments, needed - arguments, needed, needed, "")
     memory = compiled.memory_analysis()
     assert memory is not None

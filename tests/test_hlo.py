@@ -118,6 +118,19 @@ def test_an_all_reduce_of_which_a_device_keeps_its_part_is_a_reduce_scatter():
     assert (found.kind, found.sent, found.overlapped) == ("reduce-scatter", 3 / 4 * 1024, False)
 
 
+def test_two_sums_of_which_a_device_keeps_its_part_are_two_though_they_share_a_channel():
+    fused = """\
+%all-reduce-scatter.{n} (a: f32[256]) -> f32[64] {{
+  %a = f32[256]{{0}} parameter(0)
+  %sum = f32[256]{{0}} all-reduce(%a), channel_id=1, replica_groups={{{{0,1,2,3}}}}, to_apply=%add
+  ROOT %part = f32[64]{{0}} dynamic-slice(%sum), dynamic_slice_sizes={{64}}
+}}
+"""
+    lines = [f"%y.{n} = f32[64]{{0}} fusion(%x), calls=%all-reduce-scatter.{n}" for n in range(2)]
+    module = program(*lines, "ROOT %z = f32[256]{0} copy(%x)", before="".join(fused.format(n=n) for n in range(2)))
+    assert [one.kind for one in hlo.collectives(module, {"fsdp": 4})] == ["reduce-scatter"] * 2
+
+
 def test_an_asynchronous_chain_of_fusions_shows_its_collective_many_times_and_sends_it_once():
     step = """\
 %async_collective_fusion.{n} (a: f32[256]) -> f32[1024] {{

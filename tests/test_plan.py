@@ -14,7 +14,7 @@ from tiny_run import tiny
 from llm_jax import hlo, search, topologies
 from llm_jax.cli import main
 from llm_jax.config import override
-from llm_jax.plan import Plan, figures, plan, traffic_of
+from llm_jax.plan import Plan, figures, plan, too_large, traffic_of
 from llm_jax.sharding import MeshConfig
 from llm_jax.train.program import Program
 from llm_jax.train.run import RunConfig
@@ -69,6 +69,34 @@ def test_what_was_compiled_once_is_read_from_the_cache(config, planned, folder, 
     assert again.temporary == planned.temporary
     with pytest.raises(TypeError):  # another program
         figures(Program.on(override(config, ["model.n_layers=1"]), CPU.devices()), CPU, folder)
+
+
+@pytest.mark.parametrize(
+    ("message", "needed"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+            "Used 22.36G of 15.75G hbm. Exceeded hbm capacity by 6.61G.",
+            int(22.36 * 2**30),
+        ),
+        (
+            "RESOURCE_EXHAUSTED: CompileTimeHbmOom: the total memory required for HLO temporaries (18.32G) exceeds "
+            "available HBM (15.75G)",
+            int(18.32 * 2**30),
+        ),
+    ],
+)
+def test_a_program_too_large_is_what_it_would_have_needed(message: str, needed: int):
+    assert too_large(message) == needed
+
+
+def test_a_kernel_too_large_for_the_memory_on_the_chip_is_an_error_and_no_program_of_few_bytes():
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 22.36M of 16.00M vmem. Exceeded vmem "
+        "capacity by 6.36M.\n\nProgram vmem requirement 22.36M"
+    )
+    with pytest.raises(ValueError, match=r"refuses the program: Ran out of memory in memory space vmem\. .* 6\.36M\.$"):
+        too_large(message)
 
 
 def test_bytes_between_slices_go_at_the_rate_of_their_network():
