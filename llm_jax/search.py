@@ -63,9 +63,10 @@ class Tried:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """All that was compiled, the config itself first; of what fits the fastest, and what changes least."""
+    """All that was compiled, the config itself first, and what else may fit; the fastest, and what changes least."""
 
     tried: list[Tried]
+    left: list[Choice]
     considered: int
 
     @property
@@ -75,6 +76,11 @@ class Found:
     @property
     def smallest(self) -> Tried | None:
         return min((one for one in self.tried if one.fits), key=lambda one: one.choice.fields, default=None)
+
+    @property
+    def smaller(self) -> list[Choice]:
+        """What may fit and changes less than all that was found to."""
+        return [one for one in self.left if self.smallest is None or one.fields < self.smallest.choice.fields]
 
 
 def search(
@@ -87,8 +93,8 @@ def search(
 ) -> Found:
     """Compiles `config`, and others up to `compiles` in all: those that promise to be fastest.
 
-    Until something fits every second one is of the smallest change instead. Nothing is compiled that arithmetic says
-    is slower than what fits already.
+    Where the config itself does not fit, every second one is of the smallest change instead, until it is known which
+    change is the smallest that helps. Nothing else is compiled that arithmetic says is slower than what fits already.
     """
     topology.devices()  # where they can't be had no choice helps
     every = list(choices(config, topology))
@@ -96,7 +102,7 @@ def search(
     able = [one for one in every if one.changes and LEAN * one.bytes <= topology.chip.memory]
     fast = sorted(able, key=lambda one: (one.seconds_a_token, one.fields))
     small = sorted(able, key=lambda one: (one.fields, one.seconds_a_token))
-    found, turns = Found([], len(every)), itertools.cycle((small, fast))
+    found, is_turn_of_small = Found([], small, len(every)), itertools.cycle((True, False))
 
     def attempt(choice: Choice) -> None:
         report(f"compile {len(found.tried) + 1} of {compiles}: {' '.join(choice.changes) or 'the config as it is'}")
@@ -107,9 +113,11 @@ def search(
 
     attempt(mine)
     while fast and len(found.tried) < compiles:
-        choice = (fast if found.fastest else next(turns))[0]
-        if found.fastest is not None and choice.seconds_a_token >= found.fastest.seconds_a_token:
+        smaller, best = found.smaller, found.fastest
+        slower = best is not None and fast[0].seconds_a_token >= best.seconds_a_token
+        if slower and not smaller:
             break
+        choice = smaller[0] if smaller and (slower or next(is_turn_of_small)) else fast[0]
         fast.remove(choice)
         small.remove(choice)
         attempt(choice)
@@ -205,7 +213,8 @@ def render(found: Found) -> Group:
     else:
         ends.append(Text(f"fastest that fits: {found.fastest.name}", "bold"))
         if not found.tried[0].fits:
-            ends.append(Text(f"smallest change that makes it fit: {found.smallest.name}", "bold"))
+            known = "that was compiled and fits" if found.smaller else "that makes it fit"
+            ends.append(Text(f"smallest change {known}: {found.smallest.name}", "bold"))
     return Group(title("Search"), table, *ends)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import io
 import json
 import math
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from tiny_run import tiny
 
 from llm_jax import hlo, search, topologies
@@ -166,6 +168,26 @@ def test_of_a_run_that_does_not_fit_a_search_finds_the_smallest_change_that_make
     assert not found.tried[0].fits
     assert found.smallest is not None
     assert found.smallest.choice.fields == 1
+
+
+@pytest.mark.parametrize("budget", [100, 3])
+def test_the_smallest_change_is_looked_for_though_a_larger_one_fits(config, planned, monkeypatch, budget: int):
+    every = [one for one in search.choices(config, CPU) if one.changes]
+    quick = min(every, key=lambda one: (one.seconds_a_token, one.fields))
+    last = max((one for one in every if one.fields == 1), key=lambda one: one.seconds_a_token)
+    assert quick.fields > 1
+
+    def stub(config: RunConfig, *_: object) -> Plan:
+        return dataclasses.replace(planned, fits=config in (quick.config, last.config), seconds={"compute": 1e-9})
+
+    monkeypatch.setattr(search, "plan", stub)
+    found = search.search(config, CPU, budget, report=lambda _: None)
+    page = Console(width=200, record=True, file=io.StringIO())
+    page.print(search.render(found))
+    assert found.smallest is not None
+    known = budget == 100
+    assert found.smallest.choice.changes == (last if known else quick).changes
+    assert ("smallest change that makes it fit" in page.export_text()) == known
 
 
 def test_choices_change_what_they_say_and_split_evenly(config):
