@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -24,8 +25,9 @@ from rich.text import Text
 
 from llm_jax import buffers, hlo
 from llm_jax import tree as trees
+from llm_jax.sharding import PARAMETER_AXES, letters_of, spec
 from llm_jax.show import columns, metric, shares, title
-from llm_jax.topologies import Topology
+from llm_jax.topologies import H100, Topology
 from llm_jax.train.count import flops_per_token, shapes
 from llm_jax.train.loop import cache_folder
 from llm_jax.train.program import Program
@@ -44,13 +46,15 @@ class Figures:
       temporary: bytes set apart for all else, gaps between arrays included.
       needed: bytes set apart in all, which have to fit.
       peak: bytes in use at the moment when they are most; on a CPU not known, and `needed`.
-      text: of the scheduled program; empty where it was too large to be finished.
+      finished: whether there is a program; what is too large is given up on.
+      text: of the scheduled program, where there is one.
     """
 
     arguments: int
     temporary: int
     needed: int
     peak: int
+    finished: bool
     text: str
 
 
@@ -72,11 +76,13 @@ class Plan:
 
     Attributes:
       parameters: bytes by path.
-      gradients: bytes of all of them, in the dtype of the computation; they are among the temporaries.
+      host: bytes of the state that wait in the host's memory, which none of the others count.
+      gradients: bytes of all of them; they are among the temporaries.
       temporaries: bytes at their peak by what made them, read from the program text: an estimate of `temporary`.
       traffic: None where the program was too large to be finished.
       flops: of the model, and with what is computed again.
-      seconds: a step at published peak rates of compute, memory, and wire, each by itself.
+      bubble: the share of time in which a stage of a pipeline has nothing to compute.
+      seconds: a step at published peak rates of compute, memory, and wire if it is known, each by itself.
       cycles: a step as the compiler for TPU estimates it, without kernels.
     """
 
@@ -94,44 +100,53 @@ class Plan:
     temporary: int
     parameters: dict[str, int]
     optimizer: int
+    host: int
     gradients: int
     temporaries: dict[str, int]
     traffic: list[Traffic] | None
     flops: dict[str, float]
+    bubble: float
     seconds: dict[str, float]
     cycles: int
     cycle_seconds: float | None
     price: float | None
 
     @property
-    def step_seconds(self) -> float:
-        """The least that a step takes: what takes longest, with all else behind it."""
-        return max(self.seconds.values())
+    def step_seconds(self) -> float | None:
+        """The least that a step takes: what takes longest, with all else behind it. None where it can't be run."""
+        return None if self.traffic is None else max(self.seconds.values())
 
     @property
-    def tokens_per_day(self) -> float:
-        return self.tokens / self.step_seconds * DAY
+    def tokens_per_day(self) -> float | None:
+        return self.step_seconds and self.tokens / self.step_seconds * DAY
 
     @property
     def cost(self) -> float | None:
         """Of a billion tokens, in the currency of the price."""
-        return self.price and self.price * self.chips * 24 / self.tokens_per_day * 1e9
+        return self.price and self.tokens_per_day and self.price * self.chips * 24 / self.tokens_per_day * 1e9
 
 
 def figures(program: Program, topology: Topology, folder: Path | None = None) -> Figures:
     """Compiles the train step of `program`, or finds in `folder` what came of it before."""
     lowered = program.lowered()
     folder = folder or cache_folder() / "plans"
-    key = hashlib.sha256("\n".join([lowered.as_text(), str(topology), *_versions()]).encode()).hexdigest()[:32]
+    known = [field.name for field in dataclasses.fields(Figures)]
+    key = hashlib.sha256("\n".join([lowered.as_text(), str(topology), *_compilers(), *known]).encode()).hexdigest()[:32]
     path = folder / f"{key}.json.gz"
     if path.exists():
         return Figures(**json.loads(gzip.decompress(path.read_bytes())))
     found = _compiled(lowered, bytes_here((program.abstract_state, program.abstract_batch)))
     folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
+    part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(found)).encode()))
     part.replace(path)
     return found
+
+
+def _compilers() -> list[str]:
+    """All beside the program that a compiler's answer depends on."""
+    flags = [f"{name}={os.environ.get(name, '')}" for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+    return [*_versions(), *flags, H100.read_text()]
 
 
 def _versions() -> list[str]:
@@ -166,7 +181,7 @@ def _compiled(lowered: jax.stages.Lowered, arguments: int) -> Figures:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         needed = too_large(str(error))
-        return Figures(arguments, needed - arguments, needed, needed, "")
+        return Figures(arguments, needed - arguments, needed, needed, finished=False, text="")
     memory = compiled.memory_analysis()
     assert memory is not None
     given, new = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -178,24 +193,46 @@ def _compiled(lowered: jax.stages.Lowered, arguments: int) -> Figures:
     except jax.errors.JaxRuntimeError as error:
         line = f'pip install "jax[tpu]=={jax.__version__}"'
         raise ValueError(f"{', '.join(_versions())} don't go together: {str(error)[:200]}; {line}") from error
-    return Figures(given, memory.temp_size_in_bytes, needed, peak, text)
+    return Figures(given, memory.temp_size_in_bytes, needed, peak, finished=True, text=text)
 
 
-def bytes_here(tree: PyTree) -> int:
-    """Bytes that a device holds of abstract arrays that are laid out on a mesh."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def bytes_here(tree: PyTree, host: bool = False) -> int:
+    """Bytes that a device holds of abstract arrays that are laid out on a mesh, or its `host` for it."""
+    here = [leaf for leaf in jax.tree.leaves(tree) if (leaf.sharding.memory_kind == "pinned_host") == host]
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in here)
+
+
+def numbers_here(params: PyTree, mesh: Mapping[str, int]) -> float:
+    """How many numbers of the parameters a device of `mesh` holds."""
+    return sum(
+        math.prod(leaf.shape)
+        / math.prod(mesh[axis] for axis in spec(letters_of(path, leaf.shape), PARAMETER_AXES) if axis is not None)
+        for path, leaf in trees.leaves(params).items()
+    )
+
+
+def gradient_bytes(config: RunConfig, mesh: Mapping[str, int]) -> int:
+    """Of a number: sums over microbatches are of float32, as parameters are."""
+    return 4 if config.accumulate > 1 or mesh["pipeline"] > 1 else jax.numpy.dtype(config.model.dtype).itemsize
 
 
 def plan(config: RunConfig, topology: Topology, price: float | None = None, folder: Path | None = None) -> Plan:
     """All that a step of `config` is on `topology`; `price` is that of a chip an hour."""
+    if topology.kind == "cpu":
+        config = dataclasses.replace(config, offload="none")  # its compiler knows one memory
     program = Program.on(config, topology.devices())
     found = figures(program, topology, folder)
-    module = hlo.parse(found.text) if found.text else None
+    module = hlo.parse(found.text) if found.finished else None
     mesh, state = dict(program.mesh.shape), program.abstract_state
     rows, tokens = config.data.batch_size, config.data.batch_size * config.data.seq_len
     traffic = None if module is None else traffic_of(module, mesh, topology)
     cycles = hlo.cycles(module) if module else 0
-    flops = {name: n * tokens / topology.n_devices for name, n in flops_a_token(config).items()}
+    flops = {name: n * tokens / topology.n_devices for name, n in flops_a_token(config, mesh).items()}
+    bubble = 0.0 if program.pipeline is None else program.pipeline.timetable.bubble
+    seconds = {
+        "compute": flops["with recomputation"] / topology.chip.flops / (1 - bubble),
+        "memory": memory_bytes(config, program) / topology.chip.memory_rate,
+    }
     clock = CLOCKS.get(topology.kind)
     return Plan(
         topology=str(topology),
@@ -204,7 +241,7 @@ def plan(config: RunConfig, topology: Topology, price: float | None = None, fold
         mesh={axis: size for axis, size in mesh.items() if size > 1},
         rows=rows,
         tokens=tokens,
-        fits=bool(found.text) and found.needed <= topology.chip.memory,
+        fits=found.finished and found.needed <= topology.chip.memory,
         limit=int(topology.chip.memory),
         needed=found.needed,
         peak=found.peak,
@@ -212,15 +249,13 @@ def plan(config: RunConfig, topology: Topology, price: float | None = None, fold
         temporary=found.temporary,
         parameters={path: bytes_here(leaf) for path, leaf in trees.leaves(state.params).items()},
         optimizer=bytes_here(state.opt_state),
-        gradients=bytes_here(state.params) * jax.numpy.dtype(config.model.dtype).itemsize // 4,
+        host=bytes_here(state, host=True),
+        gradients=int(numbers_here(state.params, mesh) * gradient_bytes(config, mesh)),
         temporaries=dict(places(buffers.live(module)).most_common()) if module else {},
         traffic=traffic,
         flops=flops,
-        seconds={
-            "compute": flops["with recomputation"] / topology.chip.flops,
-            "memory": memory_bytes(config, program) / topology.chip.memory_rate,
-            "wire": sum(one.seconds for one in traffic or []),
-        },
+        bubble=bubble,
+        seconds=seconds if traffic is None else seconds | {"wire": sum(one.seconds for one in traffic)},
         cycles=cycles,
         cycle_seconds=cycles / clock if clock and cycles else None,
         price=price,
@@ -244,16 +279,16 @@ def traffic_of(module: hlo.Module, mesh: Mapping[str, int], topology: Topology) 
     return sorted(found, key=lambda one: -one.bytes)
 
 
-def flops_a_token(config: RunConfig) -> dict[str, float]:
+def flops_a_token(config: RunConfig, mesh: Mapping[str, int]) -> dict[str, float]:
     """FLOPs of a training step a token: of the model, and with the forward passes that are computed again.
 
     Rematerialization computes a block again, all but what it keeps: `dots` keeps the matrix products, and named taps
-    are counted as if they spared nothing. A chunked loss computes the logits again, a pipeline its stages.
+    are counted as if they spared nothing. A chunked loss computes the logits again, a pipeline its layers.
     """
     c, model = config.model, flops_per_token(config.model, config.data.seq_len)
     head = 6 * math.prod(shapes(c)[c.head]["table"].shape)
     again = (model - head) / 3 * (c.remat not in ("none", "dots")) + head / 3 * (config.loss.chunk is not None)
-    again += model / 3 * (config.mesh.pipeline != 1)
+    again += (model - head) / 3 * (mesh["pipeline"] > 1)
     return {"model": float(model), "with recomputation": float(model + again)}
 
 
@@ -262,13 +297,13 @@ def memory_bytes(config: RunConfig, program: Program) -> float:
 
     Each pass of each microbatch reads the weights that its devices share out, gathered: forward, backward for the
     gradients of inputs and for those of weights, and once more for what is computed again. The optimizer reads
-    weights, gradients and moments, and writes weights and moments.
+    weights, gradients and moments, and writes weights and moments; what waits on the host passes through.
     """
-    c, mesh = config.model, program.mesh.shape
+    c, mesh, state = config.model, program.mesh.shape, program.abstract_state
     passes = 3 + (c.remat not in ("none", "dots"))
-    share = trees.count(program.abstract_state.params) / (mesh["tensor"] * mesh["pipeline"])
-    state = 2 * bytes_here(program.abstract_state) + bytes_here(program.abstract_state.params)
-    return passes * config.accumulate * share * jax.numpy.dtype(c.dtype).itemsize + state
+    whole = numbers_here(state.params, dict(mesh) | {"fsdp": 1}) * jax.numpy.dtype(c.dtype).itemsize
+    gradients = numbers_here(state.params, mesh) * gradient_bytes(config, mesh)
+    return passes * config.accumulate * whole + 2 * (bytes_here(state) + bytes_here(state, host=True)) + gradients
 
 
 PLACES = (
@@ -300,7 +335,7 @@ def render(p: Plan) -> Group:
     verdict = f"fits, with {gb(spare)} to spare" if p.fits else f"does not fit, by {gb(-spare)}"
     mesh = ", ".join(f"{axis} {size}" for axis, size in p.mesh.items()) or "one device"
     memory = {"weights": sum(p.parameters.values()), "optimizer": p.optimizer}
-    memory["batch"] = max(0, p.arguments - sum(memory.values()))
+    memory["batch"] = p.arguments - sum(memory.values())
     largest = dict(sorted(p.parameters.items(), key=lambda item: -item[1])[:8])
     rest = sum(p.parameters.values()) - sum(largest.values())
     pages = [
@@ -308,6 +343,7 @@ def render(p: Plan) -> Group:
         Text(f"{p.devices} devices ({mesh}), {p.rows} rows, {p.tokens:,} tokens a step; all below is of one device"),
         title(f"Memory: {gb(p.needed)} set apart of {gb(p.limit)}, {gb(p.peak)} in use at the peak"),
         shares(memory | {"temporary": p.temporary}, gb),
+        *([Text(f"on the host: {gb(p.host)}, fetched when a step needs it", "dim")] if p.host else []),
         Text("weights, by path", style="dim"),
         shares(largest | {"others": rest}, gb),
     ]
@@ -338,16 +374,21 @@ def _wire(p: Plan) -> list[Any]:
 def _time(p: Plan) -> list[Any]:
     table = columns("", "right", "")
     for name, seconds in p.seconds.items():
-        table.add_row(name, _seconds(seconds), "the longest" if seconds == p.step_seconds else "")
+        remarks = ["the longest"] * (seconds == p.step_seconds)
+        remarks += [f"{p.bubble:.1%} of it bubble"] * (name == "compute" and p.bubble > 0)
+        table.add_row(name, _seconds(seconds), ", ".join(remarks))
     if p.cycle_seconds is not None:
         table.add_row("cycles", _seconds(p.cycle_seconds), f"{p.cycles / 1e6:,.0f} million by the compiler, no kernels")
     work = columns("", "right")
     for name, flops in p.flops.items():
         work.add_row(name, metric(flops, "FLOP"))
-    ends = f"{metric(p.tokens_per_day, 'tokens').replace(' ', ' ')} a day at best"
+    pages = [title("Compute of a step"), work, title("Time of a step at published peaks"), table]
+    if p.tokens_per_day is None:
+        return pages
+    ends = f"{metric(p.tokens_per_day, 'tokens')} a day at best"
     if p.cost is not None:
         ends += f"; a billion tokens for {p.cost:,.2f} at {p.price:,.2f} a chip and hour"
-    return [title("Compute of a step"), work, title("Time of a step at published peaks"), table, Text(ends)]
+    return [*pages, Text(ends)]
 
 
 def _seconds(seconds: float) -> str:

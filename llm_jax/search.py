@@ -17,9 +17,9 @@ from rich.console import Group
 from rich.text import Text
 
 from llm_jax.config import override
-from llm_jax.plan import Plan, flops_a_token, plan
+from llm_jax.plan import Plan, flops_a_token, gradient_bytes, numbers_here, plan
 from llm_jax.sharding import ROWS, MeshConfig, mesh_sizes
-from llm_jax.show import columns, metric, nbytes, residual_bytes, title
+from llm_jax.show import columns, metric, residual_bytes, title
 from llm_jax.topologies import Topology
 from llm_jax.train.count import shapes
 from llm_jax.train.run import RunConfig
@@ -54,7 +54,8 @@ class Tried:
 
     @property
     def seconds_a_token(self) -> float:
-        return math.inf if self.plan is None else self.plan.step_seconds / self.plan.tokens
+        seconds = self.plan and self.plan.step_seconds
+        return math.inf if self.plan is None or seconds is None else seconds / self.plan.tokens
 
     @property
     def name(self) -> str:
@@ -158,34 +159,36 @@ def divisors(n: int) -> list[int]:
 def predicted(config: RunConfig, mesh: dict[str, int], topology: Topology) -> tuple[float, float]:
     """Bytes of a device and seconds a token, by arithmetic alone.
 
-    State and gradients are split over `fsdp`, `tensor` and stages, what backward passes keep over tokens and `tensor`.
+    State and gradients are split as the letters of parameters say, what backward passes keep over tokens and `tensor`.
     Weights are gathered for each microbatch, forward and backward, and their gradients parted; blocks that are split
     over `tensor` sum the stream four times, and twice as often while they are computed again.
     """
     c, chip, tokens = config.model, topology.chip, config.data.batch_size * config.data.seq_len
     size = jnp.dtype(c.dtype).itemsize
-    numbers = nbytes(shapes(c)) / 4
-    parts = mesh["fsdp"] * mesh["tensor"] * mesh["pipeline"]
+    numbers, whole = numbers_here(shapes(c), mesh), numbers_here(shapes(c), mesh | {"fsdp": 1})
+    stages = mesh["pipeline"]
+    bubble = (stages - 1) / (config.pipeline.chunks * config.accumulate + stages - 1)  # as a timetable counts it
     shards = math.prod(mesh[axis] for axis in ROWS) * mesh["context"]
     rows = config.data.batch_size / config.accumulate / shards
     alone = dataclasses.replace(
         config, mesh=MeshConfig(), accumulate=1, data=dataclasses.replace(config.data, batch_size=1)
     )
     kept = rows * kept_a_row(alone) / mesh["tensor"]
-    state = numbers / parts * (12 + 2 * size)
-    layer = numbers / c.n_layers / mesh["tensor"] / mesh["pipeline"] * size
+    waiting = {"none": 0, "optimizer": 8, "state": 12}[config.offload]
+    state = numbers * (12 + size + gradient_bytes(config, mesh))
+    share = whole * size
+    layer = share / (c.n_layers / stages)
 
-    flops = flops_a_token(config)["with recomputation"] * tokens / topology.n_devices
-    share = numbers * size / (mesh["tensor"] * mesh["pipeline"])
+    flops = flops_a_token(config, mesh)["with recomputation"] * tokens / topology.n_devices / (1 - bubble)
     gathered = 3 * config.accumulate * share * (mesh["fsdp"] - 1) / mesh["fsdp"]
     replicated = 2 * share / mesh["fsdp"] * (mesh["data"] - 1) / mesh["data"]
-    stream = tokens / shards * c.d_model * size * c.n_layers / mesh["pipeline"]
+    stream = tokens / shards * c.d_model * size * c.n_layers / stages
     sums = (4 + 2 * (c.remat != "none")) * 2 * (mesh["tensor"] - 1) / mesh["tensor"] * stream
     rate = chip.between if mesh["data"] > 1 and topology.island < topology.n_devices else chip.wire
     wire = (gathered + sums) / chip.wire + replicated / rate
     memory = (4 * config.accumulate * share + 2 * state) / chip.memory_rate
     seconds = max(flops / chip.flops, wire, memory)
-    return state + kept + layer, seconds / tokens
+    return state - waiting * numbers + kept + layer, seconds / tokens
 
 
 @functools.cache
@@ -205,8 +208,9 @@ def render(found: Found) -> Group:
             continue
         p = one.plan
         verdict = "fits" if p.fits else f"too large by {metric(p.needed - p.limit, 'B')}"
-        step = f"{p.step_seconds * 1e3:,.0f} ms"
-        table.add_row(one.name, metric(p.needed, "B"), step, metric(p.tokens_per_day, ""), verdict)
+        step = "" if p.step_seconds is None else f"{p.step_seconds * 1e3:,.0f} ms"
+        daily = "" if p.tokens_per_day is None else metric(p.tokens_per_day, "")
+        table.add_row(one.name, metric(p.needed, "B"), step, daily, verdict)
     ends = [Text(f"{len(found.tried)} of {found.considered} choices compiled, in the order of arithmetic", "dim")]
     if found.fastest is None or found.smallest is None:
         ends.append(Text("nothing that was compiled fits; allow more --compiles, or take more chips", "bold red"))

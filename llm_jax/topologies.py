@@ -46,10 +46,11 @@ class Chip:
 
 # TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, read in November 2026. Links are stated both ways
 # together, half of which is sent. The memory is what the compiler says when a program exceeds it (libtpu 0.0.42).
-# v4's network between slices is not published: v5e's.
+# v4's links and its network between slices are not published. Links: a pod of 4,096 chips sums at 1.1 PB/s, 269 GB/s
+# a chip. The network: v5e's.
 # H100: NVIDIA's data sheet of the SXM5 80 GB, NVLink 900 GB/s both ways, one 400 Gb/s adapter a GPU.
 CHIPS = {
-    "v4": Chip(275e12, 30.75 * GIB, 1228e9, 150e9, 25e9 / 8, example="v4:2x2x4"),
+    "v4": Chip(275e12, 30.75 * GIB, 1228e9, 270e9, 25e9 / 8, example="v4:2x2x4"),
     "v5e": Chip(197e12, 15.75 * GIB, 819e9, 200e9, 25e9 / 8, example="v5e:4x4"),
     "v5p": Chip(459e12, 95.73 * GIB, 2765e9, 600e9, 50e9 / 8, example="v5p:2x2x4"),
     "v6e": Chip(918e12, 31.24 * GIB, 1638e9, 400e9, 100e9 / 8, example="v6e:4x4"),
@@ -69,6 +70,7 @@ ENVIRONMENT = {
     "TPU_LOG_DIR": "disabled",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
+H100 = Path(__file__).parent / "h100.txtpb"  # of the hardware, what its compiler asks for
 SIZES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3, "h100": 2, "cpu": 1}  # how many numbers say its shape
 
 
@@ -131,8 +133,7 @@ class Topology:
 
         shape = "x".join(map(str, self.shape))
         if self.kind == "h100":
-            spec = (Path(__file__).parent / "h100.txtpb").read_text()
-            options = {"topology": f"{self.slices}x{shape}", "target_config": spec}
+            options = {"topology": f"{self.slices}x{shape}", "target_config": H100.read_text()}
             return topologies.get_topology_desc("", platform="cuda", **options).devices
         options: dict[str, Any] = {} if self.slices == 1 else {"num_slices": self.slices}
         if self.kind == "v4":

@@ -10,18 +10,36 @@ import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
+from rich.console import Console, RenderableType
 from tiny_run import tiny
 
 from llm_jax import hlo, search, topologies
 from llm_jax.cli import main
 from llm_jax.config import override
-from llm_jax.plan import Plan, figures, plan, too_large, traffic_of
+from llm_jax.plan import (
+    Figures,
+    Plan,
+    bytes_here,
+    figures,
+    flops_a_token,
+    gradient_bytes,
+    numbers_here,
+    plan,
+    render,
+    too_large,
+    traffic_of,
+)
 from llm_jax.sharding import MeshConfig
 from llm_jax.train.program import Program
 from llm_jax.train.run import RunConfig
 
 CPU = topologies.parse("cpu:8")
+
+
+def printed(page: RenderableType) -> str:
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(page)
+    return console.export_text()
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +89,54 @@ def test_what_was_compiled_once_is_read_from_the_cache(config, planned, folder, 
     assert again.temporary == planned.temporary
     with pytest.raises(TypeError):  # another program
         figures(Program.on(override(config, ["model.n_layers=1"]), CPU.devices()), CPU, folder)
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--another=compiler")
+    with pytest.raises(TypeError):
+        figures(Program.on(config, CPU.devices()), CPU, folder)
+
+
+def test_of_a_program_that_is_too_large_nothing_is_said_that_is_not_known(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("llm_jax.plan._compiled", lambda *_: Figures(1, 2, 3, 3, finished=False, text=""))
+    found = plan(config, CPU, price=2.0, folder=tmp_path)
+    assert (found.fits, found.traffic, found.step_seconds, found.tokens_per_day, found.cost) == (False, *[None] * 4)
+    assert set(found.seconds) == {"compute", "memory"}
+    assert "a day" not in printed(render(found))
+
+
+def test_what_a_device_holds_of_the_parameters_is_the_same_by_letters_as_by_shardings(config):
+    experts = [
+        "model.layers=global+moe",
+        "model.experts.number=4",
+        "mesh.data=1",
+        "mesh.fsdp=2",
+        "mesh.expert=2",
+        "mesh.tensor=2",
+    ]
+    program = Program.on(override(config, experts), CPU.devices())
+    params = program.abstract_state.params
+    assert 4 * numbers_here(params, program.mesh.shape) == bytes_here(params)
+
+
+def test_what_waits_on_the_host_is_not_on_the_device(config):
+    plain = Program.on(config, CPU.devices()).abstract_state
+    away = Program.on(dataclasses.replace(config, offload="optimizer"), CPU.devices()).abstract_state
+    assert bytes_here(away.opt_state) == 0
+    assert bytes_here(away, host=True) == bytes_here(plain.opt_state)
+    assert bytes_here(away) == bytes_here(plain) - bytes_here(plain.opt_state)
+
+
+def test_gradients_are_float32_where_microbatches_add_up(config):
+    half = override(config, ["model.dtype=bfloat16"])
+    alone, stages = {"pipeline": 1}, {"pipeline": 2}
+    assert gradient_bytes(half, alone) == 2
+    assert gradient_bytes(half, stages) == gradient_bytes(override(half, ["accumulate=2"]), alone) == 4
+
+
+def test_only_stages_that_there_are_compute_their_layers_again(config):
+    left = override(config, ["mesh.data=1", "mesh.pipeline=-1"])
+    one, two = (flops_a_token(left, {"pipeline": stages}) for stages in (1, 2))
+    assert one["with recomputation"] == one["model"]
+    head = 6 * config.model.vocab_size * config.model.d_model
+    assert two["with recomputation"] == pytest.approx(one["model"] + (one["model"] - head) / 3)
 
 
 @pytest.mark.parametrize(
@@ -182,12 +248,10 @@ def test_the_smallest_change_is_looked_for_though_a_larger_one_fits(config, plan
 
     monkeypatch.setattr(search, "plan", stub)
     found = search.search(config, CPU, budget, report=lambda _: None)
-    page = Console(width=200, record=True, file=io.StringIO())
-    page.print(search.render(found))
     assert found.smallest is not None
     known = budget == 100
     assert found.smallest.choice.changes == (last if known else quick).changes
-    assert ("smallest change that makes it fit" in page.export_text()) == known
+    assert ("smallest change that makes it fit" in printed(search.render(found))) == known
 
 
 def test_choices_change_what_they_say_and_split_evenly(config):
