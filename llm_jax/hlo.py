@@ -18,7 +18,9 @@ SENT = {
     "reduce-scatter": lambda n: (n - 1) / n,
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "all-to-all": lambda n: (n - 1) / n,
+    "ragged-all-to-all": lambda n: (n - 1) / n,  # at most: where all of it is asked for
     "collective-permute": lambda n: 1,
+    "collective-broadcast": lambda n: 1,
 }
 
 
@@ -71,7 +73,7 @@ class Collective:
       axes: the mesh axes along which they do, as `data+fsdp`; empty where no axes make such groups.
       devices: how many of them, in a group.
       sent: bytes that a device sends, each time.
-      count: times a step.
+      count: times a step; None in a loop whose length is known only when it runs.
       overlapped: whether the program computes meanwhile.
       scope: where in the source it stands, as `op_name` says.
     """
@@ -80,7 +82,7 @@ class Collective:
     axes: str
     devices: int
     sent: float
-    count: int
+    count: int | None
     overlapped: bool
     scope: str
 
@@ -150,23 +152,24 @@ def nbytes(array: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Visit:
-    """An instruction of a running program: how many times a step it runs, and inside of which fusion."""
+    """An instruction of a running program: how many times a step it runs, if that is known, and in which fusion."""
 
     instruction: Instruction
     computation: str
-    times: int
+    times: int | None
     fusion: str | None
 
 
 def visits(module: Module) -> Iterator[Visit]:
     """Every instruction that runs, in the order in which it first does; of branches those of the longest."""
 
-    def walk(computation: str, times: int, fusion: str | None) -> Iterator[Visit]:
+    def walk(computation: str, times: int | None, fusion: str | None) -> Iterator[Visit]:
         for x in module.computations[computation]:
             yield Visit(x, computation, times, fusion)
             calls = x.calls
             if x.opcode == "while":
-                yield from walk(calls["body"], times * trips(module, computation, x), fusion)
+                again = trips(module, computation, x)
+                yield from walk(calls["body"], None if times is None or again is None else times * again, fusion)
             elif x.opcode == "conditional":
                 yield from walk(max(calls.values(), key=lambda name: len(module.computations[name])), times, fusion)
             elif x.opcode in ("fusion", "call", "async-start"):
@@ -176,16 +179,22 @@ def visits(module: Module) -> Iterator[Visit]:
     return walk(module.entry, 1, None)
 
 
-def trips(module: Module, computation: str, loop: Instruction) -> int:
+def trips(module: Module, computation: str, loop: Instruction) -> int | None:
     """How often the body of a `while` runs: as the compiler says, or else as its counter is compared and raised.
 
-    A loop whose length is known only when it runs counts none: such are the further rounds of `ops/exchange.py`, which
-    usually are not needed.
+    None where that is known only when it runs: such are the further rounds of `ops/exchange.py`, which usually are not
+    needed.
     """
     if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"\}'):
         return int(known)
     condition, body = loop.calls["condition"], loop.calls["body"]
-    start = module.by_name[computation].get(loop.operands[0])
+    start, end = module.by_name[computation].get(loop.operands[0]), module.root(body)
+    compared = module.root(condition)
+    if start is None or start.opcode != "tuple" or end.opcode != "tuple" or compared.opcode != "compare":
+        return None
+
+    def place(x: Instruction) -> int:
+        return int(x.attribute(r"index=(\d+)") or 0)
 
     def number(where: str, name: str) -> int | None:
         """The constant that `name` is in the condition, the body or, carried unchanged, before the loop."""
@@ -194,28 +203,48 @@ def trips(module: Module, computation: str, loop: Instruction) -> int:
             return int(x.operands[0]) if x and re.fullmatch(r"-?\d+", x.operands[0]) else None
         if x.opcode in ("copy", "bitcast", "convert"):
             return number(where, x.operands[0])
-        if x.opcode == "get-tuple-element" and where in (condition, body) and start and start.opcode == "tuple":
-            return number(computation, start.operands[int(x.attribute(r"index=(\d+)") or 0)])
+        if x.opcode == "get-tuple-element" and where in (condition, body):
+            after = module.by_name[body][end.operands[place(x)]]
+            unchanged = after.opcode == "get-tuple-element" and place(after) == place(x)
+            return number(computation, start.operands[place(x)]) if unchanged else None
         return None
 
     def step(name: str) -> int:
         x = module.by_name[body][name]
-        if x.opcode != "add":
-            return step(x.operands[0]) if x.opcode in ("copy", "bitcast") else 0
+        if x.opcode in ("copy", "bitcast"):
+            return step(x.operands[0])
+        if x.opcode not in ("add", "subtract"):
+            return 0
         left, right = x.operands
         added = number(body, right)
+        if x.opcode == "subtract":
+            return step(left) - (added or 0)
         return added + step(left) if added is not None else (number(body, left) or 0) + step(right)
 
-    compared = module.root(condition)
-    counter = module.by_name[condition].get(compared.operands[0])
-    if compared.opcode != "compare" or counter is None or counter.opcode != "get-tuple-element":
-        return 0
-    index, last = int(counter.attribute(r"index=(\d+)") or 0), number(condition, compared.operands[1])
-    first = number(condition, compared.operands[0]) or 0
-    raised = step(module.root(body).operands[index])
-    if last is None or not raised:
-        return 0
-    return max(0, -(-(last - first) // raised))
+    def raised(name: str) -> int:
+        """By how much a round changes what the condition compares."""
+        x = module.by_name[condition].get(name)
+        return step(end.operands[place(x)]) if x is not None and x.opcode == "get-tuple-element" else 0
+
+    (left, right), direction = compared.operands, compared.attribute(r"direction=(\w+)") or ""
+    if not raised(left):
+        left, right, direction = right, left, direction.translate(str.maketrans("LG", "GL"))
+    if not raised(left):
+        return None
+    first = number(computation, start.operands[place(module.by_name[condition][left])])
+    last = number(condition, right)
+    return None if first is None or last is None else rounds(first, last, raised(left), direction)
+
+
+def rounds(first: int, last: int, step: int, direction: str) -> int | None:
+    """How many of `first`, `first + step`, ... come before one that is not LT, LE, GT, GE or NE `last`."""
+    toward = step < 0 if direction in ("GT", "GE") else step > 0 if direction in ("LT", "LE") else step != 0
+    if not toward or direction == "EQ":
+        return None
+    whole, left = divmod(last - first, step)
+    if direction == "NE":
+        return whole if whole >= 0 and not left else None
+    return max(0, whole + (left != 0 or direction in ("LE", "GE")))
 
 
 def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
@@ -226,6 +255,8 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
         if kind == "send":  # to another slice of a TPU
             kind = (x.attribute(r'_xla_megascale_transfer_type="(\w+)"') or "").lower().replace("_", "-")
         if kind not in SENT:
+            if re.match(r"(all|ragged|reduce-scatter|collective)-", kind) and not kind.endswith("-done"):
+                raise ValueError(f"nobody has said how much a device sends in {kind}; give it a row in hlo.SENT")
             continue
         channel, scope = x.attribute(r"channel_id=(\d+)"), x.attribute(r'op_name="([^"]*)"') or ""
         if kind == "all-reduce" and "all-reduce-scatter" in (visit.fusion or ""):
@@ -238,7 +269,8 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
             seen.add((channel, kind, scope))
         group = _pairs(x) if kind == "collective-permute" else _groups(x, math.prod(mesh.values()))
         devices = len(mesh) and math.prod(mesh.values()) if group is None else len(group[0])
-        put_in = sum(nbytes(a) for name in x.operands for a in arrays(module.by_name[visit.computation][name].shape))
+        given = x.operands[:1] if kind == "ragged-all-to-all" else x.operands  # behind it, where and how much
+        put_in = sum(nbytes(a) for name in given for a in arrays(module.by_name[visit.computation][name].shape))
         found.append(
             Collective(
                 kind=kind,
@@ -319,9 +351,12 @@ def _overlapped(module: Module, visit: Visit) -> bool:
 
 
 def cycles(module: Module) -> int:
-    """The cycles that the compiler for TPU expects a step to take; 0 where it says nothing. Kernels carry none."""
+    """The cycles that the compiler for TPU expects a step to take; 0 where it says nothing. Kernels carry none.
+
+    Nor do loops whose length is known only when they run.
+    """
     return sum(
-        visit.times * int(found)
+        (visit.times or 0) * int(found)
         for visit in visits(module)
         if visit.fusion is None and (found := visit.instruction.attribute(r'"estimated_cycles":"(\d+)"'))
     )
@@ -331,6 +366,8 @@ def totals(found: Sequence[Collective]) -> dict[tuple[str, str], tuple[int, floa
     """Times a step, and bytes that a device sends, of each kind of collective along each axis."""
     sums: dict[tuple[str, str], tuple[int, float]] = {}
     for one in found:
+        if one.count is None:
+            continue
         times, sent = sums.get((one.kind, one.axes), (0, 0.0))
         sums[one.kind, one.axes] = (times + one.count, sent + one.count * one.sent)
     return dict(sorted(sums.items()))

@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,7 @@ class Plan:
       gradients: bytes of all of them; they are among the temporaries.
       temporaries: bytes at their peak by what made them, read from the program text: an estimate of `temporary`.
       traffic: None where the program was too large to be finished.
+      more: collectives in loops whose length is known only when they run; nothing else counts them.
       flops: of the model, and with what is computed again.
       bubble: the share of time in which a stage of a pipeline has nothing to compute.
       seconds: a step at published peak rates of compute, memory, and wire if it is known, each by itself.
@@ -92,7 +93,6 @@ class Plan:
     mesh: dict[str, int]
     rows: int
     tokens: int
-    fits: bool
     limit: int
     needed: int
     peak: int
@@ -104,12 +104,17 @@ class Plan:
     gradients: int
     temporaries: dict[str, int]
     traffic: list[Traffic] | None
+    more: int
     flops: dict[str, float]
     bubble: float
     seconds: dict[str, float]
     cycles: int
     cycle_seconds: float | None
     price: float | None
+
+    @property
+    def fits(self) -> bool:
+        return self.traffic is not None and self.needed <= self.limit
 
     @property
     def step_seconds(self) -> float | None:
@@ -225,7 +230,8 @@ def plan(config: RunConfig, topology: Topology, price: float | None = None, fold
     module = hlo.parse(found.text) if found.finished else None
     mesh, state = dict(program.mesh.shape), program.abstract_state
     rows, tokens = config.data.batch_size, config.data.batch_size * config.data.seq_len
-    traffic = None if module is None else traffic_of(module, mesh, topology)
+    sent = hlo.collectives(module, mesh) if module else []
+    traffic = traffic_of(sent, mesh, topology) if module else None
     cycles = hlo.cycles(module) if module else 0
     flops = {name: n * tokens / topology.n_devices for name, n in flops_a_token(config, mesh).items()}
     bubble = 0.0 if program.pipeline is None else program.pipeline.timetable.bubble
@@ -241,7 +247,6 @@ def plan(config: RunConfig, topology: Topology, price: float | None = None, fold
         mesh={axis: size for axis, size in mesh.items() if size > 1},
         rows=rows,
         tokens=tokens,
-        fits=found.finished and found.needed <= topology.chip.memory,
         limit=int(topology.chip.memory),
         needed=found.needed,
         peak=found.peak,
@@ -253,6 +258,7 @@ def plan(config: RunConfig, topology: Topology, price: float | None = None, fold
         gradients=int(numbers_here(state.params, mesh) * gradient_bytes(config, mesh)),
         temporaries=dict(places(buffers.live(module)).most_common()) if module else {},
         traffic=traffic,
+        more=sum(one.count is None for one in sent),
         flops=flops,
         bubble=bubble,
         seconds=seconds if traffic is None else seconds | {"wire": sum(one.seconds for one in traffic)},
@@ -262,21 +268,22 @@ def plan(config: RunConfig, topology: Topology, price: float | None = None, fold
     )
 
 
-def traffic_of(module: hlo.Module, mesh: Mapping[str, int], topology: Topology) -> list[Traffic]:
-    """What a step sends, by kind and axes, the most first; between slices or nodes at the rate of their network."""
-    groups: dict[tuple[str, str], list[hlo.Collective]] = {}
-    for one in hlo.collectives(module, mesh):
-        groups.setdefault((one.kind, one.axes), []).append(one)
-    strides = dict(zip(mesh, (math.prod(list(mesh.values())[i + 1 :]) for i in range(len(mesh))), strict=True))
+def traffic_of(sent: Sequence[hlo.Collective], mesh: Mapping[str, int], topology: Topology) -> list[Traffic]:
+    """What a step sends, by kind and axes, the most first, as far as it is known how often."""
     found = []
-    for (kind, axes), members in groups.items():
-        sent = sum(one.sent * one.count for one in members)
-        along = axes.split("+") if axes else list(mesh)
-        far = any(strides[axis] * mesh[axis] > topology.island for axis in along)
-        rate = topology.chip.between if far else topology.chip.wire
-        overlapped = sum(one.sent * one.count for one in members if one.overlapped)
-        found.append(Traffic(kind, axes, sum(one.count for one in members), sent, overlapped, sent / rate))
-    return sorted(found, key=lambda one: -one.bytes)
+    for (kind, axes), (count, amount) in hlo.totals(sent).items():
+        behind = [one for one in sent if one.overlapped]
+        _, overlapped = hlo.totals(behind).get((kind, axes), (0, 0.0))
+        seconds = amount / rate_along(axes.split("+") if axes else list(mesh), mesh, topology)
+        found.append(Traffic(kind, axes, count, amount, overlapped, seconds))
+    return sorted((one for one in found if one.count), key=lambda one: -one.bytes)
+
+
+def rate_along(axes: Sequence[str], mesh: Mapping[str, int], topology: Topology) -> float:
+    """Bytes a second that a device sends along `axes`; from one slice or node to another by their network."""
+    names, sizes = list(mesh), list(mesh.values())
+    far = any(mesh[axis] > 1 and math.prod(sizes[names.index(axis) :]) > topology.island for axis in axes)
+    return topology.chip.between if far else topology.chip.wire
 
 
 def flops_a_token(config: RunConfig, mesh: Mapping[str, int]) -> dict[str, float]:
@@ -324,7 +331,12 @@ def places(scopes: Mapping[str, int]) -> Counter[str]:
 
 def as_json(p: Plan) -> dict[str, Any]:
     """Everything, for machines."""
-    more = {"step_seconds": p.step_seconds, "tokens_per_day": p.tokens_per_day, "cost_per_billion_tokens": p.cost}
+    more = {
+        "fits": p.fits,
+        "step_seconds": p.step_seconds,
+        "tokens_per_day": p.tokens_per_day,
+        "cost_per_billion_tokens": p.cost,
+    }
     return dataclasses.asdict(p) | more
 
 
@@ -368,7 +380,10 @@ def _wire(p: Plan) -> list[Any]:
     for one in p.traffic:
         share = f"{one.overlapped / one.bytes:.0%}"
         table.add_row(one.kind, one.axes or "?", f"{one.count:,}", metric(one.bytes, "B"), share, _seconds(one.seconds))
-    return [title(f"Wire: {metric(sum(one.bytes for one in p.traffic), 'B')} sent a step"), table]
+    pages = [title(f"Wire: {metric(sum(one.bytes for one in p.traffic), 'B')} sent a step"), table]
+    if p.more:
+        pages.append(Text(f"{p.more} more in loops whose length is known only when they run", "dim"))
+    return pages
 
 
 def _time(p: Plan) -> list[Any]:

@@ -17,7 +17,7 @@ from rich.console import Group
 from rich.text import Text
 
 from llm_jax.config import override
-from llm_jax.plan import Plan, flops_a_token, gradient_bytes, numbers_here, plan
+from llm_jax.plan import Plan, flops_a_token, gradient_bytes, numbers_here, plan, rate_along
 from llm_jax.sharding import ROWS, MeshConfig, mesh_sizes
 from llm_jax.show import columns, metric, residual_bytes, title
 from llm_jax.topologies import Topology
@@ -184,8 +184,8 @@ def predicted(config: RunConfig, mesh: dict[str, int], topology: Topology) -> tu
     replicated = 2 * share / mesh["fsdp"] * (mesh["data"] - 1) / mesh["data"]
     stream = tokens / shards * c.d_model * size * c.n_layers / stages
     sums = (4 + 2 * (c.remat != "none")) * 2 * (mesh["tensor"] - 1) / mesh["tensor"] * stream
-    rate = chip.between if mesh["data"] > 1 and topology.island < topology.n_devices else chip.wire
-    wire = (gathered + sums) / chip.wire + replicated / rate
+    sent = {"fsdp": gathered, "tensor": sums, "data": replicated}
+    wire = sum(amount / rate_along([axis], mesh, topology) for axis, amount in sent.items())
     memory = (4 * config.accumulate * share + 2 * state) / chip.memory_rate
     seconds = max(flops / chip.flops, wire, memory)
     return state - waiting * numbers + kept + layer, seconds / tokens

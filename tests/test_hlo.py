@@ -66,6 +66,45 @@ def test_cycles_are_those_of_what_is_scheduled_times_the_trips_of_its_loop():
     assert hlo.cycles(hlo.parse(WINDOWED)) == 4 * 100
 
 
+@pytest.mark.parametrize(
+    ("direction", "start", "end", "step", "times"),
+    [
+        ("LT", 0, 8, "add(%j, %two)", 4),
+        ("LT", 0, 7, "add(%two, %j)", 4),
+        ("LE", 0, 8, "add(%j, %two)", 5),
+        ("LE", 0, 7, "add(%j, %two)", 4),
+        ("GT", 8, 0, "subtract(%j, %two)", 4),
+        ("GE", 8, 1, "subtract(%j, %two)", 4),
+        ("NE", 2, 8, "add(%j, %two)", 3),
+        ("NE", 1, 8, "add(%j, %two)", None),
+        ("LT", 0, 8, "multiply(%j, %two)", None),
+        ("GT", 0, 8, "add(%j, %two)", None),
+        ("EQ", 0, 8, "add(%j, %two)", None),
+    ],
+)
+def test_a_loop_counts_in_every_direction_or_as_unknown(direction: str, start: int, end: int, step: str, times: object):
+    text = WINDOWED.replace("constant(0)", f"constant({start})").replace("add(%j, %two)", step)
+    text = text.replace("%end = u32[]{:T(128)} constant(8)", f"%end = u32[]{{:T(128)}} constant({end})")
+    ahead = text.replace("direction=LT", f"direction={direction}")
+    assert only(hlo.parse(ahead), fsdp=4).count == times
+    turned = direction.translate(str.maketrans("LG", "GL"))
+    behind = text.replace("compare(%i, %end), direction=LT", f"compare(%end, %i), direction={turned}")
+    assert only(hlo.parse(behind), fsdp=4).count == times
+
+
+def test_a_loop_that_begins_where_only_the_run_knows_is_unknown_and_in_no_total():
+    dynamic = WINDOWED.replace("%zero = u32[]{:T(128)} constant(0)", "%zero = u32[]{:T(128)} custom-call(%x.1)")
+    found = only(hlo.parse(dynamic), fsdp=4)
+    assert found.count is None
+    assert hlo.totals([found]) == {}
+    assert hlo.cycles(hlo.parse(dynamic)) == 0
+
+
+def test_a_collective_of_a_kind_that_is_not_known_is_an_error():
+    with pytest.raises(ValueError, match=r"sends in collective-shuffle; give it a row in hlo\.SENT"):
+        only(program("ROOT %y = f32[256]{0} collective-shuffle(%x), channel_id=1"), fsdp=4)
+
+
 def test_a_trip_count_that_the_compiler_knows_is_taken_at_its_word():
     known = WINDOWED.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"3"}}')
     assert only(hlo.parse(known), fsdp=4).count == 3

@@ -25,6 +25,7 @@ from llm_jax.plan import (
     gradient_bytes,
     numbers_here,
     plan,
+    rate_along,
     render,
     too_large,
     traffic_of,
@@ -81,6 +82,11 @@ def test_a_step_at_best_takes_as_long_as_the_slowest_of_compute_memory_and_wire(
     assert planned.tokens_per_day == pytest.approx(16 * 32 / planned.step_seconds * 86400)
     hours = 1e9 / planned.tokens_per_day * 24
     assert planned.cost == pytest.approx(hours * 8 * 2.0)
+
+
+def test_collectives_that_nobody_can_count_are_said_and_not_left_out(planned):
+    assert planned.more == 0
+    assert "3 more in loops" in printed(render(dataclasses.replace(planned, more=3)))
 
 
 def test_what_was_compiled_once_is_read_from_the_cache(config, planned, folder, monkeypatch):
@@ -177,9 +183,12 @@ ENTRY %main (x: f32[256]) -> f32[256] {
   ROOT %b = f32[256]{0} all-reduce(%a), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
 }
 """
-    found = {one.axes: one for one in traffic_of(hlo.parse(text), {"data": 2, "fsdp": 4}, two)}
+    mesh = {"data": 2, "fsdp": 4}
+    found = {one.axes: one for one in traffic_of(hlo.collectives(hlo.parse(text), mesh), mesh, two)}
     assert found["data"].seconds == found["data"].bytes / two.chip.between
     assert found["fsdp"].seconds == found["fsdp"].bytes / two.chip.wire
+    assert rate_along(["fsdp"], {"data": 1, "fsdp": 8}, two) == two.chip.between
+    assert rate_along(["data"], {"data": 1, "fsdp": 8}, two) == two.chip.wire
 
 
 @pytest.mark.parametrize(
@@ -244,7 +253,9 @@ def test_the_smallest_change_is_looked_for_though_a_larger_one_fits(config, plan
     assert quick.fields > 1
 
     def stub(config: RunConfig, *_: object) -> Plan:
-        return dataclasses.replace(planned, fits=config in (quick.config, last.config), seconds={"compute": 1e-9})
+        return dataclasses.replace(
+            planned, needed=planned.limit + (config not in (quick.config, last.config)), seconds={"compute": 1e-9}
+        )
 
     monkeypatch.setattr(search, "plan", stub)
     found = search.search(config, CPU, budget, report=lambda _: None)
