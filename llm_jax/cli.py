@@ -112,14 +112,14 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
         JSON,
     ),
     "plan": (
-        arg("config", metavar="CONFIG", help="a recipe (llm-jax configs) or a Python file"),
+        arg("config", metavar="CONFIG|RUN", help="recipe, Python file, or run"),
         ASSIGNMENTS,
         arg("--topology", required=True, metavar="NAME", help="v5e:4x4, v5p:2x2x4, h100:1x8, cpu:8, ..."),
         arg("--slices", type=int, default=1, metavar="N", help="of TPUs, or groups of nodes; default: 1"),
         arg("--price", type=float, metavar="P", help="of a chip an hour, for what tokens cost"),
         arg("--search", action="store_true", help="try other meshes, remat, microbatches, batches"),
-        arg("--compiles", type=int, default=6, metavar="N", help="that --search may take; default: 6"),
-        arg("--json", metavar="FILE", help="write it there too, for machines"),
+        arg("--compiles", type=int, metavar="N", help="that --search may take; default: 6"),
+        JSON,
     ),
     "compare": (
         arg("config", metavar="CONFIG", help="a recipe (llm-jax configs) or a Python file"),

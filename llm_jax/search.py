@@ -223,7 +223,7 @@ def render(found: Found) -> Group:
 
 
 def as_json(found: Found) -> dict[str, Any]:
-    """A row for each that was compiled, for machines."""
+    """A row for each that was compiled, and the changes of the best, for machines."""
     rows = [
         {
             "changes": list(one.choice.changes),
@@ -235,4 +235,5 @@ def as_json(found: Found) -> dict[str, Any]:
         }
         for one in found.tried
     ]
-    return {"search": rows}
+    best = {"fastest": found.fastest, "smallest": found.smallest}
+    return {"search": rows} | {name: one and list(one.choice.changes) for name, one in best.items()}

@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llm_jax.config import nearest
-
 GIB = 2**30
 
 
@@ -124,9 +122,11 @@ class Topology:
         _check_installed(self.kind, jax.__version__)
         try:
             return self._described()
-        except Exception as reason:  # whatever the plugin raises, of classes that are its own
-            sizes = f"{CHIPS[self.kind].example} is one that there is"
-            raise ValueError(f"the compiler knows no {self}: {str(reason)[:200]}; {sizes}") from reason
+        except RuntimeError as reason:  # of the plugin, whose words are its own
+            said = re.sub(r"^[A-Z_]+: ", "", str(reason).partition("\n")[0])[:200]
+            raise ValueError(
+                f"the compiler knows no {self}: {said}; {self.chip.example} is one that there is"
+            ) from reason
 
     def _described(self) -> Sequence[Any]:
         from jax.experimental import topologies
@@ -147,7 +147,8 @@ def parse(name: str, slices: int = 1) -> Topology:
     """`v5e:4x4` as a topology. Raises `ValueError` for what is none, with those that are known."""
     kind, _, shape = name.partition(":")
     if kind not in CHIPS:
-        raise ValueError(f"no topology is called {name!r}; {nearest(name, (chip.example for chip in CHIPS.values()))}")
+        known = ", ".join(chip.example for chip in CHIPS.values())
+        raise ValueError(f"no topology is called {name!r}; known kinds, each with an example: {known}")
     sizes = tuple(int(size) for size in shape.split("x")) if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) else ()
     if len(sizes) != SIZES[kind]:
         raise ValueError(f"a topology of {kind} is {SIZES[kind]} sizes, as {CHIPS[kind].example}; got {name!r}")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_jax.config import nearest, override
-from llm_jax.log import write_whole
 from llm_jax.recipes import recipe_docstring, recipes
 
 if TYPE_CHECKING:
@@ -190,11 +189,8 @@ def show(args: Namespace) -> None:
     from rich.console import Console
 
     from llm_jax import show as pages
-    from llm_jax.train import run
 
-    is_run = run.is_run(Path(args.config))
-    config = override(run.load_config(args.config), args.assignments) if is_run else _config(args)
-    description = pages.describe(config)
+    description = pages.describe(_config_or_run(args))
     if args.json:
         _print_json(dataclasses.asdict(description))
     else:
@@ -202,7 +198,7 @@ def show(args: Namespace) -> None:
 
 
 def plan(args: Namespace) -> None:
-    """Compile the train step of CONFIG for accelerators that are not here, and say what it would be.
+    """Compile a train step for accelerators that are not here, and say what it would be.
 
     Whether it fits and where the memory goes, what is sent along which axis of the mesh, FLOPs, the time of a step at
     published peak rates, and at a --price what it costs. --search tries what may be changed, each a compile.
@@ -213,6 +209,10 @@ def plan(args: Namespace) -> None:
     """
     from llm_jax import topologies
 
+    if args.compiles is not None and (not args.search or args.compiles < 1):
+        raise ValueError(f"--compiles {args.compiles} says how many --search may take; add --search, and at least 1")
+    if args.price is not None and not 0 <= args.price < math.inf:
+        raise ValueError(f"--price {args.price} is that of a chip an hour, at least 0")
     topology = topologies.parse(args.topology, args.slices)
     topology.prepare()
 
@@ -221,18 +221,17 @@ def plan(args: Namespace) -> None:
     from llm_jax import plan as plans
     from llm_jax import search
 
-    config, console = _config(args), Console(width=None if sys.stdout.isatty() else 120)
-    searched = search.search(config, topology, args.compiles, args.price, report=_say) if args.search else None
+    config, console = _config_or_run(args), Console(width=None if sys.stdout.isatty() else 120)
+    searched = search.search(config, topology, args.compiles or 6, args.price, report=_say) if args.search else None
     found = plans.plan(config, topology, args.price) if searched is None else searched.tried[0].plan
+    if args.json:
+        planned = {} if found is None else plans.as_json(found)
+        _print_json(planned | ({} if searched is None else search.as_json(searched)))
+        return
     if found is not None:
         console.print(plans.render(found))
     if searched is not None:
         console.print(search.render(searched))
-    if args.json:
-        written = ({} if found is None else plans.as_json(found)) | (
-            {} if searched is None else search.as_json(searched)
-        )
-        write_whole(Path(args.json), json.dumps(written, indent=2) + "\n")
 
 
 def _config(args: Namespace) -> "RunConfig":
@@ -247,6 +246,14 @@ def _config(args: Namespace) -> "RunConfig":
         where = f"{args.config} fails: {type(error).__name__}: {error}"
         raise ValueError(f"{where}; mend it (--debug shows the line)") from error
     return override(config, args.assignments)
+
+
+def _config_or_run(args: Namespace) -> "RunConfig":
+    """The same, or that of a run folder."""
+    from llm_jax.train import run
+
+    is_run = run.is_run(Path(args.config))
+    return override(run.load_config(args.config), args.assignments) if is_run else _config(args)
 
 
 def compare(args: Namespace) -> None:
