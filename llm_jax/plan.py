@@ -151,10 +151,11 @@ def figures(program: Program, topology: Topology, folder: Path | None = None) ->
 def _compilers() -> list[str]:
     """All beside the program that a compiler's answer depends on."""
     flags = [f"{name}={os.environ.get(name, '')}" for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-    return [*_versions(), *flags, H100.read_text()]
+    return [*versions(), *flags, H100.read_text()]
 
 
-def _versions() -> list[str]:
+def versions() -> list[str]:
+    """Of JAX and the compilers that are installed."""
     found = []
     for package in ("jax", "jaxlib", "libtpu", "jax-cuda12-pjrt"):
         try:
@@ -197,7 +198,7 @@ def _compiled(lowered: jax.stages.Lowered, arguments: int) -> Figures:
         text = compiled.as_text() or ""
     except jax.errors.JaxRuntimeError as error:
         line = f'pip install "jax[tpu]=={jax.__version__}"'
-        raise ValueError(f"{', '.join(_versions())} don't go together: {str(error)[:200]}; {line}") from error
+        raise ValueError(f"{', '.join(versions())} don't go together: {str(error)[:200]}; {line}") from error
     return Figures(given, memory.temp_size_in_bytes, needed, peak, finished=True, text=text)
 
 

@@ -1,7 +1,7 @@
-"""What MaxText's compiled train step takes, and ours, by the same compiler on the same topologies.
+"""What MaxText's compiled train step takes, and ours, on the same topologies.
 
     python -m llm_jax plan llama2_7b --topology v5e:4x4      # to see one of them whole
-    python scripts/bench_plan.py [ROW ...]                   # all: about three minutes each on two quiet cores
+    python scripts/bench_plan.py [ROW ...]                   # all: about 100 seconds each on two quiet cores
 
 Needs `pip install "jax[tpu]"`, and no TPU. MaxText 0.2.5 was measured in November 2026 with JAX 0.12.0.1 and libtpu
 0.0.52: AdamW, float32 state, bfloat16 compute, full rematerialization, rows of 2048 tokens, splash attention. GB are
@@ -27,9 +27,10 @@ def main(names: list[str]) -> None:
     topologies.parse("v5e:4x4").prepare()  # before JAX is imported
 
     from llm_jax.config import override
-    from llm_jax.plan import plan
+    from llm_jax.plan import plan, versions
     from llm_jax.train.run import load_recipe
 
+    print(f"ours: {', '.join(versions())}; MaxText 0.2.5: jax 0.12.0.1, libtpu 0.0.52")
     print(f"{'':12}" + "".join(f"{column:>22}" for column in COLUMNS) + "      (ours / MaxText)")
     for name in names:
         topology, recipe, changes, theirs = ROWS[name]
