@@ -17,7 +17,7 @@ class Buffer:
 
     @property
     def bytes(self) -> int:
-        return 0 if re.search(r"S\([1-9]\)", self.array) else hlo.nbytes(self.array)
+        return 0 if re.search(r"S\([1-9]\)", self.array) else hlo.array_bytes(self.array)
 
 
 def live(module: hlo.Module) -> Counter[str]:

@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16}  # the others end in their bits
 # What a device of n sends, in sizes of what it puts in: the algorithms that send least, which are rings.
 SENT = {
     "all-gather": lambda n: n - 1,
@@ -142,12 +141,12 @@ def parts(shape: str) -> list[str]:
     return found
 
 
-def nbytes(array: str) -> int:
+def array_bytes(array: str) -> int:
     """The size of an array, without the padding of its tiles."""
     kind, sizes = re.findall(r"(\w+)\[([\d,]*)\]", array)[0]
-    bits = re.search(r"\d+", kind)
-    each = BYTES.get(kind) or (int(bits[0]) / 8 if bits else 0)  # a token has no bits
-    return int(each * math.prod(int(size) for size in sizes.split(",") if size))
+    named = re.search(r"\d+", kind)
+    bits = int(named[0]) if named else 8 * (kind == "pred")  # a token has none
+    return math.prod(int(size) for size in sizes.split(",") if size) * bits // 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +269,7 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
         group = _pairs(x) if kind == "collective-permute" else _groups(x, math.prod(mesh.values()))
         devices = len(mesh) and math.prod(mesh.values()) if group is None else len(group[0])
         given = x.operands[:1] if kind == "ragged-all-to-all" else x.operands  # behind it, where and how much
-        put_in = sum(nbytes(a) for name in given for a in arrays(module.by_name[visit.computation][name].shape))
+        put_in = sum(array_bytes(a) for name in given for a in arrays(module.by_name[visit.computation][name].shape))
         found.append(
             Collective(
                 kind=kind,

@@ -217,6 +217,21 @@ def test_a_loop_works_in_place_and_a_result_is_not_temporary():
     assert buffers.live(hlo.parse(WINDOWED)).total() == received + beside
 
 
+@pytest.mark.parametrize(
+    ("array", "size"),
+    [
+        ("pred[3]", 3),
+        ("s4[6]{0}", 3),
+        ("bf16[8,128]{1,0:T(8,128)}", 2048),
+        ("f8e4m3fn[2]", 2),
+        ("c64[]", 8),
+        ("token[]", 0),
+    ],
+)
+def test_an_array_is_as_large_as_its_name_says(array: str, size: int):
+    assert hlo.array_bytes(array) == size
+
+
 def test_what_is_no_program_is_an_error_that_shows_it():
     with pytest.raises(ValueError, match="expected the text of a compiled module, got 'nothing'"):
         hlo.parse("nothing")
