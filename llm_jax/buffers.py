@@ -25,7 +25,8 @@ def live(module: hlo.Module) -> Counter[str]:
 
     Read from the schedule: an array lives from the instruction that makes it to the last that reads it. What a program
     is given, and the results that take its place, are not temporary. A loop changes what it carries in place, and a
-    fusion what dies in it and is shaped as its result. Gaps between arrays are left out.
+    fusion what dies in it and is shaped as its result. What has no scope of its own, as the zeros that a loop begins
+    with, is called by what the loop puts in its place. Gaps between arrays are left out.
     """
     return _live(module, module.entry)
 
@@ -35,10 +36,14 @@ def _live(module: hlo.Module, computation: str) -> Counter[str]:
     values: dict[str, list[Buffer]] = {}
     last: dict[Buffer, int] = {}
     made: list[list[Buffer]] = []
+    scopes: dict[Buffer, str] = {}
     for i, x in enumerate(body):
         values[x.name] = _buffers(x, module.by_name[computation], values)
         read = [buffer for name in x.operands for buffer in values.get(name, [])]
         made.append([buffer for buffer in values[x.name] if buffer not in last])
+        if x.opcode == "while":
+            ends = zip(values[x.name], _ends(module, x.calls["body"]), strict=False)
+            scopes = {buffer: scope for buffer, scope in ends if scope} | scopes
         last.update(dict.fromkeys([*values[x.name], *read], i))
     last.update(dict.fromkeys(values[module.root(computation).name], len(body)))
     kept = {buffer for x in body if x.opcode in ("parameter", "constant") or x.root for buffer in values[x.name]}
@@ -60,10 +65,20 @@ def _live(module: hlo.Module, computation: str) -> Counter[str]:
         if sum(buffer.bytes for buffer in now) + inside.total() > peak.total():
             peak = inside.copy()
             for buffer in now:
-                peak[buffer.scope] += buffer.bytes
+                peak[buffer.scope if "/" in buffer.scope else scopes.get(buffer) or buffer.scope] += buffer.bytes
         for buffer in [buffer for buffer in now if last[buffer] <= i]:
             del now[buffer]
     return peak
+
+
+def _ends(module: hlo.Module, body: str) -> list[str]:
+    """The scope of each array that a loop carries, at the end of its body."""
+    ends = [module.by_name[body][name] for name in module.root(body).operands]
+    return [_scope(x) for x in ends for _ in hlo.arrays(x.shape)]
+
+
+def _scope(x: hlo.Instruction) -> str:
+    return x.attribute(r'op_name="([^"]*)"') or ""
 
 
 def _buffers(
@@ -77,7 +92,7 @@ def _buffers(
         sizes = [len(hlo.arrays(part)) for part in hlo.parts(named[x.operands[0]].shape)]
         index = int(x.attribute(r"index=(\d+)") or 0)
         return given[sum(sizes[:index]) : sum(sizes[: index + 1])]
-    scope = x.attribute(r'op_name="([^"]*)"') or ""
+    scope = _scope(x)
     shared = given if x.opcode.endswith(("-start", "-done")) else []
     found = []
     for array in hlo.arrays(x.shape):

@@ -217,6 +217,33 @@ def test_a_loop_works_in_place_and_a_result_is_not_temporary():
     assert buffers.live(hlo.parse(WINDOWED)).total() == received + beside
 
 
+def test_zeros_that_a_loop_fills_are_called_by_what_fills_them():
+    metadata = ', metadata={op_name="step/layers/while/body/update"}'
+    body = """\
+%condition (p: (f32[256])) -> pred[] {
+  %p = (f32[256]{0}) parameter(0)
+  ROOT %go = pred[] constant(true)
+}
+
+%body (q: (f32[256])) -> (f32[256]) {
+  %q = (f32[256]{0}) parameter(0)
+  %old = f32[256]{0} get-tuple-element(%q), index=0
+  %new = f32[256]{0} negate(%old)METADATA
+  ROOT %t = (f32[256]{0}) tuple(%new)
+}
+
+""".replace("METADATA", metadata)
+    module = program(
+        '%zeros = f32[256]{0} broadcast(%x), metadata={op_name="broadcast.7"}',
+        "%start = (f32[256]{0}) tuple(%zeros)",
+        "%loop = (f32[256]{0}) while(%start), condition=%condition, body=%body",
+        "%full = f32[256]{0} get-tuple-element(%loop), index=0",
+        "ROOT %y = f32[64]{0} slice(%full)",
+        before=body,
+    )
+    assert set(buffers.live(module)) == {"step/layers/while/body/update"}
+
+
 @pytest.mark.parametrize(
     ("array", "size"),
     [
