@@ -7,6 +7,10 @@ from collections.abc import Mapping
 
 from llm_jax import hlo
 
+PLACES = (
+    "cast|embed|attention_norm|feedforward_norm|attention|feedforward|experts|final_norm|head|loss|optimizer|layers"
+)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Buffer:
@@ -100,4 +104,15 @@ def _buffers(
         if same is not None:
             shared.remove(same)
         found.append(same or Buffer(array, scope))
+    return found
+
+
+def places(scopes: Mapping[str, int]) -> Counter[str]:
+    """Bytes by place of the model and direction, where `scopes` have the names that the compiler keeps."""
+    found: Counter[str] = Counter()
+    for scope, amount in scopes.items():
+        again, back = "rematted_computation" in scope, "transpose(" in scope
+        words = re.findall(rf"\b({PLACES})\b", scope.replace("_out_norm", "_norm"))
+        name = words[-1] if words else "cast" if scope.startswith("state.params") else "unnamed"
+        found[f"{name}{', computed again' if again else ', backward' if back else ''}"] += amount
     return found

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -257,7 +256,7 @@ def plan(config: RunConfig, topology: Topology, price: float | None = None, fold
         optimizer=bytes_here(state.opt_state),
         host=bytes_here(state, host=True),
         gradients=int(numbers_here(state.params, mesh) * gradient_bytes(config, mesh)),
-        temporaries=dict(places(buffers.live(module)).most_common()) if module else {},
+        temporaries=dict(buffers.places(buffers.live(module)).most_common()) if module else {},
         traffic=traffic,
         more=sum(one.count is None for one in sent),
         flops=flops,
@@ -312,22 +311,6 @@ def memory_bytes(config: RunConfig, program: Program) -> float:
     whole = numbers_here(state.params, dict(mesh) | {"fsdp": 1}) * jax.numpy.dtype(c.dtype).itemsize
     gradients = numbers_here(state.params, mesh) * gradient_bytes(config, mesh)
     return passes * config.accumulate * whole + 2 * (bytes_here(state) + bytes_here(state, host=True)) + gradients
-
-
-PLACES = (
-    "cast|embed|attention_norm|feedforward_norm|attention|feedforward|experts|final_norm|head|loss|optimizer|layers"
-)
-
-
-def places(scopes: Mapping[str, int]) -> Counter[str]:
-    """Bytes by place of the model and direction, where `scopes` have the names that the compiler keeps."""
-    found: Counter[str] = Counter()
-    for scope, amount in scopes.items():
-        again, back = "rematted_computation" in scope, "transpose(" in scope
-        words = re.findall(rf"\b({PLACES})\b", scope.replace("_out_norm", "_norm"))
-        name = words[-1] if words else "cast" if scope.startswith("state.params") else "unnamed"
-        found[f"{name}{', computed again' if again else ', backward' if back else ''}"] += amount
-    return found
 
 
 def as_json(p: Plan) -> dict[str, Any]:
