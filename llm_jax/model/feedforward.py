@@ -109,7 +109,8 @@ class MixtureOfExperts(nn.Module):
         assert e is not None
         D, F, E = c.d_model, e.d_ff or c.F, e.number
         w_router = self.param("w_router", normal(c, "hidden", D), (D, E)).astype(x.dtype)
-        logits = tap(self, "router", jnp.einsum("BLD,DE->BLE", x, w_router, preferred_element_type=jnp.float32))
+        logits = jnp.einsum("BLD,DE->BLE", x, w_router, preferred_element_type=jnp.float32)
+        logits = tap(self, "router", constrain(logits, "BSX"))  # few numbers a token: each device of `tensor` has them
         bias = self.param("router_bias", nn.initializers.zeros, (E,)) if e.balance == "bias" else None
         bias = bias if bias is None else bias.astype(jnp.float32)
         routing = route(logits, e, bias, counted)
