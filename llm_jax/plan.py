@@ -75,7 +75,6 @@ class Plan:
 
     Attributes:
       parameters: bytes by path.
-      host: bytes of the state that wait in the host's memory, which none of the others count.
       gradients: bytes of all of them; they are among the temporaries.
       temporaries: bytes at their peak by what made them, read from the program text: an estimate of `temporary`.
       traffic: None where the program was too large to be finished.
@@ -99,7 +98,6 @@ class Plan:
     temporary: int
     parameters: dict[str, int]
     optimizer: int
-    host: int
     gradients: int
     temporaries: dict[str, int]
     traffic: list[Traffic] | None
@@ -201,10 +199,9 @@ def _compiled(lowered: jax.stages.Lowered, arguments: int) -> Figures:
     return Figures(given, memory.temp_size_in_bytes, needed, peak, finished=True, text=text)
 
 
-def bytes_here(tree: PyTree, host: bool = False) -> int:
-    """Bytes that a device holds of abstract arrays that are laid out on a mesh, or its `host` for it."""
-    here = [leaf for leaf in jax.tree.leaves(tree) if (leaf.sharding.memory_kind == "pinned_host") == host]
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in here)
+def bytes_here(tree: PyTree) -> int:
+    """Bytes that a device holds of abstract arrays that are laid out on a mesh."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def numbers_here(params: PyTree, mesh: Mapping[str, int]) -> float:
@@ -223,8 +220,6 @@ def gradient_bytes(config: RunConfig, mesh: Mapping[str, int]) -> int:
 
 def plan(config: RunConfig, topology: Topology, price: float | None = None, folder: Path | None = None) -> Plan:
     """All that a step of `config` is on `topology`; `price` is that of a chip an hour."""
-    if topology.kind == "cpu":
-        config = dataclasses.replace(config, offload="none")  # its compiler knows one memory
     program = Program.on(config, topology.devices())
     found = figures(program, topology, folder)
     module = hlo.parse(found.text) if found.finished else None
@@ -254,7 +249,6 @@ def plan(config: RunConfig, topology: Topology, price: float | None = None, fold
         temporary=found.temporary,
         parameters={path: bytes_here(leaf) for path, leaf in trees.leaves(state.params).items()},
         optimizer=bytes_here(state.opt_state),
-        host=bytes_here(state, host=True),
         gradients=int(numbers_here(state.params, mesh) * gradient_bytes(config, mesh)),
         temporaries=dict(buffers.places(buffers.live(module)).most_common()) if module else {},
         traffic=traffic,
@@ -304,13 +298,13 @@ def memory_bytes(config: RunConfig, program: Program) -> float:
 
     Each pass of each microbatch reads the weights that its devices share out, gathered: forward, backward for the
     gradients of inputs and for those of weights, and once more for what is computed again. The optimizer reads
-    weights, gradients and moments, and writes weights and moments; what waits on the host passes through.
+    weights, gradients and moments, and writes weights and moments.
     """
     c, mesh, state = config.model, program.mesh.shape, program.abstract_state
     passes = 3 + (c.remat not in ("none", "dots"))
     whole = numbers_here(state.params, dict(mesh) | {"fsdp": 1}) * jax.numpy.dtype(c.dtype).itemsize
     gradients = numbers_here(state.params, mesh) * gradient_bytes(config, mesh)
-    return passes * config.accumulate * whole + 2 * (bytes_here(state) + bytes_here(state, host=True)) + gradients
+    return passes * config.accumulate * whole + 2 * bytes_here(state) + gradients
 
 
 def as_json(p: Plan) -> dict[str, Any]:
@@ -339,7 +333,6 @@ def render(p: Plan) -> Group:
         Text(f"{p.devices} devices ({mesh}), {p.rows} rows, {p.tokens:,} tokens a step; all below is of one device"),
         title(f"Memory: {gb(p.needed)} set apart of {gb(p.limit)}, {gb(p.peak)} in use at the peak"),
         shares(memory | {"temporary": p.temporary}, gb),
-        *([Text(f"on the host: {gb(p.host)}, fetched when a step needs it", "dim")] if p.host else []),
         Text("weights, by path", style="dim"),
         shares(largest | {"others": rest}, gb),
     ]

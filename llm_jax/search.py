@@ -174,7 +174,6 @@ def predicted(config: RunConfig, mesh: dict[str, int], topology: Topology) -> tu
         config, mesh=MeshConfig(), accumulate=1, data=dataclasses.replace(config.data, batch_size=1)
     )
     kept = rows * kept_a_row(alone) / mesh["tensor"]
-    waiting = {"none": 0, "optimizer": 8, "state": 12}[config.offload]
     state = numbers * (12 + size + gradient_bytes(config, mesh))
     share = whole * size
     layer = share / (c.n_layers / stages)
@@ -188,7 +187,7 @@ def predicted(config: RunConfig, mesh: dict[str, int], topology: Topology) -> tu
     wire = sum(amount / rate_along([axis], mesh, topology) for axis, amount in sent.items())
     memory = (4 * config.accumulate * share + 2 * state) / chip.memory_rate
     seconds = max(flops / chip.flops, wire, memory)
-    return state - waiting * numbers + kept + layer, seconds / tokens
+    return state + kept + layer, seconds / tokens
 
 
 @functools.cache

@@ -124,14 +124,6 @@ def test_what_a_device_holds_of_the_parameters_is_the_same_by_letters_as_by_shar
     assert 4 * numbers_here(params, program.mesh.shape) == bytes_here(params)
 
 
-def test_what_waits_on_the_host_is_not_on_the_device(config):
-    plain = Program.on(config, CPU.devices()).abstract_state
-    away = Program.on(dataclasses.replace(config, offload="optimizer"), CPU.devices()).abstract_state
-    assert bytes_here(away.opt_state) == 0
-    assert bytes_here(away, host=True) == bytes_here(plain.opt_state)
-    assert bytes_here(away) == bytes_here(plain) - bytes_here(plain.opt_state)
-
-
 def test_gradients_are_float32_where_microbatches_add_up(config):
     half = override(config, ["model.dtype=bfloat16"])
     alone, stages = {"pipeline": 1}, {"pipeline": 2}

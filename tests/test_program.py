@@ -30,7 +30,6 @@ DATA_TENSOR = MeshConfig(data=4, tensor=2)
 TENSOR = MeshConfig(data=1, tensor=2)
 FSDP_TENSOR = MeshConfig(data=1, fsdp=4, tensor=2)
 ALL_THREE = MeshConfig(data=2, fsdp=2, tensor=2)
-PARTS = ("params", "opt_state")
 CONTEXT = MeshConfig(data=1, context=4)
 CONTEXT_TENSOR = MeshConfig(data=2, context=2, tensor=2)
 CONTEXT_FSDP_TENSOR = MeshConfig(data=1, fsdp=2, context=2, tensor=2)
@@ -275,23 +274,3 @@ def test_a_step_lowered_for_devices_that_are_given_lies_on_these(config: RunConf
         'sdy.mesh @mesh = <["pipeline"=1, "data"=1, "fsdp"=4, "expert"=1, "context"=1, "tensor"=2]'
         in program.lowered().as_text()
     )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("offload", ["optimizer", "state"])
-def test_a_state_that_waits_on_the_host_trains_to_the_same_bits(config: RunConfig, batches, tmp_path, offload):
-    plain, waiting = (on(dataclasses.replace(config, offload=where), DATA_FSDP) for where in ("none", offload))
-    found, expected = trained(waiting, batches[:2])[0], trained(plain, batches[:2])[0]
-    kinds = {part: {leaf.sharding.memory_kind for leaf in jax.tree.leaves(getattr(found, part))} for part in PARTS}
-    on_host = {"pinned_host"}
-    assert kinds == {"params": on_host if offload == "state" else {"device"}, "opt_state": on_host}
-    assert tree.fingerprint(found) == tree.fingerprint(expected)
-    scores = [program.score(state.params, batches[2]).nll for program, state in ((waiting, found), (plain, expected))]
-    np.testing.assert_array_equal(scores[0], scores[1])
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(found, Progress(step=2))
-        checkpoints.wait()
-        restored = checkpoints.restore(waiting.abstract_state, print)
-    assert restored is not None
-    assert tree.fingerprint(restored[0]) == tree.fingerprint(found)
-    assert jax.tree.map(lambda x: x.sharding, restored[0]) == jax.tree.map(lambda x: x.sharding, found)

@@ -30,7 +30,7 @@ from jaxtyping import Array, PyTree, UInt32
 
 from llm_jax import processes
 from llm_jax import tree as trees
-from llm_jax.train.step import TrainState, fetched
+from llm_jax.train.step import TrainState
 
 FOLDER = "checkpoints"
 UNFINISHED = "*.orbax-checkpoint-tmp*"
@@ -257,7 +257,7 @@ class Checkpoints:
 @jax.jit
 def checksums(tree: PyTree) -> dict[str, UInt32[Array, ""]]:
     """A number for every leaf, by path, that any flipped bit changes and no mesh does: integer sums have no order."""
-    return {path: _checksum(leaf) for path, leaf in trees.leaves(fetched(tree)).items()}
+    return {path: _checksum(leaf) for path, leaf in trees.leaves(tree).items()}
 
 
 def _checksum(x: Array) -> UInt32[Array, ""]:

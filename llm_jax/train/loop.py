@@ -100,7 +100,6 @@ LAYOUT = (
     "mesh.",
     "pipeline.",
     "accumulate=",
-    "offload=",
     "loss.chunk=",
     "model.remat=",
     "model.unroll=",

@@ -31,7 +31,6 @@ from llm_jax.train.step import (
     Scored,
     TrainState,
     accumulated,
-    fetched,
     init_state,
     make_loss,
     make_train_step,
@@ -90,14 +89,8 @@ class Program:
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             shapes,
-            self._in_memory(shardings(shapes, self.mesh)),
+            shardings(shapes, self.mesh),
         )
-
-    def _in_memory(self, layout: TrainState) -> TrainState:
-        """The same shardings, in the host's memory as far as `config.offload` says."""
-        waiting = {"none": (), "optimizer": ("opt_state",), "state": ("opt_state", "params")}[self.config.offload]
-        on_host = functools.partial(jax.tree.map, lambda sharding: sharding.with_memory_kind("pinned_host"))
-        return dataclasses.replace(layout, **{part: on_host(getattr(layout, part)) for part in waiting})
 
     @functools.cached_property
     def abstract_batch(self) -> Batch:
@@ -190,7 +183,7 @@ class Program:
         gradient = plain if self.pipeline is None else self.pipeline.gradient
         replicated = NamedSharding(self.mesh, PartitionSpec())
         return jax.jit(
-            lambda params, batch: gradient(fetched(params), batch, key), out_shardings=(replicated, self._layout.params)
+            lambda params, batch: gradient(params, batch, key), out_shardings=(replicated, self._layout.params)
         )
 
     @functools.cached_property
@@ -215,7 +208,6 @@ class Program:
         c = self.config
 
         def scored(params: PyTree, batch: Batch) -> Scored:
-            params = fetched(params)
             # In the microbatches of training: what fits there fits here.
             if self.pipeline is not None:
                 return self.pipeline.score(params, batch)

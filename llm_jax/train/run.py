@@ -17,13 +17,13 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import flax
 import jax
 
 from llm_jax import processes
-from llm_jax.config import check_choices, checked, from_dict, nearest, plain, to_dict
+from llm_jax.config import checked, from_dict, nearest, plain, to_dict
 from llm_jax.data import tokenizer
 from llm_jax.data.loader import DataConfig
 from llm_jax.data.shards import Shards
@@ -42,7 +42,6 @@ class RunConfig:
     """Everything that decides a run. Two runs of one config on one machine are the same, bit for bit.
 
     Attributes:
-      offload: what waits in the host's memory until a step needs it: the optimizer's state, or parameters too.
       steps: optimizer steps, each over `data.batch_size` rows.
       accumulate: microbatches a step; each device holds the activations of one.
       evaluate_every, evaluate_batches: when to score held-out text, and how many batches of it.
@@ -59,7 +58,6 @@ class RunConfig:
     loss: LossConfig = LossConfig()
     mesh: MeshConfig = MeshConfig()
     pipeline: PipelineConfig = PipelineConfig()
-    offload: Literal["none", "optimizer", "state"] = "none"
     steps: int = 1000
     seed: int = 0
     accumulate: int = 1
@@ -74,7 +72,6 @@ class RunConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        check_choices(self, "")
         for name in (
             "steps",
             "accumulate",

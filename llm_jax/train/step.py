@@ -69,22 +69,7 @@ def cast(params: PyTree, dtype: Any) -> PyTree:
     Done once, before anything is gathered from other devices.
     """
     with jax.named_scope("cast"):
-        return trees.map_with_path(lambda path, x: x if re.search(DELICATE, path) else x.astype(dtype), fetched(params))
-
-
-def fetched(tree: PyTree) -> PyTree:
-    """`tree` in the memory of the devices, from that of the host, where `RunConfig.offload` has some of it wait."""
-    return moved(tree, jax.tree.map(lambda _: jax.memory.Space.Device, tree))
-
-
-def moved(tree: PyTree, spaces: PyTree) -> PyTree:
-    """Each leaf of `tree` in the memory that `spaces` says."""
-    return jax.tree.map(lambda x, space: x if space_of(x) == space else jax.device_put(x, space), tree, spaces)
-
-
-def space_of(x: Any) -> Any:
-    """The memory that an array lies in, of the devices or of the host."""
-    return jax.typeof(x).memory_space
+        return trees.map_with_path(lambda path, x: x if re.search(DELICATE, path) else x.astype(dtype), params)
 
 
 @struct.dataclass
@@ -201,7 +186,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        (loss, sums), gradients = gradient(fetched(state.params), batch, key)
+        (loss, sums), gradients = gradient(state.params, batch, key)
         load = sums.pop(LOAD, None)
         targets = jnp.maximum((batch.targets != IGNORE).sum(), 1)
         each = 1 / targets.astype(jnp.float32)  # a product is computed where it is read, a quotient kept
@@ -211,15 +196,13 @@ def make_train_step(
         rate = schedule(state.step)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
-        before = state.params, state.opt_state
-        params, opt_state = fetched(before)
-        updates, new_state = optimizer.update(gradients, opt_state, params)
-        new_params = optax.apply_updates(params, optax.tree.scale(rate, updates))
+        updates, new_state = optimizer.update(gradients, state.opt_state, state.params)
+        new_params = optax.apply_updates(state.params, optax.tree.scale(rate, updates))
         if rebalance is not None and load is not None:
             new_params = rebalance(new_params, load)
         # A choice of each number, not of a branch: a branch would want float32 gradients whole in memory, before it.
-        after = jax.tree.map(functools.partial(jnp.where, finite), (new_params, new_state), (params, opt_state))
-        params, opt_state = moved(after, jax.tree.map(space_of, before))
+        old, new = (state.params, state.opt_state), (new_params, new_state)
+        params, opt_state = jax.tree.map(functools.partial(jnp.where, finite), new, old)
         metrics = {"loss": loss, **sums, "grad_norm": norm, "learning_rate": rate}
         metrics |= {"tokens": tokens, "skipped": ~finite} | ({} if load is None else utilisation(load))
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
