@@ -193,10 +193,9 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    entries = (
-        tuple(axis for axis in _names(entry) if axis not in by_hand()) for entry in spec(letters, ACTIVATION_AXES)
-    )
-    sizes = zip(x.shape, entries, strict=True)
+    hand = by_hand()
+    wanted = [tuple(axis for axis in _names(axes) if axis not in hand) for axes in spec(letters, ACTIVATION_AXES)]
+    sizes = zip(x.shape, wanted, strict=True)
     even = [axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None for size, axes in sizes]
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*even)))
 

@@ -101,8 +101,8 @@ def embed(table: Float[Array, "V D"], ids: Int[Array, "B L"]) -> Float[Array, "B
     the gradient of a row is summed where it belongs. Over `tensor`, a device adds 0 for the rows that others have.
     """
     rows, tokens = size_of("data") * size_of("expert"), size_of("context") * size_of("tensor")
-    evenly = ids.shape[0] % rows == ids.shape[1] % tokens == 0
-    if size_of("fsdp") * size_of("tensor") == 1 or not evenly:
+    uneven = ids.shape[0] % rows or ids.shape[1] % tokens
+    if size_of("fsdp") * size_of("tensor") == 1 or uneven:
         return lookup(table, ids)
 
     def own(table: Array, ids: Array) -> Array:

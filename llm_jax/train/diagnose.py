@@ -43,10 +43,8 @@ def _in_forward_pass(program: Program, params: PyTree, batch: Batch) -> str | No
     # One bad row will do, a copy for each device: the activations of a whole batch need not fit in memory.
     row = jax.tree.map(lambda x: np.repeat(x[rows[:1]], row_parts(program.mesh), axis=0), batch)
     with jax.set_mesh(program.mesh):
-        placed = jax.device_put(
-            row, batch_sharding(program.mesh)
-        )  # in its own order, whatever `program.put` makes of it
-        bad = jax.device_get(_bad_activations(Transformer(program.config.model), params, placed))
+        in_order = jax.device_put(row, batch_sharding(program.mesh))  # and not as `program.put` may deal tokens out
+        bad = jax.device_get(_bad_activations(Transformer(program.config.model), params, in_order))
     c, n = program.config.model, program.config.model.n_layers
     places = [
         (layer, order, name)
