@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llm_jax.config import override
-from llm_jax.data.loader import Batch
+from llm_jax.data.loader import Batch, as_told
 from llm_jax.model.config import TAPS, ModelConfig
 from llm_jax.model.taps import capture
 from llm_jax.model.transformer import Transformer
@@ -150,10 +150,8 @@ def memory(config: RunConfig, state: TrainState, computed: PyTree, tokens: jax.S
 def residual_bytes(config: RunConfig, params: PyTree, tokens: jax.ShapeDtypeStruct) -> int:
     """What the backward pass of one microbatch holds on to, beside `params`."""
     loss = make_loss(Transformer(config.model), config.loss)
-    apart = tokens if config.data.end_of_text or config.data.packing == "documents" else None
-    task = config.data.task
-    prefix = jax.ShapeDtypeStruct(tokens.shape, bool) if task is not None and task.kind == "translate" else None
-    batch = Batch(tokens=tokens, targets=tokens, segments=apart, positions=apart, prefix=prefix)
+    seen = jax.ShapeDtypeStruct(tokens.shape, bool)
+    batch = as_told(Batch(tokens, tokens, segments=tokens, positions=tokens, prefix=seen), config.data)
 
     def residuals(params: PyTree, batch: Batch, key: Key[Array, ""]) -> PyTree:
         _, backward, _ = jax.vjp(lambda p: loss(p, batch, key), params, has_aux=True)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, PyTree
 
 from llm_jax.config import override
-from llm_jax.data.loader import IGNORE, Batch
+from llm_jax.data.loader import IGNORE, Batch, as_told
 from llm_jax.model.config import ModelConfig
 from llm_jax.ops.attention import ACROSS
 from llm_jax.sharding import MeshConfig
@@ -240,12 +240,6 @@ def rows(config: RunConfig, seed: int) -> Batch:
     targets = np.where(place == cut - 1, IGNORE, tokens[:, 1:]).astype(np.int32)
     if c.n_classes is not None:
         targets = np.where(draw.random((B, L)) < 0.2, tokens[:, 1:] % c.n_classes, IGNORE).astype(np.int32)
-    apart = data.packing == "documents" or data.end_of_text
-    seen = positions < draw.integers(1, L, size=(B, 1)) if data.task and data.task.kind == "translate" else None
-    return Batch(
-        tokens=tokens[:, :-1],
-        targets=targets,
-        segments=1 + second.astype(np.int32) if apart else None,
-        positions=positions if apart else None,
-        prefix=seen,
-    )
+    seen = positions < draw.integers(1, L, size=(B, 1))
+    batch = Batch(tokens[:, :-1], targets, segments=1 + second.astype(np.int32), positions=positions, prefix=seen)
+    return as_told(batch, data)

@@ -47,6 +47,18 @@ class Batch:
     prefix: Rows = None
 
 
+def tells_documents(config: DataConfig) -> bool:
+    """Whether rows say which document a token belongs to."""
+    return config.packing == "documents" or config.end_of_text
+
+
+def as_told(batch: Batch, config: DataConfig) -> Batch:
+    """`batch` without the fields that rows of `config` don't have."""
+    has_prefix = config.task is not None and config.task.kind == "translate"
+    apart = {} if tells_documents(config) else {"segments": None, "positions": None}
+    return dataclasses.replace(batch, **apart, **({} if has_prefix else {"prefix": None}))
+
+
 class Loader:
     """The training batches of a split, or those `rows` of each that one of several processes reads.
 
@@ -194,7 +206,7 @@ def _batch(store: TokenStore, config: DataConfig, task: Task | None, index: Int6
         targets=np.where(counted, store.take(targets), IGNORE).astype(np.int32),
         documents=np.where(counted, store.documents_of(targets), IGNORE).astype(np.int32),
     )
-    if not (whole or config.end_of_text):
+    if not tells_documents(config):
         return batch
     place = np.broadcast_to(np.arange(config.seq_len), index.shape)
     first = np.diff(document, axis=1, prepend=-2) != 0

@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
-from llm_jax.data.loader import Batch
+from llm_jax.data.loader import Batch, as_told
 from llm_jax.model.transformer import Transformer
 from llm_jax.sharding import ROWS, MeshConfig, batch_sharding, make_mesh, row_parts, rows_here, shardings
 from llm_jax.train.balance import rebalance
@@ -98,16 +98,9 @@ class Program:
         data = self.config.data
         shape, rows = (data.batch_size, data.seq_len), batch_sharding(self.mesh)
         ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
-        apart = data.packing == "documents" or data.end_of_text
-        placed = apart or self.order is not None
         seen = jax.ShapeDtypeStruct(shape, bool, sharding=rows)
-        return Batch(
-            tokens=ids,
-            targets=ids,
-            segments=ids if apart else None,
-            positions=ids if placed else None,
-            prefix=seen if data.task is not None and data.task.kind == "translate" else None,
-        )
+        batch = as_told(Batch(ids, ids, segments=ids, positions=ids, prefix=seen), data)
+        return batch if self.order is None else dataclasses.replace(batch, positions=ids)
 
     def init(self) -> TrainState:
         """A fresh state, every leaf made where it belongs."""
