@@ -160,20 +160,30 @@ def expert_budget(expert: int) -> Budget:
     }
 
 
-def pipeline_budget(pipeline: int) -> Budget:
+def pipeline_budget(pipeline: int, context: int = 1) -> Budget:
     """A tick hands a microbatch of the stream to the next stage, one tick of backward its gradient to the stage before.
 
     All stages embed, and read the head, each for its share of the tokens, which an all-to-all deals out: forward of
     what the first stage begins, and of what the last one ends; backward the same. p - 1 ticks are forward alone, and as
     many backward. Gradients of embedded tokens are gathered, those of embedding, head and last norm summed.
+    With `context` all of that is of a part of the tokens. Keys and values go around as without stages, and once more
+    where a piece is computed again; gradients are summed in each tick.
     """
-    piece, part, alone = B // M * L * D * FLOAT, (pipeline - 1) / pipeline, pipeline - 1
-    return {
-        ("collective-permute", "pipeline"): ((2 * M + alone) * piece, 2 * M + alone),
-        ("all-to-all", "pipeline"): ((4 * M + 2 * alone) * part * piece, 4 * M + 2 * alone),
-        ("all-gather", "pipeline"): (M * part * piece, M),
+    rows, part, alone = B // M, (pipeline - 1) / pipeline, pipeline - 1
+    piece, layers, ticks = rows * L // context * D * FLOAT, N // pipeline, M + alone
+    budget: Budget = {
+        ("collective-permute", "pipeline"): ((M + ticks) * piece, M + ticks),
+        ("all-to-all", "pipeline"): ((2 * M + 2 * ticks) * part * piece, 2 * M + 2 * ticks),
+        ("all-gather", "pipeline"): (M * part * piece, 1),
         ("all-reduce", "pipeline"): (whole(pipeline, 2 * V * D + D), None),
     }
+    if context > 1:
+        times = ticks * layers * (3 * (context - 1) + context)
+        message = 2 * rows * L // context * CONFIG.model.K * CONFIG.model.H * FLOAT
+        of_layers = sum(n for path, n in numbers().items() if path.startswith("layers/")) // pipeline
+        budget[("collective-permute", "context")] = (times * message, times)
+        budget[("all-reduce", "context")] = (whole(context, ticks * of_layers + M * (2 * V * D + D)), None)
+    return budget
 
 
 @pytest.mark.parametrize(
@@ -187,6 +197,7 @@ def pipeline_budget(pipeline: int) -> Budget:
         pytest.param({"context": 4}, context_budget, marks=pytest.mark.slow),
         pytest.param({"expert": 2}, expert_budget, marks=pytest.mark.slow),
         pytest.param({"pipeline": 2}, pipeline_budget, marks=pytest.mark.slow),
+        pytest.param({"pipeline": 2, "context": 2}, pipeline_budget, marks=pytest.mark.slow),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else value.__name__,
 )

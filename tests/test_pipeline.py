@@ -99,8 +99,9 @@ def test_loss_gradient_and_the_use_of_experts_are_those_of_one_device():
         (MIXED, PipelineConfig("1f1b"), MeshConfig(pipeline=2, data=2, fsdp=2)),
         (dataclasses.replace(MIXED, tied=False), PipelineConfig("gpipe"), MeshConfig(pipeline=2, data=1, tensor=2)),
         (MIXED, PipelineConfig("1f1b"), MeshConfig(pipeline=2, data=1, expert=4)),
+        (MIXED, PipelineConfig("1f1b"), MeshConfig(pipeline=2, data=1, expert=2, tensor=2)),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_every_schedule_agrees_with_one_device_on_every_mesh(config, pipeline, mesh):
     for loss in (LossConfig(), LOSS)[config is MIXED :]:

@@ -24,14 +24,16 @@ from llm_jax.data.loader import Batch
 from llm_jax.model.attention import Context
 from llm_jax.model.transformer import Transformer
 from llm_jax.ops.attention import Mask
+from llm_jax.ops.gradient import after
 from llm_jax.ops.loss import IGNORE
+from llm_jax.sharding import on_each_device
 from llm_jax.train.balance import LOAD, expert_sums
 from llm_jax.train.step import LossConfig, Metrics, Scored, cast, losses_of, microbatches, scored
 from llm_jax.train.timetable import Timetable, Work
 
 AXIS = "pipeline"
-# How arrays lie on the stages: [v p ...] by piece, [M B L ...] by token, or the same on all.
-PIECES, TOKENS, WHOLE = PartitionSpec(None, AXIS), PartitionSpec(None, None, AXIS), PartitionSpec()
+# How arrays lie on the stages: [v p ...] by piece, [M B l p ...] by token, or the same on all.
+PIECES, TOKENS, WHOLE = PartitionSpec(None, AXIS), PartitionSpec(None, None, None, AXIS), PartitionSpec()
 
 
 @struct.dataclass
@@ -103,7 +105,8 @@ class Pipeline:
     """The loss of `step.make_loss` and its gradient, computed on the stages of the mesh of `jax.set_mesh`.
 
     Embedding and head belong to no stage: all take a share of the tokens, or the one that had them would make the
-    others wait (Yeung et al. 2024, arXiv:2411.05288). Tokens are embedded before the pipeline starts.
+    others wait (Yeung et al. 2024, arXiv:2411.05288). A share is every p-th token, so that whatever else splits a row
+    splits each share alike, and none has to move. Tokens are embedded before the pipeline starts.
     """
 
     model: Transformer
@@ -121,15 +124,6 @@ class Pipeline:
                 f"{pattern if len(c.layers) > 1 else ''} = {least}; use model.n_layers={sizes}"
             )
 
-    def check(self, L: int) -> None:
-        """Raises `ValueError` where rows of `L` tokens don't divide over the stages."""
-        p = self.timetable.stages
-        if L % p:
-            raise ValueError(
-                f"data.seq_len={L} does not divide over mesh.pipeline={p} stages, which share the tokens of embedding "
-                f"and head; use data.seq_len={-(-L // p) * p}"
-            )
-
     def gradient(
         self, params: PyTree, batch: Batch, key: Key[Array, ""]
     ) -> tuple[tuple[Float[Array, ""], Metrics], PyTree]:
@@ -140,7 +134,7 @@ class Pipeline:
         embedded, pull = jax.vjp(functools.partial(self._embed, parts=parts, keys=keys), shared)
         run = self._on_stages(self._run, (WHOLE, WHOLE, PIECES, PIECES, TOKENS))
         (loss, sums), d_shared, d_layers, load, d_embedded = run(self._given(params, embedded, parts, keys))
-        (d_embed,) = pull(d_embedded)
+        (d_embed,) = pull(d_embedded.reshape(embedded.shape))
         if load is not None:
             sums |= {LOAD: load.reshape(-1, load.shape[-1])}
         d_layers = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), d_layers)
@@ -159,7 +153,8 @@ class Pipeline:
         specs: Any = Given(PIECES, WHOLE, TOKENS, WHOLE, WHOLE)  # pyright: ignore[reportArgumentType]
 
         def own(given: Given) -> Any:
-            return function(dataclasses.replace(given, layers=jax.tree.map(lambda x: x[:, 0], given.layers)))
+            layers = jax.tree.map(lambda x: x[:, 0], given.layers)
+            return function(dataclasses.replace(given, layers=layers, embedded=given.embedded[:, :, :, 0]))
 
         return jax.shard_map(own, in_specs=(specs,), out_specs=out, axis_names={AXIS}, check_vma=False)
 
@@ -172,7 +167,8 @@ class Pipeline:
         p, v = self.timetable.stages, self.timetable.config.chunks
         shared = cast(params, self.model.config.dtype)
         layers = jax.tree.map(lambda x: x.reshape(v, p, -1, *x.shape[1:]), shared.pop("layers"))
-        return Given(layers, shared, embedded, parts, keys)
+        M, B, L, D = embedded.shape
+        return Given(layers, shared, embedded.reshape(M, B, L // p, p, D), parts, keys)
 
     def _score(self, given: Given) -> Scored:
         """This stage's share of the tokens of every microbatch."""
@@ -189,7 +185,8 @@ class Pipeline:
         shape = given.embedded.shape[:3]
         start = jnp.zeros_like(_gathered(given.embedded[0], onto=0))
         found = Scored(jnp.zeros(shape), jnp.zeros(shape, bool))
-        return jax.lax.scan(tick, (start, found), Turn.all_of(self.timetable.forward))[0][1]
+        (_, found), _ = jax.lax.scan(tick, (start, found), Turn.all_of(self.timetable.forward))
+        return jax.tree.map(lambda x: x[..., None], found)
 
     def _run(self, given: Given) -> tuple[Any, ...]:
         """One stage through all ticks: (loss, sums) of all stages, gradients of what is shared, and its own part of
@@ -204,7 +201,7 @@ class Pipeline:
             tick = functools.partial(self._tick, given, forward=bool(busy[0, start]), backward=bool(busy[1, start]))
             carry, _ = jax.lax.scan(tick, carry, jax.tree.map(lambda x, a=start, b=end: x[a:b], turns))
         whole = jax.lax.psum(((carry.loss, carry.sums), carry.shared), AXIS)
-        return *whole, *jax.tree.map(lambda x: x[:, None], (carry.layers, carry.load)), carry.embedded
+        return *whole, *jax.tree.map(lambda x: x[:, None], (carry.layers, carry.load)), carry.embedded[:, :, :, None]
 
     def _start(self, given: Given) -> Carry:
         c = self.model.config
@@ -254,9 +251,8 @@ class Pipeline:
         stage, p, v = jax.lax.axis_index(AXIS), self.timetable.stages, self.timetable.config.chunks
         turn, first, last = turns.of(stage), turns.of(0), turns.of(p - 1)
         through = functools.partial(self._through, given, turn)
-        (y, added), pull, (sums, load) = jax.vjp(
-            through, _at(given.layers, turn.chunk), _at(carry.inputs, turn.place), has_aux=True
-        )
+        read = after(_at(carry.inputs, turn.place), carry.ahead)  # which the tick's forward pass has sent
+        (y, added), pull, (sums, load) = jax.vjp(through, _at(given.layers, turn.chunk), read, has_aux=True)
         leaving, entering = last.busy & (last.chunk == v - 1), first.busy & (first.chunk == 0)
         (loss, nll), d_shared, dy = self._losses(given.shared, y, _at(given.parts, last.microbatch))
         d_layers, dx = pull((jnp.where(leaving & (stage == p - 1), dy, carry.back), jnp.ones_like(added)))
@@ -341,7 +337,7 @@ class Pipeline:
     def _read(self, config: LossConfig, shared: PyTree, x: Float[Array, "B l D"], part: Batch) -> tuple[Array, ...]:
         """Targets, hidden states, losses and nll of this stage's share `x` of what the last stage gave."""
         B, share, _ = x.shape
-        targets = _at(jnp.moveaxis(part.targets.reshape(B, -1, share), 1, 0), jax.lax.axis_index(AXIS))
+        targets = _at(jnp.moveaxis(part.targets.reshape(B, share, -1), 2, 0), jax.lax.axis_index(AXIS))
         config = dataclasses.replace(config, chunk=self._chunk(x))
         hidden, logits = self._apply("head", shared, x, config.chunk is None)
         return targets, hidden, *losses_of(self.model.config, config, shared, targets, hidden, logits)
@@ -359,17 +355,25 @@ def _sent(x: Array, steps: int) -> Array:
 
 def _shared(x: Float[Array, "B L D"], source: int) -> Float[Array, "B l D"]:
     """This stage's share of the tokens of what the stage `source` has."""
-    B, L, D = x.shape
-    p = jax.lax.axis_size(AXIS)
-    return jax.lax.all_to_all(jnp.moveaxis(x.reshape(B, p, L // p, D), 1, 0), AXIS, 0, 0)[source]
+
+    def own(x: Array) -> Array:
+        B, L, D = x.shape
+        p = jax.lax.axis_size(AXIS)
+        return jax.lax.all_to_all(jnp.moveaxis(x.reshape(B, L // p, p, D), 2, 0), AXIS, 0, 0)[source]
+
+    return on_each_device(own, "BLD BLD", x)
 
 
 def _gathered(x: Float[Array, "B l D"], onto: int) -> Float[Array, "B L D"]:
     """The shares of all stages on the stage `onto`; on the others, zeros."""
-    B, share, D = x.shape
-    p = jax.lax.axis_size(AXIS)
-    parts = jax.lax.all_to_all(jnp.zeros((p, *x.shape), x.dtype).at[onto].set(x), AXIS, 0, 0)
-    return jnp.moveaxis(parts, 0, 1).reshape(B, p * share, D)
+
+    def own(x: Array) -> Array:
+        B, share, D = x.shape
+        p = jax.lax.axis_size(AXIS)
+        parts = jax.lax.all_to_all(jnp.zeros((p, *x.shape), x.dtype).at[onto].set(x), AXIS, 0, 0)
+        return jnp.moveaxis(parts, 0, 2).reshape(B, share * p, D)
+
+    return on_each_device(own, "BLD BLD", x)
 
 
 def _at(tree: PyTree, index: Int[Array, ""] | int) -> PyTree:

@@ -61,9 +61,7 @@ class Program:
         _check_experts(config, mesh)
         check(config, mesh)
         program = cls(config, mesh)
-        if program.pipeline is not None:
-            program.pipeline.check(config.data.seq_len)
-        elif config.pipeline != PipelineConfig():
+        if program.pipeline is None and config.pipeline != PipelineConfig():
             raise ValueError(f"{config.pipeline} has no stages to run on; set mesh.pipeline to their number")
         return program
 

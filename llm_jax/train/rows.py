@@ -41,32 +41,28 @@ def ordered(batch: Batch, order: Int[np.ndarray, " L"]) -> Batch:
 
 def check(config: RunConfig, mesh: Mesh) -> None:
     """Raises `ValueError` where rows, or their heads, can't be split as `mesh` does, with the nearest that works."""
-    model, (n, t) = split(config.model, mesh.shape["context"]), (mesh.shape["context"], mesh.shape["tensor"])
-    L, chunk, how = config.data.seq_len, config.loss.chunk, model.attention.implementation
-    heads, devices = model.K, f"mesh.context={n} x mesh.tensor={t} = {n * t} devices"
-    least = math.lcm(n * t, 2 * n if how == "zigzag" else 1)
+    n, t, p = (mesh.shape[axis] for axis in ("context", "tensor", "pipeline"))
+    model = split(config.model, n)
+    L, chunk, how, heads = config.data.seq_len, config.loss.chunk, model.attention.implementation, model.K
+    least = math.lcm(n * t * p, 2 * n if how == "zigzag" else 1)
     if heads % t:
         raise ValueError(
             f"{heads} key/value heads do not divide over mesh.tensor={t}; use mesh.tensor="
             f"{math.gcd(heads, t)} or model.n_kv_heads={heads + -heads % t}"
         )
     if L % least:
-        twice = ", which zigzag gives two parts of a row each" if least > n * t else ""
+        twice = ", which zigzag gives two parts of a row each" if least > n * t * p else ""
         raise ValueError(
-            f"data.seq_len={L} does not divide over {devices}{twice}; use data.seq_len={_nearest(L, least)}"
+            f"data.seq_len={L} does not divide over mesh.context={n} x mesh.tensor={t} x mesh.pipeline={p} = "
+            f"{n * t * p} devices, which share a row{twice}; use data.seq_len={_nearest(L, least)}"
         )
     if chunk is not None and chunk % (n * t):
         raise ValueError(
-            f"loss.chunk={chunk} does not divide over {devices}, which share a row; use loss.chunk="
-            f"{_nearest(chunk, n * t)}"
+            f"loss.chunk={chunk} does not divide over mesh.context={n} x mesh.tensor={t} = {n * t} devices; use "
+            f"loss.chunk={_nearest(chunk, n * t)}"
         )
     if n == 1:
         return
-    if mesh.shape["pipeline"] > 1:
-        raise ValueError(
-            f"mesh.context={n} splits the rows that the stages of mesh.pipeline={mesh.shape['pipeline']} hand on, "
-            "which they can't; set one of them to 1, with more of mesh.fsdp or mesh.tensor"
-        )
     if others := sorted({layer.mixer for layer in model.period} - {*SOFTMAX}):
         raise ValueError(
             f"{' and '.join(others)} layers read a row from end to end, and mesh.context={n} splits it; use "
