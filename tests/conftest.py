@@ -14,6 +14,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # XLA's CPU client has as many threads as there are devices, unless this says more. Eight are too few: a permute that
 # runs beside another collective takes two threads of a device, one device is left with none, and all wait for it.
 os.environ["NPROC"] = "32"
+# Almost all of the time goes to compiling small programs that run once: without LLVM's optimizations half of it. XLA's
+# own passes, on which budgets and shardings depend, are as they were.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 # Compiled programs are kept between runs of the suite; they are loaded as they were, so no number changes.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
