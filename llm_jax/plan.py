@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -206,11 +207,16 @@ def bytes_here(tree: PyTree) -> int:
 
 def numbers_here(params: PyTree, mesh: Mapping[str, int]) -> float:
     """How many numbers of the parameters a device of `mesh` holds."""
-    return sum(
-        math.prod(leaf.shape)
-        / math.prod(mesh[axis] for axis in spec(letters_of(path, leaf.shape), PARAMETER_AXES) if axis is not None)
-        for path, leaf in trees.leaves(params).items()
-    )
+    return sum(n / math.prod(mesh[axis] for axis in axes) for axes, n in numbers_by_axes(params).items())
+
+
+def numbers_by_axes(params: PyTree) -> Mapping[tuple[str, ...], int]:
+    """How many numbers of the parameters are split over which axes of a mesh."""
+    found = Counter[tuple[str, ...]]()
+    for path, leaf in trees.leaves(params).items():
+        axes = spec(letters_of(path, leaf.shape), PARAMETER_AXES)
+        found[tuple(axis for axis in axes if axis is not None)] += math.prod(leaf.shape)
+    return found
 
 
 def gradient_bytes(config: RunConfig, mesh: Mapping[str, int]) -> int:

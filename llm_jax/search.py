@@ -4,26 +4,23 @@ Arithmetic orders all that may be tried; the compiler, which is slow and right, 
 """
 
 import dataclasses
-import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from rich.console import Group
 from rich.text import Text
 
-from llm_jax.config import override
-from llm_jax.plan import Plan, flops_a_token, gradient_bytes, numbers_here, plan, rate_along
-from llm_jax.sharding import ROWS, MeshConfig, mesh_sizes
-from llm_jax.show import columns, metric, residual_bytes, title
+from llm_jax.arithmetic import predicted
+from llm_jax.plan import Plan, plan
+from llm_jax.sharding import ROWS, MeshConfig, abstract_mesh, mesh_sizes, shardings
+from llm_jax.show import columns, metric, title
 from llm_jax.topologies import Topology
 from llm_jax.train.count import shapes
+from llm_jax.train.program import Program, check
 from llm_jax.train.run import RunConfig
-from llm_jax.train.step import cast
 
 REMATS = ("none", "dots", "full")
 LEAN = 0.8  # of what arithmetic counts the compiler may need less, where it keeps less than autodiff asks for
@@ -121,80 +118,71 @@ def search(
         choice = smaller[0] if smaller and (slower or next(is_turn_of_small)) else fast[0]
         fast.remove(choice)
         small.remove(choice)
-        attempt(choice)
+        if traces(choice.config, topology):
+            attempt(choice)
     return found
 
 
 def choices(config: RunConfig, topology: Topology) -> Iterator[Choice]:
-    """Every way to split rows and widths, rematerialize, and part the batch; also of a half and a quarter of the batch.
-
-    Stages, and whatever else the mesh of `config` splits, stay as they are.
+    """Every mesh that the library can run `config` on, rematerialization, and way to part the batch; also of a half and
+    a quarter of the batch. What a pipeline does on its stages stays as it is.
     """
-    c, mine = config.model, mesh_sizes(config.mesh, topology.n_devices)
-    free = mine["data"] * mine["fsdp"] * mine["tensor"]
-    splits = [(fsdp, tensor) for tensor in divisors(free) for fsdp in divisors(free // tensor)]
-    for (fsdp, tensor), share in itertools.product(splits, (1, 2, 4)):
-        mesh = mine | {"data": free // tensor // fsdp, "fsdp": fsdp, "tensor": tensor}
-        rows, shards = config.data.batch_size // share, math.prod(mesh[axis] for axis in ROWS)
-        uneven = any(width % tensor for width in (c.K, c.F, c.vocab_size)) or c.d_model % fsdp
-        if config.data.batch_size % share or rows % shards or uneven:
+    c, mine, whole = config.model, mesh_sizes(config.mesh, topology.n_devices), config.data.batch_size
+    have = {"model.remat": c.remat, "accumulate": config.accumulate, "data.batch_size": whole}
+    models = {remat: dataclasses.replace(c, remat=remat) for remat in sorted({*REMATS, c.remat})}
+    for mesh, share in itertools.product(splits(topology.n_devices, list(mine)), (1, 2, 4)):
+        shards = math.prod(mesh[axis] for axis in ROWS)
+        if whole % (share * shards):
             continue
-        for remat, accumulate in itertools.product(sorted({*REMATS, c.remat}), divisors(rows // shards)):
-            wanted = {"model.remat": remat, "accumulate": accumulate, "data.batch_size": rows}
-            have = {"model.remat": c.remat, "accumulate": config.accumulate, "data.batch_size": config.data.batch_size}
-            changed = {key: value for key, value in wanted.items() if value != have[key]}
-            axes = [axis for axis in mesh if mesh[axis] != mine[axis]]
-            # A -1 is said as a number too, or it would take what is left by the change of another.
-            said = {axis: size for axis, size in mesh.items() if size != getattr(config.mesh, axis)} if axes else {}
-            sizes = {f"mesh.{axis}": size for axis, size in said.items()}
-            changes = tuple(f"{key}={value}" for key, value in (sizes | changed).items())
-            other = override(config, changes)
-            yield Choice(changes, len(axes) + len(changed), other, *predicted(other, mesh, topology))
+        axes = [axis for axis in mesh if mesh[axis] != mine[axis]]
+        # A -1 is said as a number too, or it would take what is left by the change of another.
+        said = {axis: size for axis, size in mesh.items() if size != getattr(config.mesh, axis)} if axes else {}
+        sizes = {f"mesh.{axis}": size for axis, size in said.items()}
+        rows, layout = whole // share, MeshConfig(**mesh) if axes else config.mesh
+        data = dataclasses.replace(config.data, batch_size=rows)
+        for accumulate in divisors(rows // shards):
+            parted = dataclasses.replace(config, mesh=layout, data=data, accumulate=accumulate)
+            if not works(parted, mesh):
+                continue
+            for remat, model in models.items():
+                wanted = {"model.remat": remat, "accumulate": accumulate, "data.batch_size": rows}
+                changed = {key: value for key, value in wanted.items() if value != have[key]}
+                changes = tuple(f"{key}={value}" for key, value in (sizes | changed).items())
+                other = dataclasses.replace(parted, model=model)
+                yield Choice(changes, len(axes) + len(changed), other, *predicted(other, mesh, topology))
+
+
+def splits(devices: int, axes: Sequence[str]) -> Iterator[dict[str, int]]:
+    """Every way to lay so many devices along these axes."""
+    if not axes:
+        yield from [{}] * (devices == 1)
+        return
+    for size in divisors(devices):
+        yield from ({axes[0]: size} | others for others in splits(devices // size, axes[1:]))
 
 
 def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def predicted(config: RunConfig, mesh: dict[str, int], topology: Topology) -> tuple[float, float]:
-    """Bytes of a device and seconds a token, by arithmetic alone.
-
-    State and gradients are split as the letters of parameters say, what backward passes keep over tokens and `tensor`.
-    Weights are gathered for each microbatch, forward and backward, and their gradients parted; blocks that are split
-    over `tensor` sum the stream four times, and twice as often while they are computed again.
-    """
-    c, chip, tokens = config.model, topology.chip, config.data.batch_size * config.data.seq_len
-    size = jnp.dtype(c.dtype).itemsize
-    numbers, whole = numbers_here(shapes(c), mesh), numbers_here(shapes(c), mesh | {"fsdp": 1})
-    stages = mesh["pipeline"]
-    bubble = (stages - 1) / (config.pipeline.chunks * config.accumulate + stages - 1)  # as a timetable counts it
-    shards = math.prod(mesh[axis] for axis in ROWS) * mesh["context"]
-    rows = config.data.batch_size / config.accumulate / shards
-    alone = dataclasses.replace(
-        config, mesh=MeshConfig(), accumulate=1, data=dataclasses.replace(config.data, batch_size=1)
-    )
-    kept = rows * kept_a_row(alone) / mesh["tensor"]
-    state = numbers * (12 + size + gradient_bytes(config, mesh))
-    share = whole * size
-    layer = share / (c.n_layers / stages)
-
-    flops = flops_a_token(config, mesh)["with recomputation"] * tokens / topology.n_devices / (1 - bubble)
-    gathered = 3 * config.accumulate * share * (mesh["fsdp"] - 1) / mesh["fsdp"]
-    replicated = 2 * share / mesh["fsdp"] * (mesh["data"] - 1) / mesh["data"]
-    stream = tokens / shards * c.d_model * size * c.n_layers / stages
-    sums = (4 + 2 * (c.remat != "none")) * 2 * (mesh["tensor"] - 1) / mesh["tensor"] * stream
-    sent = {"fsdp": gathered, "tensor": sums, "data": replicated}
-    wire = sum(amount / rate_along([axis], mesh, topology) for axis, amount in sent.items())
-    memory = (4 * config.accumulate * share + 2 * state) / chip.memory_rate
-    seconds = max(flops / chip.flops, wire, memory)
-    return state + kept + layer, seconds / tokens
+def works(config: RunConfig, mesh: Mapping[str, int]) -> bool:
+    """Whether the library would split rows, tokens, experts, layers and widths so, which it knows at once."""
+    laid = abstract_mesh(mesh)
+    try:
+        check(config, laid)
+        shardings(shapes(config.model), laid)
+    except ValueError:
+        return False
+    return True
 
 
-@functools.cache
-def kept_a_row(config: RunConfig) -> int:
-    """Bytes that the backward pass holds, under the rematerialization of `config`, whose batch is one row."""
-    computed = jax.eval_shape(functools.partial(cast, dtype=config.model.dtype), shapes(config.model))
-    return residual_bytes(config, computed, jax.ShapeDtypeStruct((1, config.data.seq_len), jnp.int32))
+def traces(config: RunConfig, topology: Topology) -> bool:
+    """Whether the library would split its devices and its attention so too: that takes a moment, yet no compile."""
+    try:
+        Program.on(config, topology.devices())
+    except ValueError:
+        return False
+    return True
 
 
 def render(found: Found) -> Group:

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llm_jax import tree as trees
 
@@ -106,6 +106,11 @@ def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
     return {axis: devices // fixed if size == -1 else size for axis, size in sizes.items()}
 
 
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """A mesh of so many devices along each axis, none of which is there."""
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all `devices` (default: every device of every process), axes as `MeshConfig` names them.
 
@@ -137,7 +142,8 @@ def _names(axes: Axes) -> tuple[str, ...]:
     return (axes,) if isinstance(axes, str) else axes or ()
 
 
-def letters_of(path: str, shape: Sequence[int]) -> str:
+@functools.cache
+def letters_of(path: str, shape: tuple[int, ...]) -> str:
     """The letters of the leaf at `path`, without the leading `N` where the layers are not stacked.
 
     A single number has none: step counts, and what optax keeps in place of a moment that it does not need.
@@ -146,7 +152,7 @@ def letters_of(path: str, shape: Sequence[int]) -> str:
     return letters[1:] if letters.startswith("N") and len(letters) == len(shape) + 1 else letters
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """A `NamedSharding` for every leaf of `tree` (arrays or shapes): parameters, or a train state of them.
 
     Raises `ValueError` for a leaf that no row of `LETTERS` matches, or whose axis does not divide evenly.
@@ -173,7 +179,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec("BS", ACTIVATION_AXES))
 
 
-def row_parts(mesh: Mesh) -> int:
+def row_parts(mesh: Mesh | AbstractMesh) -> int:
     """Over how many devices the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
 

@@ -12,12 +12,12 @@ from collections.abc import Callable
 import jax
 import pytest
 
-from llm_jax import hlo, tree
+from llm_jax import arithmetic, hlo, tree
 from llm_jax.data.loader import DataConfig
 from llm_jax.model.config import ModelConfig
 from llm_jax.ops.exchange import ROOM
 from llm_jax.ops.experts import Experts
-from llm_jax.sharding import MeshConfig
+from llm_jax.sharding import MeshConfig, mesh_sizes
 from llm_jax.train.optimizer import OptimizerConfig
 from llm_jax.train.program import Program
 from llm_jax.train.run import RunConfig
@@ -55,11 +55,15 @@ MIXTURE = dataclasses.replace(
 )
 
 
+def laid(**mesh: int) -> RunConfig:
+    """The config whose step is counted on such a mesh."""
+    accumulate, config = M if "pipeline" in mesh else 1, MIXTURE if "expert" in mesh else CONFIG
+    return dataclasses.replace(config, mesh=MeshConfig(**{"data": 1} | mesh), accumulate=accumulate)
+
+
 def sent(**mesh: int) -> dict[tuple[str, str], tuple[int, float]]:
     """What the compiled step sends: times, and bytes of a device."""
-    accumulate, config = M if "pipeline" in mesh else 1, MIXTURE if "expert" in mesh else CONFIG
-    config = dataclasses.replace(config, mesh=MeshConfig(**{"data": 1} | mesh), accumulate=accumulate)
-    program = Program.on(config, jax.devices()[: math.prod(mesh.values())])
+    program = Program.on(laid(**mesh), jax.devices()[: math.prod(mesh.values())])
     module = hlo.parse(program.lowered().compile().as_text())
     return hlo.totals(hlo.collectives(module, program.mesh.shape))
 
@@ -207,3 +211,24 @@ def test_a_step_sends_what_its_strategy_has_to_and_nothing_else(mesh: dict[str, 
     for key, (amount, times) in expected.items():
         assert found[key][1] == pytest.approx(amount, abs=SCALARS), key
         assert times in (None, found[key][0]), key
+
+
+@pytest.mark.parametrize(
+    ("mesh", "budget"),
+    [
+        ({"data": 8}, data_budget),
+        ({"data": 2, "fsdp": 4}, fsdp_budget),
+        ({"tensor": 2}, tensor_budget),
+        ({"context": 4}, context_budget),
+        ({"expert": 2}, expert_budget),
+        ({"pipeline": 2}, pipeline_budget),
+    ],
+    ids=str,
+)
+def test_arithmetic_is_near_what_is_sent(mesh: dict[str, int], budget: Callable[..., Budget]):
+    """To half of it: where a TPU leaves each device its part of a sum, that is half of what a CPU sends."""
+    config = laid(**mesh)
+    counted = arithmetic.sent(config, mesh_sizes(config.mesh, math.prod(mesh.values())))
+    for axis in mesh:
+        amount = sum(amount for (_, along), (amount, _) in budget(**mesh).items() if along == axis)
+        assert 0.5 < counted[axis] / amount < 1.01, axis

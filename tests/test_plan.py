@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import io
 import json
-import math
 import re
 import subprocess
 import sys
@@ -271,13 +270,48 @@ def test_the_smallest_change_is_looked_for_though_a_larger_one_fits(config, plan
     assert ("smallest change that makes it fit" in printed(search.render(found))) == known
 
 
-def test_choices_change_what_they_say_and_split_evenly(config):
+def test_choices_change_what_they_say_and_the_library_takes_them(config):
+    of_mesh, split = {}, set()
     for choice in search.choices(config, CPU):
         mesh = search.mesh_sizes(choice.config.mesh, 8)
-        assert math.prod(mesh.values()) == 8
-        assert choice.config.data.batch_size % (mesh["data"] * mesh["fsdp"] * choice.config.accumulate) == 0
+        of_mesh[tuple(mesh.values())] = choice.config
+        split |= {axis for axis, size in mesh.items() if size > 1}
         assert (choice.fields > 0) == bool(choice.changes)
         assert override(config, choice.changes) == choice.config
+    assert split == {"pipeline", "data", "fsdp", "context", "tensor"}  # it has no experts
+    for changed in of_mesh.values():
+        assert Program.on(changed, CPU.devices()).abstract_state
+
+
+def quickest(config: RunConfig, *changes: str) -> dict[str, int]:
+    """The mesh that arithmetic puts first."""
+    every = search.choices(override(config, changes), CPU)
+    return search.mesh_sizes(min(every, key=lambda one: (one.seconds_a_token, one.fields)).config.mesh, 8)
+
+
+def test_most_parameters_in_experts_ask_for_expert_and_long_rows_for_context(config):
+    experts = ["model.layers=global+moe", "model.experts.number=8", "model.d_ff=4096"]
+    assert quickest(config, *experts)["expert"] > 1
+    long = ["model.max_seq_len=4096", "data.seq_len=4096", "data.batch_size=2", "model.n_kv_heads=1", "mesh.data=-1"]
+    assert quickest(config, *long, "mesh.fsdp=1")["context"] >= 4
+
+
+def test_what_the_library_refuses_takes_no_compile(config, planned, monkeypatch):
+    """Ulysses declines more devices than there are heads, which only attention itself knows."""
+    split = override(config, ["model.attention.implementation=ulysses", "mesh.data=1", "mesh.context=2"])
+    compiled = []
+
+    def stub(config: RunConfig, *_: object) -> Plan:
+        compiled.append(search.mesh_sizes(config.mesh, 8))
+        return dataclasses.replace(planned, seconds={"compute": 1.0})
+
+    monkeypatch.setattr(search, "plan", stub)
+    refused = [one for one in search.choices(split, CPU) if one.config.mesh.context > 2]
+    found = search.search(split, CPU, 20, report=lambda _: None)
+    assert refused
+    assert len(found.tried) == 20
+    assert all(one.plan is not None for one in found.tried)
+    assert {mesh["context"] for mesh in compiled} == {1, 2}
 
 
 @pytest.mark.parametrize(

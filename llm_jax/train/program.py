@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
 from llm_jax.data.loader import Batch, as_told
@@ -24,7 +24,7 @@ from llm_jax.sharding import ROWS, MeshConfig, batch_sharding, make_mesh, row_pa
 from llm_jax.train.balance import rebalance
 from llm_jax.train.optimizer import make_optimizer, make_schedule
 from llm_jax.train.pipeline import Pipeline
-from llm_jax.train.rows import check, order, ordered, split
+from llm_jax.train.rows import check_attention, check_rows, order, ordered, split
 from llm_jax.train.run import RunConfig
 from llm_jax.train.step import (
     Metrics,
@@ -49,21 +49,11 @@ class Program:
 
     @classmethod
     def on(cls, config: RunConfig, devices: Sequence[Any] | None = None) -> "Program":
-        """The program on `devices`, by default all there are. Raises `ValueError` where rows don't divide over them."""
-        mesh, size, accumulate = make_mesh(config.mesh, devices), config.data.batch_size, config.accumulate
-        shards = row_parts(mesh)
-        rows, least = size // accumulate, shards * accumulate
-        if size % least:
-            raise ValueError(
-                f"a microbatch of {rows} rows (data.batch_size={size} / accumulate={accumulate}) does not divide over "
-                f"{' x '.join(ROWS)} = {shards} devices; use data.batch_size={-(-size // least) * least}"
-            )
-        _check_experts(config, mesh)
+        """The program on `devices`, by default all there are. Raises `ValueError` for what can't be split so."""
+        mesh = make_mesh(config.mesh, devices)
         check(config, mesh)
-        program = cls(config, mesh)
-        if program.pipeline is None and config.pipeline != PipelineConfig():
-            raise ValueError(f"{config.pipeline} has no stages to run on; set mesh.pipeline to their number")
-        return program
+        check_attention(config, mesh)
+        return cls(config, mesh)
 
     @classmethod
     def on_one_device(cls, config: RunConfig, device: Any = None) -> "Program":
@@ -77,8 +67,7 @@ class Program:
     @functools.cached_property
     def pipeline(self) -> Pipeline | None:
         """What computes loss and gradient, where the mesh has several stages."""
-        stages, c = self.mesh.shape["pipeline"], self.config
-        return None if stages == 1 else Pipeline(self.model, c.loss, Timetable(c.pipeline, stages, c.accumulate))
+        return _pipeline(self.config, self.model, self.mesh.shape["pipeline"])
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
@@ -209,7 +198,31 @@ class Program:
         return jax.jit(scored, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 
 
-def _check_experts(config: RunConfig, mesh: Mesh) -> None:
+def check(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Raises `ValueError` where rows, experts, heads, tokens or layers don't divide over `mesh`, whose devices need not
+    be there.
+
+    Nothing is traced, so this takes no time. Widths are left to `shardings`, attention to `check_attention`.
+    """
+    size, accumulate, shards = config.data.batch_size, config.accumulate, row_parts(mesh)
+    rows, least = size // accumulate, shards * accumulate
+    if size % least:
+        raise ValueError(
+            f"a microbatch of {rows} rows (data.batch_size={size} / accumulate={accumulate}) does not divide over "
+            f"{' x '.join(ROWS)} = {shards} devices; use data.batch_size={-(-size // least) * least}"
+        )
+    _check_experts(config, mesh)
+    check_rows(config, mesh)
+    pipeline = _pipeline(config, Transformer(config.model), mesh.shape["pipeline"])
+    if pipeline is None and config.pipeline != PipelineConfig():
+        raise ValueError(f"{config.pipeline} has no stages to run on; set mesh.pipeline to their number")
+
+
+def _pipeline(config: RunConfig, model: Transformer, stages: int) -> Pipeline | None:
+    return None if stages == 1 else Pipeline(model, config.loss, Timetable(config.pipeline, stages, config.accumulate))
+
+
+def _check_experts(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
     """Raises `ValueError` where the experts don't divide over the mesh axis `expert`."""
     experts, devices = config.model.experts, mesh.shape["expert"]
     if experts is None and devices > 1:

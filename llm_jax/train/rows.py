@@ -6,7 +6,7 @@ import math
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Int
 
 from llm_jax.data.loader import Batch
@@ -17,6 +17,7 @@ from llm_jax.sharding import row_parts
 from llm_jax.train.run import RunConfig
 
 
+@functools.cache
 def split(model: ModelConfig, context: int) -> ModelConfig:
     """The model as it runs where `context` devices share a row: with its attention named, `zigzag` where none is."""
     if context == 1:
@@ -39,7 +40,7 @@ def ordered(batch: Batch, order: Int[np.ndarray, " L"]) -> Batch:
     return jax.tree.map(lambda x: x[:, order], batch)
 
 
-def check(config: RunConfig, mesh: Mesh) -> None:
+def check_rows(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
     """Raises `ValueError` where rows, or their heads, can't be split as `mesh` does, with the nearest that works."""
     n, t, p = (mesh.shape[axis] for axis in ("context", "tensor", "pipeline"))
     model = split(config.model, n)
@@ -68,10 +69,20 @@ def check(config: RunConfig, mesh: Mesh) -> None:
             f"{' and '.join(others)} layers read a row from end to end, and mesh.context={n} splits it; use "
             "mesh.context=1, with more of mesh.fsdp or mesh.tensor"
         )
-    rows = row_parts(mesh)
-    q, k = (jax.ShapeDtypeStruct((rows, L, *x, model.H), model.dtype) for x in ((heads, model.G), (heads,)))
-    with jax.set_mesh(mesh):  # it may decline
-        jax.eval_shape(functools.partial(attention, mask=Mask(), scores=model.scores, implementation=how), q, k, k)
+
+
+def check_attention(config: RunConfig, mesh: Mesh) -> None:
+    """Raises `ValueError` where attention declines rows that are split: it is traced, which takes a while."""
+    if mesh.shape["context"] == 1:
+        return
+    model = split(config.model, mesh.shape["context"])
+    shape = row_parts(mesh), config.data.seq_len, model.K
+    q, k = (jax.ShapeDtypeStruct((*shape, *x, model.H), model.dtype) for x in ((model.G,), ()))
+    attend = functools.partial(
+        attention, mask=Mask(), scores=model.scores, implementation=model.attention.implementation
+    )
+    with jax.set_mesh(mesh):
+        jax.eval_shape(attend, q, k, k)
 
 
 def _nearest(size: int, least: int) -> str:

@@ -96,7 +96,7 @@ class Timetable:
                     places[1][tick, stage] = held.pop(piece)
         return dataclasses.replace(forward, place=places[0]), dataclasses.replace(backward, place=places[1])
 
-    @property
+    @functools.cached_property
     def _directions(self) -> tuple[Work, Work]:
         """Each stage takes its pieces in one order, and each a tick after the stage before.
 
@@ -119,8 +119,9 @@ class Timetable:
 
     @property
     def held(self) -> int:
-        """Inputs of pieces that a stage keeps at once, at most."""
-        return int(self.forward.place.max()) + 1
+        """Inputs of pieces that a stage keeps at once, at most: in the tick of its way back a piece is still there."""
+        forward, backward = (work.busy for work in self._directions)
+        return int((forward.cumsum(0) - backward.cumsum(0) + backward).max())
 
     @property
     def bubble(self) -> float:
@@ -128,7 +129,7 @@ class Timetable:
 
         Counted from the table. A tick takes as long as what any stage does in it.
         """
-        work = ((self.forward.busy, FORWARD), (self.backward.busy, BACKWARD))
+        work = [(work.busy, cost) for work, cost in zip(self._directions, (FORWARD, BACKWARD), strict=True)]
         total = sum(cost * busy.any(1).sum() for busy, cost in work)
         done = sum(cost * busy.sum() for busy, cost in work)
         return float(1 - done / (self.stages * total))
