@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llm_jax import tree as trees
@@ -114,15 +114,35 @@ def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all `devices` (default: every device of every process), axes as `MeshConfig` names them.
 
-    Of several slices of a TPU the first axes, which send least, lead from one to the other.
+    Neighbours on the mesh are neighbours on the wire, as far as the topology allows. Of several slices of a TPU the
+    first axes, which send least, lead from one to the other. Raises `ValueError` where they can't.
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
-    kinds = (AxisType.Auto,) * len(sizes)
-    if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
-        by_slice = sorted(devices, key=lambda device: device.slice_index)
-        return Mesh(np.array(by_slice).reshape(tuple(sizes.values())), tuple(sizes), axis_types=kinds)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # A mesh axis may be a part of an axis of the topology: else the eight of 4 x 4 x 4 devices could not be had.
+    if slices == 1:
+        laid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    else:
+        across = _across_slices(sizes, slices)
+        within = [size // outer for size, outer in zip(sizes.values(), across, strict=True)]
+        laid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    return Mesh(laid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _across_slices(sizes: Mapping[str, int], slices: int) -> list[int]:
+    """How many slices lie along each axis: all of the first ones, and what is left along the next."""
+    across, left, rest = [], slices, math.prod(sizes.values())
+    for axis, size in sizes.items():
+        if left % size and size % left:
+            fit = [n for n in range(1, rest + 1) if rest % n == 0 and (left % n == 0 or n % left == 0)]
+            raise ValueError(
+                f"{slices} slices do not divide over the first axes of mesh {dict(sizes)}: {left} of them would lie "
+                f"along {axis}={size}; use mesh.{axis}={min(fit, key=lambda n: abs(n - size))}, and change those behind"
+            )
+        across.append(min(left, size))
+        left, rest = left // across[-1], rest // size
+    return across
 
 
 def spec(letters: str, axes: Mapping[str, Axes]) -> PartitionSpec:

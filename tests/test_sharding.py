@@ -1,6 +1,7 @@
 """Two tables shard everything: every leaf has a row, and what the tables say is what the compiler is told."""
 
 import dataclasses
+import itertools
 import re
 from typing import Any
 
@@ -142,6 +143,54 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_the_numbers():
     for wrong in ({"data": 0}, {"tensor": -2}, {"data": -1, "fsdp": -1}):
         with pytest.raises(ValueError, match="mesh sizes are positive, and at most one is -1"):
             MeshConfig(**wrong)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A chip of a TPU, as far as its place in a mesh is asked for."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v4"
+
+
+def chips(x: int, y: int, slices: int = 1) -> list[Chip]:
+    """Slices of x by y chips, in the order of their hosts, each of which has two by two; the last slice first."""
+    hosts = itertools.product(reversed(range(slices)), range(0, x, 2), range(0, y, 2))
+    places = [(slice, i + di, j + dj) for slice, i, j in hosts for dj in range(2) for di in range(2)]
+    return [Chip(number, slice, (i, j, 0)) for number, (slice, i, j) in enumerate(places)]
+
+
+def steps(mesh: Mesh, axis: str) -> set[int]:
+    """How far it is on the wire from a chip to the next along an axis of the mesh."""
+    places = np.array([chip.coords for chip in mesh.devices.flat]).reshape(*mesh.devices.shape, 3)
+    return set(np.abs(np.diff(places, axis=mesh.axis_names.index(axis))).sum(-1).flat)
+
+
+def test_slices_lie_along_the_first_axes_and_within_them_neighbours_are_neighbours():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4, tensor=2), chips(4, 2, slices=2))
+    assert [{chip.slice_index for chip in row.flat} for row in mesh.devices[0]] == [{0}, {1}]
+    assert steps(mesh, "fsdp") == steps(mesh, "tensor") == {1}
+    mesh = make_mesh(MeshConfig(pipeline=2, data=4, tensor=4), chips(4, 2, slices=4))
+    assert [[{chip.slice_index for chip in row.flat} for row in part] for part in mesh.devices] == [
+        [{0}, {0}, {1}, {1}],
+        [{2}, {2}, {3}, {3}],
+    ]
+
+
+def test_slices_that_do_not_divide_over_the_first_axes_are_refused_with_the_nearest_size_that_does():
+    message = r"2 slices do not divide .* 2 of them would lie along data=3; use mesh.data=2, and change those behind"
+    with pytest.raises(ValueError, match=message):
+        make_mesh(MeshConfig(data=3, fsdp=8), chips(6, 2, slices=2))
+    with pytest.raises(ValueError, match=r"4 slices .*: 2 of them would lie along data=3; use mesh.data=2, and"):
+        make_mesh(MeshConfig(pipeline=2, data=3, fsdp=8), chips(6, 2, slices=4))
+
+
+def test_a_mesh_axis_may_be_a_part_of_an_axis_of_the_topology():
+    assert make_mesh(MeshConfig(data=2, fsdp=8), chips(4, 4)).shape["fsdp"] == 8
 
 
 def test_rows_of_a_batch_are_split_over_data_fsdp_and_expert_and_their_tokens_over_context(mesh: Mesh):
