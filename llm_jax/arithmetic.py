@@ -19,7 +19,7 @@ from llm_jax.show import residual_bytes
 from llm_jax.topologies import Topology
 from llm_jax.train.count import shapes
 from llm_jax.train.run import RunConfig
-from llm_jax.train.step import cast
+from llm_jax.train.step import cast, rows_apart
 from llm_jax.train.timetable import PipelineConfig, Timetable
 
 
@@ -56,11 +56,12 @@ def predicted(config: RunConfig, mesh: Mapping[str, int], topology: Topology) ->
 def sent(config: RunConfig, mesh: Mapping[str, int]) -> dict[str, float]:
     """Bytes that a device sends along each axis.
 
-    - Whatever an axis doesn't split has its gradients summed along it, in each microbatch; those of embedding and head
-      over the stages once, in float32.
+    - Whatever an axis doesn't split has its gradients summed along it, in each microbatch; over stages once, in
+      float32, and so over `data` where nothing else splits and rows are apart.
     - `fsdp`: weights are gathered for each microbatch, forward and backward, and their gradients parted.
     - `tensor`: blocks sum the stream four times, and twice more where they are computed again.
-    - `context`: keys and values go around forward and backward, and their gradients with them and home.
+    - `context`: keys and values go around forward and backward, and their gradients with them and home; on the stages
+      of a pipeline once more, where a piece is computed again.
     - `expert`: tokens go to their experts and back, forward, backward, and where they are computed again.
     - `pipeline`: the stream and its gradient go from stage to stage, shares of them to embedding and head.
     """
@@ -68,17 +69,19 @@ def sent(config: RunConfig, mesh: Mapping[str, int]) -> dict[str, float]:
     size, tokens = jnp.dtype(c.dtype).itemsize, config.data.batch_size * config.data.seq_len
     part = {axis: (n - 1) / n for axis, n in mesh.items()}
     each = tokens / math.prod(mesh[axis] for axis in TOKENS) * size
-    layers, n = c.n_layers / mesh["pipeline"], mesh["context"]
+    layers, n, staged = c.n_layers / mesh["pipeline"], mesh["context"], mesh["pipeline"] > 1
     mixtures = layers * sum(layer.moe for layer in c.period) / len(c.period)
     active = 0 if c.experts is None else c.experts.active
     own = {
         "fsdp": 3 * config.accumulate * held(c, {**mesh, "fsdp": 1}) * size * part["fsdp"],
         "tensor": (4 + 2 * again) * 2 * part["tensor"] * layers * each * c.d_model,
-        "context": (3 * n - 2) * (n > 1) * layers * each * 2 * c.K * c.H / mesh["tensor"],
+        "context": ((3 + staged) * (n - 1) + (n > 1)) * layers * each * 2 * c.K * c.H / mesh["tensor"],
         "expert": 2 * (2 + again) * part["expert"] * mixtures * each * c.d_model * active * ROOM,
-        "pipeline": (2 + 4 * part["pipeline"]) * (mesh["pipeline"] > 1) * config.pipeline.chunks * each * c.d_model,
+        "pipeline": (2 + 4 * part["pipeline"]) * staged * config.pipeline.chunks * each * c.d_model,
     }
-    times = dict.fromkeys(mesh, config.accumulate * size) | {"pipeline": 4}
+    alone = mesh["data"] == math.prod(mesh.values())
+    once = ["pipeline"] + ["data"] * (config.accumulate > 1 and alone and rows_apart(c))
+    times = dict.fromkeys(mesh, config.accumulate * size) | dict.fromkeys(once, 4)
     return {axis: 2 * part[axis] * held(c, mesh, besides=axis) * times[axis] + own.get(axis, 0) for axis in mesh}
 
 

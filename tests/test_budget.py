@@ -17,7 +17,7 @@ from llm_jax.data.loader import DataConfig
 from llm_jax.model.config import ModelConfig
 from llm_jax.ops.exchange import ROOM
 from llm_jax.ops.experts import Experts
-from llm_jax.sharding import MeshConfig, mesh_sizes
+from llm_jax.sharding import MeshConfig
 from llm_jax.train.optimizer import OptimizerConfig
 from llm_jax.train.program import Program
 from llm_jax.train.run import RunConfig
@@ -55,15 +55,16 @@ MIXTURE = dataclasses.replace(
 )
 
 
-def laid(**mesh: int) -> RunConfig:
+def laid(accumulate: int = 1, **mesh: int) -> RunConfig:
     """The config whose step is counted on such a mesh."""
-    accumulate, config = M if "pipeline" in mesh else 1, MIXTURE if "expert" in mesh else CONFIG
+    accumulate, config = M if "pipeline" in mesh else accumulate, MIXTURE if "expert" in mesh else CONFIG
     return dataclasses.replace(config, mesh=MeshConfig(**{"data": 1} | mesh), accumulate=accumulate)
 
 
 def sent(**mesh: int) -> dict[tuple[str, str], tuple[int, float]]:
     """What the compiled step sends: times, and bytes of a device."""
-    program = Program.on(laid(**mesh), jax.devices()[: math.prod(mesh.values())])
+    config = laid(**mesh)
+    program = Program.on(config, jax.devices()[: math.prod(dataclasses.astuple(config.mesh))])
     module = hlo.parse(program.lowered().compile().as_text())
     return hlo.totals(hlo.collectives(module, program.mesh.shape))
 
@@ -81,33 +82,37 @@ def blocks() -> tuple[int, int]:
     return sum(matrices), len(matrices)
 
 
-def data_budget(data: int) -> Budget:
-    """Each device has all weights, and sums its gradients with those of the others."""
+def data_budget(data: int, accumulate: int = 1) -> Budget:
+    """Each device has all weights, and sums its gradients with those of the others: once, however many microbatches."""
     return {("all-reduce", "data"): (2 * (data - 1) / data * sum(numbers().values()) * FLOAT, None)}
 
 
-def fsdp_budget(fsdp: int, data: int = 1) -> Budget:
+def fsdp_budget(fsdp: int, data: int = 1, accumulate: int = 1) -> Budget:
     """Matrices of blocks are gathered forward and again backward, the head once for all chunks of the loss.
 
     Norms are gathered once more, where they are computed again. Gradients of blocks are summed; the head's leaves each
     device its part. A device looks up its columns of the embedding for the tokens of all, which an all-to-all exchanges
     for all columns of its own, and their gradients back.
-    With `data` each device has a part of the state, and sums the gradients of that part alone with its replicas.
+    With `data` each device has a part of the state, and sums the gradients of that part alone with its replicas. All of
+    it is sent in each microbatch, but for the norm behind all blocks.
     """
     part, (inside, matrices) = (fsdp - 1) / fsdp, blocks()
     norms, last = 3 * 2 * N, 2  # of blocks; behind them
     ids, tokens = B // data * L * ID, B // (data * fsdp) * L * D * FLOAT
     budget: Budget = {
         ("all-gather", "fsdp"): (
-            part * ((2 * inside + V * D + (norms + last) * D) * FLOAT + ids),
-            2 * matrices * N + 1 + norms + last + 1,
+            part * ((accumulate * (2 * inside + V * D + norms * D) + last * D) * FLOAT + ids),
+            accumulate * (2 * matrices * N + 1 + norms + 1) + last,
         ),
-        ("all-reduce", "fsdp"): (2 * part * (inside + (2 * N + 1) * D) * FLOAT, None),
-        ("reduce-scatter", "fsdp"): (part * V * D * FLOAT, 1),
-        ("all-to-all", "fsdp"): (2 * part * tokens, 2),
+        ("all-reduce", "fsdp"): (accumulate * 2 * part * (inside + (2 * N + 1) * D) * FLOAT, None),
+        ("reduce-scatter", "fsdp"): (accumulate * part * V * D * FLOAT, accumulate),
+        ("all-to-all", "fsdp"): (2 * part * tokens, 2 * accumulate),
     }
     if data > 1:
-        budget[("all-reduce", "data")] = (whole(data, (inside + 2 * V * D + (2 * N + 1) * D) // fsdp), None)
+        budget[("all-reduce", "data")] = (
+            accumulate * whole(data, (inside + 2 * V * D + (2 * N + 1) * D) // fsdp),
+            None,
+        )
     return budget
 
 
@@ -194,8 +199,10 @@ def pipeline_budget(pipeline: int, context: int = 1) -> Budget:
     ("mesh", "budget"),
     [
         pytest.param({"data": 8}, data_budget, marks=pytest.mark.slow),
+        ({"data": 8, "accumulate": 2}, data_budget),
         ({"fsdp": 8}, fsdp_budget),
         pytest.param({"data": 2, "fsdp": 4}, fsdp_budget, marks=pytest.mark.slow),
+        pytest.param({"data": 2, "fsdp": 4, "accumulate": 2}, fsdp_budget, marks=pytest.mark.slow),
         ({"tensor": 2}, tensor_budget),
         ({"context": 2}, context_budget),
         pytest.param({"context": 4}, context_budget, marks=pytest.mark.slow),
@@ -216,19 +223,20 @@ def test_a_step_sends_what_its_strategy_has_to_and_nothing_else(mesh: dict[str, 
 @pytest.mark.parametrize(
     ("mesh", "budget"),
     [
-        ({"data": 8}, data_budget),
-        ({"data": 2, "fsdp": 4}, fsdp_budget),
+        ({"data": 8, "accumulate": 2}, data_budget),
+        ({"data": 2, "fsdp": 4, "accumulate": 2}, fsdp_budget),
         ({"tensor": 2}, tensor_budget),
         ({"context": 4}, context_budget),
         ({"expert": 2}, expert_budget),
         ({"pipeline": 2}, pipeline_budget),
+        ({"pipeline": 2, "context": 2}, pipeline_budget),
     ],
     ids=str,
 )
 def test_arithmetic_is_near_what_is_sent(mesh: dict[str, int], budget: Callable[..., Budget]):
     """To half of it: where a TPU leaves each device its part of a sum, that is half of what a CPU sends."""
     config = laid(**mesh)
-    counted = arithmetic.sent(config, mesh_sizes(config.mesh, math.prod(mesh.values())))
-    for axis in mesh:
+    counted = arithmetic.sent(config, dataclasses.asdict(config.mesh))
+    for axis in mesh.keys() - {"accumulate"}:
         amount = sum(amount for (_, along), (amount, _) in budget(**mesh).items() if along == axis)
         assert 0.5 < counted[axis] / amount < 1.01, axis

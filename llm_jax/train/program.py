@@ -35,6 +35,7 @@ from llm_jax.train.step import (
     make_loss,
     make_train_step,
     microbatches,
+    rows_apart,
     score,
 )
 from llm_jax.train.timetable import PipelineConfig, Timetable
@@ -159,7 +160,8 @@ class Program:
     @functools.cached_property
     def _gradient(self) -> Any:
         c, key = self.config, jax.random.fold_in(jax.random.key(self.config.seed), 0)
-        plain = functools.partial(accumulated, make_loss(self.model, c.loss), accumulate=c.accumulate)
+        loss = make_loss(self.model, c.loss)
+        plain = functools.partial(accumulated, loss, accumulate=c.accumulate, apart=rows_apart(c.model))
         gradient = plain if self.pipeline is None else self.pipeline.gradient
         replicated = NamedSharding(self.mesh, PartitionSpec())
         return jax.jit(
@@ -176,6 +178,7 @@ class Program:
             make_schedule(c.optimizer, c.steps),
             seed=c.seed,
             accumulate=c.accumulate,
+            apart=rows_apart(c.model),
             rebalance=functools.partial(rebalance, c.model) if follow else None,
             gradient=None if self.pipeline is None else self.pipeline.gradient,
         )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from llm_jax import tree as trees
@@ -19,6 +20,7 @@ from llm_jax.model.config import ModelConfig
 from llm_jax.model.feedforward import Utilisation
 from llm_jax.model.transformer import Transformer, forward, head_table
 from llm_jax.ops.loss import IGNORE, chunked_cross_entropy, cross_entropy, likeliest
+from llm_jax.sharding import size_of
 from llm_jax.train.balance import LOAD, expert_sums, utilisation
 
 Metrics = dict[str, jax.Array]
@@ -173,16 +175,18 @@ def make_train_step(
     *,
     seed: int = 0,
     accumulate: int = 1,
+    apart: bool = False,
     rebalance: Callable[[PyTree, Float[Array, "N E"]], PyTree] | None = None,
     gradient: Gradient | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """One optimizer step over a batch, in `accumulate` microbatches whose gradients are weighted by their tokens.
 
     A loss or gradient that is not finite changes neither parameters nor optimizer state; the step still counts, so
-    that data and learning rate move on, and `metrics["skipped"]` is 1. `rebalance` changes the new parameters by the
-    load of the experts. `gradient` takes the place of `loss_fn` and its microbatches, where they run in a pipeline.
+    that data and learning rate move on, and `metrics["skipped"]` is 1. `apart` is that of `accumulated`. `rebalance`
+    changes the new parameters by the load of the experts. `gradient` takes the place of `loss_fn` and its microbatches,
+    where they run in a pipeline.
     """
-    gradient = gradient or functools.partial(accumulated, loss_fn, accumulate=accumulate)
+    gradient = gradient or functools.partial(accumulated, loss_fn, accumulate=accumulate, apart=apart)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -211,21 +215,45 @@ def make_train_step(
 
 
 def accumulated(
-    loss_fn: LossFn, params: PyTree, batch: Batch, key: Key[Array, ""], accumulate: int
+    loss_fn: LossFn, params: PyTree, batch: Batch, key: Key[Array, ""], accumulate: int, apart: bool = False
 ) -> tuple[tuple[Float[Array, ""], Metrics], PyTree]:
-    """Sums of loss, metrics and gradient over the batch, one microbatch of `B / accumulate` rows at a time."""
+    """Sums of loss, metrics and gradient over the batch, one microbatch of `B / accumulate` rows at a time.
+
+    With `apart` no row has to do with another. Where `mesh.data` alone splits, each device goes through its own rows,
+    and gradients are added up behind the last microbatch; the compiler would do so in every one.
+    """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     if accumulate == 1:
         return value_and_grad(params, batch, key)
 
-    def add(total: PyTree, part: tuple[Batch, Key[Array, ""]]) -> tuple[PyTree, None]:
-        return jax.tree.map(jnp.add, total, value_and_grad(params, *part)), None
+    def run(params: PyTree, batch: Batch, keys: Key[Array, " M"]) -> tuple[tuple[Float[Array, ""], Metrics], PyTree]:
+        def add(total: PyTree, part: tuple[Batch, Key[Array, ""]]) -> tuple[PyTree, None]:
+            return jax.tree.map(jnp.add, total, value_and_grad(params, *part)), None
 
-    parts = microbatches(batch, accumulate)
-    keys = jax.random.split(key, accumulate)
-    shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts), key)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.scan(add, zeros, (parts, keys))[0]
+        parts = microbatches(batch, accumulate), keys
+        shapes = jax.eval_shape(value_and_grad, params, *jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(add, zeros, parts)[0]
+
+    # Beside fsdp the compiler for TPU would multiply in loops then: fewer bytes, but more cycles than they save.
+    alone = 1 < size_of("data") == jax.sharding.get_abstract_mesh().size
+    run = _on_copies(run) if apart and alone else run
+    return run(params, batch, jax.random.split(key, accumulate))
+
+
+def rows_apart(c: ModelConfig) -> bool:
+    """Whether no row of a microbatch has to do with another: experts share a load, and noise is drawn for all rows."""
+    return c.experts is None and c.dropout == 0
+
+
+def _on_copies(run: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    """`run` on the rows of each copy along `data`, and the sum of all."""
+    whole, rows = PartitionSpec(), PartitionSpec("data")
+
+    def own(*given: Any) -> PyTree:
+        return jax.lax.psum(run(*given), "data")
+
+    return jax.shard_map(own, in_specs=(whole, rows, whole), out_specs=whole, axis_names={"data"}, check_vma=False)
 
 
 def microbatches(batch: Batch, number: int) -> Batch:
