@@ -226,6 +226,23 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*even)))
 
 
+def all_tokens(x: jax.Array) -> jax.Array:
+    """What a sublayer reads of the stream, B L D: gathered over `tensor` once, whatever number of products read it.
+
+    Backward their gradients are added before they are sent. Left to itself, the compiler gathers and sends for some
+    products apart. Its gradient is an `own_tokens`.
+    """
+    return constrain(constrain(x, "BLD"), "BSD")
+
+
+def own_tokens(x: jax.Array) -> jax.Array:
+    """What a sublayer adds to the stream, B L D: summed over `tensor`, and of the sum each device keeps its tokens.
+
+    For the product itself, before a bias: else the whole sum is sent. Its gradient is an `all_tokens`.
+    """
+    return constrain(constrain(x, "BSD"), "BLD")
+
+
 def on_each_device(
     function: Callable[..., Any],
     letters: str,

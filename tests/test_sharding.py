@@ -246,6 +246,7 @@ def test_the_constraints_of_the_model_stand_in_the_lowered_program(mesh: Mesh):
     rows, tokens = '{"data", "fsdp", "expert"}', '{"context"}'
     assert constraints(dataclasses.replace(EVEN, n_layers=1), mesh) == {
         f'[{rows}, {{"context", "tensor"}}, {{}}]',  # BLD, the residual stream: by tokens, where nothing else is split
+        f"[{rows}, {tokens}, {{}}]",  # BSD, what a sublayer reads and what it adds, before it's parted
         f'[{rows}, {tokens}, {{"tensor"}}, {{}}, {{}}]',  # BLKGH, the queries
         f'[{rows}, {tokens}, {{"tensor"}}, {{}}]',  # BLKH, keys and values
         f'[{rows}, {tokens}, {{"tensor"}}]',  # BLF inside the feed-forward, BLV the logits

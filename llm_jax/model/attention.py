@@ -14,7 +14,7 @@ from llm_jax.model.taps import tap, tapped
 from llm_jax.ops.attention import Mask, attention
 from llm_jax.ops.gradient import add_bias, linear
 from llm_jax.ops.position import rotary
-from llm_jax.sharding import constrain
+from llm_jax.sharding import constrain, own_tokens
 
 
 @struct.dataclass
@@ -51,10 +51,10 @@ class Attention(nn.Module):
         z = tap(self, "z", constrain(z, "BLKGH"), c.kept)
 
         w_o = self.param("w_o", normal(c, "residual", K * G * H), (K, G, H, D)).astype(x.dtype)
-        out = linear("BLKGH,KGHD->BLD", z, w_o)
+        out = own_tokens(linear("BLKGH,KGHD->BLD", z, w_o))
         if c.bias == "all":
             out = add_bias(out, self.param("b_o", nn.initializers.zeros, (D,)).astype(x.dtype))
-        return constrain(out, "BLD"), cache
+        return out, cache
 
     def _project(self, name: str, x: Float[Array, "B L D"], heads: tuple[int, ...]) -> Array:
         letters = "KGH" if len(heads) == 3 else "KH"

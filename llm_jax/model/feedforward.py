@@ -15,7 +15,7 @@ from llm_jax.model.taps import tap
 from llm_jax.ops.exchange import exchange
 from llm_jax.ops.experts import arrange, dispatch, grouped, mix, route
 from llm_jax.ops.gradient import add_bias, linear, settle
-from llm_jax.sharding import constrain, on_each_device, parts, summed
+from llm_jax.sharding import constrain, on_each_device, own_tokens, parts, summed
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -40,11 +40,12 @@ class FeedForward(nn.Module):
         if c.gated:
             h = h * settle(self._linear("up", "hidden", x, c.d_model, F))
         h = tap(self, "mlp_post", constrain(settle(h), "BLF"), c.kept)
-        return constrain(self._linear("down", "residual", h, F, c.d_model), "BLD")
+        return self._linear("down", "residual", h, F, c.d_model)
 
     def _linear(self, name: str, role: str, x: Array, fan_in: int, fan_out: int) -> Array:
         w = self.param(f"w_{name}", normal(self.config, role, fan_in), (fan_in, fan_out)).astype(x.dtype)
         y = linear("BLD,DF->BLF", x, w)
+        y = own_tokens(y) if role == "residual" else y
         if self.config.bias == "all":
             y = add_bias(y, self.param(f"b_{name}", nn.initializers.zeros, (fan_out,)).astype(x.dtype))
         return y

@@ -31,7 +31,7 @@ from llm_jax.ops.gradient import embed, lookup, settle
 from llm_jax.ops.loss import unembed
 from llm_jax.ops.position import sinusoidal
 from llm_jax.ops.ring import zigzag_order
-from llm_jax.sharding import constrain, size_of
+from llm_jax.sharding import all_tokens, constrain, size_of
 
 
 @struct.dataclass
@@ -80,7 +80,7 @@ class Block(nn.Module):
     def _before(self, sublayer: str, x: Array) -> Array:
         """What a sublayer reads of the stream."""
         c = self.config
-        return x if c.residual in ("post", "output") else Norm(c, name=f"{sublayer}_norm")(x)
+        return all_tokens(x if c.residual in ("post", "output") else Norm(c, name=f"{sublayer}_norm")(x))
 
     def _join(self, sublayer: str, x: Array, y: Array, context: Context, layer: Int[Array, ""] | int) -> Array:
         """The stream `x` with what a sublayer adds to it."""
