@@ -250,6 +250,11 @@ def test_the_constraints_of_the_model_stand_in_the_lowered_program(mesh: Mesh):
         f'[{rows}, {tokens}, {{"tensor"}}, {{}}, {{}}]',  # BLKGH, the queries
         f'[{rows}, {tokens}, {{"tensor"}}, {{}}]',  # BLKH, keys and values
         f'[{rows}, {tokens}, {{"tensor"}}]',  # BLF inside the feed-forward, BLV the logits
+        '[{}, {"tensor"}, {}, {}]',  # DKGH, DKH, KGHD, DF and FD, the weights that are multiplied: gathered over fsdp
+        '[{}, {"tensor"}, {}]',
+        '[{"tensor"}, {}, {}, {}]',
+        '[{}, {"tensor"}]',
+        '[{"tensor"}, {}]',
     }
 
 

@@ -44,7 +44,7 @@ class FeedForward(nn.Module):
 
     def _linear(self, name: str, role: str, x: Array, fan_in: int, fan_out: int) -> Array:
         w = self.param(f"w_{name}", normal(self.config, role, fan_in), (fan_in, fan_out)).astype(x.dtype)
-        y = linear("BLD,DF->BLF", x, w)
+        y = linear("BLF,FD->BLD" if role == "residual" else "BLD,DF->BLF", x, w)
         y = own_tokens(y) if role == "residual" else y
         if self.config.bias == "all":
             y = add_bias(y, self.param(f"b_{name}", nn.initializers.zeros, (fan_out,)).astype(x.dtype))

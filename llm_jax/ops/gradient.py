@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from llm_jax.sharding import ACTIVATION_AXES, on_each_device, size_of
+from llm_jax.sharding import ACTIVATION_AXES, constrain, on_each_device, size_of
 
 
 def settle(x: Array) -> Array:
@@ -62,30 +62,45 @@ def over_tokens(x: Float[Array, "B L *O"]) -> Float[Array, "*O"]:
 
 
 def linear(letters: str, x: Float[Array, "B L *I"], w: Float[Array, "*IO"]) -> Float[Array, "B L *O"]:
-    """`einsum(letters, x, w)`, whose weight gradient turns the smaller of its two factors.
+    """`einsum(letters, x, w)` of a weight that is gathered first, and that has a gradient of its own.
 
-    That gradient sums over tokens, so one factor has to be transposed. XLA's CPU compiler takes the first, and derives
-    it anew, element by element, while it writes across rows: dear for the wide side of a feed-forward layer.
+    Where `w` is split over `fsdp`, XLA's compiler for TPU would rather split the product, and pass parts of `w` from
+    device to device meanwhile: products of a part are narrow, and slow.
+
+    The weight gradient turns the smaller of its two factors. It sums over tokens, so one of them has to be transposed,
+    and XLA takes the first. On a CPU it derives it anew, element by element, while it writes across rows; on a TPU it
+    makes a copy. Both are dear for the wide side of a feed-forward layer.
     """
     return _linear(letters, x, w)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear(letters: str, x: Array, w: Array) -> Array:
-    return jnp.einsum(letters, x, w)
-
-
-def _linear_backward(letters: str, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    (x, w), (inputs, weight, output) = saved, letters.replace("->", ",").split(",")
-    dx = jnp.einsum(f"{output},{weight}->{inputs}", g, w)
-    if x.size <= g.size:
-        return dx, jnp.einsum(f"{inputs},{output}->{weight}", x, g)
-    turned = "".join(sorted(weight, key=inputs.__contains__))  # settled, or XLA swaps the factors back
-    return dx, jnp.einsum(f"{turned}->{weight}", settle(jnp.einsum(f"{output},{inputs}->{turned}", g, x)))
+    return _linear_forward(letters, x, w)[0]
 
 
 # The product in the open, not behind `_linear`: rematerialization by "dots" looks for it.
-_linear.defvjp(lambda letters, x, w: (jnp.einsum(letters, x, w), (x, w)), _linear_backward)
+def _linear_forward(letters: str, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+    _, weight, _ = _words(letters)
+    return jnp.einsum(letters, x, constrain(w, weight)), (x, w)
+
+
+def _linear_backward(letters: str, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    (x, w), (inputs, weight, output) = saved, _words(letters)
+    dx = jnp.einsum(f"{output},{weight}->{inputs}", g, constrain(w, weight))
+    if x.size <= g.size:
+        return dx, jnp.einsum(f"{inputs},{output}->{weight}", x, g)
+    turned = "".join(sorted(weight, key=inputs.__contains__))  # behind a barrier, or XLA swaps the factors back
+    product = jnp.einsum(f"{output},{inputs}->{turned}", g, x)
+    return dx, jnp.einsum(f"{turned}->{weight}", jax.lax.optimization_barrier(product))
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+def _words(letters: str) -> list[str]:
+    """`"BLD,DF->BLF"` in its three words."""
+    return letters.replace("->", ",").split(",")
 
 
 @jax.custom_vjp
