@@ -13,11 +13,12 @@ import jax.numpy as jnp
 
 from llm_jax.model.config import ModelConfig
 from llm_jax.ops.exchange import ROOM
-from llm_jax.plan import flops_a_token, gradient_bytes, numbers_by_axes, rate_along
+from llm_jax.plan import flops_a_token, gradient_bytes, numbers_by_axes, numbers_here, rate_along
 from llm_jax.sharding import TOKENS, MeshConfig
 from llm_jax.show import residual_bytes
 from llm_jax.topologies import Topology
 from llm_jax.train.count import shapes
+from llm_jax.train.offload import STACK
 from llm_jax.train.run import RunConfig
 from llm_jax.train.step import cast, rows_apart
 from llm_jax.train.timetable import PipelineConfig, Timetable
@@ -43,6 +44,8 @@ def predicted(config: RunConfig, mesh: Mapping[str, int], topology: Topology) ->
     kept = rows * kept_a_row(alone) / mesh["tensor"] / stages / table.config.chunks
     kept += (table.held / config.accumulate + 2 / stages) * stream * (stages > 1)
     state = numbers * (12 + size + gradient_bytes(config, mesh))
+    if config.offload != "none":
+        state -= {"optimizer": 8, "state": 12}[config.offload] * numbers_here({STACK: shapes(c)[STACK]}, mesh)
     share = whole * size
     layer = share / (c.n_layers / stages)
 

@@ -43,7 +43,8 @@ def _live(module: hlo.Module, computation: str) -> Counter[str]:
     scopes: dict[Buffer, str] = {}
     for i, x in enumerate(body):
         values[x.name] = _buffers(x, module.by_name[computation], values)
-        read = [buffer for name in x.operands for buffer in values.get(name, [])]
+        taken = x.opcode == "get-tuple-element"  # which reads no more than it gives
+        read = [] if taken else [buffer for name in x.operands for buffer in values.get(name, [])]
         made.append([buffer for buffer in values[x.name] if buffer not in last])
         if x.opcode == "while":
             ends = zip(values[x.name], _ends(module, x.calls["body"]), strict=False)

@@ -30,6 +30,7 @@ from llm_jax.show import columns, metric, shares, title
 from llm_jax.topologies import H100, Topology
 from llm_jax.train.count import flops_per_token, shapes
 from llm_jax.train.loop import cache_folder
+from llm_jax.train.offload import HOST
 from llm_jax.train.program import Program
 from llm_jax.train.run import RunConfig
 
@@ -76,6 +77,7 @@ class Plan:
 
     Attributes:
       parameters: bytes by path.
+      host: bytes of the state that wait in the host's memory; nothing else counts them.
       gradients: bytes of all of them; they are among the temporaries.
       temporaries: bytes at their peak by what made them, read from the program text: an estimate of `temporary`.
       traffic: None where the program was too large to be finished.
@@ -99,6 +101,7 @@ class Plan:
     temporary: int
     parameters: dict[str, int]
     optimizer: int
+    host: int
     gradients: int
     temporaries: dict[str, int]
     traffic: list[Traffic] | None
@@ -190,7 +193,8 @@ def _compiled(lowered: jax.stages.Lowered, arguments: int) -> Figures:
     assert memory is not None
     given, new = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
     needed = given + memory.temp_size_in_bytes + new
-    peak = getattr(memory, "peak_memory_in_bytes", 0)
+    # What waits on the host is counted there too, but not in what has to fit.
+    peak = getattr(memory, "peak_memory_in_bytes", 0) - memory.host_argument_size_in_bytes
     peak = peak if given < peak < needed else needed
     try:
         text = compiled.as_text() or ""
@@ -200,9 +204,10 @@ def _compiled(lowered: jax.stages.Lowered, arguments: int) -> Figures:
     return Figures(given, memory.temp_size_in_bytes, needed, peak, finished=True, text=text)
 
 
-def bytes_here(tree: PyTree) -> int:
-    """Bytes that a device holds of abstract arrays that are laid out on a mesh."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def bytes_here(tree: PyTree, host: bool = False) -> int:
+    """Bytes that a device holds of abstract arrays that are laid out on a mesh, or its `host` for it."""
+    here = [leaf for leaf in jax.tree.leaves(tree) if (leaf.sharding.memory_kind == HOST) == host]
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in here)
 
 
 def numbers_here(params: PyTree, mesh: Mapping[str, int]) -> float:
@@ -226,6 +231,8 @@ def gradient_bytes(config: RunConfig, mesh: Mapping[str, int]) -> int:
 
 def plan(config: RunConfig, topology: Topology, price: float | None = None, folder: Path | None = None) -> Plan:
     """All that a step of `config` is on `topology`; `price` is that of a chip an hour."""
+    if topology.kind in ("cpu", "h100"):  # as they are described they have one memory
+        config = dataclasses.replace(config, offload="none")
     program = Program.on(config, topology.devices())
     found = figures(program, topology, folder)
     module = hlo.parse(found.text) if found.finished else None
@@ -255,6 +262,7 @@ def plan(config: RunConfig, topology: Topology, price: float | None = None, fold
         temporary=found.temporary,
         parameters={path: bytes_here(leaf) for path, leaf in trees.leaves(state.params).items()},
         optimizer=bytes_here(state.opt_state),
+        host=bytes_here(state, host=True),
         gradients=int(numbers_here(state.params, mesh) * gradient_bytes(config, mesh)),
         temporaries=dict(buffers.places(buffers.live(module)).most_common()) if module else {},
         traffic=traffic,
@@ -304,13 +312,13 @@ def memory_bytes(config: RunConfig, program: Program) -> float:
 
     Each pass of each microbatch reads the weights that its devices share out, gathered: forward, backward for the
     gradients of inputs and for those of weights, and once more for what is computed again. The optimizer reads
-    weights, gradients and moments, and writes weights and moments.
+    weights, gradients and moments, and writes weights and moments; what waits on the host passes through.
     """
     c, mesh, state = config.model, program.mesh.shape, program.abstract_state
     passes = 3 + (c.remat not in ("none", "dots"))
     whole = numbers_here(state.params, dict(mesh) | {"fsdp": 1}) * jax.numpy.dtype(c.dtype).itemsize
     gradients = numbers_here(state.params, mesh) * gradient_bytes(config, mesh)
-    return passes * config.accumulate * whole + 2 * bytes_here(state) + gradients
+    return passes * config.accumulate * whole + 2 * (bytes_here(state) + bytes_here(state, host=True)) + gradients
 
 
 def as_json(p: Plan) -> dict[str, Any]:
@@ -339,6 +347,7 @@ def render(p: Plan) -> Group:
         Text(f"{p.devices} devices ({mesh}), {p.rows} rows, {p.tokens:,} tokens a step; all below is of one device"),
         title(f"Memory: {gb(p.needed)} set apart of {gb(p.limit)}, {gb(p.peak)} in use at the peak"),
         shares(memory | {"temporary": p.temporary}, gb),
+        *([Text(f"on the host: {gb(p.host)}, brought a layer at a time", "dim")] if p.host else []),
         Text("weights, by path", style="dim"),
         shares(largest | {"others": rest}, gb),
     ]

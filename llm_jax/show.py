@@ -23,6 +23,7 @@ from llm_jax.model.config import TAPS, ModelConfig
 from llm_jax.model.taps import capture
 from llm_jax.model.transformer import Transformer
 from llm_jax.train.count import active_parameters, flops_per_token, parameter_counts
+from llm_jax.train.offload import waits
 from llm_jax.train.optimizer import make_optimizer
 from llm_jax.train.run import RunConfig
 from llm_jax.train.step import TrainState, cast, init_state, make_loss
@@ -148,7 +149,7 @@ def memory(config: RunConfig, state: TrainState, computed: PyTree, tokens: jax.S
 
 
 def residual_bytes(config: RunConfig, params: PyTree, tokens: jax.ShapeDtypeStruct) -> int:
-    """What the backward pass of one microbatch holds on to, beside `params`."""
+    """What the backward pass of one microbatch holds on to in the device's memory, beside `params`."""
     loss = make_loss(Transformer(config.model), config.loss)
     seen = jax.ShapeDtypeStruct(tokens.shape, bool)
     batch = as_told(Batch(tokens, tokens, segments=tokens, positions=tokens, prefix=seen), config.data)
@@ -156,7 +157,7 @@ def residual_bytes(config: RunConfig, params: PyTree, tokens: jax.ShapeDtypeStru
     def residuals(params: PyTree, batch: Batch, key: Key[Array, ""]) -> PyTree:
         _, backward, _ = jax.vjp(lambda p: loss(p, batch, key), params, has_aux=True)
         given = {id(x) for x in jax.tree.leaves(params)}
-        return [x for x in jax.tree.leaves(backward) if id(x) not in given]
+        return [x for x in jax.tree.leaves(backward) if id(x) not in given and not waits(x)]
 
     return nbytes(jax.eval_shape(residuals, params, batch, jax.random.key(0)))
 

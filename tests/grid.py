@@ -24,7 +24,7 @@ TINY = ModelConfig(vocab_size=14, d_model=24, n_layers=2, n_heads=6, max_seq_len
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "positions": ("rotary", "alibi", "learned", "sinusoidal", "none"),
     "activation": ("relu", "gelu", "gelu_exact", "silu", "relu2"),
-    "remat": ("none", "full", "dots", "resid_mid,mlp_post"),
+    "remat": ("none", "full", "dots", "offload", "resid_mid,mlp_post"),
     "n_kv_heads": (None, 3, 1),
     "init": ("gpt2", "scaled", "mup"),
     "head_dim": (None, 8),

@@ -212,6 +212,21 @@ def test_temporaries_are_counted_while_something_still_reads_them():
     assert buffers.live(module) == {"a": 2048, "b": 512}
 
 
+def test_one_part_of_a_tuple_does_not_keep_the_others():
+    module = program(
+        '%a = f32[512]{0} broadcast(%x), metadata={op_name="a"}',
+        '%b = f32[128]{0} slice(%x), metadata={op_name="b"}',
+        "%both = (f32[512]{0}, f32[128]{0}) tuple(%a, %b)",
+        "%first = f32[512]{0} get-tuple-element(%both), index=0",
+        '%c = f32[256]{0} slice(%first), metadata={op_name="c"}',  # a, b and c live
+        '%d = f32[384]{0} broadcast(%c), metadata={op_name="d"}',  # a no more
+        "%second = f32[128]{0} get-tuple-element(%both), index=1",
+        "ROOT %e = f32[256]{0} fusion(%second, %d), calls=%none",
+        before="%none (a: f32[256]) -> f32[256] {\n}\n",
+    )
+    assert buffers.live(module) == {"a": 2048, "b": 512, "c": 1024}
+
+
 def test_a_loop_works_in_place_and_a_result_is_not_temporary():
     received = beside = 8 * 128 * 2
     assert buffers.live(hlo.parse(WINDOWED)).total() == received + beside

@@ -59,7 +59,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"dropout": -0.1}, "model.dropout=-0.1 must lie in [0, 1)"),
     (
         {"remat": "resid_mdi"},
-        "model.remat='resid_mdi' can't keep 'resid_mdi'; did you mean 'resid_mid'? Or use none, full, dots",
+        "model.remat='resid_mdi' can't keep 'resid_mdi'; did you mean 'resid_mid'? Or use none, full, dots, offload",
     ),
 ]
 

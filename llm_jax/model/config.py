@@ -30,7 +30,7 @@ TAPS = {
     "logits": "logits",
 }
 
-REMAT = ("none", "full", "dots")
+REMAT = ("none", "full", "dots", "offload")
 # What rematerialization can keep besides: the taps inside a block, but those that fast attention never holds.
 KEEPABLE = tuple(
     name
@@ -114,7 +114,8 @@ class ModelConfig:
       init: a row of `model/init.py`; `mup` needs a free head.
       dtype: of the computation. Parameters and optimizer are float32 always.
       remat: what the backward pass computes again: `none`, `full` (all of a block), `dots` (all but matrix
-        products), or all but the taps to keep, as `resid_mid,mlp_post`.
+        products), all but the taps to keep, as `resid_mid,mlp_post`, or all, from streams that wait in the host's
+        memory (`offload`).
       unroll: periods of `layers` a step of the scan; as many as there are unrolls the loop, faster on CPU and slower
         to compile.
     """
@@ -296,4 +297,6 @@ class ModelConfig:
     @property
     def kept(self) -> tuple[str, ...]:
         """The taps that rematerialization keeps."""
+        if self.remat == "offload":
+            return ("resid_pre",)  # what a block finds, under a name that a policy can send to the host
         return () if self.remat in REMAT else tuple(name.strip() for name in self.remat.split(","))

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from llm_jax.model.attention import Attention, Context
 from llm_jax.model.cache import Cache
-from llm_jax.model.config import REMAT, SOFTMAX, ModelConfig
+from llm_jax.model.config import SOFTMAX, ModelConfig
 from llm_jax.model.feedforward import FeedForward, MixtureOfExperts, Utilisation
 from llm_jax.model.init import normal
 from llm_jax.model.linear_attention import LinearAttention
@@ -252,12 +252,19 @@ def slot_of(config: ModelConfig, place: int, layer: Int[Array, ""] | int) -> Int
 
 
 def remat(config: ModelConfig) -> Any:
-    """The block, whose backward pass computes again all but matrix products, the named taps, or nothing of it."""
+    """The block, whose backward pass computes again all but matrix products, the named taps, or nothing of it.
+
+    What it finds is always kept, in the device's memory or in the host's.
+    """
     if config.remat == "none":
         return Block
-    policy = None if config.remat in REMAT else jax.checkpoint_policies.save_only_these_names(*config.kept)
-    if config.remat == "dots":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policies = jax.checkpoint_policies
+    away = {"names_which_can_be_saved": [], "names_which_can_be_offloaded": list(config.kept)}
+    policy = {
+        "full": policies.nothing_saveable,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "offload": policies.save_and_offload_only_these_names(**away, offload_src="device", offload_dst="pinned_host"),
+    }.get(config.remat, policies.save_only_these_names(*config.kept))
     return nn.remat(Block, policy=policy, prevent_cse=False)
 
 

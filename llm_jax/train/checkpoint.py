@@ -26,10 +26,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jaxtyping import Array, PyTree, UInt32
+from jaxtyping import Array, Int, PyTree, UInt32
 
 from llm_jax import processes
 from llm_jax import tree as trees
+from llm_jax.train.offload import fetched, waits
 from llm_jax.train.step import TrainState
 
 FOLDER = "checkpoints"
@@ -260,10 +261,15 @@ def checksums(tree: PyTree) -> dict[str, UInt32[Array, ""]]:
     return {path: _checksum(leaf) for path, leaf in trees.leaves(tree).items()}
 
 
-def _checksum(x: Array) -> UInt32[Array, ""]:
-    """The sum of all elements' bits, each mixed with its index by the finalizer of MurmurHash3, which is one-to-one."""
+def _checksum(x: Array, row: Int[Array, ""] | int = 0) -> UInt32[Array, ""]:
+    """The sum of all elements' bits, each mixed with its index by the finalizer of MurmurHash3, which is one-to-one.
+
+    `row` is the index of `x` in an array that waits on the host, and is brought a row at a time.
+    """
+    if waits(x):
+        return jax.lax.map(lambda i: _checksum(fetched(x, i), i), jnp.arange(len(x))).sum(dtype=jnp.uint32)
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
-    index = jnp.zeros(x.shape, jnp.uint32)
+    index = jnp.full(x.shape, row, jnp.uint32)
     for axis, size in enumerate(x.shape):
         index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
     bits = bits ^ (index * jnp.uint32(0x9E3779B1))

@@ -15,7 +15,7 @@ from llm_jax.model.taps import capture
 from llm_jax.model.transformer import Transformer
 from llm_jax.sharding import batch_sharding, row_parts
 from llm_jax.train.program import Program
-from llm_jax.train.step import accumulated, cast, make_loss
+from llm_jax.train.step import cast
 
 # In which order the backward pass comes to the parameters of a layer, and to those outside of all layers.
 BACKWARD = (
@@ -64,7 +64,7 @@ def _in_backward_pass(program: Program, params: PyTree, batch: Batch, step: int)
 
     @jax.jit
     def largest(params: PyTree, batch: Batch) -> dict[str, Array]:
-        _, gradients = accumulated(make_loss(program.model, c.loss), params, batch, key, c.accumulate)
+        _, gradients = program.traced_gradient(params, batch, key)
         return {path: _by_layer(path, jnp.abs(x), jnp.max) for path, x in trees.leaves(gradients).items()}
 
     with jax.set_mesh(program.mesh):

@@ -100,6 +100,7 @@ LAYOUT = (
     "mesh.",
     "pipeline.",
     "accumulate=",
+    "offload=",
     "loss.chunk=",
     "model.remat=",
     "model.unroll=",

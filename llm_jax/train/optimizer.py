@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
 from llm_jax import tree as trees
 from llm_jax.sharding import letters_of
@@ -102,8 +103,20 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     The train step scales what comes out by its schedule. A schedule inside the chain would count the updates made,
     and fall behind with every step that was skipped.
     """
-    clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
+    clip = optax.identity() if config.clip is None else _clip(config.clip)
     return optax.chain(clip, _RULES[config.name](config))
+
+
+def _clip(most: float) -> optax.GradientTransformationExtraArgs:
+    """Scales a gradient to the norm `most` where its own is larger; `norm`, for a part, is that of the whole."""
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None, *, norm: Float[Array, ""] | None = None, **_: Any
+    ) -> tuple[PyTree, PyTree]:
+        norm = optax.tree.norm(updates) if norm is None else norm
+        return jax.tree.map(lambda x: jnp.where(norm < most, x, x / norm.astype(x.dtype) * most), updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def _adamw(c: OptimizerConfig) -> optax.GradientTransformation:

@@ -16,21 +16,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from llm_jax.data.loader import Batch, as_told
 from llm_jax.model.transformer import Transformer
 from llm_jax.sharding import ROWS, MeshConfig, batch_sharding, make_mesh, row_parts, rows_here, shardings
 from llm_jax.train.balance import rebalance
+from llm_jax.train.offload import waiting
 from llm_jax.train.optimizer import make_optimizer, make_schedule
 from llm_jax.train.pipeline import Pipeline
 from llm_jax.train.rows import check_attention, check_rows, order, ordered, split
 from llm_jax.train.run import RunConfig
 from llm_jax.train.step import (
+    Gradient,
     Metrics,
     Scored,
     TrainState,
     accumulated,
+    cast,
     init_state,
     make_loss,
     make_train_step,
@@ -39,6 +42,8 @@ from llm_jax.train.step import (
     score,
 )
 from llm_jax.train.timetable import PipelineConfig, Timetable
+
+WAITING = {"none": (), "optimizer": ("opt_state",), "state": ("params", "opt_state")}  # by `RunConfig.offload`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +63,8 @@ class Program:
 
     @classmethod
     def on_one_device(cls, config: RunConfig, device: Any = None) -> "Program":
-        """The program on one device, by default the first there is, whatever mesh the config asks for."""
-        return cls(config, make_mesh(MeshConfig(), [device or jax.devices()[0]]))
+        """The program on one device, by default the first there is, and in its memory, whatever the config asks for."""
+        return cls(dataclasses.replace(config, offload="none"), make_mesh(MeshConfig(), [device or jax.devices()[0]]))
 
     @functools.cached_property
     def model(self) -> Transformer:
@@ -74,10 +79,11 @@ class Program:
     def abstract_state(self) -> TrainState:
         """Shape, dtype and sharding of every leaf of the train state."""
         shapes = jax.eval_shape(functools.partial(init_state, self.model, self._optimizer), jax.random.key(0))
+        layout = shardings(shapes, self.mesh)
+        for part in WAITING[self.config.offload]:
+            layout = dataclasses.replace(layout, **{part: waiting(getattr(layout, part))})
         return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            shapes,
-            shardings(shapes, self.mesh),
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, layout
         )
 
     @functools.cached_property
@@ -99,6 +105,23 @@ class Program:
         """Sums of loss and metrics over the targets of a batch, with the noise of step 0, and the gradient."""
         with jax.set_mesh(self.mesh):
             return self._gradient(params, self.put(batch))
+
+    @property
+    def traced_gradient(self) -> Gradient:
+        """What `gradient` gives, with the noise of any key, for functions that are compiled as a whole."""
+        c, model = self.config, self.model
+        if self.pipeline is not None:
+            return self.pipeline.gradient
+        loss = make_loss(model, c.loss)
+        near = functools.partial(accumulated, loss, accumulate=c.accumulate, apart=rows_apart(c.model))
+        if c.offload != "state":
+            return near
+
+        def of_waiting(params: PyTree, batch: Batch, key: Key[Array, ""]) -> Any:
+            # Only what the model computes with is brought; as float32, so that gradients add up as they did.
+            return near(jax.tree.map(lambda x: x.astype(jnp.float32), cast(params, c.model.dtype)), batch, key)
+
+        return of_waiting
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One optimizer step; `state` is donated. Compiles once, and says so by an error if it ever would again."""
@@ -159,13 +182,11 @@ class Program:
 
     @functools.cached_property
     def _gradient(self) -> Any:
-        c, key = self.config, jax.random.fold_in(jax.random.key(self.config.seed), 0)
-        loss = make_loss(self.model, c.loss)
-        plain = functools.partial(accumulated, loss, accumulate=c.accumulate, apart=rows_apart(c.model))
-        gradient = plain if self.pipeline is None else self.pipeline.gradient
+        key = jax.random.fold_in(jax.random.key(self.config.seed), 0)
         replicated = NamedSharding(self.mesh, PartitionSpec())
         return jax.jit(
-            lambda params, batch: gradient(params, batch, key), out_shardings=(replicated, self._layout.params)
+            lambda params, batch: self.traced_gradient(params, batch, key),
+            out_shardings=(replicated, self._layout.params),
         )
 
     @functools.cached_property
@@ -177,10 +198,8 @@ class Program:
             self._optimizer,
             make_schedule(c.optimizer, c.steps),
             seed=c.seed,
-            accumulate=c.accumulate,
-            apart=rows_apart(c.model),
             rebalance=functools.partial(rebalance, c.model) if follow else None,
-            gradient=None if self.pipeline is None else self.pipeline.gradient,
+            gradient=self.traced_gradient,
         )
         replicated = NamedSharding(self.mesh, PartitionSpec())
         chex.clear_trace_counter()  # it counts by name, and every program of this process has a step of that name
@@ -219,6 +238,11 @@ def check(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
     pipeline = _pipeline(config, Transformer(config.model), mesh.shape["pipeline"])
     if pipeline is None and config.pipeline != PipelineConfig():
         raise ValueError(f"{config.pipeline} has no stages to run on; set mesh.pipeline to their number")
+    if pipeline is not None and config.offload != "none":
+        raise ValueError(
+            f"offload={config.offload} brings one layer after the other from the host, and mesh.pipeline="
+            f"{mesh.shape['pipeline']} works on several at a time; set offload=none or mesh.pipeline=1"
+        )
 
 
 def _pipeline(config: RunConfig, model: Transformer, stages: int) -> Pipeline | None:

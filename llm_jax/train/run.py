@@ -17,7 +17,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import flax
 import jax
@@ -42,6 +42,8 @@ class RunConfig:
     """Everything that decides a run. Two runs of one config on one machine are the same, bit for bit.
 
     Attributes:
+      offload: what of stacked layers waits in the host's memory, and is brought a layer at a time: the moments of the
+        optimizer, or the whole state, weights too.
       steps: optimizer steps, each over `data.batch_size` rows.
       accumulate: microbatches a step; each device holds the activations of one.
       evaluate_every, evaluate_batches: when to score held-out text, and how many batches of it.
@@ -58,6 +60,7 @@ class RunConfig:
     loss: LossConfig = LossConfig()
     mesh: MeshConfig = MeshConfig()
     pipeline: PipelineConfig = PipelineConfig()
+    offload: Literal["none", "optimizer", "state"] = "none"
     steps: int = 1000
     seed: int = 0
     accumulate: int = 1
@@ -98,6 +101,11 @@ class RunConfig:
             )
         if self.loss.chunk is not None and self.data.seq_len % self.loss.chunk:
             raise ValueError(f"loss.chunk={self.loss.chunk} does not divide data.seq_len={self.data.seq_len}")
+        if self.offload != "none" and self.optimizer.name == "adafactor":
+            raise ValueError(
+                f"offload={self.offload} updates a layer at a time, and adafactor scales its update by all of them; "
+                "use offload=none, or optimizer.name=adamw"
+            )
         self._check_task()
 
     def _check_task(self) -> None:

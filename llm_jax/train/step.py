@@ -22,6 +22,7 @@ from llm_jax.model.transformer import Transformer, forward, head_table
 from llm_jax.ops.loss import IGNORE, chunked_cross_entropy, cross_entropy, likeliest
 from llm_jax.sharding import size_of
 from llm_jax.train.balance import LOAD, expert_sums, utilisation
+from llm_jax.train.offload import advanced, brought
 
 Metrics = dict[str, jax.Array]
 # (params, batch, key) -> (sum of the loss over counted tokens, {name: sum over counted tokens}).
@@ -70,8 +71,12 @@ def cast(params: PyTree, dtype: Any) -> PyTree:
 
     Done once, before anything is gathered from other devices.
     """
+
+    def one(path: str, x: Array) -> Array:
+        return x if re.search(DELICATE, path) else x.astype(dtype)
+
     with jax.named_scope("cast"):
-        return trees.map_with_path(lambda path, x: x if re.search(DELICATE, path) else x.astype(dtype), params)
+        return brought(params, functools.partial(trees.map_with_path, one))
 
 
 @struct.dataclass
@@ -175,18 +180,17 @@ def make_train_step(
     *,
     seed: int = 0,
     accumulate: int = 1,
-    apart: bool = False,
     rebalance: Callable[[PyTree, Float[Array, "N E"]], PyTree] | None = None,
     gradient: Gradient | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """One optimizer step over a batch, in `accumulate` microbatches whose gradients are weighted by their tokens.
 
     A loss or gradient that is not finite changes neither parameters nor optimizer state; the step still counts, so
-    that data and learning rate move on, and `metrics["skipped"]` is 1. `apart` is that of `accumulated`. `rebalance`
-    changes the new parameters by the load of the experts. `gradient` takes the place of `loss_fn` and its microbatches,
-    where they run in a pipeline.
+    that data and learning rate move on, and `metrics["skipped"]` is 1. `rebalance` changes the new parameters by the
+    load of the experts. `gradient` takes the place of `loss_fn` and its microbatches, where a program has its own.
     """
-    gradient = gradient or functools.partial(accumulated, loss_fn, accumulate=accumulate, apart=apart)
+    gradient = gradient or functools.partial(accumulated, loss_fn, accumulate=accumulate)
+    optimizer = optax.with_extra_args_support(optimizer)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -194,19 +198,22 @@ def make_train_step(
         load = sums.pop(LOAD, None)
         targets = jnp.maximum((batch.targets != IGNORE).sum(), 1)
         each = 1 / targets.astype(jnp.float32)  # a product is computed where it is read, a quotient kept
-        loss, sums, gradients = jax.tree.map(lambda x: x * each.astype(x.dtype), (loss, sums, gradients))
+        mean = functools.partial(jax.tree.map, lambda x: x * each.astype(x.dtype))
+        loss, sums, norm = mean(loss), mean(sums), optax.tree.norm(mean(gradients))
         tokens = targets if batch.segments is None else (batch.segments != 0).sum()  # what was read, asked or not
-        norm = optax.tree.norm(gradients)
         rate = schedule(state.step)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
-        updates, new_state = optimizer.update(gradients, state.opt_state, state.params)
-        new_params = optax.apply_updates(state.params, optax.tree.scale(rate, updates))
+        def advance(params: PyTree, opt_state: PyTree, gradients: PyTree) -> tuple[PyTree, PyTree]:
+            updates, new_state = optimizer.update(mean(gradients), opt_state, params, norm=norm)
+            new_params = optax.apply_updates(params, optax.tree.scale(rate, updates))
+            # A choice of numbers, not of a branch: that would want float32 gradients whole in memory, before it.
+            choose = functools.partial(jnp.where, finite)
+            return jax.tree.map(choose, (new_params, new_state), (params, opt_state))
+
+        params, opt_state = advanced(advance, state.params, state.opt_state, gradients)
         if rebalance is not None and load is not None:
-            new_params = rebalance(new_params, load)
-        # A choice of each number, not of a branch: a branch would want float32 gradients whole in memory, before it.
-        old, new = (state.params, state.opt_state), (new_params, new_state)
-        params, opt_state = jax.tree.map(functools.partial(jnp.where, finite), new, old)
+            params = rebalance(params, jnp.where(finite, load, 0))  # an even load moves nothing
         metrics = {"loss": loss, **sums, "grad_norm": norm, "learning_rate": rate}
         metrics |= {"tokens": tokens, "skipped": ~finite} | ({} if load is None else utilisation(load))
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics

@@ -1,0 +1,102 @@
+"""State that waits in the host's memory, and comes to the device a layer at a time.
+
+A step reads moments once, and float32 weights twice. Brought all at once they take then what they spared before, and
+XLA brings an array as a whole, however little of it is read. But of a stack from which a loop takes a slice, and to
+which it gives one back, it copies the slices; so the loops here go over the layers.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Int, PyTree
+
+from llm_jax import tree as trees
+
+HOST = "pinned_host"
+STACK = "layers"  # in a tree of parameters, those with a leading N
+# (params, opt_state, gradients) -> (params, opt_state), of all parameters or of some.
+Advance = Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
+
+
+def waiting(layout: PyTree) -> PyTree:
+    """The shardings of parameters, or of an optimizer's state, with matrices of stacked layers on the host.
+
+    Biases and scales, of which a layer has a vector, stay: they are small.
+    """
+
+    def one(path: str, sharding: NamedSharding) -> NamedSharding:
+        away = STACK in path.split("/") and len(sharding.spec) > 2
+        return sharding.with_memory_kind(HOST) if away else sharding
+
+    return trees.map_with_path(one, layout)
+
+
+def waits(x: Any) -> bool:
+    """Whether `x` lies in the host's memory."""
+    return jax.typeof(x).memory_space == jax.memory.Space.Host
+
+
+def fetched(stack: PyTree, i: Int[Array, ""]) -> PyTree:
+    """Layer `i` of a stack, on the device."""
+
+    def one(x: Array) -> Array:
+        return jax.device_put(jax.lax.dynamic_index_in_dim(x, i, keepdims=False), jax.memory.Space.Device)
+
+    return jax.tree.map(one, stack)
+
+
+def returned(stack: PyTree, layer: PyTree, i: Int[Array, ""]) -> PyTree:
+    """A stack, where it lies, with `layer` as its layer `i`."""
+
+    def one(x: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_index_in_dim(x, jax.device_put(new, jax.typeof(x).memory_space), i, 0)
+
+    return jax.tree.map(one, stack, layer)
+
+
+def brought(params: PyTree, form: Callable[[PyTree], PyTree]) -> PyTree:
+    """`form(params)`, on the device; where some wait on the host, of one layer after the other."""
+    if not any(map(waits, jax.tree.leaves(params))):
+        return form(params)
+    stack = params[STACK]
+    layers = jax.lax.map(lambda i: form({STACK: fetched(stack, i)}), jnp.arange(_height(stack)))
+    return form(params | {STACK: {}}) | layers
+
+
+def advanced(advance: Advance, params: PyTree, opt_state: PyTree, gradients: PyTree) -> tuple[PyTree, PyTree]:
+    """`advance(params, opt_state, gradients)`; where some wait on the host, of one layer after the other.
+
+    For an update rule that treats every layer by itself.
+    """
+    if not any(map(waits, jax.tree.leaves((params, opt_state)))):
+        return advance(params, opt_state, gradients)
+    given = params, opt_state, gradients
+    rest = advance(*_in_each(lambda tree: tree | {STACK: {}}, given))
+    *stacks, slopes = _in_each(lambda tree: {STACK: tree[STACK]}, given)
+
+    def one(i: Int[Array, ""], stacks: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+        new = advance(*_in_each(lambda tree: fetched(tree, i), (*stacks, slopes)))
+        return _in_each(lambda tree, layer: returned(tree, layer, i), stacks, new)
+
+    return _in_each(operator.or_, rest, jax.lax.fori_loop(0, _height(params[STACK]), one, tuple(stacks)))
+
+
+def _height(stack: PyTree) -> int:
+    return len(jax.tree.leaves(stack)[0])
+
+
+def _in_each(function: Callable[..., PyTree], *trees: Any) -> Any:
+    """`function` of each tree of parameters in `trees`. What is beside these, as a count of updates, is the first's."""
+
+    def one(tree: PyTree, *more: PyTree) -> PyTree:
+        return function(tree, *more) if _has_stack(tree) else tree
+
+    return jax.tree.map(one, *trees, is_leaf=_has_stack)
+
+
+def _has_stack(tree: PyTree) -> bool:
+    return isinstance(tree, dict) and STACK in tree
