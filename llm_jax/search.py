@@ -19,7 +19,8 @@ from llm_jax.sharding import ROWS, MeshConfig, abstract_mesh, mesh_sizes, shardi
 from llm_jax.show import columns, metric, title
 from llm_jax.topologies import Topology
 from llm_jax.train.count import shapes
-from llm_jax.train.program import Program, check
+from llm_jax.train.layout import check
+from llm_jax.train.program import Program
 from llm_jax.train.run import RunConfig
 
 REMATS = ("none", "dots", "full")

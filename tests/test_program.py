@@ -192,7 +192,12 @@ def test_scores_of_a_split_row_come_back_in_its_order(config: RunConfig, batches
         ({"tensor": 4}, {}, {}, "2 key/value heads do not divide over mesh.tensor=4; use mesh.tensor=2 or model.n_kv"),
         ({"tensor": 2}, {"vocab_size": 267}, {}, "V=267 does not divide over mesh axis tensor=2; .* pad V to 268"),
         ({"tensor": 2}, {"d_ff": 33}, {}, "F=33 does not divide over mesh axis tensor=2"),
-        ({"context": 8, "tensor": 1}, {"seq_len": 24}, {}, "=24 .*context=8 .*= 8 devices, which zigzag .*=16 or 32"),
+        (
+            {"context": 8, "tensor": 1},
+            {"seq_len": 24},
+            {},
+            "=24 .*context=8 .*= 8 devices, .*two parts.* zigzag; .*=16 or 32",
+        ),
         ({"context": 4, "tensor": 2}, {}, {"loss": LossConfig(chunk=4)}, "loss.chunk=4 .* 8 devices.*loss.chunk=8"),
         ({"context": 2}, {"layers": ("delta", "linear")}, {}, "delta and linear layers .*; use mesh.context=1"),
         ({"context": 2}, {"how": "flash"}, {}, "flash takes whole rows, .*; use one of ring, zigzag, ulysses"),

@@ -6,7 +6,6 @@ a run, a restore onto another mesh, and the study of a model far larger than thi
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,17 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from llm_jax.data.loader import Batch, as_told
 from llm_jax.model.transformer import Transformer
-from llm_jax.sharding import ROWS, MeshConfig, batch_sharding, make_mesh, row_parts, rows_here, shardings
+from llm_jax.sharding import MeshConfig, batch_sharding, make_mesh, rows_here, shardings
 from llm_jax.train.balance import rebalance
+from llm_jax.train.layout import check, check_attention, order, ordered, split
 from llm_jax.train.offload import waiting
 from llm_jax.train.optimizer import make_optimizer, make_schedule
 from llm_jax.train.pipeline import Pipeline
-from llm_jax.train.rows import check_attention, check_rows, order, ordered, split
 from llm_jax.train.run import RunConfig
 from llm_jax.train.step import (
     Gradient,
@@ -41,7 +40,7 @@ from llm_jax.train.step import (
     rows_apart,
     score,
 )
-from llm_jax.train.timetable import PipelineConfig, Timetable
+from llm_jax.train.timetable import Timetable
 
 WAITING = {"none": (), "optimizer": ("opt_state",), "state": ("params", "opt_state")}  # by `RunConfig.offload`
 
@@ -73,7 +72,8 @@ class Program:
     @functools.cached_property
     def pipeline(self) -> Pipeline | None:
         """What computes loss and gradient, where the mesh has several stages."""
-        return _pipeline(self.config, self.model, self.mesh.shape["pipeline"])
+        stages, c = self.mesh.shape["pipeline"], self.config
+        return None if stages == 1 else Pipeline(self.model, c.loss, Timetable(c.pipeline, stages, c.accumulate))
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
@@ -218,47 +218,3 @@ class Program:
             return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch.targets.shape), parts)
 
         return jax.jit(scored, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
-
-
-def check(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
-    """Raises `ValueError` where rows, experts, heads, tokens or layers don't divide over `mesh`, whose devices need not
-    be there.
-
-    Nothing is traced, so this takes no time. Widths are left to `shardings`, attention to `check_attention`.
-    """
-    size, accumulate, shards = config.data.batch_size, config.accumulate, row_parts(mesh)
-    rows, least = size // accumulate, shards * accumulate
-    if size % least:
-        raise ValueError(
-            f"a microbatch of {rows} rows (data.batch_size={size} / accumulate={accumulate}) does not divide over "
-            f"{' x '.join(ROWS)} = {shards} devices; use data.batch_size={-(-size // least) * least}"
-        )
-    _check_experts(config, mesh)
-    check_rows(config, mesh)
-    pipeline = _pipeline(config, Transformer(config.model), mesh.shape["pipeline"])
-    if pipeline is None and config.pipeline != PipelineConfig():
-        raise ValueError(f"{config.pipeline} has no stages to run on; set mesh.pipeline to their number")
-    if pipeline is not None and config.offload != "none":
-        raise ValueError(
-            f"offload={config.offload} brings one layer after the other from the host, and mesh.pipeline="
-            f"{mesh.shape['pipeline']} works on several at a time; set offload=none or mesh.pipeline=1"
-        )
-
-
-def _pipeline(config: RunConfig, model: Transformer, stages: int) -> Pipeline | None:
-    return None if stages == 1 else Pipeline(model, config.loss, Timetable(config.pipeline, stages, config.accumulate))
-
-
-def _check_experts(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
-    """Raises `ValueError` where the experts don't divide over the mesh axis `expert`."""
-    experts, devices = config.model.experts, mesh.shape["expert"]
-    if experts is None and devices > 1:
-        raise ValueError(
-            f"mesh.expert={devices} has no experts to split; set mesh.expert=1, and mesh.data {devices} times as large"
-        )
-    if experts is not None and experts.number % devices:
-        below = math.gcd(experts.number, devices)
-        raise ValueError(
-            f"model.experts.number={experts.number} does not divide over mesh.expert={devices}; use "
-            f"mesh.expert={below} or model.experts.number={-(-experts.number // devices) * devices}"
-        )

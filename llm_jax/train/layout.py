@@ -1,4 +1,4 @@
-"""How the tokens of a row lie on the devices of a mesh: by which attention, in which order, and where that works."""
+"""How a config lies on a mesh: what its sizes have to divide, and where the tokens of a row go that devices share."""
 
 import dataclasses
 import functools
@@ -11,10 +11,13 @@ from jaxtyping import Int
 
 from llm_jax.data.loader import Batch
 from llm_jax.model.config import SOFTMAX, ModelConfig
+from llm_jax.model.transformer import Transformer
 from llm_jax.ops.attention import Mask, attention
 from llm_jax.ops.ring import zigzag_order
-from llm_jax.sharding import row_parts
+from llm_jax.sharding import ROWS, row_parts
+from llm_jax.train.pipeline import Pipeline
 from llm_jax.train.run import RunConfig
+from llm_jax.train.timetable import PipelineConfig, Timetable
 
 
 @functools.cache
@@ -40,8 +43,42 @@ def ordered(batch: Batch, order: Int[np.ndarray, " L"]) -> Batch:
     return jax.tree.map(lambda x: x[:, order], batch)
 
 
-def check_rows(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
-    """Raises `ValueError` where rows, or their heads, can't be split as `mesh` does, with the nearest that works."""
+def check(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Raises `ValueError` where `mesh`, whose devices need not be there, can't split what it would, with what works.
+
+    Nothing is traced, so this takes no time. Widths are left to `shardings`, attention to `check_attention`.
+    """
+    _check_rows(config, mesh)
+    _check_experts(config.model, mesh.shape["expert"])
+    _check_tokens(config, mesh)
+    _check_stages(config, mesh.shape["pipeline"])
+
+
+def _check_rows(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
+    size, accumulate, shards = config.data.batch_size, config.accumulate, row_parts(mesh)
+    rows, least = size // accumulate, shards * accumulate
+    if size % least:
+        raise ValueError(
+            f"a microbatch of {rows} rows (data.batch_size={size} / accumulate={accumulate}) does not divide over "
+            f"{' x '.join(ROWS)} = {shards} devices; use data.batch_size={-(-size // least) * least}"
+        )
+
+
+def _check_experts(model: ModelConfig, devices: int) -> None:
+    experts = model.experts
+    if experts is None and devices > 1:
+        raise ValueError(
+            f"mesh.expert={devices} has no experts to split; set mesh.expert=1, and mesh.data {devices} times as large"
+        )
+    if experts is not None and experts.number % devices:
+        below = math.gcd(experts.number, devices)
+        raise ValueError(
+            f"model.experts.number={experts.number} does not divide over mesh.expert={devices}; use "
+            f"mesh.expert={below} or model.experts.number={-(-experts.number // devices) * devices}"
+        )
+
+
+def _check_tokens(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
     n, t, p = (mesh.shape[axis] for axis in ("context", "tensor", "pipeline"))
     model = split(config.model, n)
     L, chunk, how, heads = config.data.seq_len, config.loss.chunk, model.attention.implementation, model.K
@@ -52,7 +89,7 @@ def check_rows(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
             f"{math.gcd(heads, t)} or model.n_kv_heads={heads + -heads % t}"
         )
     if L % least:
-        twice = ", which zigzag gives two parts of a row each" if least > n * t * p else ""
+        twice = ", two parts each by zigzag" if least > n * t * p else ""
         raise ValueError(
             f"data.seq_len={L} does not divide over mesh.context={n} x mesh.tensor={t} x mesh.pipeline={p} = "
             f"{n * t * p} devices, which share a row{twice}; use data.seq_len={_nearest(L, least)}"
@@ -62,12 +99,24 @@ def check_rows(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
             f"loss.chunk={chunk} does not divide over mesh.context={n} x mesh.tensor={t} = {n * t} devices; use "
             f"loss.chunk={_nearest(chunk, n * t)}"
         )
-    if n == 1:
-        return
-    if others := sorted({layer.mixer for layer in model.period} - {*SOFTMAX}):
+    others = sorted({layer.mixer for layer in model.period} - {*SOFTMAX})
+    if n > 1 and others:
         raise ValueError(
             f"{' and '.join(others)} layers read a row from end to end, and mesh.context={n} splits it; use "
             "mesh.context=1, with more of mesh.fsdp or mesh.tensor"
+        )
+
+
+def _check_stages(config: RunConfig, stages: int) -> None:
+    if stages > 1:
+        timetable = Timetable(config.pipeline, stages, config.accumulate)  # they refuse what they can't do themselves
+        Pipeline(Transformer(config.model), config.loss, timetable)
+    elif config.pipeline != PipelineConfig():
+        raise ValueError(f"{config.pipeline} has no stages to run on; set mesh.pipeline to their number")
+    if stages > 1 and config.offload != "none":
+        raise ValueError(
+            f"offload={config.offload} brings one layer after another from the host, and mesh.pipeline={stages} works "
+            "on several at a time; set offload=none or mesh.pipeline=1"
         )
 
 
