@@ -193,8 +193,7 @@ def _compiled(lowered: jax.stages.Lowered, arguments: int) -> Figures:
     assert memory is not None
     given, new = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
     needed = given + memory.temp_size_in_bytes + new
-    # What waits on the host is counted there too, but not in what has to fit.
-    peak = getattr(memory, "peak_memory_in_bytes", 0) - memory.host_argument_size_in_bytes
+    peak = getattr(memory, "peak_memory_in_bytes", 0) - memory.host_argument_size_in_bytes  # which it counts too
     peak = peak if given < peak < needed else needed
     try:
         text = compiled.as_text() or ""
