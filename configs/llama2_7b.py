@@ -2,7 +2,7 @@
 
     llm-jax plan llama2_7b --topology v5e:4x4
 
-fits: 8.03 of 16.9 GB, 38.8 GB sent, 1,294 Mcycles (libtpu 0.0.52, JAX 0.10.2, commit 53b770d). Not trained here: `plan`
+fits: 8.03 of 16.9 GB, 38.8 GB sent, 1,294 Mcycles (libtpu 0.0.52, JAX 0.10.2, commit cab8621). Not trained here: `plan`
 compiles it, and docs/plan.md reads the result.
 """
 
