@@ -231,7 +231,7 @@ def test_a_step_sends_what_its_strategy_has_to_and_nothing_else(mesh: dict[str, 
         ({"pipeline": 2}, pipeline_budget),
         ({"pipeline": 2, "context": 2}, pipeline_budget),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else value.__name__,
 )
 def test_arithmetic_is_near_what_is_sent(mesh: dict[str, int], budget: Callable[..., Budget]):
     """To half of it: where a TPU leaves each device its part of a sum, that is half of what a CPU sends."""
