@@ -15,7 +15,7 @@ from llm_jax.model.transformer import Transformer
 from llm_jax.ops.experts import Experts
 from llm_jax.train.balance import rebalance, utilisation
 from llm_jax.train.optimizer import OptimizerConfig, make_optimizer
-from llm_jax.train.step import LossConfig, TrainState, make_loss, make_train_step, token_losses
+from llm_jax.train.step import LossConfig, TrainState, make_gradient, make_loss, make_train_step, token_losses
 from llm_jax.tree import leaves
 
 TOKENS = tokens(4, 8)
@@ -65,10 +65,9 @@ def test_steps_with_a_following_bias_even_out_the_load_without_a_gradient_on_it(
     )
     assert not leaves(gradient)["layers_2/experts/router_bias"].any()
     step = make_train_step(
-        make_loss(model, LossConfig()),
+        make_gradient(make_loss(model, LossConfig()), accumulate=2),
         rule,
         optax.constant_schedule(1e-4),
-        accumulate=2,
         rebalance=lambda params, load: rebalance(config, params, load),
     )
     state = TrainState(jnp.array(0), weights(config), rule.init(weights(config)))

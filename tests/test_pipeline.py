@@ -22,7 +22,7 @@ from llm_jax.sharding import MeshConfig, batch_sharding, make_mesh, shardings
 from llm_jax.train.pipeline import Pipeline
 from llm_jax.train.program import Program
 from llm_jax.train.run import RunConfig
-from llm_jax.train.step import LossConfig, Scored, accumulated, make_loss
+from llm_jax.train.step import LossConfig, Scored, make_gradient, make_loss
 from llm_jax.train.timetable import PipelineConfig, Timetable
 from llm_jax.tree import leaves
 
@@ -55,7 +55,7 @@ def batch() -> Batch:
 @functools.cache
 def one_device(config: ModelConfig, loss: LossConfig) -> Any:
     """((loss, sums), gradients) without a pipeline."""
-    gradient = functools.partial(accumulated, make_loss(Transformer(config), loss), accumulate=M)
+    gradient = make_gradient(make_loss(Transformer(config), loss), M)
     return jax.device_get(jax.jit(gradient)(weights(config), jax.tree.map(jnp.asarray, batch()), jax.random.key(3)))
 
 

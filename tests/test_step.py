@@ -17,7 +17,7 @@ from llm_jax.model.transformer import Transformer
 from llm_jax.ops.experts import Experts
 from llm_jax.ops.loss import IGNORE
 from llm_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from llm_jax.train.step import LossConfig, TrainState, cast, init_state, make_loss, make_train_step
+from llm_jax.train.step import LossConfig, TrainState, cast, init_state, make_gradient, make_loss, make_train_step
 from llm_jax.tree import fingerprint, leaves
 
 B, L = 4, 8
@@ -43,7 +43,7 @@ def state(params: Any, rule: optax.GradientTransformation = ADAMW) -> TrainState
 def step(accumulate: int) -> tuple[TrainState, dict[str, jax.Array]]:
     """The state after one step of a transformer, and its metrics."""
     loss_fn = make_loss(Transformer(TINY), LossConfig())
-    run = jax.jit(make_train_step(loss_fn, SGD, SCHEDULE, accumulate=accumulate))
+    run = jax.jit(make_train_step(make_gradient(loss_fn, accumulate), SGD, SCHEDULE))
     return run(state(weights(TINY), SGD), BATCH)
 
 
@@ -119,7 +119,7 @@ def toy(bad: float = 0.0, token: int = 0, batch: Any = BATCH, accumulate: int = 
 
     before = state(PARAMS).replace(step=jnp.array(at, jnp.int32))
     batch = batch.replace(tokens=jnp.zeros_like(TOKENS).at[1, 0].set(token))
-    run = jax.jit(make_train_step(loss_fn, ADAMW, SCHEDULE, seed=seed, accumulate=accumulate))
+    run = jax.jit(make_train_step(make_gradient(loss_fn, accumulate), ADAMW, SCHEDULE, seed=seed))
     return before, *run(before, batch)
 
 
@@ -139,7 +139,7 @@ def test_a_skipped_step_moves_the_learning_rate_on():
     def loss_fn(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         return params["layers"]["attention"]["w_x"].sum() * jnp.where(batch.tokens[0, 0] == 13, jnp.nan, 1.0), {}
 
-    run = jax.jit(make_train_step(loss_fn, lion, SCHEDULE))
+    run = jax.jit(make_train_step(make_gradient(loss_fn), lion, SCHEDULE))
     start = state(PARAMS, lion)
     skipped, _ = run(start, BATCH.replace(tokens=TOKENS.at[0, 0].set(13)))
     after, metrics = run(skipped, BATCH.replace(tokens=TOKENS.at[0, 0].set(1)))
@@ -161,7 +161,7 @@ def test_a_gradient_that_is_not_finite_is_enough():
         return jnp.sqrt(params["layers"]["attention"]["w_x"]).sum(), {}
 
     before = state({"layers": {"attention": {"w_x": jnp.zeros(2)}}})
-    after, metrics = jax.jit(make_train_step(loss_fn, ADAMW, SCHEDULE))(before, BATCH)
+    after, metrics = jax.jit(make_train_step(make_gradient(loss_fn), ADAMW, SCHEDULE))(before, BATCH)
     assert metrics["loss"] == 0
     assert int(metrics["skipped"]) == 1
     assert fingerprint(after.params) == fingerprint(before.params)

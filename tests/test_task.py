@@ -36,7 +36,7 @@ from llm_jax.train import loop
 from llm_jax.train.loop import train
 from llm_jax.train.optimizer import OptimizerConfig
 from llm_jax.train.run import RunConfig, load_recipe
-from llm_jax.train.step import LossConfig, TrainState, make_loss, make_train_step, score
+from llm_jax.train.step import LossConfig, TrainState, make_gradient, make_loss, make_train_step, score
 
 TRANSLATE, CLASSIFY = TaskConfig("translate"), TaskConfig("classify", answers=("yes", "no"))
 SEPARATOR, END, PADDING = 0, 9, 0  # the separator is what padding is filled with, as in an alphabet with a tab
@@ -248,7 +248,7 @@ def test_the_metrics_count_the_tokens_that_were_read_and_the_loss_those_that_wer
     batch = documents(["abc\tcba", "de\ted"], TRANSLATE)
     state = TrainState(jnp.zeros((), jnp.int32), weights(MODEL), optax.sgd(0.0).init(weights(MODEL)))
     loss, schedule = make_loss(Transformer(MODEL), LossConfig()), lambda step: jnp.zeros(())
-    metrics = jax.jit(make_train_step(loss, optax.sgd(0.0), schedule))(state, batch)[1]
+    metrics = jax.jit(make_train_step(make_gradient(loss), optax.sgd(0.0), schedule))(state, batch)[1]
     asked = batch.targets[0] != IGNORE
     told = jax.nn.log_softmax(logits(MODEL, batch)[0, asked])
     assert (metrics["tokens"], asked.sum()) == (8 + 6, 4 + 3)

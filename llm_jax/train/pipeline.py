@@ -127,7 +127,7 @@ class Pipeline:
     def gradient(
         self, params: PyTree, batch: Batch, key: Key[Array, ""]
     ) -> tuple[tuple[Float[Array, ""], Metrics], PyTree]:
-        """What `step.accumulated` gives for as many microbatches, up to the order of sums."""
+        """What `step.make_gradient` gives for as many microbatches, up to the order of sums."""
         M = self.timetable.microbatches
         parts, keys = microbatches(batch, M), jax.random.split(key, M)
         shared = {name: tree for name, tree in params.items() if name != "layers"}

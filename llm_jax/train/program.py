@@ -31,9 +31,9 @@ from llm_jax.train.step import (
     Metrics,
     Scored,
     TrainState,
-    accumulated,
     cast,
     init_state,
+    make_gradient,
     make_loss,
     make_train_step,
     microbatches,
@@ -112,8 +112,7 @@ class Program:
         c, model = self.config, self.model
         if self.pipeline is not None:
             return self.pipeline.gradient
-        loss = make_loss(model, c.loss)
-        near = functools.partial(accumulated, loss, accumulate=c.accumulate, apart=rows_apart(c.model))
+        near = make_gradient(make_loss(model, c.loss), c.accumulate, rows_apart(c.model))
         if c.offload != "state":
             return near
 
@@ -194,12 +193,11 @@ class Program:
         c, experts = self.config, self.config.model.experts
         follow = experts is not None and experts.balance == "bias"
         step = make_train_step(
-            make_loss(self.model, c.loss),
+            self.traced_gradient,
             self._optimizer,
             make_schedule(c.optimizer, c.steps),
             seed=c.seed,
             rebalance=functools.partial(rebalance, c.model) if follow else None,
-            gradient=self.traced_gradient,
         )
         replicated = NamedSharding(self.mesh, PartitionSpec())
         chex.clear_trace_counter()  # it counts by name, and every program of this process has a step of that name

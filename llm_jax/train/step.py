@@ -174,22 +174,19 @@ def init_state(model: Transformer, optimizer: optax.GradientTransformation, key:
 
 
 def make_train_step(
-    loss_fn: LossFn,
+    gradient: Gradient,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
     seed: int = 0,
-    accumulate: int = 1,
     rebalance: Callable[[PyTree, Float[Array, "N E"]], PyTree] | None = None,
-    gradient: Gradient | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """One optimizer step over a batch, in `accumulate` microbatches whose gradients are weighted by their tokens.
+    """One optimizer step over a batch. `gradient` is what `make_gradient` gives, or a program has instead.
 
     A loss or gradient that is not finite changes neither parameters nor optimizer state; the step still counts, so
     that data and learning rate move on, and `metrics["skipped"]` is 1. `rebalance` changes the new parameters by the
-    load of the experts. `gradient` takes the place of `loss_fn` and its microbatches, where a program has its own.
+    load of the experts.
     """
-    gradient = gradient or functools.partial(accumulated, loss_fn, accumulate=accumulate)
     optimizer = optax.with_extra_args_support(optimizer)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -221,17 +218,14 @@ def make_train_step(
     return train_step
 
 
-def accumulated(
-    loss_fn: LossFn, params: PyTree, batch: Batch, key: Key[Array, ""], accumulate: int, apart: bool = False
-) -> tuple[tuple[Float[Array, ""], Metrics], PyTree]:
-    """Sums of loss, metrics and gradient over the batch, one microbatch of `B / accumulate` rows at a time.
+def make_gradient(loss_fn: LossFn, accumulate: int = 1, apart: bool = False) -> Gradient:
+    """Sums of loss, metrics and gradient over a batch, one microbatch of `B / accumulate` rows at a time.
 
-    With `apart` no row has to do with another. Where `mesh.data` alone splits, each device goes through its own rows,
-    and gradients are added up behind the last microbatch; the compiler would do so in every one.
+    They are sums over tokens, so a microbatch weighs as much as it has. With `apart` no row has to do with another.
+    Where `mesh.data` alone splits, each device goes through its own rows then, and gradients are added up behind the
+    last microbatch; the compiler would do so in every one.
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-    if accumulate == 1:
-        return value_and_grad(params, batch, key)
 
     def run(params: PyTree, batch: Batch, keys: Key[Array, " M"]) -> tuple[tuple[Float[Array, ""], Metrics], PyTree]:
         def add(total: PyTree, part: tuple[Batch, Key[Array, ""]]) -> tuple[PyTree, None]:
@@ -242,10 +236,13 @@ def accumulated(
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.scan(add, zeros, parts)[0]
 
-    # Beside fsdp the compiler for TPU would multiply in loops then: fewer bytes, but more cycles than they save.
-    alone = 1 < size_of("data") == jax.sharding.get_abstract_mesh().size
-    run = _on_copies(run) if apart and alone else run
-    return run(params, batch, jax.random.split(key, accumulate))
+    def gradient(params: PyTree, batch: Batch, key: Key[Array, ""]) -> tuple[tuple[Float[Array, ""], Metrics], PyTree]:
+        # Beside fsdp the compiler for TPU would multiply in loops then: fewer bytes, but more cycles than they save.
+        alone = 1 < size_of("data") == jax.sharding.get_abstract_mesh().size
+        every = _on_copies(run) if apart and alone else run
+        return every(params, batch, jax.random.split(key, accumulate))
+
+    return value_and_grad if accumulate == 1 else gradient
 
 
 def rows_apart(c: ModelConfig) -> bool:
