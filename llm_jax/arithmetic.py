@@ -29,7 +29,7 @@ def predicted(config: RunConfig, mesh: Mapping[str, int], topology: Topology) ->
 
     State and gradients are split as the letters of parameters say, what backward passes keep over tokens, `tensor` and
     stages; a stage keeps the inputs of what is under way, and its share of all embedded tokens and their gradients.
-    What idle stages send and read, for they do as the busy ones, takes as long.
+    A pipeline's wire and memory are stretched by its bubble too, for idle stages send and read as busy ones do.
     """
     c, chip, tokens = config.model, topology.chip, config.data.batch_size * config.data.seq_len
     size, stages = jnp.dtype(c.dtype).itemsize, mesh["pipeline"]
@@ -62,9 +62,10 @@ def sent(config: RunConfig, mesh: Mapping[str, int]) -> dict[str, float]:
     - Whatever an axis doesn't split has its gradients summed along it, in each microbatch; over stages once, in
       float32, and so over `data` where nothing else splits and rows are apart.
     - `fsdp`: weights are gathered for each microbatch, forward and backward, and their gradients parted.
-    - `tensor`: blocks sum the stream four times, and twice more where they are computed again.
-    - `context`: keys and values go around forward and backward, and their gradients with them and home; on the stages
-      of a pipeline once more, where a piece is computed again.
+    - `tensor`: blocks gather the stream twice and part its sums twice, forward and backward, and three times more where
+      they are computed again.
+    - `context`, as a ring: keys and values go around forward and backward, and their gradients with them and home; on
+      the stages of a pipeline once more, where a piece is computed again.
     - `expert`: tokens go to their experts and back, forward, backward, and where they are computed again.
     - `pipeline`: the stream and its gradient go from stage to stage, shares of them to embedding and head.
     """
@@ -77,7 +78,7 @@ def sent(config: RunConfig, mesh: Mapping[str, int]) -> dict[str, float]:
     active = 0 if c.experts is None else c.experts.active
     own = {
         "fsdp": 3 * config.accumulate * held(c, {**mesh, "fsdp": 1}) * size * part["fsdp"],
-        "tensor": (4 + 2 * again) * 2 * part["tensor"] * layers * each * c.d_model,
+        "tensor": (8 + 3 * again) * part["tensor"] * layers * each * c.d_model,
         "context": ((3 + staged) * (n - 1) + (n > 1)) * layers * each * 2 * c.K * c.H / mesh["tensor"],
         "expert": 2 * (2 + again) * part["expert"] * mixtures * each * c.d_model * active * ROOM,
         "pipeline": (2 + 4 * part["pipeline"]) * staged * config.pipeline.chunks * each * c.d_model,

@@ -228,10 +228,18 @@ def gradient_bytes(config: RunConfig, mesh: Mapping[str, int]) -> int:
     return 4 if config.accumulate > 1 or mesh["pipeline"] > 1 else jax.numpy.dtype(config.model.dtype).itemsize
 
 
+def check_host(config: RunConfig, topology: Topology) -> None:
+    """Raises `ValueError` where something is to wait on the host, and `topology` is described without one."""
+    if topology.kind in ("cpu", "h100") and (config.offload != "none" or config.model.remat == "offload"):
+        raise ValueError(
+            f"a plan for {topology} knows of no memory but the devices'; set offload=none, and model.remat=full where "
+            "it is offload"
+        )
+
+
 def plan(config: RunConfig, topology: Topology, price: float | None = None, folder: Path | None = None) -> Plan:
     """All that a step of `config` is on `topology`; `price` is that of a chip an hour."""
-    if topology.kind in ("cpu", "h100"):  # as they are described they have one memory
-        config = dataclasses.replace(config, offload="none")
+    check_host(config, topology)
     program = Program.on(config, topology.devices())
     found = figures(program, topology, folder)
     module = hlo.parse(found.text) if found.finished else None

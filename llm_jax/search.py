@@ -14,7 +14,7 @@ from rich.console import Group
 from rich.text import Text
 
 from llm_jax.arithmetic import predicted
-from llm_jax.plan import Plan, plan
+from llm_jax.plan import Plan, check_host, plan
 from llm_jax.sharding import ROWS, MeshConfig, abstract_mesh, mesh_sizes, shardings
 from llm_jax.show import columns, metric, title
 from llm_jax.topologies import Topology
@@ -96,6 +96,7 @@ def search(
     change is the smallest that helps. Nothing else is compiled that arithmetic says is slower than what fits already.
     """
     topology.devices()  # where they can't be had no choice helps
+    check_host(config, topology)
     every = list(choices(config, topology))
     mine = Choice((), 0, config)
     able = [one for one in every if one.changes and LEAN * one.bytes <= topology.chip.memory]
@@ -119,7 +120,7 @@ def search(
         choice = smaller[0] if smaller and (slower or next(is_turn_of_small)) else fast[0]
         fast.remove(choice)
         small.remove(choice)
-        if traces(choice.config, topology):
+        if accepted(choice.config, topology):
             attempt(choice)
     return found
 
@@ -177,8 +178,8 @@ def works(config: RunConfig, mesh: Mapping[str, int]) -> bool:
     return True
 
 
-def traces(config: RunConfig, topology: Topology) -> bool:
-    """Whether the library would split its devices and its attention so too: that takes a moment, yet no compile."""
+def accepted(config: RunConfig, topology: Topology) -> bool:
+    """Whether attention and the devices' topology can be split so too: asking takes a moment, yet no compile."""
     try:
         Program.on(config, topology.devices())
     except ValueError:

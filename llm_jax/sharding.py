@@ -119,7 +119,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # GPUs have slices too, but no coordinates in them: their order is that of their hosts.
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
     # A mesh axis may be a part of an axis of the topology: else the eight of 4 x 4 x 4 devices could not be had.
     if slices == 1:
         laid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)

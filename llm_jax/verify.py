@@ -118,6 +118,7 @@ def verify(config: RunConfig, wanted: Sequence[Layout]) -> Iterator[Verdict]:
 
 
 def bounds_of(config: RunConfig) -> dict[str, float]:
+    """How far its layouts may be from one device."""
     return BOUNDS if config.model.experts is None else WITH_TIES
 
 

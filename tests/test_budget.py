@@ -234,9 +234,9 @@ def test_a_step_sends_what_its_strategy_has_to_and_nothing_else(mesh: dict[str, 
     ids=lambda value: str(value) if isinstance(value, dict) else value.__name__,
 )
 def test_arithmetic_is_near_what_is_sent(mesh: dict[str, int], budget: Callable[..., Budget]):
-    """To half of it: where a TPU leaves each device its part of a sum, that is half of what a CPU sends."""
+    """Down to 0.4 of it: a CPU sends whole sums, each apart, where a TPU adds first and leaves each device its part."""
     config = laid(**mesh)
     counted = arithmetic.sent(config, dataclasses.asdict(config.mesh))
     for axis in mesh.keys() - {"accumulate"}:
         amount = sum(amount for (_, along), (amount, _) in budget(**mesh).items() if along == axis)
-        assert 0.5 < counted[axis] / amount < 1.01, axis
+        assert 0.4 < counted[axis] / amount < 1.01, axis

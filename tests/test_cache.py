@@ -90,7 +90,7 @@ def test_a_prompt_may_arrive_in_pieces(layers: tuple[str, ...]):
         out = run(TOKENS[:, start:stop], cache)
         cache = out.cache
         found.append(out.logits)
-    np.testing.assert_allclose(jnp.concatenate(found, axis=1), full(config), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jnp.concatenate(found, axis=1), full(config), rtol=1e-5, atol=3e-5)
 
 
 def test_a_prefix_sees_itself_both_ways_and_what_is_written_after_it_sees_the_past():

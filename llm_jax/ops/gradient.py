@@ -38,7 +38,8 @@ def after(x: Array, y: Array) -> Array:
     """`x`, of the shape of `y`, but on a CPU not before `y` is there.
 
     Loops that read nothing of each other run at once there, and simulated devices take the collectives of one for those
-    of the other: XLA tells them apart by their channel, and all of `shard_map` have the same.
+    of the other: XLA tells them apart by their channel, and all of `shard_map` have the same. An optimization barrier
+    is gone before loops are started; a sum with 0 times `y` stays.
     """
     return jax.lax.platform_dependent(x, y, cpu=lambda x, y: x + 0 * jnp.nan_to_num(y), default=lambda x, _: x)
 
@@ -90,9 +91,10 @@ def _linear_backward(letters: str, saved: tuple[Array, Array], g: Array) -> tupl
     dx = jnp.einsum(f"{output},{weight}->{inputs}", g, constrain(w, weight))
     if x.size <= g.size:
         return dx, jnp.einsum(f"{inputs},{output}->{weight}", x, g)
-    turned = "".join(sorted(weight, key=inputs.__contains__))  # behind a barrier, or XLA swaps the factors back
-    product = jnp.einsum(f"{output},{inputs}->{turned}", g, x)
-    return dx, jnp.einsum(f"{turned}->{weight}", jax.lax.optimization_barrier(product))
+    turned = "".join(sorted(weight, key=inputs.__contains__))
+    product, barrier = jnp.einsum(f"{output},{inputs}->{turned}", g, x), jax.lax.optimization_barrier
+    kept = jax.lax.platform_dependent(product, cpu=barrier, tpu=barrier, default=lambda y: y)  # or XLA swaps them back
+    return dx, jnp.einsum(f"{turned}->{weight}", kept)
 
 
 _linear.defvjp(_linear_forward, _linear_backward)

@@ -44,9 +44,10 @@ def ordered(batch: Batch, order: Int[np.ndarray, " L"]) -> Batch:
 
 
 def check(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
-    """Raises `ValueError` where `mesh`, whose devices need not be there, can't split what it would, with what works.
+    """Raises `ValueError`, with the nearest that works, where `config` can't be split as `mesh` says.
 
-    Nothing is traced, so this takes no time. Widths are left to `shardings`, attention to `check_attention`.
+    Its devices need not be there. Nothing is traced, so this takes no time. Widths are left to `shardings`, attention
+    to `check_attention`.
     """
     _check_rows(config, mesh)
     _check_experts(config.model, mesh.shape["expert"])
@@ -113,6 +114,11 @@ def _check_stages(config: RunConfig, stages: int) -> None:
         Pipeline(Transformer(config.model), config.loss, timetable)
     elif config.pipeline != PipelineConfig():
         raise ValueError(f"{config.pipeline} has no stages to run on; set mesh.pipeline to their number")
+    if stages > 1 and config.model.remat == "offload":
+        raise ValueError(
+            f"model.remat=offload lets inputs of layers wait on the host, and mesh.pipeline={stages} keeps those of stages "
+            "anyway; set model.remat=full or mesh.pipeline=1"
+        )
     if stages > 1 and config.offload != "none":
         raise ValueError(
             f"offload={config.offload} brings one layer after another from the host, and mesh.pipeline={stages} works "

@@ -29,7 +29,8 @@ def waiting(layout: PyTree) -> PyTree:
     """
 
     def one(path: str, sharding: NamedSharding) -> NamedSharding:
-        away = STACK in path.split("/") and len(sharding.spec) > 2
+        *folders, name = path.split("/")
+        away = STACK in folders and name.startswith("w_")
         return sharding.with_memory_kind(HOST) if away else sharding
 
     return trees.map_with_path(one, layout)
@@ -59,7 +60,7 @@ def returned(stack: PyTree, layer: PyTree, i: Int[Array, ""]) -> PyTree:
 
 
 def brought(params: PyTree, form: Callable[[PyTree], PyTree]) -> PyTree:
-    """`form(params)`, on the device; where some wait on the host, of one layer after the other."""
+    """`form(params)`, on the device; where some wait on the host, of one layer after another."""
     if not any(map(waits, jax.tree.leaves(params))):
         return form(params)
     stack = params[STACK]
@@ -68,7 +69,7 @@ def brought(params: PyTree, form: Callable[[PyTree], PyTree]) -> PyTree:
 
 
 def advanced(advance: Advance, params: PyTree, opt_state: PyTree, gradients: PyTree) -> tuple[PyTree, PyTree]:
-    """`advance(params, opt_state, gradients)`; where some wait on the host, of one layer after the other.
+    """`advance(params, opt_state, gradients)`; where some wait on the host, of one layer after another.
 
     For an update rule that treats every layer by itself.
     """

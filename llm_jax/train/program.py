@@ -108,7 +108,7 @@ class Program:
 
     @property
     def traced_gradient(self) -> Gradient:
-        """What `gradient` gives, with the noise of any key, for functions that are compiled as a whole."""
+        """The gradient as a function to trace: (params, batch, key) -> ((loss, sums), gradient)."""
         c, model = self.config, self.model
         if self.pipeline is not None:
             return self.pipeline.gradient
