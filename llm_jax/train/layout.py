@@ -116,8 +116,8 @@ def _check_stages(config: RunConfig, stages: int) -> None:
         raise ValueError(f"{config.pipeline} has no stages to run on; set mesh.pipeline to their number")
     if stages > 1 and config.model.remat == "offload":
         raise ValueError(
-            f"model.remat=offload lets inputs of layers wait on the host, and mesh.pipeline={stages} keeps those of stages "
-            "anyway; set model.remat=full or mesh.pipeline=1"
+            f"model.remat=offload lets inputs of layers wait on the host, and mesh.pipeline={stages} keeps those of "
+            "stages anyway; set model.remat=full or mesh.pipeline=1"
         )
     if stages > 1 and config.offload != "none":
         raise ValueError(

@@ -97,7 +97,7 @@ def decay_mask(params: PyTree) -> PyTree:
     return trees.map_with_path(lambda path, _: trees.first_match(DECAYED, path), params)
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     """The chain: clip by global norm, update rule, decoupled weight decay, at a learning rate of 1.
 
     The train step scales what comes out by its schedule. A schedule inside the chain would count the updates made,
