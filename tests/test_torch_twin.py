@@ -249,13 +249,15 @@ def test_a_switch_gives_the_same_logits_and_gradients(switch: str):
 @pytest.mark.parametrize("number", range(len(GRID)))
 def test_any_two_options_go_together(number: int):
     model = dataclasses.replace(GRID[number], dtype="float32", dropout=0.0)
+    if has_delta(model):  # a read of nearly 0 is normed: an eps of 1 keeps rounding from growing in its gradients
+        model = dataclasses.replace(model, norm_eps=1.0)
     check(model, MIXED if has_delta(model) else FORWARD)
 
 
 @pytest.mark.parametrize("switch", slow_but(("plain",), SWITCHES))
 def test_a_switch_gives_the_same_curve(switch: str):
     model = SWITCHES[switch]
-    if "delta" in switch:  # a read of nearly 0 is normed: an eps of 1 keeps rounding from growing tenfold a step
+    if "delta" in switch:  # as above: tenfold a step
         model = dataclasses.replace(model, norm_eps=1.0)
     ours, theirs = curves(run_of(model))
     assert ours[-1, 0] < ours[0, 0] - 0.2, "it does not learn"
