@@ -1,23 +1,26 @@
 """What a config would need, send and take on a mesh, by arithmetic alone: in no time, and near enough to order meshes.
 
-What it counts on the wire is what `tests/test_budget.py` finds in compiled programs.
+What it counts on the wire is what `tests/test_budget.py` finds in compiled programs. A plan takes from here what no
+compiled program tells.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
+from llm_jax import tree as trees
 from llm_jax.model.config import ModelConfig
 from llm_jax.ops.exchange import ROOM
-from llm_jax.plan import flops_a_token, gradient_bytes, numbers_by_axes, numbers_here, rate_along
-from llm_jax.sharding import TOKENS, MeshConfig
+from llm_jax.sharding import PARAMETER_AXES, TOKENS, MeshConfig, letters_of, spec
 from llm_jax.show import residual_bytes
 from llm_jax.topologies import Topology
-from llm_jax.train.count import shapes
+from llm_jax.train.count import flops_per_token, shapes
 from llm_jax.train.offload import STACK
 from llm_jax.train.run import RunConfig
 from llm_jax.train.step import cast, rows_apart
@@ -60,7 +63,7 @@ def sent(config: RunConfig, mesh: Mapping[str, int]) -> dict[str, float]:
     """Bytes that a device sends along each axis.
 
     - Whatever an axis doesn't split has its gradients summed along it, in each microbatch; over stages once, in
-      float32, and so over `data` where nothing else splits and rows are apart.
+      float32, and so over `data` where rows are apart.
     - `fsdp`: weights are gathered for each microbatch, forward and backward, and their gradients parted.
     - `tensor`: blocks gather the stream twice and part its sums twice, forward and backward, and three times more where
       they are computed again.
@@ -83,21 +86,62 @@ def sent(config: RunConfig, mesh: Mapping[str, int]) -> dict[str, float]:
         "expert": 2 * (2 + again) * part["expert"] * mixtures * each * c.d_model * active * ROOM,
         "pipeline": (2 + 4 * part["pipeline"]) * staged * config.pipeline.chunks * each * c.d_model,
     }
-    alone = mesh["data"] == math.prod(mesh.values())
-    once = ["pipeline"] + ["data"] * (config.accumulate > 1 and alone and rows_apart(c))
+    once = ["pipeline"] + ["data"] * (config.accumulate > 1 and rows_apart(c, mesh))
     times = dict.fromkeys(mesh, config.accumulate * size) | dict.fromkeys(once, 4)
     return {axis: 2 * part[axis] * held(c, mesh, besides=axis) * times[axis] + own.get(axis, 0) for axis in mesh}
 
 
+def numbers_here(params: PyTree, mesh: Mapping[str, int]) -> float:
+    """How many numbers of the parameters a device of `mesh` holds."""
+    return _shares(numbers_by_axes(params), mesh)
+
+
+def numbers_by_axes(params: PyTree) -> Mapping[tuple[str, ...], int]:
+    """How many numbers of the parameters are split over which axes of a mesh."""
+    found = Counter[tuple[str, ...]]()
+    for path, leaf in trees.leaves(params).items():
+        axes = spec(letters_of(path, leaf.shape), PARAMETER_AXES)
+        found[tuple(axis for axis in axes if axis is not None)] += math.prod(leaf.shape)
+    return found
+
+
 def held(c: ModelConfig, mesh: Mapping[str, int], besides: str = "") -> float:
     """Numbers of the parameters on a device, of those that are not split along the axis `besides`."""
-    parts = {axes: n for axes, n in parameters(c).items() if besides not in axes}
-    return math.fsum(n / math.prod(mesh[axis] for axis in axes) for axes, n in parts.items())
+    return _shares({axes: n for axes, n in parameters(c).items() if besides not in axes}, mesh)
+
+
+def _shares(numbers: Mapping[tuple[str, ...], int], mesh: Mapping[str, int]) -> float:
+    return math.fsum(n / math.prod(mesh[axis] for axis in axes) for axes, n in numbers.items())
 
 
 @functools.cache
 def parameters(c: ModelConfig) -> Mapping[tuple[str, ...], int]:
     return numbers_by_axes(shapes(c))
+
+
+def gradient_bytes(config: RunConfig, mesh: Mapping[str, int]) -> int:
+    """Of a number: sums over microbatches are of float32, as parameters are."""
+    return 4 if config.accumulate > 1 or mesh["pipeline"] > 1 else jnp.dtype(config.model.dtype).itemsize
+
+
+def flops_a_token(config: RunConfig, mesh: Mapping[str, int]) -> dict[str, float]:
+    """FLOPs of a training step a token: of the model, and with the forward passes that are computed again.
+
+    Rematerialization computes a block again, all but what it keeps: `dots` keeps the matrix products, and named taps
+    are counted as if they spared nothing. A chunked loss computes the logits again, a pipeline its layers.
+    """
+    c, model = config.model, flops_per_token(config.model, config.data.seq_len)
+    head = 6 * math.prod(shapes(c)[c.head]["table"].shape)
+    again = (model - head) / 3 * (c.remat not in ("none", "dots")) + head / 3 * (config.loss.chunk is not None)
+    again += (model - head) / 3 * (mesh["pipeline"] > 1)
+    return {"model": float(model), "with recomputation": float(model + again)}
+
+
+def rate_along(axes: Sequence[str], mesh: Mapping[str, int], topology: Topology) -> float:
+    """Bytes a second that a device sends along `axes`; from one slice or node to another by their network."""
+    names, sizes = list(mesh), list(mesh.values())
+    far = any(mesh[axis] > 1 and math.prod(sizes[names.index(axis) :]) > topology.island for axis in axes)
+    return topology.chip.between if far else topology.chip.wire
 
 
 @functools.cache

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,10 +24,9 @@ from rich.text import Text
 
 from llm_jax import buffers, hlo
 from llm_jax import tree as trees
-from llm_jax.sharding import PARAMETER_AXES, letters_of, spec
+from llm_jax.arithmetic import flops_a_token, gradient_bytes, numbers_here, rate_along
 from llm_jax.show import columns, metric, shares, title
 from llm_jax.topologies import H100, Topology
-from llm_jax.train.count import flops_per_token, shapes
 from llm_jax.train.loop import cache_folder
 from llm_jax.train.offload import HOST
 from llm_jax.train.program import Program
@@ -209,25 +207,6 @@ def bytes_here(tree: PyTree, host: bool = False) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in here)
 
 
-def numbers_here(params: PyTree, mesh: Mapping[str, int]) -> float:
-    """How many numbers of the parameters a device of `mesh` holds."""
-    return sum(n / math.prod(mesh[axis] for axis in axes) for axes, n in numbers_by_axes(params).items())
-
-
-def numbers_by_axes(params: PyTree) -> Mapping[tuple[str, ...], int]:
-    """How many numbers of the parameters are split over which axes of a mesh."""
-    found = Counter[tuple[str, ...]]()
-    for path, leaf in trees.leaves(params).items():
-        axes = spec(letters_of(path, leaf.shape), PARAMETER_AXES)
-        found[tuple(axis for axis in axes if axis is not None)] += math.prod(leaf.shape)
-    return found
-
-
-def gradient_bytes(config: RunConfig, mesh: Mapping[str, int]) -> int:
-    """Of a number: sums over microbatches are of float32, as parameters are."""
-    return 4 if config.accumulate > 1 or mesh["pipeline"] > 1 else jax.numpy.dtype(config.model.dtype).itemsize
-
-
 def check_host(config: RunConfig, topology: Topology) -> None:
     """Raises `ValueError` where something is to wait on the host, and `topology` is described without one."""
     if topology.kind in ("cpu", "h100") and (config.offload != "none" or config.model.remat == "offload"):
@@ -292,26 +271,6 @@ def traffic_of(sent: Sequence[hlo.Collective], mesh: Mapping[str, int], topology
         seconds = amount / rate_along(axes.split("+") if axes else list(mesh), mesh, topology)
         found.append(Traffic(kind, axes, count, amount, overlapped, seconds))
     return sorted((one for one in found if one.count), key=lambda one: -one.bytes)
-
-
-def rate_along(axes: Sequence[str], mesh: Mapping[str, int], topology: Topology) -> float:
-    """Bytes a second that a device sends along `axes`; from one slice or node to another by their network."""
-    names, sizes = list(mesh), list(mesh.values())
-    far = any(mesh[axis] > 1 and math.prod(sizes[names.index(axis) :]) > topology.island for axis in axes)
-    return topology.chip.between if far else topology.chip.wire
-
-
-def flops_a_token(config: RunConfig, mesh: Mapping[str, int]) -> dict[str, float]:
-    """FLOPs of a training step a token: of the model, and with the forward passes that are computed again.
-
-    Rematerialization computes a block again, all but what it keeps: `dots` keeps the matrix products, and named taps
-    are counted as if they spared nothing. A chunked loss computes the logits again, a pipeline its layers.
-    """
-    c, model = config.model, flops_per_token(config.model, config.data.seq_len)
-    head = 6 * math.prod(shapes(c)[c.head]["table"].shape)
-    again = (model - head) / 3 * (c.remat not in ("none", "dots")) + head / 3 * (config.loss.chunk is not None)
-    again += (model - head) / 3 * (mesh["pipeline"] > 1)
-    return {"model": float(model), "with recomputation": float(model + again)}
 
 
 def memory_bytes(config: RunConfig, program: Program) -> float:

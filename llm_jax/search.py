@@ -6,7 +6,7 @@ Arithmetic orders all that may be tried; the compiler, which is slow and right, 
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def search(
     Where the config itself does not fit, every second one is of the smallest change instead, until it is known which
     change is the smallest that helps. Nothing else is compiled that arithmetic says is slower than what fits already.
     """
-    topology.devices()  # where they can't be had no choice helps
+    devices = topology.devices()  # where they can't be had no choice helps
     check_host(config, topology)
     every = list(choices(config, topology))
     mine = Choice((), 0, config)
@@ -120,7 +120,7 @@ def search(
         choice = smaller[0] if smaller and (slower or next(is_turn_of_small)) else fast[0]
         fast.remove(choice)
         small.remove(choice)
-        if accepted(choice.config, topology):
+        if works(Program.on, choice.config, devices):  # attention has its own mind, which takes a moment to ask
             attempt(choice)
     return found
 
@@ -132,7 +132,9 @@ def choices(config: RunConfig, topology: Topology) -> Iterator[Choice]:
     c, mine, whole = config.model, mesh_sizes(config.mesh, topology.n_devices), config.data.batch_size
     have = {"model.remat": c.remat, "accumulate": config.accumulate, "data.batch_size": whole}
     models = {remat: dataclasses.replace(c, remat=remat) for remat in sorted({*REMATS, c.remat})}
-    for mesh, share in itertools.product(splits(topology.n_devices, list(mine)), (1, 2, 4)):
+    laid = [(mesh, abstract_mesh(mesh)) for mesh in splits(topology.n_devices, list(mine))]
+    laid = [(mesh, there) for mesh, there in laid if works(shardings, shapes(c), there)]
+    for (mesh, there), share in itertools.product(laid, (1, 2, 4)):
         shards = math.prod(mesh[axis] for axis in ROWS)
         if whole % (share * shards):
             continue
@@ -144,7 +146,7 @@ def choices(config: RunConfig, topology: Topology) -> Iterator[Choice]:
         data = dataclasses.replace(config.data, batch_size=rows)
         for accumulate in divisors(rows // shards):
             parted = dataclasses.replace(config, mesh=layout, data=data, accumulate=accumulate)
-            if not works(parted, mesh):
+            if not works(check, parted, there):
                 continue
             for remat, model in models.items():
                 wanted = {"model.remat": remat, "accumulate": accumulate, "data.batch_size": rows}
@@ -167,21 +169,10 @@ def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def works(config: RunConfig, mesh: Mapping[str, int]) -> bool:
-    """Whether the library would split rows, tokens, experts, layers and widths so, which it knows at once."""
-    laid = abstract_mesh(mesh)
+def works(ask: Callable[..., object], *about: Any) -> bool:
+    """Whether the library refuses nothing."""
     try:
-        check(config, laid)
-        shardings(shapes(config.model), laid)
-    except ValueError:
-        return False
-    return True
-
-
-def accepted(config: RunConfig, topology: Topology) -> bool:
-    """Whether attention and the devices' topology can be split so too: asking takes a moment, yet no compile."""
-    try:
-        Program.on(config, topology.devices())
+        ask(*about)
     except ValueError:
         return False
     return True

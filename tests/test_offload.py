@@ -112,7 +112,7 @@ def test_layers_one_after_the_other_are_updated_as_all_at_once(name: Any):
     norm = optax.tree.norm(gradients)
 
     def advance(params: Any, opt_state: Any, gradients: Any) -> tuple[Any, Any]:
-        updates, opt_state = optimizer.update(gradients, opt_state, params, norm=norm)  # pyright: ignore
+        updates, opt_state = optimizer.update(gradients, opt_state, params, norm=norm)
         return optax.apply_updates(params, updates), opt_state
 
     at_once = jax.jit(advance)

@@ -14,6 +14,7 @@ from rich.console import Console, RenderableType
 from tiny_run import tiny
 
 from llm_jax import hlo, search, topologies
+from llm_jax.arithmetic import flops_a_token, gradient_bytes, numbers_here, rate_along
 from llm_jax.cli import main
 from llm_jax.config import override
 from llm_jax.plan import (
@@ -21,11 +22,7 @@ from llm_jax.plan import (
     Plan,
     bytes_here,
     figures,
-    flops_a_token,
-    gradient_bytes,
-    numbers_here,
     plan,
-    rate_along,
     render,
     too_large,
     traffic_of,

@@ -109,17 +109,18 @@ def _check_tokens(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
 
 
 def _check_stages(config: RunConfig, stages: int) -> None:
-    if stages > 1:
-        timetable = Timetable(config.pipeline, stages, config.accumulate)  # they refuse what they can't do themselves
-        Pipeline(Transformer(config.model), config.loss, timetable)
-    elif config.pipeline != PipelineConfig():
-        raise ValueError(f"{config.pipeline} has no stages to run on; set mesh.pipeline to their number")
-    if stages > 1 and config.model.remat == "offload":
+    if stages == 1:
+        if config.pipeline != PipelineConfig():
+            raise ValueError(f"{config.pipeline} has no stages to run on; set mesh.pipeline to their number")
+        return
+    timetable = Timetable(config.pipeline, stages, config.accumulate)  # these two say themselves what they can't do
+    Pipeline(Transformer(config.model), config.loss, timetable)
+    if config.model.remat == "offload":
         raise ValueError(
             f"model.remat=offload lets inputs of layers wait on the host, and mesh.pipeline={stages} keeps those of "
             "stages anyway; set model.remat=full or mesh.pipeline=1"
         )
-    if stages > 1 and config.offload != "none":
+    if config.offload != "none":
         raise ValueError(
             f"offload={config.offload} brings one layer after another from the host, and mesh.pipeline={stages} works "
             "on several at a time; set offload=none or mesh.pipeline=1"

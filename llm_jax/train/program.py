@@ -112,7 +112,7 @@ class Program:
         c, model = self.config, self.model
         if self.pipeline is not None:
             return self.pipeline.gradient
-        near = make_gradient(make_loss(model, c.loss), c.accumulate, rows_apart(c.model))
+        near = make_gradient(make_loss(model, c.loss), c.accumulate, rows_apart(c.model, self.mesh.shape))
         if c.offload != "state":
             return near
 

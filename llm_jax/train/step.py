@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +21,6 @@ from llm_jax.model.config import ModelConfig
 from llm_jax.model.feedforward import Utilisation
 from llm_jax.model.transformer import Transformer, forward, head_table
 from llm_jax.ops.loss import IGNORE, chunked_cross_entropy, cross_entropy, likeliest
-from llm_jax.sharding import size_of
 from llm_jax.train.balance import LOAD, expert_sums, utilisation
 from llm_jax.train.offload import advanced, brought
 
@@ -221,9 +221,9 @@ def make_train_step(
 def make_gradient(loss_fn: LossFn, accumulate: int = 1, apart: bool = False) -> Gradient:
     """Sums of loss, metrics and gradient over a batch, one microbatch of `B / accumulate` rows at a time.
 
-    They are sums over tokens, so a microbatch weighs as much as it has. With `apart` no row has to do with another.
-    Where `mesh.data` alone splits, each device goes through its own rows then, and gradients are added up behind the
-    last microbatch; the compiler would do so in every one.
+    They are sums over tokens, so a microbatch weighs as much as it has. With `apart`, as `rows_apart` says, each device
+    goes through its own rows, and gradients are added up behind the last microbatch; the compiler would do so in every
+    one.
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -237,17 +237,19 @@ def make_gradient(loss_fn: LossFn, accumulate: int = 1, apart: bool = False) -> 
         return jax.lax.scan(add, zeros, parts)[0]
 
     def gradient(params: PyTree, batch: Batch, key: Key[Array, ""]) -> tuple[tuple[Float[Array, ""], Metrics], PyTree]:
-        # Beside fsdp the compiler for TPU would multiply in loops then: fewer bytes, but more cycles than they save.
-        alone = 1 < size_of("data") == jax.sharding.get_abstract_mesh().size
-        every = _on_copies(run) if apart and alone else run
+        every = _on_copies(run) if apart else run
         return every(params, batch, jax.random.split(key, accumulate))
 
     return value_and_grad if accumulate == 1 else gradient
 
 
-def rows_apart(c: ModelConfig) -> bool:
-    """Whether no row of a microbatch has to do with another: experts share a load, and noise is drawn for all rows."""
-    return c.experts is None and c.dropout == 0
+def rows_apart(c: ModelConfig, mesh: Mapping[str, int]) -> bool:
+    """Whether devices share nothing but weights: where `data` alone splits, and no row has to do with another.
+
+    Experts share a load, and noise is drawn for all rows. Beside fsdp the compiler for TPU would multiply in loops then:
+    fewer bytes, but more cycles than they save.
+    """
+    return c.experts is None and c.dropout == 0 and 1 < mesh["data"] == math.prod(mesh.values())
 
 
 def _on_copies(run: Callable[..., PyTree]) -> Callable[..., PyTree]:
