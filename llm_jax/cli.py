@@ -31,7 +31,7 @@ class Parser(ArgumentParser):
             message += f"; a field of the config is set as {setting[1]}"
         self.exit(2, f"llm-jax: error: {message}; see {self.prog} --help\n")
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore  (has overloads there)
         known, left = super().parse_known_args(args, namespace)
         if "assignments" in known:
             late = [word for word in left if "=" in word and not word.startswith("-")]

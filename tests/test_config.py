@@ -144,7 +144,7 @@ def test_json_of_a_wrong_type_is_refused():
         with pytest.raises(ValueError, match="takes"):
             from_dict(Train, values)
     with pytest.raises(ValueError, match="express takes true or false, got 'ja'"):
-        checked(Train(wagons=1, express="ja"))  # pyright: ignore[reportArgumentType]
+        checked(Train(wagons=1, express="ja"))
 
 
 def test_json_without_a_required_key_names_it():

@@ -119,7 +119,7 @@ def test_each_device_takes_its_own_tokens_to_the_experts_and_its_own_share_of_th
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4, 24)), jnp.float32)
 
     def loss(params: Any, x: jax.Array) -> jax.Array:
-        y, _ = MixtureOfExperts(config).apply({"params": params}, x)  # pyright: ignore
+        y, _ = MixtureOfExperts(config).apply({"params": params}, x)
         return jnp.sin(y).sum()
 
     expected = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, x)
@@ -160,7 +160,7 @@ def test_tokens_go_to_experts_elsewhere_and_no_device_has_the_matrices_of_all(me
     inputs = [(even, draw), (favourites, jnp.abs(draw)), (favourites, draw.at[5:].set(jnp.abs(draw[5:])))]
 
     def loss(params: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-        y, use = MixtureOfExperts(config).apply({"params": params}, x)  # pyright: ignore
+        y, use = MixtureOfExperts(config).apply({"params": params}, x)
         return jnp.sin(y).sum() + use.balance_loss + use.z_loss, use
 
     run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)

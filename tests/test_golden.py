@@ -59,7 +59,7 @@ def batches() -> Batch:
     segments = np.broadcast_to(1 + (np.arange(L) >= border), (STEPS, B, L)).astype(np.int32)
     positions = np.where(segments == 1, np.arange(L), np.arange(L) - border).astype(np.int32)
     targets = np.where(np.arange(L) == border - 1, IGNORE, tokens[..., 1:])
-    return Batch(*map(jnp.asarray, (tokens[..., :-1], targets, segments, positions)))  # pyright: ignore[reportArgumentType]
+    return Batch(*map(jnp.asarray, (tokens[..., :-1], targets, segments, positions)))
 
 
 def curve(name: str) -> dict[str, list[float]]:

@@ -274,7 +274,7 @@ def test_training_goes_on_from_an_imported_run(imported: Path, tmp_path: Path):
     config = override(config, ["data.seq_len=32", "data.batch_size=8", "data.heldout=0.2", "optimizer.warmup_steps=1"])
     by = console()
     loop.train(config, tmp_path / "run", console=by)
-    assert f"restored from {imported} at step 0: weights, nothing else" in by.file.getvalue()  # pyright: ignore
+    assert f"restored from {imported} at step 0: weights, nothing else" in by.file.getvalue()
 
 
 @pytest.mark.parametrize("words", [["resume"], ["evaluate"]])

@@ -45,7 +45,7 @@ def metrics(tokens: int = 100, skipped: bool = False) -> dict[str, Any]:
 
 def meter_of(progress: Progress = Progress()) -> tuple[Meter, Rows]:
     rows = Rows()
-    return Meter(tiny(Path("nowhere")), rows, progress), rows  # pyright: ignore
+    return Meter(tiny(Path("nowhere")), rows, progress), rows
 
 
 def test_a_row_is_written_one_step_late_and_never_twice(clock: Clock):

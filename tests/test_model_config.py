@@ -157,7 +157,7 @@ def test_a_word_that_no_field_knows_is_answered_with_those_it_knows():
     with pytest.raises(ValueError, match=r"model\.norm takes one of rmsnorm, rmsnorm_1p, layernorm, got 'layer'"):
         tiny(norm="layer")
     with pytest.raises(ValueError, match=r"model\.attention\.qk_norm takes one of none, head, whole, got True"):
-        tiny(attention=AttentionConfig(qk_norm=True))  # pyright: ignore[reportArgumentType]
+        tiny(attention=AttentionConfig(qk_norm=True))
 
 
 def test_sinks_that_no_layer_would_see_are_refused():

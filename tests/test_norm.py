@@ -81,7 +81,7 @@ def test_what_is_added_to_a_scale_of_1_counts_in_bfloat16_too():
     norm = Norm(tiny(norm="rmsnorm_1p"))
     x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 64, 64)), jnp.bfloat16)
     with_none, with_some = (norm.apply({"params": {"scale": jnp.full(64, w, jnp.bfloat16)}}, x) for w in (0.0, 0.003))
-    sizes = [jnp.abs(y.astype(jnp.float32)).mean() for y in (with_none, with_some)]  # pyright: ignore
+    sizes = [jnp.abs(y.astype(jnp.float32)).mean() for y in (with_none, with_some)]
     assert sizes[1] / sizes[0] == pytest.approx(1.003, abs=5e-4)
 
 

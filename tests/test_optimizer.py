@@ -158,7 +158,7 @@ def by_hand(config: OptimizerConfig, gradients: list[Any], params: Any) -> dict[
 @pytest.mark.parametrize("clip", [1.0, None])
 def test_an_update_rule_equals_its_paper_in_float64(name: str, clip: float | None):
     # An epsilon that counts, or Adam would not notice the clipping.
-    config = OptimizerConfig(name=name, clip=clip, learning_rate=0.1, warmup_steps=4, eps=1e-2, weight_decay=0.3)  # pyright: ignore[reportArgumentType]
+    config = OptimizerConfig(name=name, clip=clip, learning_rate=0.1, warmup_steps=4, eps=1e-2, weight_decay=0.3)
     gradients = [gradient(step) for step in range(3)]
     found, expected = leaves(updated(config, gradients, weights(TINY))), by_hand(config, gradients, weights(TINY))
     for path, w in found.items():
@@ -218,7 +218,7 @@ def test_muon_leaves_the_rest_to_adamw():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_optimizer_comes_closer_to_a_target(name: str):
     target = jax.tree.map(lambda w, g: w + 0.3 * g, weights(TINY), gradient(0))
-    config = OptimizerConfig(name=name, learning_rate=0.1, warmup_steps=2, weight_decay=0.0)  # pyright: ignore[reportArgumentType]
+    config = OptimizerConfig(name=name, learning_rate=0.1, warmup_steps=2, weight_decay=0.0)
     optimizer, schedule = make_optimizer(config), make_schedule(config, STEPS)
 
     def loss(params: Any) -> jax.Array:
@@ -237,7 +237,7 @@ def test_every_optimizer_comes_closer_to_a_target(name: str):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_decay_alone_shrinks_what_the_mask_names_and_nothing_else(name: str):
-    config = OptimizerConfig(name=name, learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.5)  # pyright: ignore[reportArgumentType]
+    config = OptimizerConfig(name=name, learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.5)
     still = jax.tree.map(jnp.zeros_like, weights(TINY))
     after = leaves(updated(config, [still], weights(TINY)))
     for path, w in leaves(weights(TINY)).items():

@@ -75,7 +75,7 @@ def test_unstacked_layers_have_the_letters_without_the_first():
 
 def state(config: ModelConfig, optimizer: str) -> Any:
     """The shapes of a train state."""
-    rule = make_optimizer(OptimizerConfig(name=optimizer, warmup_steps=1))  # pyright: ignore[reportArgumentType]
+    rule = make_optimizer(OptimizerConfig(name=optimizer, warmup_steps=1))
     return jax.eval_shape(lambda key: init_state(Transformer(config), rule, key), jax.random.key(0))
 
 

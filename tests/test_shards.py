@@ -31,7 +31,7 @@ def write(path: Path, stories: list[str]) -> str:
 def stories(folder: Path, split: str) -> list[str]:
     """The documents of a split, decoded, with the end of text that follows each."""
     opened = open_shards(folder)
-    store = opened.split(split)  # pyright: ignore[reportArgumentType]
+    store = opened.split(split)
     bounds = zip(store.offsets[:-1].tolist(), store.offsets[1:].tolist(), strict=True)
     return [opened.tokenizer.decode(store.read(start, stop)) for start, stop in bounds]
 
@@ -61,7 +61,7 @@ def test_the_manifest_counts_what_is_there(corpus: str, tmp_path: Path):
     assert sum(split.documents for split in manifest.splits.values()) == len(STORIES)
     assert sum(split.bytes for split in manifest.splits.values()) == sum(len(story.encode()) for story in STORIES)
     for name, split in manifest.splits.items():
-        store = open_shards(tmp_path / "out").split(name)  # pyright: ignore[reportArgumentType]
+        store = open_shards(tmp_path / "out").split(name)
         assert split.tokens == split.bytes + split.documents  # of bytes, each document has one token more
         assert (store.n_tokens, store.n_documents, store.n_bytes) == (
             split.tokens,

@@ -55,7 +55,7 @@ def console() -> Console:
 
 
 def said(by: Console) -> str:
-    return by.file.getvalue()  # pyright: ignore
+    return by.file.getvalue()
 
 
 def batch_hash(batch: Any) -> str:

@@ -150,6 +150,7 @@ class Pipeline:
 
     def _on_stages(self, function: Callable[[Given], Any], out: Any) -> Callable[[Given], Any]:
         """`function` of what each stage is given; the other axes of the mesh remain the compiler's."""
+        # A spec for each array, which is not what the fields are annotated as.
         specs: Any = Given(PIECES, WHOLE, TOKENS, WHOLE, WHOLE)  # pyright: ignore[reportArgumentType]
 
         def own(given: Given) -> Any:

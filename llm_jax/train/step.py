@@ -246,7 +246,7 @@ def make_gradient(loss_fn: LossFn, accumulate: int = 1, apart: bool = False) -> 
 def rows_apart(c: ModelConfig, mesh: Mapping[str, int]) -> bool:
     """Whether devices share nothing but weights: where `data` alone splits, and no row has to do with another.
 
-    Experts share a load, and noise is drawn for all rows. Beside fsdp the compiler for TPU would multiply in loops then:
+    Experts share a load, and noise is drawn for all rows. Beside fsdp the compiler for TPU would multiply in loops:
     fewer bytes, but more cycles than they save.
     """
     return c.experts is None and c.dropout == 0 and 1 < mesh["data"] == math.prod(mesh.values())
