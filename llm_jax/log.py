@@ -15,6 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
+from llm_jax.files import write_whole
+
 FILE = "metrics.jsonl"
 
 
@@ -41,19 +43,6 @@ def visible(text: str) -> str:
     """`text` with its control characters as symbols: raw bytes from a young model steer terminals."""
     pictured = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda match: chr(0x2400 + ord(match[0])), text)
     return re.sub(r"[\x7f-\x9f\ud800-\udfff]", "\ufffd", pictured)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes `path` so that whoever reads it, even after a crash, finds the old text or the new."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(part, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read(folder: str | Path) -> list[dict[str, Any]]:

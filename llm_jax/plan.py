@@ -25,6 +25,7 @@ from rich.text import Text
 from llm_jax import buffers, hlo
 from llm_jax import tree as trees
 from llm_jax.arithmetic import flops_a_token, gradient_bytes, numbers_here, rate_along
+from llm_jax.files import write_whole
 from llm_jax.show import columns, metric, shares, title
 from llm_jax.topologies import H100, Topology
 from llm_jax.train.loop import cache_folder
@@ -141,9 +142,7 @@ def figures(program: Program, topology: Topology, folder: Path | None = None) ->
         return Figures(**json.loads(gzip.decompress(path.read_bytes())))
     found = _compiled(lowered, bytes_here((program.abstract_state, program.abstract_batch)))
     folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(found)).encode()))
-    part.replace(path)
+    write_whole(path, gzip.compress(json.dumps(dataclasses.asdict(found)).encode()))
     return found
 
 

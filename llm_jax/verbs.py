@@ -6,14 +6,13 @@ What a verb needs is imported inside it: `configs`, `tokenize` and `--help` answ
 import dataclasses
 import json
 import math
-import os
 import sys
-import tempfile
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_jax.config import nearest, override
+from llm_jax.files import whole_folder
 from llm_jax.recipes import recipe_docstring, recipes
 
 if TYPE_CHECKING:
@@ -414,11 +413,8 @@ def _train_tokenizer(args: Namespace) -> None:
     if not args.out or Path(args.out).exists():
         raise ValueError(f"--train saves the tokenizer in a new folder; add --out DIR (got {args.out})")
     text = tokenizer.train(args.vocab, (document.text for document in sources.documents(args.train)))
-    parent = Path(args.out).absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent) as scratch:  # the folder appears whole or not at all
-        text.save(f"{scratch}/whole")
-        os.rename(f"{scratch}/whole", args.out)
+    with whole_folder(Path(args.out), "tokenizer") as folder:
+        text.save(folder)
     if args.json:
         _print_json({"tokenizer": args.out, "vocab_size": text.vocab_size})
         return

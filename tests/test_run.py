@@ -136,7 +136,7 @@ def test_a_folder_without_a_run_is_an_error_that_says_how_to_start_one(tmp_path:
 def test_a_damaged_config_is_an_error_that_names_the_file(shards: Shards, tmp_path: Path):
     run.create(tmp_path, CONFIG, shards, "")
     (tmp_path / "config.json").write_text('{"model": ')
-    with pytest.raises(ValueError, match=f"{tmp_path}/config.json can't be read"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/config.json is not JSON"):
         run.load_config(tmp_path)
 
 

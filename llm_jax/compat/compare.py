@@ -19,7 +19,8 @@ from jaxtyping import Float
 from llm_jax.compat.sides import NAMES, Side, Stretch, why_not_compiled
 from llm_jax.config import plain, to_dict
 from llm_jax.data.loader import Loader
-from llm_jax.log import visible, write_whole
+from llm_jax.files import write_json, write_whole
+from llm_jax.log import visible
 from llm_jax.train import loop, run
 from llm_jax.train.chart import GRAY, ORANGE, Series, line_chart
 from llm_jax.train.checkpoint import Report
@@ -206,7 +207,7 @@ def table(c: Comparison) -> str:
 def write(c: Comparison, folder: Path, name: str) -> None:
     """Writes compare.json and compare.html there, each all or nothing."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "compare.json", json.dumps(as_json(c), indent=2) + "\n")
+    write_json(folder / "compare.json", as_json(c))
     write_whole(folder / "compare.html", page(c, name))
 
 

@@ -4,12 +4,8 @@ What there is to say about a family stands in `families.py`; here it is applied.
 """
 
 import dataclasses
-import json
-import os
 import re
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +21,7 @@ from llm_jax.config import nearest
 from llm_jax.data.imported import ImportedTokenizer, files_in
 from llm_jax.data.shards import DataConfig
 from llm_jax.data.tokenizer import Tokenizer, build
-from llm_jax.log import write_whole
+from llm_jax.files import whole_folder, write_json
 from llm_jax.model.config import ModelConfig
 from llm_jax.train import run
 from llm_jax.train.checkpoint import Checkpoints, Progress
@@ -60,10 +56,10 @@ def import_run(
     coder = open_tokenizer(source, there, tokenizer, model)
     report(f"{source}: a {family.name} of {sum(parameter_counts(model).values()):,} parameters")
     params = weights.load(there, family, model)
-    with whole(folder) as scratch:
+    with whole_folder(folder, "import") as scratch:
         coder.save(scratch / "tokenizer")
-        _write_json(scratch / SOURCE, theirs)
-        _write_json(scratch / "environment.json", run.environment(command))
+        write_json(scratch / SOURCE, theirs)
+        write_json(scratch / "environment.json", run.environment(command))
         with Checkpoints(scratch) as checkpoints:
             checkpoints.save(TrainState(jnp.zeros((), jnp.int32), params, opt_state={}), Progress())
         run.save_config(scratch, config)
@@ -99,8 +95,8 @@ def export_run(
         "eos_token_id": coder.end_of_text,
         "pad_token_id": None,
     }
-    with whole(out) as scratch:
-        _write_json(scratch / "config.json", about | chosen.write(model))
+    with whole_folder(out, "export") as scratch:
+        write_json(scratch / "config.json", about | chosen.write(model))
         for name, content in files_of(coder, model.max_seq_len).items():
             (scratch / name).write_bytes(content)
         weights.save(scratch / "model.safetensors", chosen, model, params, dtype or model.dtype)
@@ -190,18 +186,3 @@ def end_id(there: Path) -> int | None:
     text = token["content"] if isinstance(token, dict) else token
     ids = {added["content"]: added["id"] for added in read_json(there / "tokenizer.json").get("added_tokens") or []}
     return ids.get(text)
-
-
-@contextmanager
-def whole(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the name `folder` once that is done, and is gone if it fails."""
-    parent = folder.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".") as scratch:
-        (filling := Path(scratch) / "whole").mkdir()
-        yield filling
-        os.rename(filling, folder)
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    write_whole(path, json.dumps(values, indent=2) + "\n")

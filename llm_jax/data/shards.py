@@ -16,7 +16,6 @@ import itertools
 import json
 import re
 import shutil
-import tempfile
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -31,6 +30,7 @@ from llm_jax.data import sources
 from llm_jax.data.sources import Document
 from llm_jax.data.task import TaskConfig
 from llm_jax.data.tokenizer import Tokenizer, build, encode_all, load
+from llm_jax.files import whole_folder, write_json
 
 FORMAT = 1
 SPLITS = ("train", "heldout")
@@ -219,7 +219,7 @@ def prepare(
             splits={name: writer.close() for name, writer in writers.items()},
         )
         _check_sides(manifest)
-        (folder / "meta.json").write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "meta.json", asdict(manifest))
     return manifest
 
 
@@ -309,12 +309,8 @@ def _new_folder(out: Path) -> Iterator[Path]:
     if out.exists():
         raise ValueError(f"{out} exists already, and shards go into a new folder; delete it or name another")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-            folder = Path(scratch) / "shards"
-            folder.mkdir()
+        with whole_folder(out, "prepare") as folder:
             yield folder
-            folder.rename(out)
     except OSError as error:  # what goes wrong in reading is a ValueError
         free = shutil.disk_usage(next(parent for parent in out.absolute().parents if parent.exists())).free
         raise ValueError(

@@ -10,6 +10,7 @@ import numpy as np
 
 from llm_jax import log
 from llm_jax.config import plain
+from llm_jax.files import write_whole
 from llm_jax.train.chart import ORANGE, Series, line_chart
 
 Rows = Sequence[Mapping[str, Any]]
@@ -114,7 +115,7 @@ def write_report(folder: str | Path) -> Path:
         "config": _section("Configuration", _tree("run", config)),
         "environment": _section("Environment", _tree("machine", environment, unfolded=True)),
     }
-    log.write_whole(folder / "report.html", PAGE.format(**parts))
+    write_whole(folder / "report.html", PAGE.format(**parts))
     return folder / "report.html"
 
 

@@ -5,7 +5,6 @@ config.json  data.json  environment.json  tokenizer/  checkpoints/<step>/  metri
 
 import contextlib
 import dataclasses
-import fcntl
 import glob
 import hashlib
 import json
@@ -28,7 +27,7 @@ from llm_jax.data import tokenizer
 from llm_jax.data.loader import DataConfig
 from llm_jax.data.shards import Shards
 from llm_jax.data.tokenizer import Tokenizer
-from llm_jax.log import write_whole
+from llm_jax.files import locked, read_json, write_json
 from llm_jax.model.config import ModelConfig
 from llm_jax.recipes import recipes
 from llm_jax.sharding import MeshConfig
@@ -144,7 +143,7 @@ def check_free(folder: Path, config: RunConfig) -> None:
         raise ValueError(
             f"{folder} already holds a run{other}; go on with it: llm-jax resume {folder}, or choose another --run"
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(path.name != ".lock" for path in folder.iterdir())):
         raise ValueError(f"{folder} is not empty, and a run begins in a folder of its own; choose another --run")
 
 
@@ -165,8 +164,8 @@ def create(folder: Path, config: RunConfig, shards: Shards, command: str) -> Non
     """Lays out the folder of a run that begins. Paths in its config are absolute: it goes on from any place."""
     folder.mkdir(parents=True, exist_ok=True)
     shards.tokenizer.save(folder / "tokenizer")
-    _write_json(folder / "data.json", data_identity(shards))
-    _write_json(folder / "environment.json", environment(command))
+    write_json(folder / "data.json", data_identity(shards))
+    write_json(folder / "environment.json", environment(command))
     save_config(folder, _with_absolute_paths(config))  # last: it makes the folder a run
 
 
@@ -187,20 +186,17 @@ def owned(folder: Path) -> Iterator[None]:
     if not processes.is_first():
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked(folder))
         except BlockingIOError:
             raise ValueError(f"another process trains in {folder}; stop it, or choose another --run") from None
         yield
-    finally:
-        os.close(handle)
 
 
 def save_config(folder: Path, config: RunConfig) -> None:
     """Writes config.json, all of it or nothing."""
-    _write_json(folder / "config.json", to_dict(config))
+    write_json(folder / "config.json", to_dict(config))
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -296,15 +292,8 @@ def _commit() -> str | None:
         return None
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(values, indent=2) + "\n")
-
-
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} can't be read ({error}); restore it, or start a new run") from error
+    return read_json(path, advice="restore it, or start a new run")
 
 
 def _short(value: Any) -> str:
