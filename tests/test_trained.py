@@ -1,5 +1,6 @@
 """A finished run is used with the data and the tokens that it was trained on, or not at all."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -29,6 +30,22 @@ def test_held_out_text_of_a_changed_corpus_is_not_scored(finished: Path, tmp_pat
     for name, text in kept.items():
         (finished / name).write_text(text)
     assert trained.evaluate(finished)[0].documents > 0
+
+
+@pytest.mark.slow
+def test_a_mixture_is_scored_by_source_and_other_mixtures_too(config: RunConfig, tmp_path: Path):
+    small = write_corpus(tmp_path / "small", documents=30, seed=1)
+    mixed = dataclasses.replace(config, data=dataclasses.replace(config.data, uri=f"{config.data.uri}:0.7,{small}:0.3"))
+    train(dataclasses.replace(mixed, steps=4), tmp_path / "run", console=console())
+    result, _ = trained.evaluate(tmp_path / "run", report=lambda line: None)
+    first, second = result.sources.values()
+    assert result.loss == pytest.approx(0.7 * first.loss + 0.3 * second.loss)
+    assert (result.tokens, result.documents) == (first.tokens + second.tokens, first.documents + second.documents)
+
+    others = [write_corpus(tmp_path / name, documents=n, seed=n) for name, n in (("x", 6), ("y", 9))]
+    result, _ = trained.evaluate(tmp_path / "run", ",".join(f"{path}:1" for path in others), report=lambda line: None)
+    assert result.documents == 15
+    assert result.bytes == sum(path.stat().st_size for other in others for path in other.iterdir())
 
 
 def test_any_text_is_scored_in_the_tokens_of_the_run(finished: Path, tmp_path: Path):
