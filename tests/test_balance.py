@@ -92,7 +92,7 @@ def test_steps_with_a_following_bias_even_out_the_load_without_a_gradient_on_it(
 def test_experts_in_microbatches_give_the_step_of_the_whole_batch_but_for_the_balance_loss(balance: str):
     """Rows of unequal length, as those of two sources are. The balance loss is of the load of each microbatch alone."""
     config = mixture(balance=balance, bias_rate=0.5, router_z_loss=0.0)
-    long = jnp.arange(TOKENS.shape[1]) < 1 + 5 * jnp.arange(len(TOKENS))[:, None]
+    long = jnp.array(np.arange(8) < 1 + 2 * np.arange(4)[:, None])
     batch = dataclasses.replace(BATCH, targets=jnp.where(long, BATCH.targets, IGNORE), segments=long.astype(jnp.int32))
     loss, params, key = make_loss(Transformer(config), LossConfig()), weights(config), jax.random.key(0)
     (whole, sums), gradient = jax.jit(make_gradient(loss))(params, batch, key)
@@ -102,10 +102,10 @@ def test_experts_in_microbatches_give_the_step_of_the_whole_batch_but_for_the_ba
     if balance == "bias":
         moved = [leaves(rebalance(config, params, s["expert_load"])) for s in (sums, added)]
         for other, same in ((parts, gradient), moved):
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), other, same)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-5), other, same)
         return
-    alone = [make_gradient(loss)(params, jax.tree.map(lambda x: x[i], microbatches(batch, 2)), key) for i in (0, 1)]
-    np.testing.assert_allclose(total, sum(value for (value, _), _ in alone), rtol=1e-6)
+    alone = jax.lax.map(lambda one: loss(params, one, key)[0], microbatches(batch, 2))
+    np.testing.assert_allclose(total, alone.sum(), rtol=1e-6)
     assert abs(total - whole) > 1e-6 * abs(whole)
 
 
