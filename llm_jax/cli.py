@@ -13,7 +13,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llm_jax import verbs
+from llm_jax import runtime, verbs
 from llm_jax.config import nearest
 
 ABOUT = "A language-model library in JAX that you can read in an evening and train on a pod."
@@ -217,7 +217,7 @@ def _message(error: Exception) -> str | None:
         return f"no space left on the disk for {error.filename or 'output'}; make room, or name another folder"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'output'}: {error.strerror}; mend that, or name another path"
-    return None if isinstance(error, RuntimeError) else str(error)
+    return runtime.unavailable(error) if isinstance(error, RuntimeError) else str(error)
 
 
 def _failed(message: str, debug: bool, status: int = 2) -> int:

@@ -31,12 +31,12 @@ def train(args: Namespace) -> None:
       llm-jax train quickstart model.n_layers=8 optimizer.learning_rate=3e-4 --run runs/deeper
       llm-jax train quickstart init_from=runs/deeper --run runs/again     its weights, and nothing else
     """
-    from llm_jax import processes
+    from llm_jax import processes, runtime
     from llm_jax.train import loop
 
     config = _config(args)
     folder = Path(args.run or f"runs/{Path(args.config).stem}")
-    loop.own_process()
+    runtime.start()
     with processes.joined(args.coordinator, args.processes, args.process):
         progress = loop.train(config, folder, console=_console(args), command=args.command)
         _say_what_next(args, folder, progress.step, config.steps)
@@ -53,10 +53,10 @@ def resume(args: Namespace) -> None:
       llm-jax resume runs/quickstart --steps 4000
       llm-jax resume runs/quickstart mesh.fsdp=4              on other devices, in another layout
     """
-    from llm_jax import processes
+    from llm_jax import processes, runtime
     from llm_jax.train import loop, run
 
-    loop.own_process()
+    runtime.start()
     with processes.joined(args.coordinator, args.processes, args.process):
         progress = loop.resume(args.run, steps=args.steps, layout=args.assignments, console=_console(args))
         _say_what_next(args, args.run, progress.step, run.load_config(args.run).steps)
@@ -113,11 +113,11 @@ def generate(args: Namespace) -> None:
       llm-jax generate runs/quickstart --prompt 'def read_lines(path):' --samples 3
       llm-jax generate runs/quickstart --temperature 0 --stop $'\n\n' < prompts.txt
     """
-    from llm_jax import terminal, trained
+    from llm_jax import runtime, terminal, trained
     from llm_jax.infer.classify import classify
     from llm_jax.infer.generate import collect, in_turn, stream
     from llm_jax.ops.sampling import Sampling
-    from llm_jax.train import loop, run
+    from llm_jax.train import run
     from llm_jax.train.step import cast
 
     if not 0 <= args.seed < 2**32:
@@ -126,7 +126,7 @@ def generate(args: Namespace) -> None:
         raise ValueError(f"--samples {args.samples} writes nothing; use 1 or more")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     config, tokenizer = run.load_config(args.run), run.load_tokenizer(args.run)
-    loop.own_process()
+    runtime.start()
     params, step = trained.restore(args.run, trained.on_one_device(config), args.checkpoint, report=_say)
     params = cast(params, config.model.dtype)
     task, begin = config.data.task, config.data.end_of_text
@@ -159,10 +159,9 @@ def evaluate(args: Namespace) -> None:
       llm-jax evaluate runs/quickstart
       llm-jax evaluate runs/quickstart --data essays/ --json
     """
-    from llm_jax import trained
-    from llm_jax.train import loop
+    from llm_jax import runtime, trained
 
-    loop.own_process()
+    runtime.start()
     result, step = trained.evaluate(args.run, args.data, args.checkpoint, report=_say)
     found = {"run": args.run, "step": step, **dataclasses.asdict(result)}
     found["perplexity_interval"] = [math.exp(min(loss, 700)) for loss in result.loss_interval]
@@ -187,8 +186,10 @@ def show(args: Namespace) -> None:
     """
     from rich.console import Console
 
+    from llm_jax import runtime
     from llm_jax import show as pages
 
+    runtime.start()
     description = pages.describe(_config_or_run(args))
     if args.json:
         _print_json(dataclasses.asdict(description))
@@ -264,12 +265,12 @@ def compare(args: Namespace) -> None:
       llm-jax compare shakespeare_char data.uri=tinyshakespeare.txt
       llm-jax compare quickstart optimizer.name=adamw optimizer.learning_rate=1e-3 --steps 100
     """
+    from llm_jax import runtime
     from llm_jax.compat import compare
-    from llm_jax.train import loop
 
     config, name = _config(args), Path(args.config).stem
     folder = Path(args.out or f"compare/{name}")
-    loop.own_process()
+    runtime.start()
     result = compare.compare(config, args.steps, _say, compiled=args.compiled, command=args.command)
     compare.write(result, folder, name)
     if args.json:
@@ -289,17 +290,15 @@ def verify(args: Namespace) -> None:
       llm-jax verify quickstart model.layers=global+moe model.experts.number=8
       llm-jax verify llama_1b --axes fsdp,tensor
     """
-    from llm_jax import hardware
+    from llm_jax import runtime
     from llm_jax import verify as checks
-    from llm_jax.train import loop
 
     config, chosen = _config(args), args.axes.split(",") if args.axes else checks.AXES
     for axis in chosen:
         if axis not in checks.AXES:
             raise ValueError(f"--axes {args.axes}: {axis!r} is no mesh axis; {nearest(axis, checks.AXES)}")
     wanted = [layout for layout in checks.layouts() if set(layout.axes) <= set(chosen)]
-    hardware.simulate(checks.DEVICES)
-    loop.own_process()
+    runtime.start(checks.DEVICES)
     found = []
     print(checks.HEAD, file=sys.stderr if args.json else sys.stdout)
     for verdict in checks.verify(config, wanted):
@@ -327,11 +326,11 @@ def import_(args: Namespace) -> None:
       llm-jax generate runs/smollm2 --prompt 'The sky is'
       llm-jax train essays.py init_from=runs/smollm2 data.tokenizer=runs/smollm2/tokenizer
     """
+    from llm_jax import runtime
     from llm_jax.compat import huggingface
-    from llm_jax.train import loop
     from llm_jax.train.count import parameter_counts
 
-    loop.own_process()
+    runtime.start()
     config = huggingface.import_run(args.source, args.run, tokenizer=args.tokenizer, command=args.command, report=_say)
     if args.json:
         _print_json({"run": args.run, "parameters": sum(parameter_counts(config.model).values())})
@@ -348,12 +347,12 @@ def export(args: Namespace) -> None:
       llm-jax export runs/quickstart --out exported/quickstart
       llm-jax export runs/llama --out exported/llama --dtype bfloat16 --checkpoint last
     """
-    from llm_jax import trained
+    from llm_jax import runtime, trained
     from llm_jax.compat import huggingface
-    from llm_jax.train import loop, run
+    from llm_jax.train import run
 
     program = trained.on_the_host(run.load_config(args.run))
-    loop.own_process()
+    runtime.start()
     params, step = trained.restore(args.run, program, args.checkpoint, report=_say)
     family = huggingface.export_run(args.run, params, args.out, family=args.family, dtype=args.dtype)
     if args.json:

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,11 +12,10 @@ import numpy as np
 from jaxtyping import PyTree
 from rich.console import Console
 
-from llm_jax import log, processes
+from llm_jax import log, processes, runtime
 from llm_jax.config import override, to_dict
 from llm_jax.data.loader import Loader, heldout_rows, task_of
 from llm_jax.data.shards import Shards, cached, open_shards
-from llm_jax.hardware import reuse_freed_memory
 from llm_jax.infer.generate import generate, prompt_ids
 from llm_jax.ops.sampling import Sampling
 from llm_jax.train import run
@@ -45,19 +43,6 @@ class Diverged(ValueError):
     """Loss or gradient was not finite for too many steps in a row."""
 
 
-def cache_folder() -> Path:
-    """Where prepared data and compiled programs are kept: $LLM_JAX_CACHE, or the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    return Path(os.environ.get("LLM_JAX_CACHE", f"{base}/llm_jax")).expanduser()
-
-
-def own_process() -> None:
-    """Sets up a process that is ours alone, before its first array: keeps freed memory, and every compiled program."""
-    reuse_freed_memory()
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
 def on(console: Console) -> Report:
     """Prints lines there as they are."""
     return functools.partial(console.print, markup=False, emoji=False, highlight=False, soft_wrap=True)
@@ -78,7 +63,7 @@ def _prepared(config: RunConfig, report: Report) -> Path:
     """The folder of `config`'s shards. Of several processes the first one prepares them, and the others find them."""
 
     def find() -> Path:
-        return cached(config.data, cache_folder() / "data", report)
+        return cached(config.data, runtime.cache_folder() / "data", report)
 
     first = Path(processes.from_first(lambda: str(find())))
     return first if first.is_dir() else find()  # a cache of this machine's own
@@ -254,6 +239,8 @@ class Session:
         count = sum(parameter_counts(c.model).values())
         among = f" of {processes.count()} processes" if processes.count() > 1 else ""
         self.say(f"{count:,} parameters on {jax.device_count()} device(s){among}; run folder {self.folder}")
+        if unguarded := runtime.warning(jax.local_devices()[0]):
+            self.say(unguarded)
         if self.program.pipeline is not None:
             self.say(self.program.pipeline.timetable.summary)
         rows = log.MetricsLog(
