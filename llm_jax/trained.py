@@ -9,12 +9,14 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from llm_jax.data.config import DataConfig, parse_uri
 from llm_jax.data.loader import IGNORE, Batch, heldout_rows
-from llm_jax.data.shards import SPLITS, DataConfig, Shards, open_shards
+from llm_jax.data.mixture import Mixture
+from llm_jax.data.shards import SPLITS, Shards, TokenStore, is_prepared, open_shards
 from llm_jax.data.sources import holds_records
 from llm_jax.train import run
 from llm_jax.train.checkpoint import Checkpoints
-from llm_jax.train.evaluate import Evaluation, target_lengths
+from llm_jax.train.evaluate import Evaluation
 from llm_jax.train.evaluate import evaluate as measure
 from llm_jax.train.loop import open_data, open_run_data
 from llm_jax.train.program import Program
@@ -62,21 +64,21 @@ def evaluate(
     """How well the run in `folder` predicts what it held out, or all the text at `uri`; and the weights' step."""
     config = run.load_config(folder)
     if uri is None:
-        shards = open_run_data(Path(folder), config, report)
-        batches = heldout_rows(shards.split("heldout"), config.data)
+        store = open_run_data(Path(folder), config, report).split("heldout")
+        batches = heldout_rows(store, config.data)
     else:
         shards = open_text(uri, Path(folder), config, report)
-        batches = all_rows(shards, config.data)
+        store, batches = TokenStore.joined(list(map(shards.split, SPLITS))), all_rows(shards, config.data)
     program = on_all_devices(config)
     params, step = restore(folder, program, checkpoint, report=report)
-    lengths = target_lengths(shards.tokenizer, config.data.task)
-    return measure(functools.partial(program.score, params), batches, lengths, config.data.task), step
+    return measure(functools.partial(program.score, params), batches, store, config.data.task), step
 
 
-def open_text(uri: str, folder: Path, config: RunConfig, report: Report) -> Shards:
+def open_text(uri: str, folder: Path, config: RunConfig, report: Report) -> Shards | Mixture:
     """The text at `uri` in the tokens of the run in `folder`. Raises `ValueError` for shards that have others."""
-    if not (Path(uri) / "meta.json").is_file():
-        separator = None if holds_records(uri) else config.data.separator
+    if not is_prepared(uri):
+        records = len(parse_uri(uri)) == 1 and holds_records(uri)
+        separator = None if records else config.data.separator
         changes = {"uri": uri, "tokenizer": str(folder / "tokenizer"), "separator": separator, "heldout": 0.0}
         return open_data(dataclasses.replace(config, data=dataclasses.replace(config.data, **changes)), report)
     shards, ours = open_shards(uri), run.load_tokenizer(folder)
@@ -93,7 +95,7 @@ def open_text(uri: str, folder: Path, config: RunConfig, report: Report) -> Shar
     return shards
 
 
-def all_rows(shards: Shards, config: DataConfig) -> Iterator[Batch]:
+def all_rows(shards: Shards | Mixture, config: DataConfig) -> Iterator[Batch]:
     """The batches of one split after the other, as `heldout_rows` cuts them; documents are numbered on."""
     before = 0
     for store in map(shards.split, SPLITS):

@@ -95,10 +95,10 @@ def prepare(args: Namespace) -> None:
       llm-jax prepare builtin:python --out data/python --tokenizer train:8192
       llm-jax train quickstart data.uri=data/python data.tokenizer=train:8192 model.vocab_size=8192
     """
-    from llm_jax.data import shards
+    from llm_jax.data.prepare import prepare as write_shards
 
     options = {name: vars(args)[name] for name in ("tokenizer", "separator", "end_of_text", "heldout", "heldout_by")}
-    manifest = shards.prepare(args.uri, args.out, **options, report=_say)
+    manifest = write_shards(args.uri, args.out, **options, report=_say)
     if args.json:
         _print_json(dataclasses.asdict(manifest))
 

@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llm_jax.data import prepare as writing
 from llm_jax.data import shards, tokenizer
-from llm_jax.data.shards import DataConfig, cached, open_shards, prepare
+from llm_jax.data.config import DataConfig, check_heldout
+from llm_jax.data.prepare import cached, prepare
+from llm_jax.data.shards import open_shards
 from llm_jax.data.sources import documents
 from llm_jax.data.tokenizer import END_OF_TEXT
 
@@ -103,7 +106,7 @@ def test_tokens_take_two_bytes_where_every_id_fits(vocab_size: int, dtype: str, 
 
 
 def test_reading_crosses_shards_and_ends_with_the_stream(corpus: str, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 500)
+    monkeypatch.setattr(writing, "SHARD_TOKENS", 500)
     prepare(corpus, tmp_path / "out", tokenizer="byte", heldout=0.0)
     store = open_shards(tmp_path / "out").split("train")
     assert len(list((tmp_path / "out").glob("train_0*.npy"))) > 10
@@ -171,7 +174,7 @@ def test_a_tokenizer_that_did_not_make_the_tokens_is_refused(corpus: str, tmp_pa
     ("meta", "message"),
     [
         (None, "no shards in .* expected a meta.json"),
-        ("{", "is damaged"),
+        ("{", "is not JSON"),
         ('{"format": 0}', "format 0, expected 1"),
     ],
 )
@@ -236,7 +239,7 @@ def test_a_split_without_two_sides_is_refused(settings: dict, message: str, tmp_
 
 def test_a_misspelt_choice_names_the_nearest():
     with pytest.raises(ValueError, match="heldout_by='tial' is not known; did you mean 'tail'"):
-        shards._check_heldout(0.1, "tial")
+        check_heldout(0.1, "tial")
 
 
 def config(uri: str, **settings) -> DataConfig:
@@ -286,7 +289,7 @@ def test_whoever_prepares_a_cached_corpus_first_is_believed(corpus: str, tmp_pat
         prepare(uri, out, **settings)  # another process
         return prepare(uri, out, **settings)
 
-    monkeypatch.setattr(shards, "prepare", slower)
+    monkeypatch.setattr(writing, "prepare", slower)
     assert open_shards(cached(config(corpus), tmp_path / "cache")).manifest.source == corpus
 
 

@@ -24,7 +24,8 @@ from llm_jax.cli import main
 from llm_jax.config import override
 from llm_jax.data import loader
 from llm_jax.data.loader import IGNORE, Batch, DataConfig, Loader, heldout_rows
-from llm_jax.data.shards import Shards, open_shards, prepare
+from llm_jax.data.prepare import prepare
+from llm_jax.data.shards import Shards, open_shards
 from llm_jax.data.task import Task, TaskConfig, resolve
 from llm_jax.data.tokenizer import ByteTokenizer, CharTokenizer
 from llm_jax.infer.classify import classify, probabilities

@@ -100,6 +100,16 @@ def fingerprint(uri: str) -> str:
     return digest.hexdigest()
 
 
+def last_written(uri: str) -> float:
+    """When the newest file of `uri` was written, in seconds since 1970; 0 where none is on this machine."""
+    if uri in GENERATED or "://" in uri:
+        return 0.0
+    try:
+        return max(os.path.getmtime(file.path) for file in _files(uri))
+    except (ValueError, OSError):
+        return 0.0
+
+
 def holds_records(uri: str) -> bool:
     """Whether `uri` names records, such as JSON lines, which no separator cuts."""
     return uri in GENERATED or any(_suffix(file.path) in RECORDS for file in _files(uri))

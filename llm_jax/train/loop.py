@@ -15,14 +15,16 @@ from rich.console import Console
 from llm_jax import log, processes, runtime
 from llm_jax.config import override, to_dict
 from llm_jax.data.loader import Loader, heldout_rows, task_of
-from llm_jax.data.shards import Shards, cached, open_shards
+from llm_jax.data.mixture import Mixture, open_folders
+from llm_jax.data.prepare import cached_sources
+from llm_jax.data.shards import Shards
 from llm_jax.infer.generate import generate, prompt_ids
 from llm_jax.ops.sampling import Sampling
 from llm_jax.train import run
 from llm_jax.train.checkpoint import Checkpoints, Progress, Report
 from llm_jax.train.count import parameter_counts
 from llm_jax.train.diagnose import diagnose
-from llm_jax.train.evaluate import Evaluation, evaluate, target_lengths
+from llm_jax.train.evaluate import Evaluation, evaluate
 from llm_jax.train.meter import Meter
 from llm_jax.train.optimizer import make_schedule
 from llm_jax.train.program import Program
@@ -39,6 +41,13 @@ SAID = {
 }
 
 
+def _said(result: Evaluation) -> str:
+    """An evaluation in a line, and of a mixture the held-out loss of each source."""
+    numbers = result.numbers()
+    whole = [text.format(numbers[name]) for name, text in SAID.items() if name in numbers]
+    return "  ".join([*whole, *(f"{name} {source.loss:.4f}" for name, source in result.sources.items())])
+
+
 class Diverged(ValueError):
     """Loss or gradient was not finite for too many steps in a row."""
 
@@ -48,34 +57,36 @@ def on(console: Console) -> Report:
     return functools.partial(console.print, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
-def open_data(config: RunConfig, report: Report) -> Shards:
+def open_data(config: RunConfig, report: Report) -> Shards | Mixture:
     """The token shards of `config.data`, prepared on first use. Raises `ValueError` if the vocabulary is too small."""
-    shards = open_shards(_prepared(config, report))
-    if shards.manifest.vocab_size > config.model.vocab_size:
+    shards = open_folders(config.data, _prepared(config, report))
+    ids = shards.tokenizer.vocab_size
+    if ids > config.model.vocab_size:
         raise ValueError(
-            f"the tokenizer has {shards.manifest.vocab_size} ids, but model.vocab_size={config.model.vocab_size}; "
-            f"use at least model.vocab_size={-(-shards.manifest.vocab_size // 64) * 64}"
+            f"the tokenizer has {ids} ids, but model.vocab_size={config.model.vocab_size}; "
+            f"use at least model.vocab_size={-(-ids // 64) * 64}"
         )
     return shards
 
 
-def _prepared(config: RunConfig, report: Report) -> Path:
-    """The folder of `config`'s shards. Of several processes the first one prepares them, and the others find them."""
+def _prepared(config: RunConfig, report: Report) -> list[Path]:
+    """The folders of `config`'s shards. Of several processes the first one prepares them, and the others find them."""
 
-    def find() -> Path:
-        return cached(config.data, runtime.cache_folder() / "data", report)
+    def find() -> list[Path]:
+        return cached_sources(config.data, runtime.cache_folder() / "data", report)
 
-    first = Path(processes.from_first(lambda: str(find())))
-    return first if first.is_dir() else find()  # a cache of this machine's own
+    first = [Path(folder) for folder in processes.from_first(lambda: [str(folder) for folder in find()])]
+    return first if all(folder.is_dir() for folder in first) else find()  # a cache of this machine's own
 
 
-def open_run_data(folder: Path, config: RunConfig, report: Report) -> Shards:
+def open_run_data(folder: Path, config: RunConfig, report: Report) -> Shards | Mixture:
     """The token shards that the run in `folder` began with: where they lay, or else prepared again from their source.
 
     Raises `ValueError` where neither is what it was.
     """
-    there = run.shards_folder(folder)
-    shards = open_shards(there) if there.is_dir() else open_data(config, report)
+    there = run.shards_folders(folder, config)
+    known = all(path.is_dir() for path in there)
+    shards = open_folders(config.data, there) if known else open_data(config, report)
     run.check_data(folder, shards)
     return shards
 
@@ -168,13 +179,13 @@ class Session:
     config: RunConfig
     folder: Path
     console: Console
-    shards: Shards
+    shards: Shards | Mixture
     program: Program
     loader: Loader
     checkpoints: Checkpoints
 
     @classmethod
-    def open(cls, config: RunConfig, folder: Path, console: Console, shards: Shards) -> "Session":
+    def open(cls, config: RunConfig, folder: Path, console: Console, shards: Shards | Mixture) -> "Session":
         """The program of `config` on `shards`. Raises `ValueError` for what can't work, before anything is computed."""
         if not shards.split("heldout").n_documents:
             raise ValueError(f"data.heldout={config.data.heldout} leaves nothing to evaluate on; set it above 0")
@@ -220,7 +231,7 @@ class Session:
         step = restored[1].step
         self.say(
             f"resumed {self.folder} at step {step} of {c.steps}: weights, optimizer, schedule and data position "
-            f"(epoch {self.loader.epoch(step):.2f}) restored"
+            f"({self.loader.position(step)}) restored"
         )
         if c.steps != old.steps:
             before, now = (np.asarray(make_schedule(o.optimizer, o.steps)(step)) for o in (old, c))
@@ -243,6 +254,8 @@ class Session:
             self.say(unguarded)
         if self.program.pipeline is not None:
             self.say(self.program.pipeline.timetable.summary)
+        for line in self.loader.said(c.steps):
+            self.say(line)
         rows = log.MetricsLog(
             self.folder if processes.is_first() else None,
             console=self.console,
@@ -250,7 +263,7 @@ class Session:
             start_step=progress.step,
             tensorboard=c.tensorboard,
         )
-        meter = Meter(c, rows, progress)
+        meter = Meter(c, rows, progress, self.loader.shares)
         try:
             with stop_signals() as stopping, self.checkpoints, rows:  # the last save too ends in peace
                 if not self.checkpoints.steps():  # what a run began from, it need not find again
@@ -282,9 +295,9 @@ class Session:
         step, end = progress.step, progress.step == c.steps
         if end or step % c.evaluate_every == 0:
             result = self.evaluate(state, c.evaluate_batches)
-            row |= (numbers := result.numbers())
+            row |= result.numbers()
             progress = dataclasses.replace(progress, heldout_loss=result.loss)
-            rows.print("  ".join([f"step {step:,}", *(SAID[name].format(x) for name, x in numbers.items())]))
+            rows.print(f"step {step:,}  {_said(result)}")
         if c.prompts and (end or step % c.sample_every == 0):
             row["samples"] = self.samples(state)
             rows.print("\n".join(f"  {sample['prompt']}{sample['text']}" for sample in row["samples"]))
@@ -300,13 +313,9 @@ class Session:
 
     def evaluate(self, state: TrainState, limit: int | None = None) -> Evaluation:
         """Scores the first `limit` held-out batches."""
-        batches = itertools.islice(heldout_rows(self.shards.split("heldout"), self.config.data), limit)
-        score = functools.partial(self.program.score, state.params)
-        return evaluate(score, batches, self._target_lengths, self.config.data.task)
-
-    @functools.cached_property
-    def _target_lengths(self) -> np.ndarray:
-        return target_lengths(self.shards.tokenizer, self.config.data.task)
+        store = self.shards.split("heldout")
+        batches = itertools.islice(heldout_rows(store, self.config.data), limit)
+        return evaluate(functools.partial(self.program.score, state.params), batches, store, self.config.data.task)
 
     def samples(self, state: TrainState, tokens: int = 80) -> list[dict[str, str]]:
         """What the model writes behind each of the config's prompts; of several processes the first one lets it."""
