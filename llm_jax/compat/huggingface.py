@@ -27,6 +27,7 @@ from llm_jax.train import run
 from llm_jax.train.checkpoint import Checkpoints, Progress
 from llm_jax.train.count import parameter_counts
 from llm_jax.train.run import RunConfig
+from llm_jax.train.seal import seal
 from llm_jax.train.step import TrainState
 
 SOURCE = "huggingface.json"  # in an imported run: the config.json that it came with
@@ -60,7 +61,7 @@ def import_run(
         coder.save(scratch / "tokenizer")
         write_json(scratch / SOURCE, theirs)
         write_json(scratch / "environment.json", run.environment(command))
-        with Checkpoints(scratch) as checkpoints:
+        with Checkpoints(scratch, seal=seal(config, coder.fingerprint, None)) as checkpoints:
             checkpoints.save(TrainState(jnp.zeros((), jnp.int32), params, opt_state={}), Progress())
         run.save_config(scratch, config)
     return config

@@ -30,6 +30,7 @@ from llm_jax.train.optimizer import make_schedule
 from llm_jax.train.program import Program
 from llm_jax.train.report import write_report
 from llm_jax.train.run import RunConfig
+from llm_jax.train.seal import LAYOUT, moves, seal, seal_of
 from llm_jax.train.step import TrainState, cast
 from llm_jax.train.stop import stop_signals
 
@@ -89,19 +90,6 @@ def open_run_data(folder: Path, config: RunConfig, report: Report) -> Shards | M
     shards = open_folders(config.data, there) if known else open_data(config, report)
     run.check_data(folder, shards)
     return shards
-
-
-# What may change when a run goes on: how it is laid out and computed, not what.
-LAYOUT = (
-    "mesh.",
-    "pipeline.",
-    "accumulate=",
-    "offload=",
-    "loss.chunk=",
-    "model.remat=",
-    "model.unroll=",
-    "model.attention.implementation=",
-)
 
 
 def train(config: RunConfig, folder: str | Path, *, console: Console | None = None, command: str = "") -> Progress:
@@ -198,7 +186,8 @@ class Session:
             prompt_ids(config.model, shards.tokenizer, asked, config.data.end_of_text)
         except ValueError as error:
             raise ValueError(f"prompts={config.prompts}: {error}; or set prompts= for no samples") from error
-        return cls(config, folder, console, shards, program, loader, Checkpoints(folder, config.keep))
+        checkpoints = Checkpoints(folder, config.keep, seal=seal_of(config, shards))
+        return cls(config, folder, console, shards, program, loader, checkpoints)
 
     def say(self, line: str) -> None:
         on(self.console)(line)
@@ -233,14 +222,14 @@ class Session:
             f"resumed {self.folder} at step {step} of {c.steps}: weights, optimizer, schedule and data position "
             f"({self.loader.position(step)}) restored"
         )
-        if c.steps != old.steps:
-            before, now = (np.asarray(make_schedule(o.optimizer, o.steps)(step)) for o in (old, c))
+        there = self.checkpoints.sealed(step) or seal(old, "", None) | {"machine": run.first_machine(self.folder)}
+        if c.steps != (steps := there["config"]["steps"]):
+            before, now = (np.asarray(make_schedule(c.optimizer, total)(step)) for total in (steps, c.steps))
             self.say(
-                f"steps {old.steps} -> {c.steps}: the {c.optimizer.schedule} schedule stretches, "
+                f"steps {steps} -> {c.steps}: the {c.optimizer.schedule} schedule stretches, "
                 f"and here the learning rate is {now:.3g} instead of {before:.3g}"
             )
-        before, now = (to_dict(dataclasses.replace(o, steps=c.steps)) for o in (old, c))
-        for change in run.differences(before, now) + run.changed_environment(self.folder):
+        for change in moves(there, seal(c, "", None)):
             self.say(f"not the same bits as without the stop: {change}")
         return restored
 

@@ -306,17 +306,22 @@ def environment(command: str) -> dict[str, object]:
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "jax": jax.__version__,
         "flax": flax.__version__,
-        "devices": [f"{device.platform}:{device.id} {device.device_kind}" for device in jax.devices()],
+        **machine(),
     }
 
 
-def changed_environment(folder: Path) -> list[str]:
-    """What of the run's first environment decides its bits, and is another here."""
-    there = read_json(folder / "environment.json", {"jax": str, "devices": list}, advice=ADVICE)
-    here = environment("")
-    return [change for name in ("jax", "devices") for change in differences({name: there[name]}, {name: here[name]})]
+def machine() -> dict[str, Any]:
+    """What of the environment decides the last bits of a run."""
+    devices = [f"{device.platform}:{device.id} {device.device_kind}" for device in jax.devices()]
+    return {"jax": jax.__version__, "devices": devices}
+
+
+def first_machine(folder: Path) -> dict[str, Any]:
+    """That on which the run in `folder` began. Raises `ValueError` where its environment.json does not say so."""
+    path, fields = folder / "environment.json", {"jax": str, "devices": list}
+    found = read_json(path, fields, advice=ADVICE)
+    return {name: found[name] for name in fields}
 
 
 def _commit() -> str | None:
