@@ -5,7 +5,7 @@
 
 A weight is a decimal after the last colon of its address, and a comma that follows a weight separates two addresses.
 Every other colon or comma belongs to an address: `s3://a/b,c.jsonl:2,C:\\books:1` has two. Text in which no weight
-is followed by a comma is one address.
+is followed by a comma is one address; a file called `take:1,2.txt` is found by a pattern, `take:1?2.txt`.
 """
 
 import re
@@ -98,7 +98,7 @@ def parse_uri(uri: str) -> tuple[Source, ...]:
     if (rest := uri[starts[-1] :]) or ends[-1][2]:
         raise ValueError(
             f"data.uri={uri}: every source of a mixture has a weight, and the last one has none; write "
-            f"{rest or 'ADDRESS'}:1, or leave it out"
+            f"{rest or 'ADDRESS'}:1, leave it out, or write ? for a comma that belongs to an address"
         )
     addresses = [uri[start : end.start()] for start, end in zip(starts, ends, strict=False)]
     weights = [end[1] for end in ends]

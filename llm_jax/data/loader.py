@@ -205,7 +205,7 @@ class _Rows:
         epoch, row = divmod(number, self.n_rows)
         return epoch * int(self.plan.sizes.sum()) + int(self._tokens_before(epoch)[row])
 
-    def _count_tokens(self, epoch: int) -> Int64[np.ndarray, " n_rows+1"]:
+    def _count_tokens(self, epoch: int) -> Int64[np.ndarray, " n"]:
         return np.append(0, np.cumsum(self.plan.sizes[self.order(epoch)[0]]))
 
     def _draw_order(self, epoch: int) -> tuple[Int64[np.ndarray, " n_rows"], int]:
