@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from llm_jax.data.generated import GENERATED
 from llm_jax.data.loader import IGNORE, Batch, heldout_rows
 from llm_jax.data.shards import SPLITS, DataConfig, Shards, open_shards
 from llm_jax.data.sources import holds_records
@@ -57,15 +58,23 @@ def restore(
 
 
 def evaluate(
-    folder: str | Path, uri: str | None = None, checkpoint: str = "best", *, report: Report = print
+    folder: str | Path,
+    uri: str | None = None,
+    checkpoint: str = "best",
+    *,
+    column: str | None = None,
+    report: Report = print,
 ) -> tuple[Evaluation, int]:
-    """How well the run in `folder` predicts what it held out, or all the text at `uri`; and the weights' step."""
+    """How well the run in `folder` predicts what it held out, or all the text at `uri`; and the weights' step.
+
+    column: of rows at `uri`, the one that is text; None: that of the run.
+    """
     config = run.load_config(folder)
     if uri is None:
         shards = open_run_data(Path(folder), config, report)
         batches = heldout_rows(shards.split("heldout"), config.data)
     else:
-        shards = open_text(uri, Path(folder), config, report)
+        shards = open_text(uri, Path(folder), config, report, column)
         batches = all_rows(shards, config.data)
     program = on_all_devices(config)
     params, step = restore(folder, program, checkpoint, report=report)
@@ -73,17 +82,24 @@ def evaluate(
     return measure(functools.partial(program.score, params), batches, lengths, config.data.task), step
 
 
-def open_text(uri: str, folder: Path, config: RunConfig, report: Report) -> Shards:
+def open_text(uri: str, folder: Path, config: RunConfig, report: Report, column: str | None = None) -> Shards:
     """The text at `uri` in the tokens of the run in `folder`. Raises `ValueError` for shards that have others."""
     if not (Path(uri) / "meta.json").is_file():
-        separator = None if holds_records(uri) else config.data.separator
-        changes = {"uri": uri, "tokenizer": str(folder / "tokenizer"), "separator": separator, "heldout": 0.0}
+        # A separator cuts text, and a column is one of rows: of the run's two settings one holds here.
+        rows = holds_records(uri)
+        cuts: dict[str, str | None] = {"separator": None if rows else config.data.separator}
+        cuts["column"] = column or (config.data.column if rows and uri not in GENERATED else None)
+        changes = {"uri": uri, "tokenizer": str(folder / "tokenizer"), "heldout": 0.0, **cuts}
         return open_data(dataclasses.replace(config, data=dataclasses.replace(config.data, **changes)), report)
     shards, ours = open_shards(uri), run.load_tokenizer(folder)
     if shards.tokenizer.fingerprint != ours.fingerprint:
         raise ValueError(
             f"{uri} is in the tokens of {shards.tokenizer.name}, but {folder} knows those of {ours.name}; "
             f"prepare the text with --tokenizer {folder}/tokenizer, or name the text itself"
+        )
+    if column not in (None, shards.manifest.column):
+        raise ValueError(
+            f"{uri} is prepared already, of the column {shards.manifest.column!r}; leave out --column {column}"
         )
     if shards.manifest.end_of_text != config.data.end_of_text:
         raise ValueError(

@@ -34,7 +34,7 @@ from llm_jax.files import whole_folder, write_json
 
 FORMAT = 1
 SPLITS = ("train", "heldout")
-SETTINGS = ("tokenizer", "separator", "end_of_text", "heldout", "heldout_by")
+SETTINGS = ("tokenizer", "separator", "column", "end_of_text", "heldout", "heldout_by")
 SHARD_TOKENS = 1 << 25
 
 
@@ -53,6 +53,7 @@ class DataConfig:
     uri: str = sources.BUILTIN
     tokenizer: str = "train:4096"
     separator: str | None = None
+    column: str | None = None
     end_of_text: bool = True
     heldout: float = 0.05
     heldout_by: Literal["hash", "tail"] = "hash"
@@ -107,6 +108,7 @@ class Manifest:
     heldout: float
     heldout_by: str
     splits: dict[str, Split]
+    column: str | None = None  # shards that are older were read by what is None today
 
 
 class TokenStore:
@@ -178,6 +180,7 @@ def prepare(
     *,
     tokenizer: str = "train:4096",
     separator: str | None = None,
+    column: str | None = None,
     end_of_text: bool = True,
     heldout: float = 0.05,
     heldout_by: Literal["hash", "tail"] = "hash",
@@ -186,7 +189,7 @@ def prepare(
     """Tokenizes the documents of `uri` into the folder `out`, which appears whole or not at all.
 
     tokenizer: as `tokenizer.build` takes it; what it learns from text, it learns from all documents.
-    separator: as `sources.documents` takes it.
+    separator, column: as `sources.documents` takes them.
     end_of_text: whether the token of that name follows every document.
     heldout: the fraction held out for evaluation, of whole documents. "hash" chooses them by content, so that
     a document stays on its side as the corpus grows, on one side with its copies; "tail" takes the last.
@@ -194,7 +197,8 @@ def prepare(
     Raises `ValueError` if `out` exists, a side of the split stays empty, or the disk is full.
     """
     _check_heldout(heldout, heldout_by)
-    read = functools.partial(sources.documents, uri, separator)
+    report = functools.cache(report)  # the source is read several times, and what it tells is said once
+    read = functools.partial(sources.documents, uri, separator, column, report)
     with _new_folder(Path(out)) as folder:
         report(f"building the tokenizer {tokenizer} for {uri}")
         encoder = build(tokenizer, lambda: (document.text for document in read()))
@@ -210,6 +214,7 @@ def prepare(
             format=FORMAT,
             source=uri,
             separator=separator,
+            column=column,
             tokenizer=tokenizer,
             tokenizer_fingerprint=encoder.fingerprint,
             vocab_size=encoder.vocab_size,
