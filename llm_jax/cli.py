@@ -50,6 +50,7 @@ def arg(*names: str, **options: Any) -> Argument:
 RUN = arg("run", metavar="RUN", help="a run folder")
 ASSIGNMENTS = arg("assignments", metavar="key=value", nargs="*", help="fields to change, as model.n_layers=8")
 CHECKPOINT = arg("--checkpoint", default="best", metavar="WHICH", help="best (default), last, or a step")
+COLUMN = arg("--column", metavar="NAME", help="of rows, which column is text; default: text, else content")
 JSON = arg("--json", action="store_true", help="print one JSON object instead")
 PEERS: tuple[Argument, ...] = (
     arg("--coordinator", metavar="HOST:PORT", help="where process 0 of several can be reached"),
@@ -79,7 +80,8 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
         arg("uri", metavar="URI", help="where the text is"),
         arg("--out", required=True, metavar="DIR", help="a folder that does not exist yet"),
         arg("--tokenizer", default="train:4096", metavar="NAME", help="default: train:4096"),
-        arg("--separator", metavar="TEXT", help=r"cut documents behind this text, such as $'\n\n'"),
+        arg("--separator", metavar="TEXT", help=r"cut documents after this text, such as $'\n\n'"),
+        COLUMN,
         arg("--no-end-of-text", dest="end_of_text", action="store_false", help="put no such token behind documents"),
         arg("--heldout", type=float, default=0.05, metavar="SHARE", help="of the documents; default: 0.05"),
         arg("--heldout-by", choices=("hash", "tail"), default="hash", help="chosen by content, or the last"),
@@ -103,6 +105,7 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
     "evaluate": (
         RUN,
         arg("--data", metavar="URI", help="score all of this text"),
+        COLUMN,
         CHECKPOINT,
         JSON,
     ),
@@ -162,6 +165,7 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
         arg("--special", action="store_true", help="read <|endoftext|> as the special token"),
         arg("--decode", type=int, nargs="+", metavar="ID", help="ids to text"),
         arg("--train", metavar="URI", help="train a tokenizer on this text"),
+        COLUMN,
         arg("--vocab", type=int, default=4096, metavar="N", help="its size; default: 4096"),
         arg("--out", metavar="DIR", help="the folder where it is saved"),
         JSON,

@@ -88,17 +88,17 @@ def _say_what_next(args: Namespace, folder: Path | str, step: int, steps: int) -
 def prepare(args: Namespace) -> None:
     """Turn the text at URI into token shards, once.
 
-    URI is builtin:python (or numbers, or brackets), a file, a folder, a pattern, .jsonl, .parquet, hf://datasets/...,
-    or any address that fsspec reads. Training does all this by itself, into a cache; do it by hand for text that
-    several machines share.
+    URI is builtin:python (or numbers, or brackets), a file, a folder, a pattern, hf://datasets/..., or any address that
+    fsspec reads: text, or rows of .jsonl, .json, .csv, .tsv or .parquet. Training does all this by itself, into a
+    cache; do it by hand for text that several machines share.
 
       llm-jax prepare builtin:python --out data/python --tokenizer train:8192
       llm-jax train quickstart data.uri=data/python data.tokenizer=train:8192 model.vocab_size=8192
     """
-    from llm_jax.data.prepare import prepare as write_shards
+    from llm_jax.data import prepare as preparing
 
-    options = {name: vars(args)[name] for name in ("tokenizer", "separator", "end_of_text", "heldout", "heldout_by")}
-    manifest = write_shards(args.uri, args.out, **options, report=_say)
+    options = {name: vars(args)[name] for name in preparing.SETTINGS}
+    manifest = preparing.prepare(args.uri, args.out, **options, report=_say)
     if args.json:
         _print_json(dataclasses.asdict(manifest))
 
@@ -161,8 +161,10 @@ def evaluate(args: Namespace) -> None:
     """
     from llm_jax import runtime, trained
 
+    if args.column is not None and args.data is None:
+        raise ValueError(f"--column {args.column} is one of other text; add --data URI, or leave it out")
     runtime.start()
-    result, step = trained.evaluate(args.run, args.data, args.checkpoint, report=_say)
+    result, step = trained.evaluate(args.run, args.data, args.checkpoint, column=args.column, report=_say)
     found = {"run": args.run, "step": step, **dataclasses.asdict(result)}
     found["perplexity_interval"] = [math.exp(min(loss, 700)) for loss in result.loss_interval]
     if args.json:
@@ -391,6 +393,8 @@ def tokenize(args: Namespace) -> None:
     if args.train:
         _train_tokenizer(args)
         return
+    if args.column is not None:
+        raise ValueError(f"--column {args.column} is one of what a tokenizer learns from; add --train URI")
     given = sys.stdin.read() if args.text is None and args.decode is None else args.text or ""
     inside = Path(args.tokenizer) / "tokenizer"  # of a run, or of prepared data
     coder = tokenizer.load(inside) if inside.is_dir() else tokenizer.build(args.tokenizer, lambda: [given])
@@ -411,7 +415,8 @@ def _train_tokenizer(args: Namespace) -> None:
 
     if not args.out or Path(args.out).exists():
         raise ValueError(f"--train saves the tokenizer in a new folder; add --out DIR (got {args.out})")
-    text = tokenizer.train(args.vocab, (document.text for document in sources.documents(args.train)))
+    documents = sources.documents(args.train, column=args.column, report=_say)
+    text = tokenizer.train(args.vocab, (document.text for document in documents))
     with whole_folder(Path(args.out), "tokenizer") as folder:
         text.save(folder)
     if args.json:

@@ -49,6 +49,7 @@ class DataConfig:
     uri: str = sources.BUILTIN
     tokenizer: str = "train:4096"
     separator: str | None = None
+    column: str | None = None
     end_of_text: bool = True
     heldout: float = 0.05
     heldout_by: Literal["hash", "tail"] = "hash"

@@ -57,6 +57,7 @@ class Manifest:
     heldout_by: str
     splits: dict[str, Split]
     content: str | None = None
+    column: str | None = None  # shards that are older were read by what is None today
 
 
 @dataclass(frozen=True)
