@@ -9,7 +9,7 @@ import shlex
 import sys
 import traceback
 import warnings
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,6 +50,11 @@ def arg(*names: str, **options: Any) -> Argument:
 RUN = arg("run", metavar="RUN", help="a run folder")
 ASSIGNMENTS = arg("assignments", metavar="key=value", nargs="*", help="fields to change, as model.n_layers=8")
 CHECKPOINT = arg("--checkpoint", default="best", metavar="WHICH", help="best (default), last, or a step")
+BEGIN_OF_TEXT = arg(
+    "--begin",
+    action=BooleanOptionalAction,
+    help="begin-of-text before each text; default: as in training, or as an imported tokenizer does",
+)
 JSON = arg("--json", action="store_true", help="print one JSON object instead")
 PEERS: tuple[Argument, ...] = (
     arg("--coordinator", metavar="HOST:PORT", help="where process 0 of several can be reached"),
@@ -83,6 +88,7 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
         arg("--no-end-of-text", dest="end_of_text", action="store_false", help="put no such token behind documents"),
         arg("--heldout", type=float, default=0.05, metavar="SHARE", help="of the documents; default: 0.05"),
         arg("--heldout-by", choices=("hash", "tail"), default="hash", help="chosen by content, or the last"),
+        arg("--special", action="store_true", help="read <|endoftext|> and the like as special tokens"),
         JSON,
     ),
     "generate": (
@@ -97,12 +103,15 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
         arg("--stop", action="append", default=[], metavar="TEXT", help="end before it; again for more"),
         arg("--seed", type=int, default=0, metavar="N", help="another number, another text"),
         arg("--samples", type=int, default=1, metavar="N", help="texts from each prompt"),
+        BEGIN_OF_TEXT,
+        arg("--special", action=BooleanOptionalAction, help="read special tokens in prompts; default: as in training"),
         CHECKPOINT,
         JSON,
     ),
     "evaluate": (
         RUN,
         arg("--data", metavar="URI", help="score all of this text"),
+        BEGIN_OF_TEXT,
         CHECKPOINT,
         JSON,
     ),
@@ -159,7 +168,7 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
     "tokenize": (
         arg("text", metavar="TEXT", nargs="?", help="default: standard input"),
         arg("--tokenizer", default="byte", metavar="NAME", help="default: byte; gpt2, ..., a run, a folder"),
-        arg("--special", action="store_true", help="read <|endoftext|> as the special token"),
+        arg("--special", action="store_true", help="read <|endoftext|> and the like as special tokens"),
         arg("--decode", type=int, nargs="+", metavar="ID", help="ids to text"),
         arg("--train", metavar="URI", help="train a tokenizer on this text"),
         arg("--vocab", type=int, default=4096, metavar="N", help="its size; default: 4096"),

@@ -27,14 +27,15 @@ from jaxtyping import Int32, Int64
 
 from llm_jax.config import nearest
 from llm_jax.data import sources
+from llm_jax.data.pool import encode_all, watched
 from llm_jax.data.sources import Document
 from llm_jax.data.task import TaskConfig
-from llm_jax.data.tokenizer import Tokenizer, build, encode_all, load
+from llm_jax.data.tokenizer import Tokenizer, build, load
 from llm_jax.files import whole_folder, write_json
 
 FORMAT = 1
 SPLITS = ("train", "heldout")
-SETTINGS = ("tokenizer", "separator", "end_of_text", "heldout", "heldout_by")
+SETTINGS = ("tokenizer", "separator", "end_of_text", "heldout", "heldout_by", "special")
 SHARD_TOKENS = 1 << 25
 
 
@@ -42,12 +43,13 @@ SHARD_TOKENS = 1 << 25
 class DataConfig:
     """What is read, how it becomes tokens, what is held out, and how the rest is cut into rows.
 
-    Every field up to `heldout_by` is an argument of `prepare`; `packing` and the rest concern the loader.
+    Every field up to `heldout_by`, and `special`, is an argument of `prepare`; the rest concerns the loader.
     packing: "documents" puts whole documents into rows, "windows" cuts the stream of tokens evenly.
     seq_len: tokens in a row.
     batch_size: rows in a step, over all processes.
     epochs: how often a run may see each row; None for as often as its steps need.
     task: what is asked of the documents, where it is more than their next token.
+    special: text that spells a special token of the tokenizer, such as <|endoftext|>, becomes that token.
     """
 
     uri: str = sources.BUILTIN
@@ -62,6 +64,7 @@ class DataConfig:
     epochs: float | None = None
     seed: int = 0
     task: TaskConfig | None = None
+    special: bool = False
 
     def __post_init__(self) -> None:
         _check_heldout(self.heldout, self.heldout_by)
@@ -107,6 +110,7 @@ class Manifest:
     heldout: float
     heldout_by: str
     splits: dict[str, Split]
+    special: bool = False
 
 
 class TokenStore:
@@ -181,6 +185,7 @@ def prepare(
     end_of_text: bool = True,
     heldout: float = 0.05,
     heldout_by: Literal["hash", "tail"] = "hash",
+    special: bool = False,
     report: Callable[[str], object] = lambda line: None,
 ) -> Manifest:
     """Tokenizes the documents of `uri` into the folder `out`, which appears whole or not at all.
@@ -190,6 +195,7 @@ def prepare(
     end_of_text: whether the token of that name follows every document.
     heldout: the fraction held out for evaluation, of whole documents. "hash" chooses them by content, so that
     a document stays on its side as the corpus grows, on one side with its copies; "tail" takes the last.
+    special: whether text that spells a special token becomes it; where not, `report` names a document that does.
 
     Raises `ValueError` if `out` exists, a side of the split stays empty, or the disk is full.
     """
@@ -202,7 +208,8 @@ def prepare(
         side = _by_hash(heldout) if heldout_by == "hash" else _by_tail(heldout, read())
         writers = {name: _SplitWriter(folder, name, encoder, end_of_text, report) for name in SPLITS}
         documents, again = itertools.tee(read())
-        encoded = encode_all(folder / "tokenizer", (document.text for document in again))
+        again = again if special else watched(again, encoder, report)
+        encoded = encode_all(folder / "tokenizer", (document.text for document in again), special=special)
         for document, tokens in zip(documents, encoded, strict=True):
             data = document.text.encode()
             writers[side(data)].add(document, len(data), tokens)
@@ -217,6 +224,7 @@ def prepare(
             heldout=heldout,
             heldout_by=heldout_by,
             splits={name: writer.close() for name, writer in writers.items()},
+            special=special,
         )
         _check_sides(manifest)
         write_json(folder / "meta.json", asdict(manifest))
@@ -235,6 +243,8 @@ def cached(config: DataConfig, cache_dir: str | Path, report: Callable[[str], ob
         _check_agreement(settings, _read_manifest(given))
         return given
     key = settings | {"format": FORMAT, "content": sources.fingerprint(config.uri)}
+    if not config.special:
+        del key["special"]  # so that shards from before there was a choice are found
     if Path(config.tokenizer).is_dir():
         key["tokenizer"] = load(config.tokenizer).fingerprint
     folder = Path(cache_dir) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]

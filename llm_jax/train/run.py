@@ -241,6 +241,15 @@ def shards_folder(folder: Path) -> Path:
     return Path(_read_json(folder / "data.json")["folder"])
 
 
+def begins(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> bool:
+    """Whether a text of the run in `folder` begins with `tokenizer.begin_of_text`.
+
+    Where the run was trained, as its documents did. Where it was imported, as the tokenizer itself begins a text: the
+    model was made with that, and so does transformers.
+    """
+    return config.data.end_of_text if (folder / "data.json").exists() else tokenizer.begins
+
+
 def check_data(folder: Path, shards: Shards) -> None:
     """Raises `ValueError` unless `shards` are what the run in `folder` began with, wherever they lie."""
     there = _read_json(folder / "data.json")
