@@ -64,17 +64,22 @@ def evaluate(
     checkpoint: str = "best",
     *,
     column: str | None = None,
+    begin: bool | None = None,
     report: Report = print,
 ) -> tuple[Evaluation, int]:
-    """How well the run in `folder` predicts what it held out, or all the text at `uri`; and the weights' step.
+    """Return how well the run in `folder` predicts what it held out, or all the text at `uri`; and the weights' step.
 
-    column: of rows at `uri`, the one that is text; None: that of the run.
+    Documents at `uri` begin and end as in training. Those of an imported run begin as its tokenizer begins a text: with
+    begin-of-text, and then an end is scored too, or with nothing, and then neither the first token nor an end is.
+    `begin` says otherwise. `column` is the one of rows at `uri` that is text; None: that of the run.
     """
     config = run.load_config(folder)
     if uri is None:
         store = open_run_data(Path(folder), config, report).split("heldout")
         batches = heldout_rows(store, config.data)
     else:
+        begin = run.begins(Path(folder), config, run.load_tokenizer(folder)) if begin is None else begin
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, end_of_text=begin))
         shards = open_text(uri, Path(folder), config, report, column)
         store, batches = TokenStore.joined(list(map(shards.split, SPLITS))), all_rows(shards, config.data)
     program = on_all_devices(config)
@@ -102,8 +107,9 @@ def open_text(uri: str, folder: Path, config: RunConfig, report: Report, column:
         )
     if shards.manifest.end_of_text != config.data.end_of_text:
         raise ValueError(
-            f"{uri} has end_of_text={shards.manifest.end_of_text}, but {folder} was trained with "
-            f"data.end_of_text={config.data.end_of_text}; name the text itself"
+            f"{uri} has end_of_text={shards.manifest.end_of_text}, but texts of {folder} have "
+            f"end_of_text={config.data.end_of_text}; add {'--no-begin' if config.data.end_of_text else '--begin'}, or "
+            "name the text itself"
         )
     return shards
 

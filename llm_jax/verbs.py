@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from llm_jax.recipes import recipe_docstring, recipes
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from llm_jax.data.tokenizer import Tokenizer
     from llm_jax.train.run import RunConfig
 
 
@@ -110,6 +112,9 @@ def generate(args: Namespace) -> None:
     from an empty pipe it takes those that the run sampled from. Several texts come one after the other. A run that
     translates writes the answer of each, and a classifier names the likeliest, with its probability.
 
+    A prompt begins as the documents did that the run was trained on; of an imported run, as its tokenizer begins a
+    text, so that the greedy text is that of transformers. --begin and --no-begin say otherwise.
+
       llm-jax generate runs/quickstart --prompt 'def read_lines(path):' --samples 3
       llm-jax generate runs/quickstart --temperature 0 --stop $'\n\n' < prompts.txt
     """
@@ -129,12 +134,16 @@ def generate(args: Namespace) -> None:
     runtime.start()
     params, step = trained.restore(args.run, trained.on_one_device(config), args.checkpoint, report=_say)
     params = cast(params, config.model.dtype)
-    task, begin = config.data.task, config.data.end_of_text
-    options = {"max_tokens": args.max_tokens, "stop": args.stop, "begin": begin, "task": task}
+    task = config.data.task
+    begin = run.begins(Path(args.run), config, tokenizer) if args.begin is None else args.begin
+    special = config.data.special if args.special is None else args.special
+    options = {"max_tokens": args.max_tokens, "stop": args.stop, "begin": begin, "special": special, "task": task}
     texts = []
     for number, given in enumerate([args.prompt] if args.prompt else terminal.read_prompts(config.prompts)):
+        if not special:
+            _say_what_is_spelled(tokenizer, given)
         if task is not None and config.model.n_classes is not None:
-            answers = classify(config.model, params, tokenizer, task, given, begin=begin)
+            answers = classify(config.model, params, tokenizer, task, given, begin=begin, special=special)
             texts += map(dataclasses.asdict, answers)
             if not args.json:
                 terminal.write("".join(f"{a.prompt}  {a.answer}  {a.probability:.2%}\n" for a in answers))
@@ -163,8 +172,11 @@ def evaluate(args: Namespace) -> None:
 
     if args.column is not None and args.data is None:
         raise ValueError(f"--column {args.column} is one of other text; add --data URI, or leave it out")
+    if args.begin is not None and args.data is None:
+        raise ValueError("--begin and --no-begin are for text of yours; add --data URI, or leave them out")
     runtime.start()
-    result, step = trained.evaluate(args.run, args.data, args.checkpoint, column=args.column, report=_say)
+    options = {"column": args.column, "begin": args.begin}
+    result, step = trained.evaluate(args.run, args.data, args.checkpoint, **options, report=_say)
     found = {"run": args.run, "step": step, **dataclasses.asdict(result)}
     found["perplexity_interval"] = [math.exp(min(loss, 700)) for loss in result.loss_interval]
     if args.json:
@@ -398,6 +410,8 @@ def tokenize(args: Namespace) -> None:
     given = sys.stdin.read() if args.text is None and args.decode is None else args.text or ""
     inside = Path(args.tokenizer) / "tokenizer"  # of a run, or of prepared data
     coder = tokenizer.load(inside) if inside.is_dir() else tokenizer.build(args.tokenizer, lambda: [given])
+    if not args.special:
+        _say_what_is_spelled(coder, [given])
     tokens = coder.encode(given, special=args.special).tolist() if args.decode is None else args.decode
     if args.json:
         pieces = [coder.decode([token]) for token in tokens]
@@ -423,6 +437,11 @@ def _train_tokenizer(args: Namespace) -> None:
         _print_json({"tokenizer": args.out, "vocab_size": text.vocab_size})
         return
     print(f"{text.vocab_size:,} ids; look at them with: llm-jax tokenize TEXT --tokenizer {args.out}")
+
+
+def _say_what_is_spelled(coder: "Tokenizer", texts: Sequence[str]) -> None:
+    if found := next(filter(None, map(coder.spelled, texts)), None):
+        _say(f"the text spells {found}, which is read as text; for the token add --special")
 
 
 def _say(line: str) -> None:

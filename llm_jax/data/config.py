@@ -37,13 +37,14 @@ class Source:
 class DataConfig:
     """What is read, how it becomes tokens, what is held out, and how the rest is cut into rows.
 
-    Every field up to `heldout_by` is an argument of `prepare`; `packing` and the rest concern the loader.
+    Every field up to `heldout_by`, and `special`, is an argument of `prepare`; the rest concerns the loader.
     uri: where the text is; several addresses with a weight each are a mixture.
     packing: "documents" puts whole documents into rows, "windows" cuts the stream of tokens evenly.
     seq_len: tokens in a row.
     batch_size: rows in a step, over all processes.
     epochs: how often a run may see each row; None for as often as its steps need.
     task: what is asked of the documents, where it is more than their next token.
+    special: text that spells a special token of the tokenizer, such as <|endoftext|>, becomes that token.
     """
 
     uri: str = sources.BUILTIN
@@ -59,6 +60,7 @@ class DataConfig:
     epochs: float | None = None
     seed: int = 0
     task: TaskConfig | None = None
+    special: bool = False
 
     def __post_init__(self) -> None:
         parse_uri(self.uri)

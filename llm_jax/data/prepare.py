@@ -18,12 +18,13 @@ import numpy as np
 from llm_jax.data import sources
 from llm_jax.data.config import DataConfig, check_heldout, parse_uri
 from llm_jax.data.generated import GENERATED
+from llm_jax.data.pool import encode_all, watched
 from llm_jax.data.shards import FORMAT, SPLITS, Manifest, Split, is_prepared, read_manifest, sha256_of
 from llm_jax.data.sources import Document
-from llm_jax.data.tokenizer import Tokenizer, build, encode_all, load
+from llm_jax.data.tokenizer import Tokenizer, build, load
 from llm_jax.files import whole_folder, write_json
 
-SETTINGS = ("tokenizer", "separator", "column", "end_of_text", "heldout", "heldout_by")
+SETTINGS = ("tokenizer", "separator", "column", "end_of_text", "heldout", "heldout_by", "special")
 SHARD_TOKENS = 1 << 25
 
 Report = Callable[[str], object]
@@ -44,6 +45,7 @@ def prepare(
     end_of_text: bool = True,
     heldout: float = 0.05,
     heldout_by: Literal["hash", "tail"] = "hash",
+    special: bool = False,
     report: Report = _silent,
 ) -> Manifest:
     """Tokenize the documents of `uri` into the folder `out`, which appears whole or not at all.
@@ -53,6 +55,7 @@ def prepare(
     end_of_text: whether the token of that name follows every document.
     heldout: the fraction held out for evaluation, of whole documents. "hash" chooses them by content, so that
     a document stays on its side as the corpus grows, on one side with its copies; "tail" takes the last.
+    special: whether text that spells a special token becomes it; where not, `report` names a document that does.
 
     Raises `ValueError` if `out` exists, a side of the split stays empty, the disk is full, or the text changes while it
     is read. A mixture is refused: each source is prepared into a folder of its own.
@@ -73,7 +76,8 @@ def prepare(
         side = _by_hash(heldout) if heldout_by == "hash" else _by_tail(heldout, read())
         writers = {name: _SplitWriter(folder, name, encoder, end_of_text, report) for name in SPLITS}
         documents, again = itertools.tee(read())
-        encoded = encode_all(folder / "tokenizer", (document.text for document in again))
+        again = again if special else watched(again, encoder, report)
+        encoded = encode_all(folder / "tokenizer", (document.text for document in again), special=special)
         for document, tokens in zip(documents, encoded, strict=True):
             data = document.text.encode()
             writers[side(data)].add(document, len(data), tokens)
@@ -90,6 +94,7 @@ def prepare(
             heldout_by=heldout_by,
             splits={name: writer.close() for name, writer in writers.items()},
             content=content,
+            special=special,
         )
         _check_sides(manifest)
         if sources.fingerprint(uri) != content:
@@ -117,6 +122,9 @@ def cached(config: DataConfig, cache_dir: str | Path, report: Report = _silent) 
             )
         return given
     key = settings | {"format": FORMAT, "content": _content(config.uri)}
+    for name in ("column", "special"):  # so that shards from before there was a choice are found
+        if not key[name]:
+            del key[name]
     if Path(config.tokenizer).is_dir():
         key["tokenizer"] = load(config.tokenizer).fingerprint
     folder = Path(cache_dir) / _digest(key)

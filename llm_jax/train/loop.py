@@ -183,7 +183,7 @@ class Session:
         loader.check_horizon(config.steps)
         try:
             asked = [config.data.ask(prompt) for prompt in config.prompts]
-            prompt_ids(config.model, shards.tokenizer, asked, config.data.end_of_text)
+            prompt_ids(config.model, shards.tokenizer, asked, config.data.end_of_text, config.data.special)
         except ValueError as error:
             raise ValueError(f"prompts={config.prompts}: {error}; or set prompts= for no samples") from error
         checkpoints = Checkpoints(folder, config.keep, seal=seal_of(config, shards))
@@ -312,17 +312,14 @@ class Session:
         if not processes.is_first():
             return []
         prompts = [c.data.ask(prompt) for prompt in c.prompts]
-        texts = generate(
-            c.model,
-            params,
-            self.shards.tokenizer,
-            prompts,
-            # There are many ways to go on with a text, and one right answer.
-            sampling=Sampling(temperature=0.8, top_p=0.95) if c.data.task is None else Sampling(temperature=0),
-            max_tokens=tokens,
-            begin=c.data.end_of_text,
-            task=c.data.task,
-        )
+        options = {"begin": c.data.end_of_text, "special": c.data.special, "task": c.data.task, "max_tokens": tokens}
+        # There are many ways to go on with a text, and one right answer.
+        sampling = Sampling(temperature=0.8, top_p=0.95) if c.data.task is None else Sampling(temperature=0)
+        try:
+            texts = generate(c.model, params, self.shards.tokenizer, prompts, sampling=sampling, **options)
+        except ValueError as error:  # the weights overflow: the loop itself says more of that, and a run goes on
+            self.say(f"no samples: {error}")
+            return []
         return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
 
     def _report(self) -> None:

@@ -257,6 +257,15 @@ def shards_folders(folder: Path, config: RunConfig) -> list[Path]:
     return [Path(source["folder"]) for source in sources.values()]
 
 
+def begins(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> bool:
+    """Whether a text of the run in `folder` begins with `tokenizer.begin_of_text`.
+
+    Where the run was trained, as its documents did. Where it was imported, as the tokenizer itself begins a text: the
+    model was made with that, and so does transformers.
+    """
+    return config.data.end_of_text if (folder / "data.json").exists() else tokenizer.begins
+
+
 def check_data(folder: Path, data: Shards | Mixture) -> None:
     """Raises `ValueError` unless `data` is what the run in `folder` began with, wherever it lies."""
     changed = differences(_without_folders(_read_data(folder)), _without_folders(data_identity(data)))
