@@ -43,11 +43,22 @@ class DataConfig:
     """What is read, how it becomes tokens, what is held out, and how the rest is cut into rows.
 
     Every field up to `heldout_by` is an argument of `prepare`; `packing` and the rest concern the loader.
-    packing: "documents" puts whole documents into rows, "windows" cuts the stream of tokens evenly.
-    seq_len: tokens in a row.
-    batch_size: rows in a step, over all processes.
-    epochs: how often a run may see each row; None for as often as its steps need.
-    task: what is asked of the documents, where it is more than their next token.
+
+    Attributes:
+      uri: where the text is: `builtin:python`, a file, folder or pattern, jsonl, parquet, `hf://datasets/...`, or a
+        folder that `prepare` made.
+      tokenizer: `byte`, `char`, `train:N` (N ids, trained on the text), `gpt2`, `cl100k_base`, `o200k_base`, or a
+        folder that holds one.
+      separator: text that ends a document, where one file holds many; None: a file, or a record, is a document.
+      end_of_text: a token ends each document.
+      heldout: share of the documents that is evaluated on and never trained on.
+      heldout_by: which these are: chosen by their content (`hash`), or the last (`tail`).
+      packing: `documents` puts whole documents into rows, `windows` cuts the stream of tokens evenly.
+      seq_len: tokens in a row.
+      batch_size: rows in a step, over all processes.
+      epochs: how often a run may see each row; None for as often as its steps need.
+      seed: of the order of rows.
+      task: what is asked of the documents, where it is more than their next token.
     """
 
     uri: str = sources.BUILTIN
