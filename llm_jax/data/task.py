@@ -24,8 +24,10 @@ Kind = Literal["translate", "classify"]
 class TaskConfig:
     """What a run learns to answer.
 
-    separator: the token between question and answer; the first one in a document counts.
-    answers: of classify, the text of every class.
+    Attributes:
+      kind: `translate` writes the answer, `classify` chooses it.
+      separator: the token between question and answer; the first one in a document counts.
+      answers: of classify, the text of every class.
     """
 
     kind: Kind
