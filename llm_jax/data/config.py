@@ -40,8 +40,8 @@ class DataConfig:
     Every field up to `heldout_by`, and `special`, is an argument of `prepare`; the rest concerns the loader.
 
     Attributes:
-      uri: where the text is: `builtin:python`, a file, folder or pattern, `hf://datasets/...`, or a folder that `prepare`
-        made; of a mixture every address with its weight, as in `a.jsonl:0.7,b/:0.3`.
+      uri: where the text is: `builtin:python`, a file, folder or pattern, `hf://datasets/...`, or a folder that
+        `prepare` made; of a mixture every address with its weight, as in `a.jsonl:0.7,b/:0.3`.
       tokenizer: `byte`, `char`, `train:N` (N ids, trained on the text), `gpt2`, `cl100k_base`, `o200k_base`, or a
         folder that holds one.
       separator: text that ends a document, where one file holds many; None: a file, or a row, is a document.

@@ -232,7 +232,8 @@ class ModelConfig:
         if self.n_heads % self.K:
             divisor = next(k for k in range(self.K, 0, -1) if self.n_heads % k == 0)
             raise ValueError(
-                f"model.n_kv_heads={self.K} does not divide model.n_heads={self.n_heads}; use a divisor, such as {divisor}"
+                f"model.n_kv_heads={self.K} does not divide model.n_heads={self.n_heads}; use a divisor, such as "
+                f"{divisor}"
             )
         if self.positions == "rotary" and (self.rotary.turned(self.H) % 2 or not self.rotary.turned(self.H)):
             part = "" if self.rotary.fraction == 1 else f" x rotary.fraction={self.rotary.fraction}"
