@@ -266,6 +266,41 @@ def test_another_content_or_setting_is_cached_apart(corpus: str, tmp_path: Path)
     assert len(set(folders)) == 5
 
 
+def rows(path: Path) -> str:
+    path.write_text("".join(json.dumps({"text": story, "title": story[:9]}) + "\n" for story in [*STORIES, ""]))
+    return str(path)
+
+
+def test_another_column_is_other_shards(tmp_path: Path):
+    source, cache = rows(tmp_path / "a.jsonl"), tmp_path / "cache"
+    by_text, by_title = (cached(config(source, column=column), cache) for column in (None, "title"))
+    assert by_text != by_title
+    assert open_shards(by_title).manifest.column == "title"
+    assert {len(story) for story in stories(by_title, "train")} == {len(STORIES[0][:9] + END_OF_TEXT)}
+    with pytest.raises(ValueError, match=r"prepared with column='title', and the config has column=None; make them"):
+        cached(config(str(by_title)), cache)
+
+
+def test_shards_from_before_columns_are_read(corpus: str, tmp_path: Path):
+    prepare(corpus, tmp_path / "out", tokenizer="byte", heldout=0.2)
+    path = tmp_path / "out" / "meta.json"
+    path.write_text(
+        json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "column"})
+    )
+    assert cached(config(str(tmp_path / "out")), tmp_path / "cache") == tmp_path / "out"
+
+
+def test_what_a_source_tells_is_said_once_however_often_it_is_read(tmp_path: Path):
+    lines: list[str] = []
+    source = rows(tmp_path / "a.jsonl")
+    prepare(source, tmp_path / "out", tokenizer="train:300", heldout=0.2, heldout_by="tail", report=lines.append)
+    told = [line for line in lines if line.startswith(source)]
+    assert told == [
+        f"{source}: the text is the column 'text'",
+        f"{source}: 1 of 201 rows have no 'text' (first: line 201)",
+    ]
+
+
 def test_a_folder_of_shards_is_its_own_cache(corpus: str, tmp_path: Path):
     out = tmp_path / "out"
     prepare(corpus, out, tokenizer="byte", heldout=0.2)

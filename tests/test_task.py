@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_run import console, said
 
-from llm_jax import log, show, trained
+from llm_jax import log, runtime, show, trained
 from llm_jax.cli import main
 from llm_jax.config import override
 from llm_jax.data import loader
@@ -357,7 +357,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("place")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLM_JAX_CACHE", str(folder / "cache"))
-        patch.setattr(loop, "own_process", lambda: None)
+        patch.setattr(runtime, "start", lambda: None)
         patch.chdir(folder)
         for task in (TRANSLATE, CLASSIFY):
             say = console()

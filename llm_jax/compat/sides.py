@@ -22,10 +22,9 @@ from typing import Any, SupportsFloat
 import jax
 from jaxtyping import PyTree
 
+from llm_jax import runtime
 from llm_jax.data.loader import Batch, Loader
 from llm_jax.data.mixture import open_folders
-from llm_jax.hardware import reuse_freed_memory
-from llm_jax.train import loop
 from llm_jax.train.program import Program
 from llm_jax.train.run import RunConfig
 
@@ -93,9 +92,9 @@ def _serve(name: str, pipe: Connection) -> None:
     """The life of a side's process: a job, then steps on demand, until it is told to end or the other end is gone."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # in order, with what libraries have to give back
     if name == "jax":
-        loop.own_process()
+        runtime.start()
     else:
-        reuse_freed_memory()
+        runtime.reuse_freed_memory()
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # processes that compile might outlive this one
         importlib.import_module("llm_jax.compat.torch_step")
     imports = peak_memory()

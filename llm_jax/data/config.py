@@ -37,18 +37,31 @@ class Source:
 class DataConfig:
     """What is read, how it becomes tokens, what is held out, and how the rest is cut into rows.
 
-    Every field up to `heldout_by` is an argument of `prepare`; `packing` and the rest concern the loader.
-    uri: where the text is; several addresses with a weight each are a mixture.
-    packing: "documents" puts whole documents into rows, "windows" cuts the stream of tokens evenly.
-    seq_len: tokens in a row.
-    batch_size: rows in a step, over all processes.
-    epochs: how often a run may see each row; None for as often as its steps need.
-    task: what is asked of the documents, where it is more than their next token.
+    Every field up to `heldout_by`, and `special`, is an argument of `prepare`; the rest concerns the loader.
+
+    Attributes:
+      uri: where the text is: `builtin:python`, a file, folder or pattern, `hf://datasets/...`, or a folder that
+        `prepare` made; of a mixture every address with its weight, as in `a.jsonl:0.7,b/:0.3`.
+      tokenizer: `byte`, `char`, `train:N` (N ids, trained on the text), `gpt2`, `cl100k_base`, `o200k_base`, or a
+        folder that holds one.
+      separator: text that ends a document, where one file holds many; None: a file, or a row, is a document.
+      column: of rows of JSON, CSV or parquet, which column is text; None: `text`, else `content`.
+      end_of_text: a token ends each document.
+      heldout: share of the documents that is evaluated on and never trained on.
+      heldout_by: which these are: chosen by their content (`hash`), or the last (`tail`).
+      packing: `documents` puts whole documents into rows, `windows` cuts the stream of tokens evenly.
+      seq_len: tokens in a row.
+      batch_size: rows in a step, over all processes.
+      epochs: how often a run may see each row; None for as often as its steps need.
+      seed: of the order of rows.
+      task: what is asked of the documents, where it is more than their next token.
+      special: text that spells a special token of the tokenizer, such as <|endoftext|>, becomes that token.
     """
 
     uri: str = sources.BUILTIN
     tokenizer: str = "train:4096"
     separator: str | None = None
+    column: str | None = None
     end_of_text: bool = True
     heldout: float = 0.05
     heldout_by: Literal["hash", "tail"] = "hash"
@@ -58,6 +71,7 @@ class DataConfig:
     epochs: float | None = None
     seed: int = 0
     task: TaskConfig | None = None
+    special: bool = False
 
     def __post_init__(self) -> None:
         parse_uri(self.uri)

@@ -255,7 +255,7 @@ def task_of(store: TokenStore, config: DataConfig) -> Task | None:
     """What `config` asks of the documents of `store`, in its tokens. Raises `ValueError` for one that can't answer."""
     if config.task is None:
         return None
-    task = resolve(config.task, store.tokenizer)
+    task = resolve(config.task, store.tokenizer, special=config.special)
     for first in range(0, store.n_documents, CHECKED):  # so that no more than a part is in memory
         offsets = store.offsets[first : first + CHECKED + 1]
         wrong = task.misfit(store.read(int(offsets[0]), int(offsets[-1])), offsets - offsets[0], config.seq_len)

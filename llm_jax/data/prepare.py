@@ -17,15 +17,18 @@ import numpy as np
 
 from llm_jax.data import sources
 from llm_jax.data.config import DataConfig, check_heldout, parse_uri
+from llm_jax.data.generated import GENERATED
+from llm_jax.data.pool import encode_all, watched
 from llm_jax.data.shards import FORMAT, SPLITS, Manifest, Split, is_prepared, read_manifest, sha256_of
 from llm_jax.data.sources import Document
-from llm_jax.data.tokenizer import Tokenizer, build, encode_all, load
+from llm_jax.data.tokenizer import Tokenizer, build, load
 from llm_jax.files import whole_folder, write_json
 
-SETTINGS = ("tokenizer", "separator", "end_of_text", "heldout", "heldout_by")
+SETTINGS = ("tokenizer", "separator", "column", "end_of_text", "heldout", "heldout_by", "special")
 SHARD_TOKENS = 1 << 25
 
 Report = Callable[[str], object]
+Cuts = dict[str, str | None]
 
 
 def _silent(line: str) -> None:
@@ -38,18 +41,21 @@ def prepare(
     *,
     tokenizer: str = "train:4096",
     separator: str | None = None,
+    column: str | None = None,
     end_of_text: bool = True,
     heldout: float = 0.05,
     heldout_by: Literal["hash", "tail"] = "hash",
+    special: bool = False,
     report: Report = _silent,
 ) -> Manifest:
     """Tokenize the documents of `uri` into the folder `out`, which appears whole or not at all.
 
     tokenizer: as `tokenizer.build` takes it; what it learns from text, it learns from all documents.
-    separator: as `sources.documents` takes it.
+    separator, column: as `sources.documents` takes them.
     end_of_text: whether the token of that name follows every document.
     heldout: the fraction held out for evaluation, of whole documents. "hash" chooses them by content, so that
     a document stays on its side as the corpus grows, on one side with its copies; "tail" takes the last.
+    special: whether text that spells a special token becomes it; where not, `report` names a document that does.
 
     Raises `ValueError` if `out` exists, a side of the split stays empty, the disk is full, or the text changes while it
     is read. A mixture is refused: each source is prepared into a folder of its own.
@@ -60,7 +66,8 @@ def prepare(
             f"{uri} is a mixture, and prepare takes one source; prepare the first into A, each other with --tokenizer "
             "A/tokenizer into B, and train with data.uri=A:0.7,B:0.3 data.tokenizer=A/tokenizer"
         )
-    read = functools.partial(sources.documents, uri, separator)
+    report = functools.cache(report)  # the source is read several times, and what it tells is said once
+    read = functools.partial(sources.documents, uri, separator, column, report)
     content = sources.fingerprint(uri)
     with _new_folder(Path(out)) as folder:
         report(f"building the tokenizer {tokenizer} for {uri}")
@@ -69,7 +76,8 @@ def prepare(
         side = _by_hash(heldout) if heldout_by == "hash" else _by_tail(heldout, read())
         writers = {name: _SplitWriter(folder, name, encoder, end_of_text, report) for name in SPLITS}
         documents, again = itertools.tee(read())
-        encoded = encode_all(folder / "tokenizer", (document.text for document in again))
+        again = again if special else watched(again, encoder, report)
+        encoded = encode_all(folder / "tokenizer", (document.text for document in again), special=special)
         for document, tokens in zip(documents, encoded, strict=True):
             data = document.text.encode()
             writers[side(data)].add(document, len(data), tokens)
@@ -77,6 +85,7 @@ def prepare(
             format=FORMAT,
             source=uri,
             separator=separator,
+            column=column,
             tokenizer=tokenizer,
             tokenizer_fingerprint=encoder.fingerprint,
             vocab_size=encoder.vocab_size,
@@ -85,6 +94,7 @@ def prepare(
             heldout_by=heldout_by,
             splits={name: writer.close() for name, writer in writers.items()},
             content=content,
+            special=special,
         )
         _check_sides(manifest)
         if sources.fingerprint(uri) != content:
@@ -112,6 +122,9 @@ def cached(config: DataConfig, cache_dir: str | Path, report: Report = _silent) 
             )
         return given
     key = settings | {"format": FORMAT, "content": _content(config.uri)}
+    for name in ("column", "special"):  # so that shards from before there was a choice are found
+        if not key[name]:
+            del key[name]
     if Path(config.tokenizer).is_dir():
         key["tokenizer"] = load(config.tokenizer).fingerprint
     folder = Path(cache_dir) / _digest(key)
@@ -134,7 +147,7 @@ def cached_sources(config: DataConfig, cache_dir: str | Path, report: Report = _
     uris = [source.uri for source in config.sources]
     if len(uris) == 1:
         return [cached(config, cache_dir, report)]
-    separators = {uri: _separator(config, uri) for uri in uris}
+    cuts = {uri: cuts_of(config, uri) for uri in uris}
     given, spec = [uri for uri in uris if is_prepared(uri)], config.tokenizer
     if re.fullmatch(r"char|train:\d+", spec) and len(given) < len(uris):
         if given:
@@ -142,22 +155,21 @@ def cached_sources(config: DataConfig, cache_dir: str | Path, report: Report = _
                 f"{given[0]} has a tokenizer already, which {spec} would not be; set "
                 f"data.tokenizer={given[0]}/tokenizer for the whole mixture"
             )
-        spec = str(_shared_tokenizer(spec, separators, Path(cache_dir), report))
+        spec = str(_shared_tokenizer(spec, cuts, Path(cache_dir), report))
     return [
-        cached(dataclasses.replace(config, uri=uri, tokenizer=spec, separator=separators[uri]), cache_dir, report)
-        for uri in uris
+        cached(dataclasses.replace(config, uri=uri, tokenizer=spec, **cuts[uri]), cache_dir, report) for uri in uris
     ]
 
 
-def _shared_tokenizer(spec: str, separators: Mapping[str, str | None], cache_dir: Path, report: Report) -> Path:
-    """The folder of the tokenizer that `spec` makes of all sources, the keys of `separators`, trained if not there."""
-    contents = {uri: _content(uri) for uri in separators}
-    key = {"tokenizer": spec, "format": FORMAT, "sources": [(contents[uri], separators[uri]) for uri in separators]}
+def _shared_tokenizer(spec: str, cuts: Mapping[str, Cuts], cache_dir: Path, report: Report) -> Path:
+    """The folder of the tokenizer that `spec` makes of all sources, the keys of `cuts`, trained if not there."""
+    contents = {uri: _content(uri) for uri in cuts}
+    key = {"tokenizer": spec, "format": FORMAT, "sources": [(contents[uri], cuts[uri]) for uri in cuts]}
     folder = cache_dir / f"tokenizer-{_digest(key)}"
     if folder.exists():
         return folder
-    report(f"building the tokenizer {spec} for {', '.join(separators)}")
-    texts = (document.text for uri, cut in separators.items() for document in sources.documents(uri, cut))
+    report(f"building the tokenizer {spec} for {', '.join(cuts)}")
+    texts = (document.text for uri, cut in cuts.items() for document in sources.documents(uri, **cut))
     tokenizer = build(spec, lambda: texts)
     for uri, content in contents.items():
         if sources.fingerprint(uri) != content:
@@ -167,11 +179,18 @@ def _shared_tokenizer(spec: str, separators: Mapping[str, str | None], cache_dir
     return folder
 
 
-def _separator(config: DataConfig, uri: str) -> str | None:
-    """What cuts the source `uri` of a mixture: records come cut, and shards were."""
+def cuts_of(config: DataConfig, uri: str) -> Cuts:
+    """What makes documents of `uri`, one of several sources: text has a separator, rows have a column, shards had one.
+
+    Of the two settings of `config` the other one is left out.
+    """
     if is_prepared(uri):
-        return read_manifest(Path(uri)).separator
-    return None if config.separator is None or sources.holds_records(uri) else config.separator
+        manifest = read_manifest(Path(uri))
+        return {"separator": manifest.separator, "column": manifest.column}
+    if uri in GENERATED:
+        return {"separator": None, "column": None}
+    rows = sources.holds_records(uri)
+    return {"separator": None if rows else config.separator, "column": config.column if rows else None}
 
 
 def _content(uri: str) -> str:

@@ -57,6 +57,8 @@ class Manifest:
     heldout_by: str
     splits: dict[str, Split]
     content: str | None = None
+    column: str | None = None  # shards that are older were read by what is None today
+    special: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Part:
     share: Fraction
     documents: slice
     tokens: slice
+    special: bool = False
 
 
 class TokenStore:

@@ -38,6 +38,14 @@ class Sparse:
     blocks and the last block of every earlier group (Child et al. 2019, arXiv:1904.10509); `bigbird` sees the last
     `local` blocks, the first `first`, and `random` others, drawn once for each block and alike in every layer and head
     (Zaheer et al. 2020, arXiv:2007.14062).
+
+    Attributes:
+      pattern: how blocks are chosen.
+      block: positions of a block.
+      local: last blocks that `strided` and `bigbird` see.
+      stride: blocks of a group of `fixed`; every so many of earlier blocks that `strided` sees.
+      first: first blocks of a row that `bigbird` sees.
+      random: other blocks that `bigbird` sees.
     """
 
     pattern: Literal["strided", "fixed", "bigbird"] = "strided"

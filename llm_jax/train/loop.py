@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,13 +12,12 @@ import numpy as np
 from jaxtyping import PyTree
 from rich.console import Console
 
-from llm_jax import log, processes
+from llm_jax import log, processes, runtime
 from llm_jax.config import override, to_dict
 from llm_jax.data.loader import Loader, heldout_rows, task_of
 from llm_jax.data.mixture import Mixture, open_folders
 from llm_jax.data.prepare import cached_sources
 from llm_jax.data.shards import Shards
-from llm_jax.hardware import reuse_freed_memory
 from llm_jax.infer.generate import generate, prompt_ids
 from llm_jax.ops.sampling import Sampling
 from llm_jax.train import run
@@ -32,6 +30,7 @@ from llm_jax.train.optimizer import make_schedule
 from llm_jax.train.program import Program
 from llm_jax.train.report import write_report
 from llm_jax.train.run import RunConfig
+from llm_jax.train.seal import LAYOUT, moves, seal, seal_of
 from llm_jax.train.step import TrainState, cast
 from llm_jax.train.stop import stop_signals
 
@@ -52,19 +51,6 @@ def _said(result: Evaluation) -> str:
 
 class Diverged(ValueError):
     """Loss or gradient was not finite for too many steps in a row."""
-
-
-def cache_folder() -> Path:
-    """Where prepared data and compiled programs are kept: $LLM_JAX_CACHE, or the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    return Path(os.environ.get("LLM_JAX_CACHE", f"{base}/llm_jax")).expanduser()
-
-
-def own_process() -> None:
-    """Sets up a process that is ours alone, before its first array: keeps freed memory, and every compiled program."""
-    reuse_freed_memory()
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def on(console: Console) -> Report:
@@ -88,7 +74,7 @@ def _prepared(config: RunConfig, report: Report) -> list[Path]:
     """The folders of `config`'s shards. Of several processes the first one prepares them, and the others find them."""
 
     def find() -> list[Path]:
-        return cached_sources(config.data, cache_folder() / "data", report)
+        return cached_sources(config.data, runtime.cache_folder() / "data", report)
 
     first = [Path(folder) for folder in processes.from_first(lambda: [str(folder) for folder in find()])]
     return first if all(folder.is_dir() for folder in first) else find()  # a cache of this machine's own
@@ -104,19 +90,6 @@ def open_run_data(folder: Path, config: RunConfig, report: Report) -> Shards | M
     shards = open_folders(config.data, there) if known else open_data(config, report)
     run.check_data(folder, shards)
     return shards
-
-
-# What may change when a run goes on: how it is laid out and computed, not what.
-LAYOUT = (
-    "mesh.",
-    "pipeline.",
-    "accumulate=",
-    "offload=",
-    "loss.chunk=",
-    "model.remat=",
-    "model.unroll=",
-    "model.attention.implementation=",
-)
 
 
 def train(config: RunConfig, folder: str | Path, *, console: Console | None = None, command: str = "") -> Progress:
@@ -210,10 +183,11 @@ class Session:
         loader.check_horizon(config.steps)
         try:
             asked = [config.data.ask(prompt) for prompt in config.prompts]
-            prompt_ids(config.model, shards.tokenizer, asked, config.data.end_of_text)
+            prompt_ids(config.model, shards.tokenizer, asked, config.data.end_of_text, config.data.special)
         except ValueError as error:
             raise ValueError(f"prompts={config.prompts}: {error}; or set prompts= for no samples") from error
-        return cls(config, folder, console, shards, program, loader, Checkpoints(folder, config.keep))
+        checkpoints = Checkpoints(folder, config.keep, seal=seal_of(config, shards))
+        return cls(config, folder, console, shards, program, loader, checkpoints)
 
     def say(self, line: str) -> None:
         on(self.console)(line)
@@ -248,14 +222,14 @@ class Session:
             f"resumed {self.folder} at step {step} of {c.steps}: weights, optimizer, schedule and data position "
             f"({self.loader.position(step)}) restored"
         )
-        if c.steps != old.steps:
-            before, now = (np.asarray(make_schedule(o.optimizer, o.steps)(step)) for o in (old, c))
+        there = self.checkpoints.sealed(step) or seal(old, "", None) | {"machine": run.first_machine(self.folder)}
+        if c.steps != (steps := there["config"]["steps"]):
+            before, now = (np.asarray(make_schedule(c.optimizer, total)(step)) for total in (steps, c.steps))
             self.say(
-                f"steps {old.steps} -> {c.steps}: the {c.optimizer.schedule} schedule stretches, "
+                f"steps {steps} -> {c.steps}: the {c.optimizer.schedule} schedule stretches, "
                 f"and here the learning rate is {now:.3g} instead of {before:.3g}"
             )
-        before, now = (to_dict(dataclasses.replace(o, steps=c.steps)) for o in (old, c))
-        for change in run.differences(before, now) + run.changed_environment(self.folder):
+        for change in moves(there, seal(c, "", None)):
             self.say(f"not the same bits as without the stop: {change}")
         return restored
 
@@ -265,6 +239,8 @@ class Session:
         count = sum(parameter_counts(c.model).values())
         among = f" of {processes.count()} processes" if processes.count() > 1 else ""
         self.say(f"{count:,} parameters on {jax.device_count()} device(s){among}; run folder {self.folder}")
+        if unguarded := runtime.warning(jax.local_devices()[0]):
+            self.say(unguarded)
         if self.program.pipeline is not None:
             self.say(self.program.pipeline.timetable.summary)
         for line in self.loader.said(c.steps):
@@ -336,17 +312,14 @@ class Session:
         if not processes.is_first():
             return []
         prompts = [c.data.ask(prompt) for prompt in c.prompts]
-        texts = generate(
-            c.model,
-            params,
-            self.shards.tokenizer,
-            prompts,
-            # There are many ways to go on with a text, and one right answer.
-            sampling=Sampling(temperature=0.8, top_p=0.95) if c.data.task is None else Sampling(temperature=0),
-            max_tokens=tokens,
-            begin=c.data.end_of_text,
-            task=c.data.task,
-        )
+        options = {"begin": c.data.end_of_text, "special": c.data.special, "task": c.data.task, "max_tokens": tokens}
+        # There are many ways to go on with a text, and one right answer.
+        sampling = Sampling(temperature=0.8, top_p=0.95) if c.data.task is None else Sampling(temperature=0)
+        try:
+            texts = generate(c.model, params, self.shards.tokenizer, prompts, sampling=sampling, **options)
+        except ValueError as error:  # the weights overflow: the loop itself says more of that, and a run goes on
+            self.say(f"no samples: {error}")
+            return []
         return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
 
     def _report(self) -> None:

@@ -22,7 +22,7 @@ import flax
 import jax
 
 from llm_jax import processes
-from llm_jax.config import checked, from_dict, nearest, plain, to_dict
+from llm_jax.config import check_ranges, checked, from_dict, nearest, plain, to_dict
 from llm_jax.data import tokenizer
 from llm_jax.data.config import DataConfig, format_uri
 from llm_jax.data.mixture import Mixture
@@ -44,16 +44,24 @@ class RunConfig:
     """Everything that decides a run. Two runs of one config on one machine are the same, bit for bit.
 
     Attributes:
+      model: the transformer.
+      data: what it reads.
+      optimizer: the update rule and its schedule.
+      loss: what is minimized, and how it is computed.
+      mesh: how devices share the work.
+      pipeline: how the stages of `mesh.pipeline` share a step.
       offload: what of stacked layers waits in the host's memory, and is brought a layer at a time: the moments of the
         optimizer, or the whole state, weights too.
       steps: optimizer steps, each over `data.batch_size` rows.
       accumulate: microbatches a step; each device holds the activations of one.
       evaluate_every, evaluate_batches: when to score held-out text, and how many batches of it.
-      checkpoint_every: steps between checkpoints. The last `keep` stay, and the best by held-out loss.
+      checkpoint_every: steps between checkpoints.
+      keep: how many of the last checkpoints stay, beside the best by held-out loss.
       sample_every, prompts: when to let the model write, and from what; an empty prompt starts a document.
       patience: steps in a row with a loss or gradient that is not finite, before the run stops.
       seed: of initial weights and dropout; `data.seed` is that of the order of rows.
       init_from: a run folder whose weights, and nothing else, this run starts from.
+      tensorboard: write the metrics for TensorBoard too, into the run folder.
     """
 
     model: ModelConfig
@@ -89,6 +97,7 @@ class RunConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check_ranges(self, "")
         for name, value in (("seed", self.seed), ("data.seed", self.data.seed)):
             if not 0 <= value < 2**32:
                 raise ValueError(f"{name}={value} must lie between 0 and {2**32 - 1}")
@@ -257,6 +266,15 @@ def shards_folders(folder: Path, config: RunConfig) -> list[Path]:
     return [Path(source["folder"]) for source in sources.values()]
 
 
+def begins(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> bool:
+    """Whether a text of the run in `folder` begins with `tokenizer.begin_of_text`.
+
+    Where the run was trained, as its documents did. Where it was imported, as the tokenizer itself begins a text: the
+    model was made with that, and so does transformers.
+    """
+    return config.data.end_of_text if (folder / "data.json").exists() else tokenizer.begins
+
+
 def check_data(folder: Path, data: Shards | Mixture) -> None:
     """Raises `ValueError` unless `data` is what the run in `folder` began with, wherever it lies."""
     changed = differences(_without_folders(_read_data(folder)), _without_folders(data_identity(data)))
@@ -306,17 +324,22 @@ def environment(command: str) -> dict[str, object]:
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "jax": jax.__version__,
         "flax": flax.__version__,
-        "devices": [f"{device.platform}:{device.id} {device.device_kind}" for device in jax.devices()],
+        **machine(),
     }
 
 
-def changed_environment(folder: Path) -> list[str]:
-    """What of the run's first environment decides its bits, and is another here."""
-    there = read_json(folder / "environment.json", {"jax": str, "devices": list}, advice=ADVICE)
-    here = environment("")
-    return [change for name in ("jax", "devices") for change in differences({name: there[name]}, {name: here[name]})]
+def machine() -> dict[str, Any]:
+    """What of the environment decides the last bits of a run."""
+    devices = [f"{device.platform}:{device.id} {device.device_kind}" for device in jax.devices()]
+    return {"jax": jax.__version__, "devices": devices}
+
+
+def first_machine(folder: Path) -> dict[str, Any]:
+    """That on which the run in `folder` began. Raises `ValueError` where its environment.json does not say so."""
+    path, fields = folder / "environment.json", {"jax": str, "devices": list}
+    found = read_json(path, fields, advice=ADVICE)
+    return {name: found[name] for name in fields}
 
 
 def _commit() -> str | None:
