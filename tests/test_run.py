@@ -202,7 +202,7 @@ def test_a_damaged_environment_is_an_error_in_a_line(shards: Shards, tmp_path: P
     for content in ("[]", "{}", '{"jax": 3, "devices": []}'):
         (tmp_path / "environment.json").write_text(content)
         with pytest.raises(ValueError, match=r"environment.json.*; restore it, or start a new run$"):
-            run.changed_environment(tmp_path)
+            run.first_machine(tmp_path)
 
 
 def test_another_tokenizer_is_an_error_with_both(shards: Shards, tmp_path: Path):
@@ -229,10 +229,9 @@ def test_an_environment_without_git_has_no_commit(monkeypatch: pytest.MonkeyPatc
     assert run.environment("")["commit"] is None
 
 
-def test_another_version_of_jax_is_a_change_and_another_command_is_none(shards: Shards, tmp_path: Path):
+def test_the_machine_of_a_run_is_that_on_which_it_began(shards: Shards, tmp_path: Path):
     run.create(tmp_path, CONFIG, shards, "llm-jax train tiny")
-    assert run.changed_environment(tmp_path) == []
+    assert run.first_machine(tmp_path) == run.machine()
     path = tmp_path / "environment.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"jax": "0.0.1"}))
-    (change,) = run.changed_environment(tmp_path)
-    assert change.startswith("jax is 0.0.1 there, ")
+    assert run.first_machine(tmp_path)["jax"] == "0.0.1"

@@ -189,13 +189,21 @@ def cuts_of(config: DataConfig, uri: str) -> Cuts:
         return {"separator": manifest.separator, "column": manifest.column}
     if uri in GENERATED:
         return {"separator": None, "column": None}
-    rows = sources.holds_records(uri)
+    with _hint(uri):
+        rows = sources.holds_records(uri)
     return {"separator": None if rows else config.separator, "column": config.column if rows else None}
 
 
 def _content(uri: str) -> str:
-    try:
+    with _hint(uri):
         return sources.fingerprint(uri)
+
+
+@contextlib.contextmanager
+def _hint(uri: str) -> Iterator[None]:
+    """Say in an error about an address with a comma how several would be written."""
+    try:
+        yield
     except ValueError as error:
         if "," not in uri:
             raise

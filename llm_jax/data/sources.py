@@ -11,6 +11,7 @@ A file may be compressed (.gz .bz2 .xz .zst; `compressed.py`).
 
 import hashlib
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from llm_jax.data.generated import GENERATED
 from llm_jax.data.records import Tally, text_column, texts
 from llm_jax.data.tokenizer import END_OF_TEXT
 
-__all__ = ["BUILTIN", "Document", "documents", "fingerprint", "holds_records"]
+__all__ = ["BUILTIN", "Document", "documents", "fingerprint", "holds_records", "last_written"]
 
 # What tells that a file at an address is another: not all stores put it into their key.
 CHANGES = ("size", "ETag", "Content-MD5", "Digest", "Last-Modified")
@@ -100,7 +101,7 @@ def last_written(uri: str) -> float:
     if uri in GENERATED or "://" in uri:
         return 0.0
     try:
-        return max(os.path.getmtime(file.path) for file in _files(uri))
+        return max(os.path.getmtime(file.path) for file in files_at(uri))
     except (ValueError, OSError):
         return 0.0
 
