@@ -163,7 +163,8 @@ def evaluate(args: Namespace) -> None:
     """Measure how well RUN predicts text that it has not seen.
 
     Loss in nats a token, perplexity, bits per byte, and of a task the share of right answers, each with the 95 %
-    interval of a bootstrap over documents. The text is what the run held out, or all that --data names.
+    interval of a bootstrap over documents. The text is what the run held out, or all that --data names. Of a mixture
+    each source counts by its weight, and is shown by itself.
 
       llm-jax evaluate runs/quickstart
       llm-jax evaluate runs/quickstart --data essays/ --json
@@ -186,6 +187,9 @@ def evaluate(args: Namespace) -> None:
         if found[name] is not None:
             value, low, high = (f"{x:.{digits}f}" for x in (found[name], *found[f"{name}_interval"]))
             print(f"{name.replace('_', ' '):14} {value:>9}   {low} to {high}")
+    for name, source in result.sources.items():
+        bits = "" if source.bits_per_byte is None else f", {source.bits_per_byte:.4f} bits per byte"
+        print(f"  {name}: loss {source.loss:.4f}{bits}")
     counts = {"tokens": result.tokens, "bytes": result.bytes, "documents": result.documents}
     print("on " + ", ".join(f"{count:,} {name}" for name, count in counts.items() if count))
 

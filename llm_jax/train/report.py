@@ -26,6 +26,13 @@ NUMBERS = (
     "tokens_per_second",
 )
 NUMBERS += ("peak_fraction", "step_seconds", "skipped")
+# Of a source of a mixture: what a row has as `share/NAME`, the head of its column, how it is written.
+OF_SOURCES = {
+    "share": ("share of tokens", "{:.1%}"),
+    "heldout_loss": ("held-out loss", "{:.4f}"),
+    "bits_per_byte": ("bits per byte", "{:.4f}"),
+    "heldout_accuracy": ("answers right", "{:.2%}"),
+}
 SHOWN_SAMPLES = 12  # steps whose samples the page shows
 
 PAGE = """<!doctype html>
@@ -41,6 +48,7 @@ PAGE = """<!doctype html>
 <main>
 {headline}
 {charts}
+{sources}
 {samples}
 {config}
 {environment}
@@ -111,6 +119,7 @@ def write_report(folder: str | Path) -> Path:
         "summary": _summary(rows, config, environment),
         "headline": _headline(numbers),
         "charts": _charts(numbers) if rows else "",
+        "sources": _section("Sources", _sources(rows)),
         "samples": _section("Samples", _samples([row for row in rows if row.get("samples")])),
         "config": _section("Configuration", _tree("run", config)),
         "environment": _section("Environment", _tree("machine", environment, unfolded=True)),
@@ -212,6 +221,21 @@ def _small(column: tuple[np.ndarray, np.ndarray], title: str, unit: str, **axis:
     curves = [Series(title, *column, mark="faint"), Series(title, *smooth(*column))]
     chart = line_chart(curves, title=title, x_label="step", y_label=unit, width=320, height=230, **axis)
     return f"<figure>{chart}</figure>"
+
+
+def _sources(rows: Rows) -> str:
+    """Of a mixture, the newest of each number of `OF_SOURCES`, a line a source."""
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        for key, number in row.items():
+            what, slash, source = key.partition("/")
+            if slash and what in OF_SOURCES and isinstance(number, int | float):
+                found.setdefault(source, {})[what] = OF_SOURCES[what][1].format(number)
+    heads = [what for what in OF_SOURCES if any(what in numbers for numbers in found.values())]
+    lines = [["", *(OF_SOURCES[what][0] for what in heads)]]
+    lines += [[source, *(numbers.get(what, "") for what in heads)] for source, numbers in found.items()]
+    cells = ("".join(f"<td>{_text(cell)}</td>" for cell in line) for line in lines)
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in cells)}</table>" if found else ""
 
 
 def _samples(rows: Rows) -> str:
