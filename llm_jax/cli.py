@@ -13,11 +13,11 @@ import shlex
 import sys
 import traceback
 import warnings
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llm_jax import __version__, verbs
+from llm_jax import __version__, runtime, verbs
 from llm_jax.config import nearest, read_number
 from llm_jax.keys import suggestions
 
@@ -90,6 +90,12 @@ def arg(*names: str, **options: Any) -> Argument:
 RUN = arg("run", metavar="RUN", help="a run folder")
 ASSIGNMENTS = arg("assignments", metavar="key=value", nargs="*", help="fields to change, as model.n_layers=8")
 CHECKPOINT = arg("--checkpoint", default="best", metavar="WHICH", help="best (default), last, or a step")
+COLUMN = arg("--column", metavar="NAME", help="of rows, which column is text; default: text, else content")
+BEGIN_OF_TEXT = arg(
+    "--begin",
+    action=BooleanOptionalAction,
+    help="begin-of-text before each text; default: as in training, or as an imported tokenizer does",
+)
 JSON = arg("--json", action="store_true", help="print one JSON object instead")
 PEERS: tuple[Argument, ...] = (
     arg("--coordinator", metavar="HOST:PORT", help="where process 0 of several can be reached"),
@@ -120,10 +126,12 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
         arg("uri", metavar="URI", help="where the text is"),
         arg("--out", required=True, metavar="DIR", help="a folder that does not exist yet"),
         arg("--tokenizer", default="train:4096", metavar="NAME", help="default: train:4096"),
-        arg("--separator", metavar="TEXT", help=r"cut documents behind this text, such as $'\n\n'"),
+        arg("--separator", metavar="TEXT", help=r"cut documents after this text, such as $'\n\n'"),
+        COLUMN,
         arg("--no-end-of-text", dest="end_of_text", action="store_false", help="put no such token behind documents"),
         arg("--heldout", type=float, default=0.05, metavar="SHARE", help="of the documents; default: 0.05"),
         arg("--heldout-by", choices=("hash", "tail"), default="hash", help="chosen by content, or the last"),
+        arg("--special", action="store_true", help="read <|endoftext|> and the like as special tokens"),
         JSON,
     ),
     "generate": (
@@ -138,12 +146,16 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
         arg("--stop", action="append", default=[], metavar="TEXT", help="end before it; again for more"),
         arg("--seed", type=int, default=0, metavar="N", help="another number, another text"),
         arg("--samples", type=int, default=1, metavar="N", help="texts from each prompt"),
+        BEGIN_OF_TEXT,
+        arg("--special", action=BooleanOptionalAction, help="read special tokens in prompts; default: as in training"),
         CHECKPOINT,
         JSON,
     ),
     "evaluate": (
         RUN,
         arg("--data", metavar="URI", help="score all of this text"),
+        COLUMN,
+        BEGIN_OF_TEXT,
         CHECKPOINT,
         JSON,
     ),
@@ -204,9 +216,10 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
     "tokenize": (
         arg("text", metavar="TEXT", nargs="?", help="default: standard input"),
         arg("--tokenizer", default="byte", metavar="NAME", help="default: byte; gpt2, ..., a run, a folder"),
-        arg("--special", action="store_true", help="read <|endoftext|> as the special token"),
+        arg("--special", action="store_true", help="read <|endoftext|> and the like as special tokens"),
         arg("--decode", type=int, nargs="+", metavar="ID", help="ids to text"),
         arg("--train", metavar="URI", help="train a tokenizer on this text"),
+        COLUMN,
         arg("--vocab", type=int, default=4096, metavar="N", help="its size; default: 4096"),
         arg("--out", metavar="DIR", help="the folder where it is saved"),
         JSON,
@@ -278,7 +291,7 @@ def _message(error: Exception) -> str | None:
         return f"no space left on the disk for {error.filename or 'the output'}; make room there, or use another disk"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'the output'}: {error.strerror}; fix that, or name another path"
-    return None if isinstance(error, RuntimeError) else str(error)
+    return runtime.unavailable(error) if isinstance(error, RuntimeError) else str(error)
 
 
 def _failed(message: str, debug: bool, status: int = 2) -> int:

@@ -19,7 +19,8 @@ FLOORS = [
     (r"infer", 3),
     (r"model", 2),
     (r"ops|data", 1),
-    (r"config|keys|tree|files|sharding|processes|meeting|peers|log|hardware|recipes|hlo|buffers|topologies|__\w+__", 0),
+    (r"config|keys|tree|files|log|recipes|sharding|processes|meeting|peers|__\w+__", 0),
+    (r"runtime|hardware|hlo|buffers|topologies", 0),
 ]
 VAGUE = {"utils", "util", "common", "base", "helpers", "helper", "manager", "misc"}
 

@@ -18,7 +18,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from llm_jax import tree
 from llm_jax.sharding import MeshConfig, make_mesh
-from llm_jax.train.checkpoint import Checkpoints, Progress, checksums
+from llm_jax.train.checkpoint import Checkpoints, Progress
+from llm_jax.train.checksum import checksums
 from llm_jax.train.step import TrainState
 
 

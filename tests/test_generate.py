@@ -118,7 +118,7 @@ def test_samples_of_one_prompt_differ_and_come_again_with_the_same_seed():
 
 def test_each_row_may_fill_the_context_whatever_the_others_have_used():
     endless = ByteTokenizer()
-    endless.end_of_text = -1  # no token ends a row
+    endless.end_ids = ()  # no token ends a row
     options = {"sampling": GREEDY, "max_tokens": 99, "begin": False}
     pieces = list(stream(CONFIG, weights(), endless, ["ab", "x" * 40], **options))
     texts = ["".join(piece.text for piece in pieces if piece.row == row) for row in (0, 1)]
@@ -127,15 +127,15 @@ def test_each_row_may_fill_the_context_whatever_the_others_have_used():
     assert [piece.finish for piece in pieces if piece.finish] == ["length", "length"]
 
 
-def test_the_end_of_text_token_ends_a_row_and_leaves_the_others_writing():
+def test_each_token_that_ends_a_text_ends_a_row_and_leaves_the_others_writing():
     ids = [TEXT.encode(prompt) for prompt in PROMPTS[:3]]
     keys = jax.random.split(jax.random.key(0), 3)
     options = {"vocab_size": TEXT.vocab_size, "sampling": GREEDY, "max_tokens": 8}
     written = np.stack([*continuations(CONFIG, unstack(CONFIG, weights()), ids, keys, **options)], axis=1)
     ender = ByteTokenizer()
-    ender.end_of_text = int(written[0, 2])  # what the first row writes third
+    ender.end_ids = (TEXT.end_of_text, int(written[0, 2]))  # what the first row writes third
     texts = generate(CONFIG, weights(), ender, PROMPTS[:3], sampling=GREEDY, max_tokens=8, begin=False)
-    until_then = [list(itertools.takewhile(lambda token: token != ender.end_of_text, row)) for row in written]
+    until_then = [list(itertools.takewhile(lambda token: token not in ender.end_ids, row)) for row in written]
     assert texts == [TEXT.decode(np.array(tokens)) for tokens in until_then]
     assert len(until_then[0]) <= 2 < max(map(len, until_then))
 

@@ -32,10 +32,12 @@ from llm_jax.compat.huggingface import end_id, export_run, fetch, import_run, op
 from llm_jax.compat.layout import Layout
 from llm_jax.compat.tokenizers import files_of, merges_of
 from llm_jax.config import override
-from llm_jax.data import shards, tokenizer
+from llm_jax.data import tokenizer
+from llm_jax.data.config import DataConfig
 from llm_jax.data.imported import ImportedTokenizer
 from llm_jax.data.loader import heldout_rows
-from llm_jax.data.shards import DataConfig
+from llm_jax.data.prepare import prepare
+from llm_jax.data.shards import open_shards
 from llm_jax.data.task import TaskConfig
 from llm_jax.data.tokenizer import END_OF_TEXT, Tokenizer
 from llm_jax.infer.generate import prompt_ids
@@ -501,8 +503,8 @@ def test_documents_begin_in_training_as_prompts_do_in_writing(tmp_path: Path):
     coder = opened(folder_of(byte_level(), tmp_path / "theirs"))
     coder.save(tmp_path / "tokenizer")
     corpus = write_corpus(tmp_path / "corpus", documents=5)
-    shards.prepare(str(corpus), tmp_path / "data", tokenizer=str(tmp_path / "tokenizer"), heldout=0.0)
-    store = shards.open_shards(tmp_path / "data").split("train")
+    prepare(str(corpus), tmp_path / "data", tokenizer=str(tmp_path / "tokenizer"), heldout=0.0)
+    store = open_shards(tmp_path / "data").split("train")
     texts = [coder.decode(store.read(start, stop - 1)) for start, stop in itertools.pairwise(store.offsets.tolist())]
     ids = [row.tolist() for row in prompt_ids(shapes_vocab(400, max_seq_len=64), coder, texts, begin=True)]
     for packing in ("documents", "windows"):

@@ -247,10 +247,10 @@ def test_resume_on_changed_data_is_an_error_with_what_changed(finished: Path, co
         resume(finished, console=say)
 
 
-def test_resume_with_the_config_of_another_model_is_an_error_with_both_shapes(finished: Path, config, say):
+def test_resume_with_the_config_of_another_model_is_an_error_with_both_sizes(finished: Path, config, say):
     model = dataclasses.replace(config.model, vocab_size=272)
     edit_config(finished, dataclasses.replace(config, model=model, steps=9))
-    message = r"params/embedding/table is float32 \[264, 32\] there, float32 \[272, 32\] here; use the config"
+    message = "made with: model.vocab_size is 264 there, 272 here; put back what was there"
     with pytest.raises(ValueError, match=message):
         resume(finished, console=say)
     assert steps(finished) == [8, 6]

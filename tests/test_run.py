@@ -10,7 +10,8 @@ from tiny_run import tiny, write_corpus
 
 from llm_jax.config import override
 from llm_jax.data.loader import DataConfig
-from llm_jax.data.shards import Shards, open_shards, prepare
+from llm_jax.data.prepare import prepare
+from llm_jax.data.shards import Shards, open_shards
 from llm_jax.recipes import recipe_docstring, recipes
 from llm_jax.train import run
 from llm_jax.train.run import RunConfig

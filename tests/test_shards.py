@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llm_jax.data import prepare as writing
 from llm_jax.data import shards, tokenizer
-from llm_jax.data.shards import DataConfig, cached, open_shards, prepare
+from llm_jax.data.config import DataConfig, check_heldout
+from llm_jax.data.prepare import cached, prepare
+from llm_jax.data.shards import open_shards
 from llm_jax.data.sources import documents
 from llm_jax.data.tokenizer import END_OF_TEXT
 
@@ -103,7 +106,7 @@ def test_tokens_take_two_bytes_where_every_id_fits(vocab_size: int, dtype: str, 
 
 
 def test_reading_crosses_shards_and_ends_with_the_stream(corpus: str, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 500)
+    monkeypatch.setattr(writing, "SHARD_TOKENS", 500)
     prepare(corpus, tmp_path / "out", tokenizer="byte", heldout=0.0)
     store = open_shards(tmp_path / "out").split("train")
     assert len(list((tmp_path / "out").glob("train_0*.npy"))) > 10
@@ -171,7 +174,7 @@ def test_a_tokenizer_that_did_not_make_the_tokens_is_refused(corpus: str, tmp_pa
     ("meta", "message"),
     [
         (None, "no shards in .* expected a meta.json"),
-        ("{", "is damaged"),
+        ("{", "is not JSON"),
         ('{"format": 0}', "format 0, expected 1"),
     ],
 )
@@ -236,7 +239,7 @@ def test_a_split_without_two_sides_is_refused(settings: dict, message: str, tmp_
 
 def test_a_misspelt_choice_names_the_nearest():
     with pytest.raises(ValueError, match="heldout_by='tial' is not known; did you mean 'tail'"):
-        shards._check_heldout(0.1, "tial")
+        check_heldout(0.1, "tial")
 
 
 def config(uri: str, **settings) -> DataConfig:
@@ -263,6 +266,41 @@ def test_another_content_or_setting_is_cached_apart(corpus: str, tmp_path: Path)
     assert len(set(folders)) == 5
 
 
+def rows(path: Path) -> str:
+    path.write_text("".join(json.dumps({"text": story, "title": story[:9]}) + "\n" for story in [*STORIES, ""]))
+    return str(path)
+
+
+def test_another_column_is_other_shards(tmp_path: Path):
+    source, cache = rows(tmp_path / "a.jsonl"), tmp_path / "cache"
+    by_text, by_title = (cached(config(source, column=column), cache) for column in (None, "title"))
+    assert by_text != by_title
+    assert open_shards(by_title).manifest.column == "title"
+    assert {len(story) for story in stories(by_title, "train")} == {len(STORIES[0][:9] + END_OF_TEXT)}
+    with pytest.raises(ValueError, match=r"prepared with column='title', and the config has column=None; make them"):
+        cached(config(str(by_title)), cache)
+
+
+def test_shards_from_before_columns_are_read(corpus: str, tmp_path: Path):
+    prepare(corpus, tmp_path / "out", tokenizer="byte", heldout=0.2)
+    path = tmp_path / "out" / "meta.json"
+    path.write_text(
+        json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "column"})
+    )
+    assert cached(config(str(tmp_path / "out")), tmp_path / "cache") == tmp_path / "out"
+
+
+def test_what_a_source_tells_is_said_once_however_often_it_is_read(tmp_path: Path):
+    lines: list[str] = []
+    source = rows(tmp_path / "a.jsonl")
+    prepare(source, tmp_path / "out", tokenizer="train:300", heldout=0.2, heldout_by="tail", report=lines.append)
+    told = [line for line in lines if line.startswith(source)]
+    assert told == [
+        f"{source}: the text is the column 'text'",
+        f"{source}: 1 of 201 rows have no 'text' (first: line 201)",
+    ]
+
+
 def test_a_folder_of_shards_is_its_own_cache(corpus: str, tmp_path: Path):
     out = tmp_path / "out"
     prepare(corpus, out, tokenizer="byte", heldout=0.2)
@@ -286,7 +324,7 @@ def test_whoever_prepares_a_cached_corpus_first_is_believed(corpus: str, tmp_pat
         prepare(uri, out, **settings)  # another process
         return prepare(uri, out, **settings)
 
-    monkeypatch.setattr(shards, "prepare", slower)
+    monkeypatch.setattr(writing, "prepare", slower)
     assert open_shards(cached(config(corpus), tmp_path / "cache")).manifest.source == corpus
 
 

@@ -16,10 +16,10 @@ from llm_jax.compat import weights
 from llm_jax.compat.families import FAMILIES
 from llm_jax.compat.family import Family, Shapes
 from llm_jax.compat.outside import optional, read_json
-from llm_jax.compat.tokenizers import files_of
+from llm_jax.compat.tokenizers import ends_of, files_of
 from llm_jax.config import nearest
+from llm_jax.data.config import DataConfig
 from llm_jax.data.imported import ImportedTokenizer, files_in
-from llm_jax.data.shards import DataConfig
 from llm_jax.data.tokenizer import Tokenizer, build
 from llm_jax.files import whole_folder, write_json
 from llm_jax.model.config import ModelConfig
@@ -27,6 +27,7 @@ from llm_jax.train import run
 from llm_jax.train.checkpoint import Checkpoints, Progress
 from llm_jax.train.count import parameter_counts
 from llm_jax.train.run import RunConfig
+from llm_jax.train.seal import seal
 from llm_jax.train.step import TrainState
 
 SOURCE = "huggingface.json"  # in an imported run: the config.json that it came with
@@ -60,7 +61,7 @@ def import_run(
         coder.save(scratch / "tokenizer")
         write_json(scratch / SOURCE, theirs)
         write_json(scratch / "environment.json", run.environment(command))
-        with Checkpoints(scratch) as checkpoints:
+        with Checkpoints(scratch, seal=seal(config, coder.fingerprint, None)) as checkpoints:
             checkpoints.save(TrainState(jnp.zeros((), jnp.int32), params, opt_state={}), Progress())
         run.save_config(scratch, config)
     return config
@@ -158,10 +159,10 @@ def open_tokenizer(source: str, there: Path, name: str | None, model: ModelConfi
     if name is not None:
         coder = build(name, tuple)
     elif (there / "tokenizer.json").is_file():
-        end = end_id(there)
-        if end is None:
+        ends = ends_of(there)
+        if not ends:
             raise ValueError(f"{there} does not say what ends a text; set eos_token_id in its config.json")
-        coder = ImportedTokenizer(source, files_in(there), end, model.vocab_size)
+        coder = ImportedTokenizer(source, files_in(there), ends[0], model.vocab_size, end_ids=ends)
     else:
         raise ValueError(
             f"{there} has no tokenizer.json. Let transformers write one (AutoTokenizer.from_pretrained(...)."
@@ -173,16 +174,3 @@ def open_tokenizer(source: str, there: Path, name: str | None, model: ModelConfi
             "name another: --tokenizer gpt2, or a folder"
         )
     return coder
-
-
-def end_id(there: Path) -> int | None:
-    """The id that ends a text, the first where there are several; None where none is named."""
-    for name in ("config.json", "generation_config.json"):
-        found = read_json(there / name).get("eos_token_id") if (there / name).is_file() else None
-        if found is not None:
-            return found[0] if isinstance(found, list) else found
-    config = there / "tokenizer_config.json"
-    token = read_json(config).get("eos_token") if config.is_file() else None
-    text = token["content"] if isinstance(token, dict) else token
-    ids = {added["content"]: added["id"] for added in read_json(there / "tokenizer.json").get("added_tokens") or []}
-    return ids.get(text)

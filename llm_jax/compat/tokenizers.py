@@ -1,12 +1,15 @@
-"""Our tokenizers as tokenizer.json, which the library `tokenizers` and transformers read."""
+"""Our tokenizers as tokenizer.json, which the library `tokenizers` and transformers read, and what ends their texts."""
 
 import itertools
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from llm_jax.data.imported import BYTE_LETTERS, ImportedTokenizer
+from llm_jax.data import tokenizer_json
+from llm_jax.data.imported import BYTE_LETTERS, ImportedTokenizer, files_in, named_token
 from llm_jax.data.tokenizer import END_OF_TEXT, BPETokenizer, ByteTokenizer, Tokenizer
+from llm_jax.files import read_json
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
 
@@ -23,6 +26,28 @@ def files_of(tokenizer: Tokenizer, max_len: int) -> Mapping[str, bytes]:
         "clean_up_tokenization_spaces": False,
     }
     return {"tokenizer.json": _json(describe(tokenizer)), "tokenizer_config.json": _json(config)}
+
+
+def ends_of(there: Path) -> tuple[int, ...]:
+    """Return the ids that end a text of the model in the folder `there`; none where none is named.
+
+    All that config.json and generation_config.json name, in this order; where they name none, the tokenizer's
+    eos_token. Raises `ValueError` for what is no id.
+    """
+    found: list[Any] = []
+    for name in ("config.json", "generation_config.json"):
+        if (there / name).is_file():
+            ids = read_json(there / name, advice="download it again").get("eos_token_id")
+            found += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    for token in found:
+        if type(token) is not int or token < 0:
+            raise ValueError(f"{there} has eos_token_id={token!r}, which is no id; set it in config.json")
+    if not found:
+        files = files_in(there)
+        described = tokenizer_json.read(str(there), files["tokenizer.json"], tokenizer_json.MOST_IDS)
+        named = named_token(files, described, "eos_token")
+        found = [] if named is None else [named]
+    return tuple(dict.fromkeys(found))
 
 
 def describe(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -4,7 +4,8 @@
 
 Orbax writes a checkpoint under another name and renames it when it is whole, so a kill leaves no half of one. But a
 bit that flips on disk afterwards comes back as a wrong number, unnoticed: therefore `record` keeps a checksum of
-every leaf, and one of itself.
+every leaf, and one of itself. It keeps the seal of the run too, against which the files beside it are held
+(`seal.py`). A state that is not finite is never saved.
 """
 
 import dataclasses
@@ -26,17 +27,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jaxtyping import Array, Int, PyTree, UInt32
+from jaxtyping import PyTree
 
 from llm_jax import processes
 from llm_jax import tree as trees
-from llm_jax.train.offload import fetched, waits
+from llm_jax.train import seal as seals
+from llm_jax.train.checksum import checksums, not_finite
+from llm_jax.train.seal import Seal
 from llm_jax.train.step import TrainState
 
 FOLDER = "checkpoints"
 UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 Report = Callable[[str], object]
+
+
+class NotFinite(ValueError):
+    """A state holds a NaN or an infinity, and is not saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +68,15 @@ class Progress:
 class Checkpoints:
     """The checkpoints of one run folder. A context manager: leaving it waits for the last save.
 
-    `read_only` promises to change nothing there, where another process may be training.
+    `read_only` promises to change nothing there, where another process may be training. `seal` is what is saved with
+    every state, and held against what was saved with those that are read; by default the files in `folder` say it.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, *, read_only: bool = False) -> None:
-        self.folder = (folder / FOLDER).absolute()
-        self._keep, self._read_only = keep, read_only
+    def __init__(self, folder: str | Path, keep: int = 2, *, read_only: bool = False, seal: Seal | None = None) -> None:
+        self.folder = (Path(folder) / FOLDER).absolute()
+        if read_only and not self.folder.is_dir():
+            raise ValueError(f"{folder} holds no checkpoints (there is no {self.folder}); name the folder of a run")
+        self._keep, self._read_only, self._seal = keep, read_only, seal
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._reader = _lone_reader()
         self._heldout_losses = {step: self._heldout_loss(step) for step in processes.from_first(self.steps)}
@@ -101,17 +111,19 @@ class Checkpoints:
     def save(self, state: TrainState, progress: Progress) -> None:
         """Starts to save. Returns once the state is copied, so that its buffers may be donated to the next step.
 
-        Raises `OSError` if this save can't begin, or the one before could not end.
+        Raises `OSError` if this save can't begin, or the one before could not end, and `NotFinite`.
         """
         assert not self._read_only
         self.wait()
-        items = {"params": state.params, "opt_state": state.opt_state}
-        items = {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}  # weights may come alone
+        items = _with_leaves({"params": state.params, "opt_state": state.opt_state})
+        if bad := not_finite(items):
+            raise NotFinite(f"{bad} is not finite after step {progress.step}, and such a state is not saved")
         self._check_room(items, progress.step)
         self._saving = progress.step
         sums = {path: int(number) for path, number in jax.device_get(checksums(items)).items()}
         leaves = {path: [*_form(leaf), sums[path]] for path, leaf in trees.leaves(items).items()}
-        record = _sealed({"progress": dataclasses.asdict(progress), "leaves": leaves})
+        record = {"progress": dataclasses.asdict(progress), "leaves": leaves}
+        record = _sealed(record if self._seal is None else record | {"seal": self._seal})
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         with self._named_errors(progress.step):
             self._orbax.save(
@@ -153,6 +165,10 @@ class Checkpoints:
         number = jax.device_put(jnp.asarray(progress.step, jnp.int32), abstract.step.sharding)
         return TrainState(step=number, **found), progress
 
+    def sealed(self, step: int) -> Seal | None:
+        """What was saved with the state of `step`; None where that was before there were seals."""
+        return self._record(step).get("seal")
+
     def _remove_unfinished(self, report: Report) -> None:
         for path in sorted(self.folder.glob(UNFINISHED)):
             report(f"removed {path}: the save of step {path.name.partition('.')[0]} was interrupted")
@@ -185,12 +201,13 @@ class Checkpoints:
 
         Each process reads its own part; one for which that fails speaks for all.
         """
+        here = seals.seal_of_folder(self.folder.parent) if self._seal is None else self._seal
         for step in steps:
             record, found, damage = None, {}, None
             try:
                 with _hushed():
                     record = self._record(step)
-                    if _misfit(record["leaves"], abstract) is None:
+                    if self._refusal(step, record, here, abstract) is None:
                         found = self._read(step, abstract)
             except Exception as error:
                 if not _is_damage(error):
@@ -198,11 +215,8 @@ class Checkpoints:
                 damage = _line(error)
             damage = next(filter(None, processes.from_all(damage)), None)
             if damage is None and record is not None:
-                if misfit := _misfit(record["leaves"], abstract):
-                    raise ValueError(
-                        f"the checkpoint of step {step} in {self.folder} is of another model or optimizer: {misfit}; "
-                        "use the config that it was trained with"
-                    )
+                if refusal := self._refusal(step, record, here, abstract):
+                    raise ValueError(refusal)
                 damage = _changed(found, record["leaves"])
                 if damage is None:
                     return step, found, Progress(**record["progress"])
@@ -212,11 +226,29 @@ class Checkpoints:
             f"{self.folder} holds no checkpoint that can be read (tried {list(steps) or 'none'}); start a new run"
         )
 
+    def _refusal(self, step: int, record: dict[str, Any], here: Seal | None, abstract: dict[str, PyTree]) -> str | None:
+        """Why a checkpoint that is whole is not what is asked for; None where it is."""
+        if here is not None and "seal" in record and (found := seals.changes(record["seal"], here)):
+            return (
+                f"{self.folder.parent} is no longer what its checkpoint of step {step} was made with: "
+                f"{'; '.join(found[:3])}; put back what was there"
+            )
+        if misfit := _misfit(record["leaves"], abstract):
+            weights_fit = misfit.startswith("opt_state/")
+            way = (
+                f"start a new run with init_from={self.folder.parent}"
+                if weights_fit
+                else ("use the config that it was trained with")
+            )
+            return f"the checkpoint of step {step} in {self.folder} is of another model or optimizer: {misfit}; {way}"
+        return None
+
     def _read(self, step: int, abstract: dict[str, PyTree]) -> dict[str, PyTree]:
         """The trees of a checkpoint, this process's part of them."""
-        arguments = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()})
+        wanted = _with_leaves(abstract)
+        arguments = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()})
         restored = self._reader.restore(self.folder / str(step), args=arguments)
-        return {name: restored[name] for name in abstract}
+        return abstract | {name: restored[name] for name in wanted}
 
     def _record(self, step: int) -> dict[str, Any]:
         arguments = ocp.args.Composite(record=ocp.args.JsonRestore())
@@ -255,35 +287,18 @@ class Checkpoints:
             raise OSError(f"the checkpoint of step {step} could not be written ({_line(error)})") from error
 
 
-@jax.jit
-def checksums(tree: PyTree) -> dict[str, UInt32[Array, ""]]:
-    """A number for every leaf, by path, that any flipped bit changes and no mesh does: integer sums have no order."""
-    return {path: _checksum(leaf) for path, leaf in trees.leaves(tree).items()}
-
-
-def _checksum(x: Array, row: Int[Array, ""] | int = 0) -> UInt32[Array, ""]:
-    """The sum of all elements' bits, each mixed with its index by the finalizer of MurmurHash3, which is one-to-one.
-
-    `row` is the index of `x` in an array that waits on the host, and is brought a row at a time.
-    """
-    if waits(x):
-        return jax.lax.map(lambda i: _checksum(fetched(x, i), i), jnp.arange(len(x))).sum(dtype=jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
-    index = jnp.full(x.shape, row, jnp.uint32)
-    for axis, size in enumerate(x.shape):
-        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    bits = bits ^ (index * jnp.uint32(0x9E3779B1))
-    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
-    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
-    return (bits ^ (bits >> 16)).sum(dtype=jnp.uint32)
+def _with_leaves(items: dict[str, PyTree]) -> dict[str, PyTree]:
+    """Those of `items` that hold any array, as Orbax can save: weights may come alone, and plain SGD has no state."""
+    return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
 
 
 def _changed(found: dict[str, PyTree], leaves: dict[str, list[Any]]) -> str | None:
-    """The first leaf that is not what was saved; None where all are."""
+    """The first leaf that is not what was saved, or is not finite; None where all are well."""
     for path, number in jax.device_get(checksums(found)).items():
         if int(number) != leaves[path][-1]:
             return f"{path} is not what was saved"
-    return None
+    bad = not_finite(found)
+    return bad and f"{bad} is not finite"
 
 
 def _lone_reader() -> ocp.Checkpointer:

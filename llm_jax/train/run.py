@@ -26,16 +26,19 @@ import jax
 from llm_jax import processes
 from llm_jax.config import check_ranges, checked, from_dict, nearest, plain, to_dict
 from llm_jax.data import tokenizer
-from llm_jax.data.loader import DataConfig
+from llm_jax.data.config import DataConfig, format_uri
+from llm_jax.data.mixture import Mixture
 from llm_jax.data.shards import Shards
 from llm_jax.data.tokenizer import Tokenizer
-from llm_jax.files import locked, read_json, write_json
+from llm_jax.files import check_fields, locked, read_json, write_json
 from llm_jax.model.config import ModelConfig
 from llm_jax.recipes import recipes
 from llm_jax.sharding import MeshConfig
 from llm_jax.train.optimizer import OptimizerConfig
 from llm_jax.train.step import LossConfig
 from llm_jax.train.timetable import PipelineConfig
+
+ADVICE = "restore it, or start a new run"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +196,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return tokenizer.load(Path(folder) / "tokenizer")
 
 
-def create(folder: Path, config: RunConfig, shards: Shards, command: str) -> None:
+def create(folder: Path, config: RunConfig, shards: Shards | Mixture, command: str) -> None:
     """Lays out the folder of a run that begins. Paths in its config are absolute: it goes on from any place."""
     folder.mkdir(parents=True, exist_ok=True)
     shards.tokenizer.save(folder / "tokenizer")
@@ -233,7 +236,8 @@ def save_config(folder: Path, config: RunConfig) -> None:
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
-    data = dataclasses.replace(config.data, uri=_absolute(config.data.uri))
+    named = config.data.sources
+    data = dataclasses.replace(config.data, uri=format_uri([_absolute(source.uri) for source in named], named))
     if data.tokenizer not in tokenizer.SPECS:  # a folder of such a name is not what it means
         data = dataclasses.replace(data, tokenizer=_absolute(data.tokenizer))
     source = config.init_from and _absolute(config.init_from)
@@ -246,8 +250,16 @@ def _absolute(name: str) -> str:
     return os.path.abspath(name) if here else name
 
 
-def data_identity(shards: Shards) -> dict[str, Any]:
-    """What decides the batches, beside the config."""
+def data_identity(data: Shards | Mixture) -> dict[str, Any]:
+    """What decides the batches, beside the config: of a mixture by the names of its sources."""
+    whole = {"tokenizer": data.tokenizer.fingerprint, "vocab_size": data.tokenizer.vocab_size}
+    if isinstance(data, Shards):
+        return whole | _content(data)
+    named = zip(data.sources, data.shards, strict=True)
+    return whole | {"sources": {source.name: _content(shards) for source, shards in named}}
+
+
+def _content(shards: Shards) -> dict[str, Any]:
     splits = {
         name: {
             "documents": split.documents,
@@ -256,33 +268,64 @@ def data_identity(shards: Shards) -> dict[str, Any]:
         }
         for name, split in shards.manifest.splits.items()
     }
-    return {
-        "tokenizer": shards.manifest.tokenizer_fingerprint,
-        "vocab_size": shards.manifest.vocab_size,
-        "folder": str(shards.folder.absolute()),
-        **splits,
-    }
+    return {"folder": str(shards.folder.absolute()), **splits}
 
 
-def shards_folder(folder: Path) -> Path:
-    """Where the token shards of the run in `folder` lay when it began. Raises `ValueError` where it never had any."""
+def shards_folders(folder: Path, config: RunConfig) -> list[Path]:
+    """Where the token shards of the run in `folder` lay when it began, by source.
+
+    Raises `ValueError` where it never had any, or data.json is not that of `config`.
+    """
     if not (folder / "data.json").exists():
         raise ValueError(
             f"{folder} was imported: it has weights, and neither data nor an optimizer of its own. Train on from it "
             f"with init_from={folder}; evaluate it on text of yours: llm-jax evaluate {folder} --data URI"
         )
-    return Path(_read_json(folder / "data.json")["folder"])
+    there, names = _read_data(folder), [source.name for source in config.data.sources]
+    sources = there.get("sources", {names[0]: there})
+    if list(sources) != names:
+        raise ValueError(
+            f"{folder / 'data.json'} has the sources {', '.join(sources)}, and config.json {', '.join(names)}; {ADVICE}"
+        )
+    return [Path(source["folder"]) for source in sources.values()]
 
 
-def check_data(folder: Path, shards: Shards) -> None:
-    """Raises `ValueError` unless `shards` are what the run in `folder` began with, wherever they lie."""
-    there = _read_json(folder / "data.json")
-    changed = differences(there, data_identity(shards) | {"folder": there["folder"]})
+def begins(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> bool:
+    """Whether a text of the run in `folder` begins with `tokenizer.begin_of_text`.
+
+    Where the run was trained, as its documents did. Where it was imported, as the tokenizer itself begins a text: the
+    model was made with that, and so does transformers.
+    """
+    return config.data.end_of_text if (folder / "data.json").exists() else tokenizer.begins
+
+
+def check_data(folder: Path, data: Shards | Mixture) -> None:
+    """Raises `ValueError` unless `data` is what the run in `folder` began with, wherever it lies."""
+    changed = differences(_without_folders(_read_data(folder)), _without_folders(data_identity(data)))
     if changed:
         raise ValueError(
-            f"{shards.manifest.source} is not what {folder} has been trained on: {changed[0]}; restore it, "
+            f"{data.source} is not what {folder} has been trained on: {changed[0]}; restore it, "
             f"or start a new run with init_from={folder}"
         )
+
+
+def _read_data(folder: Path) -> dict[str, Any]:
+    """The data.json in `folder`, in which each source has a folder."""
+    path = folder / "data.json"
+    there = read_json(path, {"tokenizer": str, "vocab_size": int}, advice=ADVICE)
+    mixed = "sources" in there
+    sources = check_fields(there, {"sources": dict}, str(path), advice=ADVICE)["sources"] if mixed else {"": there}
+    for name, source in sources.items():
+        check_fields(source, {"folder": str}, f"{path}: sources.{name}" if mixed else str(path), advice=ADVICE)
+    return there
+
+
+def _without_folders(identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_folders(value) if isinstance(value, Mapping) else value
+        for name, value in identity.items()
+        if name != "folder" or isinstance(value, Mapping)
+    }
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], where: str = "") -> list[str]:
@@ -305,16 +348,22 @@ def environment(command: str) -> dict[str, object]:
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "jax": jax.__version__,
         "flax": flax.__version__,
-        "devices": [f"{device.platform}:{device.id} {device.device_kind}" for device in jax.devices()],
+        **machine(),
     }
 
 
-def changed_environment(folder: Path) -> list[str]:
-    """What of the run's first environment decides its bits, and is another here."""
-    there, here = _read_json(folder / "environment.json"), environment("")
-    return [change for name in ("jax", "devices") for change in differences({name: there[name]}, {name: here[name]})]
+def machine() -> dict[str, Any]:
+    """What of the environment decides the last bits of a run."""
+    devices = [f"{device.platform}:{device.id} {device.device_kind}" for device in jax.devices()]
+    return {"jax": jax.__version__, "devices": devices}
+
+
+def first_machine(folder: Path) -> dict[str, Any]:
+    """That on which the run in `folder` began. Raises `ValueError` where its environment.json does not say so."""
+    path, fields = folder / "environment.json", {"jax": str, "devices": list}
+    found = read_json(path, fields, advice=ADVICE)
+    return {name: found[name] for name in fields}
 
 
 def _commit() -> str | None:
@@ -326,7 +375,7 @@ def _commit() -> str | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return read_json(path, advice="restore it, or start a new run")
+    return read_json(path, advice=ADVICE)
 
 
 def _short(value: Any) -> str:

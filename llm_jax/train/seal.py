@@ -1,0 +1,98 @@
+"""The seal of a checkpoint: what decided its numbers, to be compared with what the run's folder says by now.
+
+The weights are checked bit by bit; but the same weights under another `rotary.theta` or tokenizer are another model. So
+the record of a checkpoint holds the values, not a hash of them: a difference has a name.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llm_jax.config import from_dict, to_dict
+from llm_jax.data.shards import Shards
+from llm_jax.files import read_json
+from llm_jax.train import run
+from llm_jax.train.run import RunConfig
+
+Seal = dict[str, Any]
+
+# What may change when a run resumes: how it is laid out and computed, not what.
+LAYOUT = (
+    "mesh.",
+    "pipeline.",
+    "accumulate=",
+    "offload=",
+    "loss.chunk=",
+    "model.remat=",
+    "model.unroll=",
+    "model.attention.implementation=",
+)
+# What decides no number of a step: how long and how often, and where things lie. The data and the tokenizer are sealed
+# by their content; `steps`, to which the schedule stretches, is said when it changes.
+FREE = (
+    "steps=",
+    "keep=",
+    "patience=",
+    "evaluate_every=",
+    "checkpoint_every=",
+    "sample_every=",
+    "prompts=",
+    "tensorboard=",
+    "init_from=",
+    "data.uri=",
+    "data.tokenizer=",
+    "data.epochs=",
+)
+
+
+def seal(config: RunConfig, tokenizer: str, data: Mapping[str, Any] | None) -> Seal:
+    """What decides the numbers of a run: its config, the fingerprint of its tokenizer, the identity of its data.
+
+    And the machine, which decides the last bits. `data` is None where a run has none of its own.
+    """
+    found = {"config": to_dict(config), "tokenizer": tokenizer, "machine": run.machine()}
+    if data is not None:
+        found["data"] = {name: value for name, value in data.items() if name != "folder"}
+    return json.loads(json.dumps(found))
+
+
+def seal_of(config: RunConfig, shards: Shards) -> Seal:
+    """The seal of a run of `config` on `shards`."""
+    return seal(config, shards.tokenizer.fingerprint, run.data_identity(shards))
+
+
+def seal_of_folder(folder: Path) -> Seal | None:
+    """The seal of the run in `folder`, by its files; None where there is none. Raises `ValueError` for damaged ones."""
+    if not run.is_run(folder):
+        return None
+    path = folder / "data.json"
+    data = read_json(path, advice="restore it, or start a new run") if path.exists() else None
+    return seal(run.load_config(folder), run.load_tokenizer(folder).fingerprint, data)
+
+
+def changes(there: Seal, here: Seal) -> list[str]:
+    """In what a run is no longer what it was: a phrase for each value that decides its numbers."""
+    before, now = (_plain(found["config"]) for found in (there, here))
+    found = [phrase for phrase in run.differences(before, now) if not _key(phrase).startswith((*LAYOUT, *FREE))]
+    found += run.differences({"tokenizer": there["tokenizer"]}, {"tokenizer": here["tokenizer"]})
+    if "data" in there and "data" in here:
+        found += run.differences(there["data"], here["data"])
+    return found
+
+
+def moves(there: Seal, here: Seal) -> list[str]:
+    """In what a run is laid out or computed otherwise than before, which changes its last bits alone."""
+    before, now = (_plain(found["config"]) for found in (there, here))
+    layout = [phrase for phrase in run.differences(before, now) if _key(phrase).startswith(LAYOUT)]
+    return layout + run.differences(there["machine"], here["machine"])
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with the defaults of keys that are younger than it."""
+    return to_dict(from_dict(RunConfig, config))
+
+
+def _key(phrase: str) -> str:
+    """The key that a phrase of `run.differences` is about, as it begins a word of the command line."""
+    return f"{phrase.partition(' ')[0]}="
