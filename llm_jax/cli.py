@@ -36,7 +36,7 @@ class Parser(ArgumentParser):
     def error(self, message: str) -> Any:
         if choice := re.match(r".*invalid choice: '(.*)' \(choose from (.*)\)", message):
             names = re.findall(r"[\w-]+", choice[2])
-            message = f"{choice[1]!r} is none of {', '.join(names)}; {nearest(choice[1], names)}"
+            message = f"{choice[1]!r} is not known; {nearest(choice[1], names)}"
         message = " ".join(message.removeprefix("argument ").split())
         self.exit(2, f"llm-jax: error: {message}; see {self.prog} --help\n")
 
@@ -66,8 +66,8 @@ class Parser(ArgumentParser):
         from llm_jax.train.run import RunConfig
 
         keys = suggestions(option.strip("-").replace("-", "_"), RunConfig)
-        meant = ", or ".join(f"{key}={value}" for key in keys) or "as model.n_layers=8"
-        return f"{verb} has no option {option}; a config is changed by key=value words: {meant}"
+        meant = ", or ".join(f"{key}={value}" for key in keys) or "such as model.n_layers=8"
+        return f"{verb} has no option {option}; a config is changed by key=value, without dashes: {meant}"
 
 
 def _number(text: str, *, kind: type) -> int | float:
@@ -88,7 +88,7 @@ def arg(*names: str, **options: Any) -> Argument:
 
 
 RUN = arg("run", metavar="RUN", help="a run folder")
-ASSIGNMENTS = arg("assignments", metavar="key=value", nargs="*", help="fields to change, as model.n_layers=8")
+ASSIGNMENTS = arg("assignments", metavar="key=value", nargs="*", default=[], help="keys to change, as model.n_layers=8")
 CHECKPOINT = arg("--checkpoint", default="best", metavar="WHICH", help="best (default), last, or a step")
 COLUMN = arg("--column", metavar="NAME", help="of rows, which column is text; default: text, else content")
 BEGIN_OF_TEXT = arg(
@@ -117,7 +117,13 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
     ),
     "resume": (
         RUN,
-        arg("assignments", metavar="key=value", nargs="*", help="another layout, for other devices, as mesh.fsdp=4"),
+        arg(
+            "assignments",
+            metavar="key=value",
+            nargs="*",
+            default=[],
+            help="another layout, for other devices, as mesh.fsdp=4",
+        ),
         arg("--steps", type=int, metavar="N", help="a new total of steps"),
         *PEERS,
         JSON,
@@ -250,6 +256,8 @@ def parser() -> ArgumentParser:
 
 def help_(args: Namespace) -> None:
     """Explain a verb, with examples.
+
+    Without VERB, list them all. `llm-jax VERB --help` is the same.
 
     llm-jax help
     llm-jax help train
