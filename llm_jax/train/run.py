@@ -5,8 +5,10 @@ config.json  data.json  environment.json  tokenizer/  checkpoints/<step>/  metri
 
 import contextlib
 import dataclasses
+import difflib
 import glob
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -150,7 +152,7 @@ def is_run(folder: Path) -> bool:
 def check_free(folder: Path, config: RunConfig) -> None:
     """Raises `ValueError` unless `folder` is empty or yet to be made: what a run or a user has there stays."""
     if is_run(folder):
-        changed = differences(to_dict(load_config(folder)), to_dict(_with_absolute_paths(config)))
+        changed = changes(folder, config)
         other = f" of another config ({'; '.join(changed[:3])})" if changed else ""
         raise ValueError(
             f"{folder} already holds a run{other}; go on with it: llm-jax resume {folder}, or choose another --run"
@@ -159,12 +161,34 @@ def check_free(folder: Path, config: RunConfig) -> None:
         raise ValueError(f"{folder} is not empty, and a run begins in a folder of its own; choose another --run")
 
 
+def changes(folder: Path, config: RunConfig) -> list[str]:
+    """A phrase for each field in which the run in `folder` has another config than `config`."""
+    return differences(to_dict(load_config(folder)), to_dict(_with_absolute_paths(config)))
+
+
 def load_config(folder: str | Path) -> RunConfig:
-    """The config of the run in `folder`. Raises `ValueError` where there is none."""
+    """The config of the run in `folder`. Raises `ValueError` where there is none, and names one nearby."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder} holds no run (no config.json); start one with: llm-jax train CONFIG --run {folder}")
+        raise ValueError(f"{folder} holds no run (no config.json); {_way_to_a_run(Path(folder))}")
     return from_dict(RunConfig, _read_json(path))
+
+
+def _way_to_a_run(folder: Path) -> str:
+    """The runs near `folder` that may be meant, or else how to start one."""
+    above = [parent for parent in list(folder.absolute().parents)[:2] if _looks_like_a_run(parent)]
+    below = (path.parent for name in ("*/config.json", "*/*/config.json") for path in folder.glob(name))
+    inside = sorted(itertools.islice(filter(_looks_like_a_run, below), 100))
+    beside = {path.parent.name: path.parent for path in folder.parent.glob("*/config.json")}
+    close = [beside[name] for name in difflib.get_close_matches(folder.name, beside, n=1)]
+    if near := above or inside or close:
+        return f"did you mean {', or '.join(map(str, near[:3]))}?"
+    free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    return "start one with: llm-jax train quickstart" + f" --run {folder}" * free
+
+
+def _looks_like_a_run(folder: Path) -> bool:
+    return is_run(folder) and (folder / "checkpoints").is_dir()  # models elsewhere have a config.json too
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
