@@ -17,6 +17,7 @@ from llm_jax.config import override, to_dict
 from llm_jax.data.loader import Loader, heldout_rows, task_of
 from llm_jax.data.shards import Shards, cached, open_shards
 from llm_jax.infer.generate import generate, prompt_ids
+from llm_jax.ops.attention import heard
 from llm_jax.ops.sampling import Sampling
 from llm_jax.train import run
 from llm_jax.train.checkpoint import Checkpoints, Progress, Report
@@ -252,7 +253,7 @@ class Session:
         )
         meter = Meter(c, rows, progress)
         try:
-            with stop_signals() as stopping, self.checkpoints, rows:  # the last save too ends in peace
+            with stop_signals() as stopping, heard(self.say), self.checkpoints, rows:  # the last save too ends in peace
                 if not self.checkpoints.steps():  # what a run began from, it need not find again
                     self.checkpoints.save(state, progress)
                 for batch in self.loader.batches(progress.step):
