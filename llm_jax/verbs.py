@@ -353,6 +353,37 @@ def verify(args: Namespace) -> None:
         )
 
 
+def check(args: Namespace) -> None:
+    """Show that this machine computes a train step of CONFIG as it should.
+
+    On a device of every kind that is here: what a step is made of, jitted and eager, against NumPy in double precision;
+    and the step itself, shrunk to test size, jitted against eager. Versions with known faults are named. It takes a
+    minute; where something is wrong the exit status is 2.
+
+      llm-jax check                                                      of quickstart
+      llm-jax check llama_1b model.norm=layernorm
+    """
+    from llm_jax import check as checks
+    from llm_jax import runtime
+
+    config = _config(args)
+    runtime.start()
+    say = _say if args.json else print
+    for about in (*checks.about(), "", checks.HEAD):
+        say(about)
+    found = []
+    for finding in checks.check(config):
+        found.append(finding)
+        say(checks.line(finding))
+    if args.json:
+        _print_json(checks.as_json(found))
+    if wrong := [f"{finding.what} on {finding.device}" for finding in found if not finding.right]:
+        raise ValueError(
+            f"wrong here: {', '.join(wrong)}; train nothing on it before another version of jaxlib, or its way around, "
+            "computes these right (docs/check.md)"
+        )
+
+
 def import_(args: Namespace) -> None:
     """Make a run of a model from Hugging Face.
 

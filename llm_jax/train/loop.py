@@ -19,6 +19,7 @@ from llm_jax.data.mixture import Mixture, open_folders
 from llm_jax.data.prepare import cached_sources
 from llm_jax.data.shards import Shards
 from llm_jax.infer.generate import generate, prompt_ids
+from llm_jax.ops.attention import heard
 from llm_jax.ops.sampling import Sampling
 from llm_jax.train import run
 from llm_jax.train.checkpoint import Checkpoints, Progress, Report
@@ -254,7 +255,7 @@ class Session:
         )
         meter = Meter(c, rows, progress, self.loader.shares)
         try:
-            with stop_signals() as stopping, self.checkpoints, rows:  # the last save too ends in peace
+            with stop_signals() as stopping, heard(self.say), self.checkpoints, rows:  # the last save too ends in peace
                 if not self.checkpoints.steps():  # what a run began from, it need not find again
                     self.checkpoints.save(state, progress)
                 for batch in self.loader.batches(progress.step):
