@@ -14,7 +14,7 @@ import runpy
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +35,8 @@ from llm_jax.train.optimizer import OptimizerConfig
 from llm_jax.train.step import LossConfig
 from llm_jax.train.timetable import PipelineConfig
 
+ADVICE = "restore it, or start a new run"  # about a damaged file
+
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
@@ -48,7 +50,7 @@ class RunConfig:
       evaluate_every, evaluate_batches: when to score held-out text, and how many batches of it.
       checkpoint_every: steps between checkpoints. The last `keep` stay, and the best by held-out loss.
       sample_every, prompts: when to let the model write, and from what; an empty prompt starts a document.
-      patience: steps in a row with a loss or gradient that is not finite, before the run stops.
+      patience: steps in a row with a loss, gradient or update that is not finite, before the run stops.
       seed: of initial weights and dropout; `data.seed` is that of the order of rows.
       init_from: a run folder whose weights, and nothing else, this run starts from.
     """
@@ -152,7 +154,10 @@ def load_config(folder: str | Path) -> RunConfig:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no run (no config.json); start one with: llm-jax train CONFIG --run {folder}")
-    return from_dict(RunConfig, _read_json(path))
+    try:
+        return from_dict(RunConfig, read_json(path, advice=ADVICE))
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}; {ADVICE}") from None
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -175,6 +180,34 @@ def remove(folder: Path, *, keep_folder: bool) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     if keep_folder:
         folder.mkdir(exist_ok=True)
+
+
+def identity(folder: Path) -> tuple[int, int] | None:
+    """What stays the same of a folder that is moved, and is another of any other; None where there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[Callable[[], str | None]]:
+    """Within it, the function that it gives says where `folder` was moved to; None while it is where it was."""
+    ours, opened = identity(folder), os.open(folder, os.O_RDONLY)
+
+    def moved() -> str | None:
+        if identity(folder) == ours:
+            return None
+        try:
+            return os.readlink(f"/proc/self/fd/{opened}")  # Linux alone says it
+        except OSError:
+            return "FOLDER, as it is called now"
+
+    try:
+        yield moved
+    finally:
+        os.close(opened)
 
 
 @contextlib.contextmanager
@@ -238,12 +271,12 @@ def shards_folder(folder: Path) -> Path:
             f"{folder} was imported: it has weights, and neither data nor an optimizer of its own. Train on from it "
             f"with init_from={folder}; evaluate it on text of yours: llm-jax evaluate {folder} --data URI"
         )
-    return Path(_read_json(folder / "data.json")["folder"])
+    return Path(_read_data(folder)["folder"])
 
 
 def check_data(folder: Path, shards: Shards) -> None:
     """Raises `ValueError` unless `shards` are what the run in `folder` began with, wherever they lie."""
-    there = _read_json(folder / "data.json")
+    there = _read_data(folder)
     changed = differences(there, data_identity(shards) | {"folder": there["folder"]})
     if changed:
         raise ValueError(
@@ -286,7 +319,7 @@ def machine() -> dict[str, Any]:
 def first_machine(folder: Path) -> dict[str, Any]:
     """That on which the run in `folder` began. Raises `ValueError` where its environment.json does not say so."""
     path, fields = folder / "environment.json", {"jax": str, "devices": list}
-    found = read_json(path, fields, advice="restore it, or start a new run")
+    found = read_json(path, fields, advice=ADVICE)
     return {name: found[name] for name in fields}
 
 
@@ -298,8 +331,8 @@ def _commit() -> str | None:
         return None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_json(path, advice="restore it, or start a new run")
+def _read_data(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "data.json", {"folder": str}, advice=ADVICE)
 
 
 def _short(value: Any) -> str:
