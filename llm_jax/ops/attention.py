@@ -386,8 +386,14 @@ def attention(
 
     `implementation=None` takes the first row of `FASTEST` that accepts; a name takes that one or raises `Declined`, a
     `ValueError`, with the reason. With `tap`, scores and pattern are shown to it, so the reference runs. Rows that are
-    split over `mesh.context` take one of `ACROSS`, by default `ring`.
+    split over `mesh.context` take one of `ACROSS`, by default `ring`. Raises `ValueError` for an array in place of a
+    `Mask`: kernels read its fields, and leave out what they hide.
     """
+    if not isinstance(mask, Mask):
+        raise ValueError(
+            f"mask is a {type(mask).__name__}, expected a Mask, which says who sees whom by rules; use "
+            "Mask(causal=False) where all see all, and Mask(segments=...) with a segment apart for what none may see"
+        )
     known = IMPLEMENTATIONS | ACROSS
     if implementation is not None and implementation not in known:
         raise ValueError(f"unknown attention {implementation!r}; known: {', '.join(known)}")

@@ -16,7 +16,7 @@ import runpy
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +38,7 @@ from llm_jax.train.optimizer import OptimizerConfig
 from llm_jax.train.step import LossConfig
 from llm_jax.train.timetable import PipelineConfig
 
-ADVICE = "restore it, or start a new run"
+ADVICE = "restore it, or start a new run"  # about a damaged file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class RunConfig:
       checkpoint_every: steps between checkpoints.
       keep: how many of the last checkpoints stay, beside the best by held-out loss.
       sample_every, prompts: when to let the model write, and from what; an empty prompt starts a document.
-      patience: steps in a row with a loss or gradient that is not finite, before the run stops.
+      patience: steps in a row with a loss, gradient or update that is not finite, before the run stops.
       seed: of initial weights and dropout; `data.seed` is that of the order of rows.
       init_from: a run folder whose weights, and nothing else, this run starts from.
       tensorboard: write the metrics for TensorBoard too, into the run folder.
@@ -171,7 +171,10 @@ def load_config(folder: str | Path) -> RunConfig:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no run (no config.json); {_way_to_a_run(Path(folder))}")
-    return from_dict(RunConfig, _read_json(path))
+    try:
+        return from_dict(RunConfig, read_json(path, advice=ADVICE))
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}; {ADVICE}") from None
 
 
 def _way_to_a_run(folder: Path) -> str:
@@ -211,6 +214,34 @@ def remove(folder: Path, *, keep_folder: bool) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     if keep_folder:
         folder.mkdir(exist_ok=True)
+
+
+def identity(folder: Path) -> tuple[int, int] | None:
+    """What stays the same of a folder that is moved, and is another of any other; None where there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[Callable[[], str | None]]:
+    """Within it, the function that it gives says where `folder` was moved to; None while it is where it was."""
+    ours, opened = identity(folder), os.open(folder, os.O_RDONLY)
+
+    def moved() -> str | None:
+        if identity(folder) == ours:
+            return None
+        try:
+            return os.readlink(f"/proc/self/fd/{opened}")  # Linux alone says it
+        except OSError:
+            return "FOLDER, as it is called now"
+
+    try:
+        yield moved
+    finally:
+        os.close(opened)
 
 
 @contextlib.contextmanager
@@ -372,10 +403,6 @@ def _commit() -> str | None:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git here, or an installed wheel
         return None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_json(path, advice=ADVICE)
 
 
 def _short(value: Any) -> str:
