@@ -68,6 +68,8 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
             (at := known.get(".".join(groups[:depth]))) and at.group is None for depth in range(1, len(groups) + 1)
         ):
             raise _unknown(type(config), key, text)
+        if key in known and known[key].group and text != "none" and (meant := suggestions(key, type(config))):
+            raise ValueError(f"{key} is a group of keys; did you mean {_as_typed(meant, text)}?")
         branch = values
         for depth, group in enumerate(groups, 1):
             branch = branch.setdefault(group, {})
@@ -158,12 +160,16 @@ def _unknown(cls: type, key: str, text: str) -> ValueError:
     group = key.rpartition(".")[0] + "."
     inside = [name for name in (found.name for found in keys(cls)) if group != "." and name.startswith(group)]
     if meant := suggestions(key, cls):
-        say = f"did you mean {', or '.join(f'{name}={text}' for name in meant)}?"
+        say = f"did you mean {_as_typed(meant, text)}?"
     elif inside:
         say = f"known: {', '.join(inside)}"
     else:
         say = "llm-jax show CONFIG --config lists all that there are"
     return ValueError(f"unknown config key {_short(key)}; {say}")
+
+
+def _as_typed(names: Sequence[str], text: str) -> str:
+    return ", or ".join(f"{name}={text}" for name in names)
 
 
 def _mixed(key: str) -> ValueError:

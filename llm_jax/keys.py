@@ -9,7 +9,7 @@ import inspect
 import re
 import types
 from collections.abc import Iterator
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 REQUIRED = dataclasses.MISSING  # the default of a key that has none
 
@@ -80,7 +80,7 @@ class Key:
       name: with the groups that it is in, as the command line takes it.
       kind: its annotated type.
       default: `REQUIRED` where it has none.
-      meaning: what its docstring says.
+      meaning: what its docstring says, and the values that it can have where they are few.
       group: the dataclass whose fields follow; None for a value.
     """
 
@@ -98,7 +98,10 @@ def keys(cls: Any, where: str = "") -> Iterator[Key]:
         name, kind = where + field.name, hints[field.name]
         default = field.default_factory() if callable(field.default_factory) else field.default
         group = _group(kind)
-        yield Key(name, kind, default, said.get(field.name, ""), group)
+        meaning, choices = said.get(field.name, ""), get_args(kind) if get_origin(kind) is Literal else ()
+        if not all(re.search(rf"\b{choice}\b", meaning) for choice in choices):
+            meaning += f" One of {', '.join(choices)}."
+        yield Key(name, kind, default, meaning, group)
         if group is not None:
             yield from keys(group, f"{name}.")
 

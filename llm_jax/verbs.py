@@ -23,28 +23,43 @@ if TYPE_CHECKING:
     from llm_jax.train.run import RunConfig
 
 
-def train(args: Namespace) -> None:
+def train(args: Namespace) -> int:
     """Start a run of CONFIG, a recipe or a Python file.
 
     Each key=value changes a field of the config. The run folder comes to hold all there is to know of the run:
-    config, tokenizer, checkpoints, metrics, report. Ctrl-C saves a checkpoint and stops.
+    config, tokenizer, checkpoints, metrics, report. Ctrl-C or SIGTERM saves a checkpoint and stops, with exit status
+    130 or 143. With --resume the same line serves to begin and, however often it is stopped, to go on.
 
       llm-jax train quickstart
       llm-jax train quickstart model.n_layers=8 optimizer.learning_rate=3e-4 --run runs/deeper
       llm-jax train quickstart init_from=runs/deeper --run runs/again     its weights, and nothing else
     """
     from llm_jax import processes, runtime
-    from llm_jax.train import loop
+    from llm_jax.train import loop, run
 
     config = _config(args)
     folder = Path(args.run or f"runs/{Path(args.config).stem}")
     runtime.start()
     with processes.joined(args.coordinator, args.processes, args.process):
+        if args.resume and processes.from_first(lambda: run.is_run(folder)):
+            return _go_on(args, folder, config)
         progress = loop.train(config, folder, console=_console(args), command=args.command)
-        _say_what_next(args, folder, progress.step, config.steps)
+        return _say_what_next(args, folder, progress.step, config.steps)
 
 
-def resume(args: Namespace) -> None:
+def _go_on(args: Namespace, folder: Path, config: "RunConfig") -> int:
+    """Resume the run in `folder`, which may be finished, and say where it is not what `config` says."""
+    from llm_jax.train import loop, run
+
+    old = run.load_config(folder)
+    if changed := run.changes(folder, config):
+        _say(f"{folder} goes on with its own config: {'; '.join(changed[:3])}")
+    if (folder / "checkpoints" / str(old.steps)).is_dir():
+        return _say_what_next(args, folder, old.steps, old.steps)
+    return _say_what_next(args, folder, loop.resume(folder, console=_console(args)).step, old.steps)
+
+
+def resume(args: Namespace) -> int:
     """Go on exactly where RUN stopped.
 
     Weights, optimizer, data and metrics continue as if nothing had happened, bit for bit. With --steps the run
@@ -61,7 +76,7 @@ def resume(args: Namespace) -> None:
     runtime.start()
     with processes.joined(args.coordinator, args.processes, args.process):
         progress = loop.resume(args.run, steps=args.steps, layout=args.assignments, console=_console(args))
-        _say_what_next(args, args.run, progress.step, run.load_config(args.run).steps)
+        return _say_what_next(args, args.run, progress.step, run.load_config(args.run).steps)
 
 
 def _console(args: Namespace) -> "Console":
@@ -73,18 +88,22 @@ def _console(args: Namespace) -> "Console":
     return Console(stderr=args.json, quiet=not processes.is_first())
 
 
-def _say_what_next(args: Namespace, folder: Path | str, step: int, steps: int) -> None:
+def _say_what_next(args: Namespace, folder: Path | str, step: int, steps: int) -> int:
+    """The exit status, after a word on where the run stands: not 0 where it was stopped, or a script would go on."""
     from llm_jax import log, processes
+    from llm_jax.train import stop
 
+    status = 128 + stop.last_signal if step < steps else 0
     if not processes.is_first():
-        return
+        return status
     if args.json:
         last = {name: None if value != value else value for name, value in log.read(folder)[-1].items()}  # NaN: null
         _print_json({"run": str(folder), "steps": steps, **last})
     elif step < steps:
         print(f"stopped at step {step:,} of {steps:,}; go on with: llm-jax resume {folder}")
     else:
-        print(f"done; read {folder}/report.html, or let it write: llm-jax generate {folder}")
+        print(f"done; read {folder}/report.html, or generate text: llm-jax generate {folder}")
+    return status
 
 
 def prepare(args: Namespace) -> None:
@@ -201,14 +220,19 @@ def show(args: Namespace) -> None:
 
       llm-jax show shapes                                    the walk to do first
       llm-jax show llama_1b data.batch_size=64 accumulate=8
+      llm-jax show quickstart --config                       every key: value, default, meaning
     """
     from rich.console import Console
 
     from llm_jax import runtime
     from llm_jax import show as pages
 
+    config = _config_or_run(args)
+    if args.keys:
+        _print_keys(config, json=args.json)
+        return
     runtime.start()
-    description = pages.describe(_config_or_run(args))
+    description = pages.describe(config)
     if args.json:
         _print_json(dataclasses.asdict(description))
     else:
@@ -333,6 +357,37 @@ def verify(args: Namespace) -> None:
         )
 
 
+def check(args: Namespace) -> None:
+    """Show that this machine computes a train step of CONFIG as it should.
+
+    On a device of every kind that is here: what a step is made of, jitted and eager, against NumPy in double precision;
+    and the step itself, shrunk to test size, jitted against eager. Versions with known faults are named. It takes a
+    minute; where something is wrong the exit status is 2.
+
+      llm-jax check                                                      of quickstart
+      llm-jax check llama_1b model.norm=layernorm
+    """
+    from llm_jax import check as checks
+    from llm_jax import runtime
+
+    config = _config(args)
+    runtime.start()
+    say = _say if args.json else print
+    for about in (*checks.about(), "", checks.HEAD):
+        say(about)
+    found = []
+    for finding in checks.check(config):
+        found.append(finding)
+        say(checks.line(finding))
+    if args.json:
+        _print_json(checks.as_json(found))
+    if wrong := [f"{finding.what} on {finding.device}" for finding in found if not finding.right]:
+        raise ValueError(
+            f"wrong here: {', '.join(wrong)}; train nothing on it before another version of jaxlib, or its way around, "
+            "computes these right (docs/check.md)"
+        )
+
+
 def import_(args: Namespace) -> None:
     """Make a run of a model from Hugging Face.
 
@@ -380,18 +435,42 @@ def export(args: Namespace) -> None:
 
 
 def configs(args: Namespace) -> None:
-    """List the recipes, a line each.
+    """List the recipes, a line each, or show one with all its keys.
 
-    quickstart is trained by its name alone; the others by the command that heads their file, with its result.
+    quickstart is trained by its name alone; the others by the command that heads their file, with its result. Of NAME
+    every key is shown as key=value, with its default where that differs and its meaning. A recipe is Python, and is run
+    wherever it is read: read that of a stranger first.
 
       llm-jax configs
+      llm-jax configs quickstart
     """
+    if args.name is not None:
+        _print_recipe(args)
+        return
     found = {name: recipe_docstring(path).partition("\n")[0] for name, path in recipes().items()}
     if args.json:
         _print_json(found)
         return
     for name, line in found.items():
         print(f"{name:18} {line}")
+
+
+def _print_recipe(args: Namespace) -> None:
+    config = _config(Namespace(config=args.name, assignments=[]))
+    if not args.json:
+        print(recipe_docstring(recipes().get(args.name, Path(args.name))).rstrip() + "\n")
+    _print_keys(config, json=args.json)
+
+
+def _print_keys(config: "RunConfig", *, json: bool) -> None:
+    from rich.console import Console
+
+    from llm_jax import show as pages
+
+    if json:
+        _print_json(pages.keys_as_json(config))
+    else:
+        Console(width=None if sys.stdout.isatty() else 120).print(pages.render_keys(config))
 
 
 def tokenize(args: Namespace) -> None:

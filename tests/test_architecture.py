@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     (r"__main__", 7),
     (r"cli|verbs", 6),
-    (r"show|plan|arithmetic|search|terminal|trained|verify|compat", 5),
+    (r"show|plan|arithmetic|search|terminal|trained|verify|check|compat", 5),
     (r"train", 4),
     (r"infer", 3),
     (r"model", 2),

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from llm_jax.infer.generate import Piece, Row, continuations, generate, in_turn,
 from llm_jax.model.cache import init_cache
 from llm_jax.model.config import AttentionConfig, ModelConfig
 from llm_jax.model.transformer import Transformer, unstack
+from llm_jax.ops.attention import Sparse
+from llm_jax.ops.experts import Experts
 from llm_jax.ops.sampling import Sampling
 
 # More ids than the tokenizer has, as in a vocabulary padded to a round number.
@@ -106,6 +109,43 @@ def test_prompts_beyond_one_batch_get_what_they_would_get_in_it(monkeypatch: pyt
 def test_a_sampled_row_does_not_depend_on_its_neighbours():
     one, other = (generate(CONFIG, weights(), TEXT, ["a", b], max_tokens=12)[0] for b in ("b", "a longer one"))
     assert one == other == generate(CONFIG, weights(), TEXT, ["a"], max_tokens=12)[0]
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "global": {},
+    "global+moe": {"experts": Experts(number=4, d_ff=8)},
+    "local": {"attention": AttentionConfig(window=3, sinks=1)},
+    "sparse": {"attention": AttentionConfig(sparse=Sparse("strided", block=4))},
+    "nope": {},
+    "linear": {},
+    "delta": {},
+    "delta+moe": {"experts": Experts(number=4, d_ff=8, shared=1)},
+}
+ALL_KINDS = {
+    "n_layers": 6,
+    "layers": ("local", "sparse", "linear", "delta+moe", "nope", "global"),
+    "attention": AttentionConfig(window=3, sinks=1, sparse=Sparse("strided", block=4)),
+    "experts": Experts(number=4, d_ff=8),
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(ALL_KINDS, id="all"),
+        *(pytest.param({"layers": (kind,), **more}, id=kind, marks=pytest.mark.slow) for kind, more in KINDS.items()),
+    ],
+)
+def test_a_row_is_the_same_alone_and_in_a_ragged_batch_whatever_its_layers_are(changes: dict[str, Any]):
+    """Of prompts that fill one and two steps of width; the draws too, of a row at the same index."""
+    config = dataclasses.replace(CONFIG, **changes)
+    prompts = ["def f(x):", "a", "import os, sys, re, math", "x = 3.14159 * y"]
+    for sampling in (GREEDY, Sampling(temperature=0.9)):
+        write = functools.partial(generate, config, weights(config), TEXT, sampling=sampling, max_tokens=10)
+        together = write(prompts)
+        alone = [write([prompt]) for prompt in (prompts if sampling == GREEDY else prompts[:1])]
+        assert together[: len(alone)] == [text for [text] in alone]
+        assert len(set(together)) == len(prompts)
 
 
 def test_samples_of_one_prompt_differ_and_come_again_with_the_same_seed():

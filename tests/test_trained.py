@@ -8,6 +8,7 @@ import pytest
 from tiny_run import console, write_corpus
 
 from llm_jax import trained
+from llm_jax.data import shards
 from llm_jax.train.loop import train
 from llm_jax.train.run import RunConfig
 
@@ -53,3 +54,15 @@ def test_any_text_is_scored_in_the_tokens_of_the_run(finished: Path, tmp_path: P
     result, step = trained.evaluate(finished, str(corpus), "last", report=lambda line: None)
     assert (result.documents, step) == (7, 8)
     assert result.bytes == sum(path.stat().st_size for path in corpus.iterdir())
+
+
+def test_rows_are_scored_by_a_column_of_their_own(finished: Path, tmp_path: Path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"story": "abc" * n, "label": "d"}) + "\n" for n in range(1, 5)))
+    with pytest.raises(ValueError, match="no 'text' or 'content' in its first rows but 'story', 'label'"):
+        trained.evaluate(finished, str(rows), "last", report=lambda line: None)
+    result, _ = trained.evaluate(finished, str(rows), "last", column="story", report=lambda line: None)
+    assert (result.documents, result.bytes) == (4, 30)
+    shards.prepare(str(rows), tmp_path / "out", tokenizer="byte", column="label", heldout=0.0)
+    with pytest.raises(ValueError, match="is prepared already, of the column 'label'; leave out --column story"):
+        trained.evaluate(finished, str(tmp_path / "out"), "last", column="story", report=lambda line: None)

@@ -4,6 +4,7 @@ import functools
 import itertools
 import multiprocessing
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -33,7 +34,8 @@ def encode_all(folder: str | Path, texts: Iterable[str], *, special: bool = Fals
     workers = os.cpu_count() or 1
     waiting: deque[Future[list[np.ndarray]]] = deque()
     try:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, spawn, initializer=_end_with_parent) as pool:
             for batch in itertools.chain([more], batches):
                 waiting.append(pool.submit(_encode_batch, folder, batch, special))
                 if len(waiting) > 2 * workers:
@@ -69,6 +71,18 @@ def watched(documents: Iterable[Document], tokenizer: Tokenizer, report: Callabl
             break
         yield document
     yield from documents
+
+
+def _end_with_parent() -> None:
+    """Let this worker end when the process that started it does, even by SIGKILL: else it waits for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 _load_once = functools.cache(load)

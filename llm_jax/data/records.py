@@ -23,6 +23,7 @@ from llm_jax.data.compressed import open_seekable, read_text
 COLUMNS = ("text", "content")
 HEAD_ROWS = 1000  # rows of a file that are looked at for its columns
 HEAD_FILES = 100
+BATCH_ROWS = 128  # of parquet, whose rows may be books
 ROW_CHARS = 1 << 27  # a longer row is no row but a file of another shape, and memory ends somewhere
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can spell and UTF-8 cannot
 BLANKS = re.compile(r"[ \t\n\r]*")
@@ -297,7 +298,7 @@ def _parquet_texts(file: File, tally: Tally) -> Iterator[str]:
         if kinds != [STRING]:
             raise _no_string(file, "row 1", column, kinds[0])
         number = 0
-        for batch in _undamaged(file, table.iter_batches(batch_size=1024, columns=[column])):
+        for batch in _undamaged(file, table.iter_batches(batch_size=BATCH_ROWS, columns=[column])):
             for text in _strings(file, batch.column(0), number):
                 number += 1
                 if text:

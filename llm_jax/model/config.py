@@ -65,11 +65,11 @@ class AttentionConfig:
 
     Attributes:
       window: positions that `local` layers see.
-      sinks: first positions of a document that they see besides.
+      sinks: first positions of a document that `local` layers see besides.
       sparse: the pattern of `sparse` layers.
       qk_norm: queries and keys are normed, each head by itself (`head`, Qwen3) or all together (`whole`, OLMo 2).
-      scale: of the scores; None: `H**-0.5`.
-      softcap: of the scores.
+      scale: what scores are multiplied by; None: `H**-0.5`.
+      softcap: scores are squeezed into (-softcap, softcap) by tanh; None: they are not.
       convolution: tokens that the short convolution of `delta` layers spans.
       implementation: one of `ops/attention.py`. None: the fastest that accepts; `zigzag` where devices share a row.
     """
@@ -230,10 +230,10 @@ class ModelConfig:
                 f"set model.head_dim, or use d_model={widths}"
             )
         if self.n_heads % self.K:
-            divisor = next(k for k in range(self.K, 0, -1) if self.n_heads % k == 0)
+            most = min(self.K, self.n_heads)
+            divisor = next((k for k in range(most, max(1, most - 1000), -1) if self.n_heads % k == 0), 1)
             raise ValueError(
-                f"model.n_kv_heads={self.K} does not divide model.n_heads={self.n_heads}; use a divisor, such as "
-                f"{divisor}"
+                f"model.n_kv_heads={self.K} does not divide model.n_heads={self.n_heads}; use a divisor, as {divisor}"
             )
         if self.positions == "rotary" and (self.rotary.turned(self.H) % 2 or not self.rotary.turned(self.H)):
             part = "" if self.rotary.fraction == 1 else f" x rotary.fraction={self.rotary.fraction}"

@@ -53,9 +53,11 @@ class Progress:
     Attributes:
       step: optimizer steps done, and so the position in the data: a batch is a function of (seed, step).
       tokens: targets trained on.
-      skipped: steps whose loss or gradient was not finite.
+      skipped: steps whose loss, gradient or update was not finite.
       skipped_in_a_row: how many of them end the run so far.
-      heldout_loss: as measured at this step; None if it was not.
+      heldout_loss: as measured at this step, None if it was not; what `train` and `resume` return has the last that
+        was measured.
+      stopped: whether a signal ended the run before its last step; of what they return alone.
     """
 
     step: int = 0
@@ -63,6 +65,7 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
     heldout_loss: float | None = None
+    stopped: bool = False
 
 
 class Checkpoints:
@@ -98,6 +101,10 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps of all finished checkpoints, newest first."""
         return sorted((int(path.name) for path in self.folder.glob("*") if path.name.isdecimal()), reverse=True)
+
+    def newest(self) -> int | None:
+        """The step of the newest checkpoint, by memory: the folder may be gone."""
+        return max((step for step in self._heldout_losses if step != self._saving), default=None)
 
     def best(self) -> int | None:
         """The step with the least held-out loss; None where none was measured."""
@@ -271,6 +278,8 @@ class Checkpoints:
 
     def _check_room(self, items: dict[str, PyTree], step: int) -> None:
         """A disk that fills up on the way would take the metrics with it."""
+        if not self.folder.parent.is_dir():
+            raise FileNotFoundError(2, "there is no such folder; make it first", str(self.folder.parent))
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
         free = shutil.disk_usage(self.folder.parent).free
         if free < size:

@@ -5,8 +5,10 @@ config.json  data.json  environment.json  tokenizer/  checkpoints/<step>/  metri
 
 import contextlib
 import dataclasses
+import difflib
 import glob
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -14,7 +16,7 @@ import runpy
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +38,7 @@ from llm_jax.train.optimizer import OptimizerConfig
 from llm_jax.train.step import LossConfig
 from llm_jax.train.timetable import PipelineConfig
 
-ADVICE = "restore it, or start a new run"
+ADVICE = "restore it, or start a new run"  # about a damaged file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,7 @@ class RunConfig:
       checkpoint_every: steps between checkpoints.
       keep: how many of the last checkpoints stay, beside the best by held-out loss.
       sample_every, prompts: when to let the model write, and from what; an empty prompt starts a document.
-      patience: steps in a row with a loss or gradient that is not finite, before the run stops.
+      patience: steps in a row with a loss, gradient or update that is not finite, before the run stops.
       seed: of initial weights and dropout; `data.seed` is that of the order of rows.
       init_from: a run folder whose weights, and nothing else, this run starts from.
       tensorboard: write the metrics for TensorBoard too, into the run folder.
@@ -150,7 +152,7 @@ def is_run(folder: Path) -> bool:
 def check_free(folder: Path, config: RunConfig) -> None:
     """Raises `ValueError` unless `folder` is empty or yet to be made: what a run or a user has there stays."""
     if is_run(folder):
-        changed = differences(to_dict(load_config(folder)), to_dict(_with_absolute_paths(config)))
+        changed = changes(folder, config)
         other = f" of another config ({'; '.join(changed[:3])})" if changed else ""
         raise ValueError(
             f"{folder} already holds a run{other}; go on with it: llm-jax resume {folder}, or choose another --run"
@@ -159,12 +161,37 @@ def check_free(folder: Path, config: RunConfig) -> None:
         raise ValueError(f"{folder} is not empty, and a run begins in a folder of its own; choose another --run")
 
 
+def changes(folder: Path, config: RunConfig) -> list[str]:
+    """A phrase for each field in which the run in `folder` has another config than `config`."""
+    return differences(to_dict(load_config(folder)), to_dict(_with_absolute_paths(config)))
+
+
 def load_config(folder: str | Path) -> RunConfig:
-    """The config of the run in `folder`. Raises `ValueError` where there is none."""
+    """The config of the run in `folder`. Raises `ValueError` where there is none, and names one nearby."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder} holds no run (no config.json); start one with: llm-jax train CONFIG --run {folder}")
-    return from_dict(RunConfig, _read_json(path))
+        raise ValueError(f"{folder} holds no run (no config.json); {_way_to_a_run(Path(folder))}")
+    try:
+        return from_dict(RunConfig, read_json(path, advice=ADVICE))
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}; {ADVICE}") from None
+
+
+def _way_to_a_run(folder: Path) -> str:
+    """The runs near `folder` that may be meant, or else how to start one."""
+    above = [parent for parent in list(folder.absolute().parents)[:2] if _looks_like_a_run(parent)]
+    below = (path.parent for name in ("*/config.json", "*/*/config.json") for path in folder.glob(name))
+    inside = sorted(itertools.islice(filter(_looks_like_a_run, below), 100))
+    beside = {path.parent.name: path.parent for path in folder.parent.glob("*/config.json")}
+    close = [beside[name] for name in difflib.get_close_matches(folder.name, beside, n=1)]
+    if near := above or inside or close:
+        return f"did you mean {', or '.join(map(str, near[:3]))}?"
+    free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    return "start one with: llm-jax train quickstart" + f" --run {folder}" * free
+
+
+def _looks_like_a_run(folder: Path) -> bool:
+    return is_run(folder) and (folder / "checkpoints").is_dir()  # models elsewhere have a config.json too
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -187,6 +214,34 @@ def remove(folder: Path, *, keep_folder: bool) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     if keep_folder:
         folder.mkdir(exist_ok=True)
+
+
+def identity(folder: Path) -> tuple[int, int] | None:
+    """What stays the same of a folder that is moved, and is another of any other; None where there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[Callable[[], str | None]]:
+    """Within it, the function that it gives says where `folder` was moved to; None while it is where it was."""
+    ours, opened = identity(folder), os.open(folder, os.O_RDONLY)
+
+    def moved() -> str | None:
+        if identity(folder) == ours:
+            return None
+        try:
+            return os.readlink(f"/proc/self/fd/{opened}")  # Linux alone says it
+        except OSError:
+            return "FOLDER, as it is called now"
+
+    try:
+        yield moved
+    finally:
+        os.close(opened)
 
 
 @contextlib.contextmanager
@@ -348,10 +403,6 @@ def _commit() -> str | None:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git here, or an installed wheel
         return None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_json(path, advice=ADVICE)
 
 
 def _short(value: Any) -> str:

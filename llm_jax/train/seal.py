@@ -67,7 +67,7 @@ def seal_of_folder(folder: Path) -> Seal | None:
     if not run.is_run(folder):
         return None
     path = folder / "data.json"
-    data = read_json(path, advice="restore it, or start a new run") if path.exists() else None
+    data = read_json(path, advice=run.ADVICE) if path.exists() else None
     return seal(run.load_config(folder), run.load_tokenizer(folder).fingerprint, data)
 
 

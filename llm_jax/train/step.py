@@ -183,9 +183,10 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """One optimizer step over a batch. `gradient` is what `make_gradient` gives, or a program has instead.
 
-    A loss or gradient that is not finite changes neither parameters nor optimizer state; the step still counts, so
-    that data and learning rate move on, and `metrics["skipped"]` is 1. `rebalance` changes the new parameters by the
-    load of the experts.
+    A loss or gradient that is not finite, or an update after which the norm of the parameters would not be, changes
+    neither parameters nor optimizer state; the step still counts, so that data and learning rate move on, and
+    `metrics["skipped"]` is 1. Of layers that wait on the host each is updated, or left as it was, by itself.
+    `rebalance` changes the new parameters by the load of the experts.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
@@ -201,14 +202,15 @@ def make_train_step(
         rate = schedule(state.step)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
-        def advance(params: PyTree, opt_state: PyTree, gradients: PyTree) -> tuple[PyTree, PyTree]:
+        def advance(params: PyTree, opt_state: PyTree, gradients: PyTree) -> tuple[PyTree, PyTree, Bool[Array, ""]]:
             updates, new_state = optimizer.update(mean(gradients), opt_state, params, norm=norm)
             new_params = optax.apply_updates(params, optax.tree.scale(rate, updates))
+            good = finite & jnp.isfinite(optax.tree.norm(new_params))
             # A choice of numbers, not of a branch: that would want float32 gradients whole in memory, before it.
-            choose = functools.partial(jnp.where, finite)
-            return jax.tree.map(choose, (new_params, new_state), (params, opt_state))
+            choose = functools.partial(jnp.where, good)
+            return *jax.tree.map(choose, (new_params, new_state), (params, opt_state)), good
 
-        params, opt_state = advanced(advance, state.params, state.opt_state, gradients)
+        params, opt_state, finite = advanced(advance, state.params, state.opt_state, gradients)
         if rebalance is not None and load is not None:
             params = rebalance(params, jnp.where(finite, load, 0))  # an even load moves nothing
         metrics = {"loss": loss, **sums, "grad_norm": norm, "learning_rate": rate}
