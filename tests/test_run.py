@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from llm_jax.data.shards import Shards, open_shards
 from llm_jax.recipes import recipe_docstring, recipes
 from llm_jax.train import run
 from llm_jax.train.run import RunConfig
+from llm_jax.train.seal import seal_of
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +195,13 @@ def test_the_data_of_a_mixture_names_the_source_that_changed(tmp_path: Path):
     prepare(f"{tmp_path}/b", tmp_path / "changed", tokenizer="byte", heldout=0.2)
     with pytest.raises(ValueError, match=r"not what .* has been trained on: sources.b.*is .* there, .* here"):
         run.check_data(tmp_path / "run", open_folders(config.data, [folders[0], tmp_path / "changed"]))
+    other = override(CONFIG, [f"data.uri={addresses[0]},{addresses[1].replace(':1', ':3')}"])
+    with pytest.raises(ValueError, match=r"sources.a.share is 1/2 there, 1/4 here"):
+        run.check_data(tmp_path / "run", open_folders(other.data, folders))
+    shutil.copytree(folders[1], tmp_path / "moved")
+    moved = open_folders(config.data, [folders[0], tmp_path / "moved"])
+    run.check_data(tmp_path / "run", moved)
+    assert seal_of(config, moved) == seal_of(config, mixture)
     with pytest.raises(ValueError, match=r"data.json has the sources a, b, and config.json corpus; restore it"):
         run.shards_folders(tmp_path / "run", CONFIG)
 

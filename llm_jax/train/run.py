@@ -282,12 +282,14 @@ def _absolute(name: str) -> str:
 
 
 def data_identity(data: Shards | Mixture) -> dict[str, Any]:
-    """What decides the batches, beside the config: of a mixture by the names of its sources."""
+    """What decides the batches, beside the config: of a mixture by the names of its sources, with their shares."""
     whole = {"tokenizer": data.tokenizer.fingerprint, "vocab_size": data.tokenizer.vocab_size}
     if isinstance(data, Shards):
         return whole | _content(data)
     named = zip(data.sources, data.shards, strict=True)
-    return whole | {"sources": {source.name: _content(shards) for source, shards in named}}
+    return whole | {
+        "sources": {source.name: {"share": str(source.share)} | _content(shards) for source, shards in named}
+    }
 
 
 def _content(shards: Shards) -> dict[str, Any]:
@@ -332,7 +334,7 @@ def begins(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> bool:
 
 def check_data(folder: Path, data: Shards | Mixture) -> None:
     """Raises `ValueError` unless `data` is what the run in `folder` began with, wherever it lies."""
-    changed = differences(_without_folders(_read_data(folder)), _without_folders(data_identity(data)))
+    changed = differences(without_folders(_read_data(folder)), without_folders(data_identity(data)))
     if changed:
         raise ValueError(
             f"{data.source} is not what {folder} has been trained on: {changed[0]}; restore it, "
@@ -351,9 +353,10 @@ def _read_data(folder: Path) -> dict[str, Any]:
     return there
 
 
-def _without_folders(identity: Mapping[str, Any]) -> dict[str, Any]:
+def without_folders(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What data.json says of content and weights, wherever the shards lie."""
     return {
-        name: _without_folders(value) if isinstance(value, Mapping) else value
+        name: without_folders(value) if isinstance(value, Mapping) else value
         for name, value in identity.items()
         if name != "folder" or isinstance(value, Mapping)
     }
