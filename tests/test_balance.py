@@ -89,7 +89,7 @@ def test_steps_with_a_following_bias_even_out_the_load_without_a_gradient_on_it(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("balance", ["loss", "bias"])
-def test_experts_in_microbatches_give_the_step_of_the_whole_batch_but_for_the_balance_loss(balance: str):
+def test_experts_in_microbatches_add_up_to_the_step_of_the_whole_batch(balance: str):
     """Rows of unequal length, as those of two sources are. The balance loss is of the load of each microbatch alone."""
     config = mixture(balance=balance, bias_rate=0.5, router_z_loss=0.0)
     long = jnp.array(np.arange(8) < 1 + 2 * np.arange(4)[:, None])

@@ -41,7 +41,7 @@ def test_text_that_changed_since_it_was_cached_is_prepared_again(corpus: Path, t
     assert cached(config(corpus), tmp_path / "cache") == first
 
 
-def test_a_folder_of_shards_says_that_its_text_has_changed_and_is_read_as_it_is(corpus: Path, tmp_path: Path):
+def test_shards_whose_text_has_changed_say_so_and_are_read_as_they_are(corpus: Path, tmp_path: Path):
     told: list[str] = []
     prepare(str(corpus), tmp_path / "out", tokenizer="byte", heldout=0.2)
     of_shards = config(tmp_path / "out")

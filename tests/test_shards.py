@@ -408,7 +408,7 @@ def replaced(folder: Path, name: str, values: np.ndarray) -> None:
     edited(folder, f"splits/{name.split('_')[0]}/files/{name}", shards.sha256_of(folder / name))
 
 
-def test_files_that_agree_with_no_text_are_refused_though_their_checksums_are_right(corpus: str, tmp_path: Path):
+def test_files_of_no_text_are_refused_though_their_checksums_are_right(corpus: str, tmp_path: Path):
     folder = tmp_path / "out"
     prepare(corpus, folder, tokenizer="byte", heldout=0.2)
     tokens, offsets = (np.load(folder / f"train_{what}.npy") for what in ("00000", "offsets"))

@@ -169,7 +169,8 @@ def _shared_tokenizer(spec: str, cuts: Mapping[str, Cuts], cache_dir: Path, repo
     if folder.exists():
         return folder
     report(f"building the tokenizer {spec} for {', '.join(cuts)}")
-    texts = (document.text for uri, cut in cuts.items() for document in sources.documents(uri, **cut))
+    readers = (sources.documents(uri, cut["separator"], cut["column"]) for uri, cut in cuts.items())
+    texts = (document.text for documents in readers for document in documents)
     tokenizer = build(spec, lambda: texts)
     for uri, content in contents.items():
         if sources.fingerprint(uri) != content:
