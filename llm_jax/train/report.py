@@ -48,7 +48,6 @@ PAGE = """<!doctype html>
 <main>
 {headline}
 {charts}
-{sources}
 {samples}
 {config}
 {environment}
@@ -119,8 +118,7 @@ def write_report(folder: str | Path) -> Path:
         "style": STYLE,
         "summary": _summary(rows, config, environment),
         "headline": _headline(numbers),
-        "charts": _charts(numbers) if rows else "",
-        "sources": _section("Sources", _sources(rows)),
+        "charts": (_charts(numbers) if rows else "") + _section("Sources", _sources(rows)),
         "samples": _section("Samples", _samples([(row["step"], some) for row in rows if (some := _texts(row))])),
         "config": _section("Configuration", _tree("run", config)),
         "environment": _section("Environment", _tree("machine", environment, unfolded=True)),
