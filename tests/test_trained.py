@@ -44,8 +44,10 @@ def test_a_mixture_is_scored_by_source_and_other_mixtures_too(config: RunConfig,
     assert (result.tokens, result.documents) == (first.tokens + second.tokens, first.documents + second.documents)
 
     others = [write_corpus(tmp_path / name, documents=n, seed=n) for name, n in (("x", 6), ("y", 9))]
-    result, _ = trained.evaluate(tmp_path / "run", ",".join(f"{path}:1" for path in others), report=lambda line: None)
-    assert result.documents == 15
+    uri = f"{others[0]}:1,{others[1]}:3"
+    result, _ = trained.evaluate(tmp_path / "run", uri, report=lambda line: None)
+    assert [source.documents for source in result.sources.values()] == [6, 9]
+    assert result.loss == pytest.approx(result.sources["x"].loss / 4 + result.sources["y"].loss * 3 / 4)
     assert result.bytes == sum(path.stat().st_size for other in others for path in other.iterdir())
 
 
