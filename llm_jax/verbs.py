@@ -55,6 +55,7 @@ def _go_on(args: Namespace, folder: Path, config: "RunConfig") -> int:
     if changed := run.changes(folder, config):
         _say(f"{folder} goes on with its own config: {'; '.join(changed[:3])}")
     if (folder / "checkpoints" / str(old.steps)).is_dir():
+        _say(f"{folder} is trained already; to train it again, choose another --run, or remove that folder")
         return _say_what_next(args, folder, old.steps, old.steps)
     return _say_what_next(args, folder, loop.resume(folder, console=_console(args)).step, old.steps)
 
