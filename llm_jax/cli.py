@@ -70,11 +70,14 @@ class Parser(ArgumentParser):
 
 
 def _number(text: str, *, kind: type) -> int | float:
-    """As `read_number`: no `1_000`, and neither infinity nor nan."""
+    """As `read_number`: no `1_000`, neither infinity nor nan, and no count that nobody can wait for."""
     try:
-        return read_number(text, kind)
+        number = read_number(text, kind)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    if kind is int and abs(number) >= 2**32:
+        raise argparse.ArgumentTypeError(f"takes a whole number below {2**32}, got {text}")
+    return number
 
 
 Argument = Callable[[ArgumentParser], object]

@@ -149,6 +149,10 @@ def generate(args: Namespace) -> None:
         raise ValueError(f"--seed {args.seed} must lie between 0 and {2**32 - 1}")
     if args.samples < 1:
         raise ValueError(f"--samples {args.samples} writes nothing; use 1 or more")
+    if args.samples > 10_000:
+        raise ValueError(
+            f"--samples {args.samples} do not fit in memory together; use 10000 or less, and another --seed"
+        )
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     config, tokenizer = run.load_config(args.run), run.load_tokenizer(args.run)
     runtime.start()
