@@ -30,6 +30,8 @@ TAPS = {
     "logits": "logits",
 }
 
+MOST_LAYERS = 10_000  # each is a Python object somewhere: two thousand million of them would only seem to hang
+
 REMAT = ("none", "full", "dots", "offload")
 # What rematerialization can keep besides: the taps inside a block, but those that fast attention never holds.
 KEEPABLE = tuple(
@@ -169,6 +171,8 @@ class ModelConfig:
             value = getattr(self, field.name)
             if type(value) is int and value < 1:
                 raise ValueError(f"model.{field.name}={value} must be at least 1")
+        if self.n_layers > MOST_LAYERS:
+            raise ValueError(f"model.n_layers={self.n_layers} is more than {MOST_LAYERS:,}; use that or less")
         for name in ("norm_eps", "embedding_scale", "logit_softcap"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"model.{name}={value} must be positive")
