@@ -220,7 +220,7 @@ def load(folder: str | Path) -> Tokenizer:
     except FileNotFoundError as error:
         missing = Path(error.filename).name
         raise ValueError(f"no tokenizer in {folder}: {missing} is missing; name the folder of one") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError) as error:
         raise ValueError(f"{folder / 'encoding.json'} is damaged ({error}); prepare the data again") from None
     if _digest(description, ranks) != fingerprint:
         raise ValueError(f"{folder} is damaged: the tokenizer has another fingerprint; prepare the data again")

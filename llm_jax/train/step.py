@@ -184,9 +184,9 @@ def make_train_step(
     """One optimizer step over a batch. `gradient` is what `make_gradient` gives, or a program has instead.
 
     A loss or gradient that is not finite, or an update after which the norm of the parameters would not be, changes
-    neither parameters nor optimizer state; the step still counts, so that data and learning rate move on, and `metrics["skipped"]` is 1. Of
-    layers that wait on the host each is updated, or left as it was, by itself. `rebalance` changes the new parameters
-    by the load of the experts.
+    neither parameters nor optimizer state; the step still counts, so that data and learning rate move on, and
+    `metrics["skipped"]` is 1. Of layers that wait on the host each is updated, or left as it was, by itself.
+    `rebalance` changes the new parameters by the load of the experts.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
