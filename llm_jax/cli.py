@@ -1,23 +1,33 @@
 """`llm-jax VERB`: the command line and its errors. What a verb does stands in `verbs.py`."""
 
 import argparse
+import difflib
 import errno
+import functools
+import importlib.metadata
 import logging
 import os
+import platform
 import re
 import shlex
 import sys
 import traceback
 import warnings
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llm_jax import verbs
-from llm_jax.config import nearest
+from llm_jax import __version__, runtime, verbs
+from llm_jax.config import nearest, read_number
+from llm_jax.keys import suggestions
 
 ABOUT = "A language-model library in JAX that you can read in an evening and train on a pod."
-BEGIN = "Begin with: llm-jax train quickstart. Or look around: llm-jax show shapes."
+BEGIN = """begin with:      llm-jax train quickstart
+look around:     llm-jax show shapes
+read of a verb:  llm-jax help VERB
+
+The exit status is 0, 2 for what you can fix, 130 or 143 where a run was stopped and saved by Ctrl-C or SIGTERM.
+docs/cli.md tells the rest."""
 
 
 class Parser(ArgumentParser):
@@ -26,9 +36,8 @@ class Parser(ArgumentParser):
     def error(self, message: str) -> Any:
         if choice := re.match(r".*invalid choice: '(.*)' \(choose from (.*)\)", message):
             names = re.findall(r"[\w-]+", choice[2])
-            message = f"{choice[1]!r} is none of {', '.join(names)}; {nearest(choice[1], names)}"
-        if setting := re.match(r"unrecognized arguments: --([\w.]+=\S+)", message):
-            message += f"; a field of the config is set as {setting[1]}"
+            message = f"{choice[1]!r} is not known; {nearest(choice[1], names)}"
+        message = " ".join(message.removeprefix("argument ").split())
         self.exit(2, f"llm-jax: error: {message}; see {self.prog} --help\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore  (has overloads there)
@@ -37,19 +46,56 @@ class Parser(ArgumentParser):
             late = [word for word in left if "=" in word and not word.startswith("-")]
             known.assignments = [*known.assignments, *late]
             left = [word for word in left if word not in late]
+        if left:
+            self.error(self._unknown(left[0], list(args or ())))
         return known, left
+
+    def _unknown(self, word: str, words: list[str]) -> str:
+        """What is wrong with `word`, which this verb does not take, and what is meant by it."""
+        verb = self.prog.rpartition(" ")[2]
+        option, equals, value = word.partition("=")
+        if not word.startswith("-"):
+            return f"{verb} takes no {word!r}" + " (its config is that of the run)" * bool(equals)
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        if close := difflib.get_close_matches(option, known, n=1, cutoff=0.8):
+            return f"{verb} has no option {option}; did you mean {close[0]}?"
+        if not any(action.dest == "config" for action in self._actions):
+            return f"{verb} has no option {option}"
+        if not equals and (after := words[words.index(word) + 1 :]) and not after[0].startswith("--"):
+            value = after[0]
+        from llm_jax.train.run import RunConfig
+
+        keys = suggestions(option.strip("-").replace("-", "_"), RunConfig)
+        meant = ", or ".join(f"{key}={value}" for key in keys) or "such as model.n_layers=8"
+        return f"{verb} has no option {option}; a config is changed by key=value, without dashes: {meant}"
+
+
+def _number(text: str, *, kind: type) -> int | float:
+    """As `read_number`: no `1_000`, and neither infinity nor nan."""
+    try:
+        return read_number(text, kind)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 Argument = Callable[[ArgumentParser], object]
 
 
 def arg(*names: str, **options: Any) -> Argument:
+    if options.get("type") in (int, float):
+        options["type"] = functools.partial(_number, kind=options["type"])
     return lambda parser: parser.add_argument(*names, **options)
 
 
 RUN = arg("run", metavar="RUN", help="a run folder")
-ASSIGNMENTS = arg("assignments", metavar="key=value", nargs="*", help="fields to change, as model.n_layers=8")
+ASSIGNMENTS = arg("assignments", metavar="key=value", nargs="*", default=[], help="keys to change, as model.n_layers=8")
 CHECKPOINT = arg("--checkpoint", default="best", metavar="WHICH", help="best (default), last, or a step")
+COLUMN = arg("--column", metavar="NAME", help="of rows, which column is text; default: text, else content")
+BEGIN_OF_TEXT = arg(
+    "--begin",
+    action=BooleanOptionalAction,
+    help="begin-of-text before each text; default: as in training, or as an imported tokenizer does",
+)
 JSON = arg("--json", action="store_true", help="print one JSON object instead")
 PEERS: tuple[Argument, ...] = (
     arg("--coordinator", metavar="HOST:PORT", help="where process 0 of several can be reached"),
@@ -65,12 +111,19 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
         arg("config", metavar="CONFIG", help="a recipe (llm-jax configs) or a Python file"),
         ASSIGNMENTS,
         arg("--run", metavar="DIR", help="the run folder; default: runs/CONFIG"),
+        arg("--resume", action="store_true", help="go on with the run that is there already, if there is one"),
         *PEERS,
         JSON,
     ),
     "resume": (
         RUN,
-        arg("assignments", metavar="key=value", nargs="*", help="another layout, for other devices, as mesh.fsdp=4"),
+        arg(
+            "assignments",
+            metavar="key=value",
+            nargs="*",
+            default=[],
+            help="another layout, for other devices, as mesh.fsdp=4",
+        ),
         arg("--steps", type=int, metavar="N", help="a new total of steps"),
         *PEERS,
         JSON,
@@ -79,10 +132,12 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
         arg("uri", metavar="URI", help="where the text is"),
         arg("--out", required=True, metavar="DIR", help="a folder that does not exist yet"),
         arg("--tokenizer", default="train:4096", metavar="NAME", help="default: train:4096"),
-        arg("--separator", metavar="TEXT", help=r"cut documents behind this text, such as $'\n\n'"),
+        arg("--separator", metavar="TEXT", help=r"cut documents after this text, such as $'\n\n'"),
+        COLUMN,
         arg("--no-end-of-text", dest="end_of_text", action="store_false", help="put no such token behind documents"),
         arg("--heldout", type=float, default=0.05, metavar="SHARE", help="of the documents; default: 0.05"),
         arg("--heldout-by", choices=("hash", "tail"), default="hash", help="chosen by content, or the last"),
+        arg("--special", action="store_true", help="read <|endoftext|> and the like as special tokens"),
         JSON,
     ),
     "generate": (
@@ -97,18 +152,23 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
         arg("--stop", action="append", default=[], metavar="TEXT", help="end before it; again for more"),
         arg("--seed", type=int, default=0, metavar="N", help="another number, another text"),
         arg("--samples", type=int, default=1, metavar="N", help="texts from each prompt"),
+        BEGIN_OF_TEXT,
+        arg("--special", action=BooleanOptionalAction, help="read special tokens in prompts; default: as in training"),
         CHECKPOINT,
         JSON,
     ),
     "evaluate": (
         RUN,
         arg("--data", metavar="URI", help="score all of this text"),
+        COLUMN,
+        BEGIN_OF_TEXT,
         CHECKPOINT,
         JSON,
     ),
     "show": (
         arg("config", metavar="CONFIG|RUN", help="recipe, Python file, or run"),
         ASSIGNMENTS,
+        arg("--config", action="store_true", dest="keys", help="every key instead: value, default, meaning"),
         JSON,
     ),
     "plan": (
@@ -141,6 +201,17 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
         arg("--axes", metavar="A,B", help="only layouts of these mesh axes"),
         JSON,
     ),
+    "check": (
+        arg(
+            "config",
+            metavar="CONFIG",
+            nargs="?",
+            default="quickstart",
+            help="recipe or Python file; default: quickstart",
+        ),
+        ASSIGNMENTS,
+        JSON,
+    ),
     "import_": (
         arg("source", metavar="PATH|NAME", help="a folder, or a name on the Hugging Face hub"),
         arg("--run", required=True, metavar="DIR", help="the run folder"),
@@ -155,28 +226,37 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
         CHECKPOINT,
         JSON,
     ),
-    "configs": (JSON,),
+    "configs": (
+        arg("name", metavar="NAME", nargs="?", help="a recipe, or a Python file, to show every key of"),
+        JSON,
+    ),
     "tokenize": (
         arg("text", metavar="TEXT", nargs="?", help="default: standard input"),
         arg("--tokenizer", default="byte", metavar="NAME", help="default: byte; gpt2, ..., a run, a folder"),
-        arg("--special", action="store_true", help="read <|endoftext|> as the special token"),
+        arg("--special", action="store_true", help="read <|endoftext|> and the like as special tokens"),
         arg("--decode", type=int, nargs="+", metavar="ID", help="ids to text"),
         arg("--train", metavar="URI", help="train a tokenizer on this text"),
+        COLUMN,
         arg("--vocab", type=int, default=4096, metavar="N", help="its size; default: 4096"),
         arg("--out", metavar="DIR", help="the folder where it is saved"),
         JSON,
     ),
+    "help": (arg("verb", metavar="VERB", nargs="?", help="one of those that llm-jax --help lists"),),
 }
 
 
 def parser() -> ArgumentParser:
     """Every verb with its arguments; its docstring is its help."""
-    top = Parser(prog="llm-jax", description=ABOUT, epilog=BEGIN)
+    top = Parser(prog="llm-jax", description=ABOUT, epilog=BEGIN, allow_abbrev=False)
+    top.formatter_class = argparse.RawDescriptionHelpFormatter
+    jax = importlib.metadata.version("jax")  # without importing it
+    version = f"llm-jax {__version__} (JAX {jax}, Python {platform.python_version()})"
+    top.add_argument("--version", action="version", version=version, help="show the versions of llm-jax and JAX")
     choices = top.add_subparsers(metavar="VERB", required=True)
     for name, arguments in SYNTAX.items():
-        function = getattr(verbs, name)
+        function = help_ if name == "help" else getattr(verbs, name)
         summary, _, rest = (function.__doc__ or "").partition("\n")
-        p = choices.add_parser(name.rstrip("_"), help=summary, description=summary)
+        p = choices.add_parser(name.rstrip("_"), help=summary, description=summary, allow_abbrev=False)
         p.epilog = "\n".join(line.removeprefix("    ") for line in rest.rstrip().splitlines())
         p.formatter_class = argparse.RawDescriptionHelpFormatter
         for add in (*arguments, DEBUG):
@@ -185,14 +265,25 @@ def parser() -> ArgumentParser:
     return top
 
 
+def help_(args: Namespace) -> None:
+    """Explain a verb, with examples.
+
+    Without VERB, list them all. `llm-jax VERB --help` is the same.
+
+    llm-jax help
+    llm-jax help train
+    """
+    parser().parse_args([*([args.verb] if args.verb else []), "--help"])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a verb. The exit status: 0, 2 for an error that the user can mend, 130 for Ctrl-C."""
+    """Run a verb. The exit status: 0, 2 for an error that the user can fix, 128 + the signal that stopped a run."""
     words = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(words or ["--help"], Namespace(command=shlex.join(["llm-jax", *words])))
     if not args.debug:
         _quiet()
     try:
-        args.function(args)
+        status = args.function(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return _failed("interrupted", args.debug, status=130)
@@ -203,21 +294,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if message is None:
             raise
         return _failed(message, args.debug)
+    else:
+        return status or 0
     return 0
 
 
 def _message(error: Exception) -> str | None:
-    """What went wrong and what to do about it; None for what the user can't mend."""
+    """What went wrong and what to do about it; None for what the user can't fix."""
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return (
             "out of memory; use a smaller data.batch_size, a larger accumulate, or model.remat=full "
             "(llm-jax show CONFIG says what takes how much)"
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"no space left on the disk for {error.filename or 'output'}; make room, or name another folder"
+        return f"no space left on the disk for {error.filename or 'the output'}; make room there, or use another disk"
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'output'}: {error.strerror}; mend that, or name another path"
-    return None if isinstance(error, RuntimeError) else str(error)
+        return f"{error.filename or 'the output'}: {error.strerror}; fix that, or name another path"
+    return runtime.unavailable(error) if isinstance(error, RuntimeError) else str(error)
 
 
 def _failed(message: str, debug: bool, status: int = 2) -> int:
@@ -228,7 +321,7 @@ def _failed(message: str, debug: bool, status: int = 2) -> int:
 
 
 def _quiet() -> None:
-    """Silences what libraries log and warn about, which is not the user's to mend. Before JAX is imported."""
+    """Silences what libraries log and warn about, which is not the user's to fix. Before JAX is imported."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # what fails in Orbax is raised, and said in a line
     if not sys.warnoptions:

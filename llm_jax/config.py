@@ -2,7 +2,8 @@
 
 A config is a frozen dataclass, possibly of frozen dataclasses, whose leaves are numbers, strings, booleans,
 `None`, or tuples `tuple[X, ...]` of these. The annotations are the schema: nothing is declared twice.
-As text, `none` is None, and a tuple is its items with commas between, after the last one too if you like.
+As text, `none` is None, and a tuple is its items with commas between, after the last one too if you like. A number is
+ASCII digits, with a point or an exponent: neither `1_000` nor the digits of another script.
 """
 
 import dataclasses
@@ -11,12 +12,20 @@ import json
 import math
 import re
 import types
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from llm_jax.keys import keys, suggestions
 
 Config = TypeVar("Config")
 
 TRUTH = {"true": True, "false": False}
+NUMBER = re.compile(r"[+-]?([0-9]+([.][0-9]*)?|[.][0-9]+)([eE][+-]?[0-9]+)?")
+LONGEST_NUMBER = 500  # characters; Python itself refuses to read integers of some thousand digits
+MOST_ITEMS = 10_000  # of a tuple
+INT32 = 2**31 - 1
+FLOAT32 = (2.0**-126, 3.4028234e38)  # sizes of the smallest normal number and the largest
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "none"}
 
 
@@ -43,24 +52,33 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], where: str = "") -> 
 
 
 def override(config: Config, assignments: Sequence[str]) -> Config:
-    """`config` with each `"a.b=value"` applied in order, checked by type and by every `__post_init__`.
+    """`config` with each `"a.b=value"` applied, checked by type and by every `__post_init__`.
 
-    All assignments take effect together, so that two fields which must agree can change in one call.
+    All assignments take effect together, so that two fields which must agree can change in one call. Raises
+    `ValueError` for a key that is unknown, and says which may be meant, or that is set twice.
     """
+    known = {key.name: key for key in keys(type(config))}
     values: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
-        if not equals:
-            raise ValueError(f"expected key=value, got {assignment!r}; for example model.n_layers=8")
+        if not equals or not key:
+            raise ValueError(f"expected key=value, got {_short(assignment)}; for example model.n_layers=8")
         *groups, leaf = key.split(".")
+        if key not in known and not any(
+            (at := known.get(".".join(groups[:depth]))) and at.group is None for depth in range(1, len(groups) + 1)
+        ):
+            raise _unknown(type(config), key, text)
+        if key in known and known[key].group and text != "none" and (meant := suggestions(key, type(config))):
+            raise ValueError(f"{key} is a group of keys; did you mean {_as_typed(meant, text)}?")
         branch = values
         for depth, group in enumerate(groups, 1):
             branch = branch.setdefault(group, {})
             if not isinstance(branch, dict):
-                raise _twice(".".join(groups[:depth]))
+                raise _mixed(".".join(groups[:depth]))
         if isinstance(branch.get(leaf), dict):
-            raise _twice(key)
-        branch[leaf] = text
+            raise _mixed(key)
+        if branch.setdefault(leaf, text) != text:
+            raise ValueError(f"{key} is set twice, to {_short(branch[leaf])} and to {_short(text)}; keep one of them")
     return _replace(config, values, "")
 
 
@@ -77,6 +95,23 @@ def check_choices(config: Any, where: str) -> None:
             check_choices(value, f"{where}{name}.")
         elif get_origin(kind) is Literal and value not in get_args(kind):
             raise _wrong_type(value, (kind,), where + name)
+
+
+def check_ranges(config: Any, where: str) -> None:
+    """Raises `ValueError` for a number, here or in a config inside, that arrays can't be indexed with, or can't hold.
+
+    Whole numbers are indices and counts, int32; a seed has the 32 bits to itself. Others become float32, in which what
+    is too small is 0.
+    """
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), where + field.name
+        if dataclasses.is_dataclass(value):
+            check_ranges(value, f"{name}.")
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, int) and abs(item) > INT32 and field.name != "seed":
+                raise ValueError(f"{name}={_short(item)} is more than int32 can count; use at most {INT32}")
+            if isinstance(item, float) and item != 0 and not FLOAT32[0] <= abs(item) <= FLOAT32[1]:
+                raise ValueError(f"{name}={item:g} is no float32; use 0, or a size from 1.2e-38 to 3.4e+38")
 
 
 def plain(value: Any) -> str:
@@ -109,7 +144,8 @@ def _replace(config: Any, values: Mapping[str, Any], where: str) -> Any:
 def _check_known(values: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
     for key in values:
         if key not in known:
-            raise ValueError(f"unknown config key {where + key!r}; {nearest(key, known)}")
+            names = [where + name for name in known]
+            raise ValueError(f"unknown config key {_short(where + key)}; {nearest(where + key, names)}")
 
 
 def _check_complete(values: Mapping[str, Any], cls: Any, where: str) -> None:
@@ -119,7 +155,24 @@ def _check_complete(values: Mapping[str, Any], cls: Any, where: str) -> None:
             raise ValueError(f"config key {where + field.name!r} is missing; it has no default, so set it")
 
 
-def _twice(key: str) -> ValueError:
+def _unknown(cls: type, key: str, text: str) -> ValueError:
+    """What to type in place of `key=text`."""
+    group = key.rpartition(".")[0] + "."
+    inside = [name for name in (found.name for found in keys(cls)) if group != "." and name.startswith(group)]
+    if meant := suggestions(key, cls):
+        say = f"did you mean {_as_typed(meant, text)}?"
+    elif inside:
+        say = f"known: {', '.join(inside)}"
+    else:
+        say = "llm-jax show CONFIG --config lists all that there are"
+    return ValueError(f"unknown config key {_short(key)}; {say}")
+
+
+def _as_typed(names: Sequence[str], text: str) -> str:
+    return ", or ".join(f"{name}={text}" for name in names)
+
+
+def _mixed(key: str) -> ValueError:
     return ValueError(f"{key} is set both as a value and as a group of values; keep one of them")
 
 
@@ -133,6 +186,8 @@ def _coerce(value: Any, kind: Any, where: str) -> Any:
     if origin is Literal and value in arguments:
         return value
     if origin is tuple and (items := _items(value)) is not None:
+        if len(items) > MOST_ITEMS:
+            raise ValueError(f"{where} takes at most {MOST_ITEMS:,} values, got {len(items):,}")
         return tuple(_coerce(item, arguments[0], where) for item in items)
     if (leaf := _leaf(value, kind)) is not None:
         return leaf
@@ -172,20 +227,48 @@ def _leaf(value: Any, kind: Any) -> Any:
 
 def _number(value: str | int | float, kind: type) -> int | float | None:
     """`1e6` is an int and `3` is a float; infinity and nan are neither."""
-    if kind is int and re.fullmatch("[+-]?[0-9]+", str(value)):
+    if isinstance(value, str) and (len(value) > LONGEST_NUMBER or not NUMBER.fullmatch(value)):
+        return None
+    if kind is int and (isinstance(value, int) or re.fullmatch("[+-]?[0-9]+", str(value))):
         return int(value)  # not by way of float, which has 53 bits
     try:
         number = float(value)
-    except (ValueError, OverflowError):
+    except OverflowError:
         return None
     if not math.isfinite(number) or (kind is int and not number.is_integer()):
         return None
     return kind(number)
 
 
+def read_number(text: str, kind: type) -> int | float:
+    """The number that an option of the command line takes. Raises `ValueError` as a key of a config would."""
+    number = _number(text, kind)
+    if number is None:
+        raise ValueError(f"takes {NAMES[kind]}, got {_short(text)}{_in_ascii(text, kind)}")
+    return number
+
+
 def _wrong_type(value: Any, kinds: Sequence[Any], where: str) -> ValueError:
-    got = f"a group of values ({', '.join(value)})" if isinstance(value, Mapping) else repr(value)
-    return ValueError(f"{where} takes {' or '.join(_describe(kind, where) for kind in kinds)}, got {got}")
+    got = f"a group of values ({_short(', '.join(value))[1:-1]})" if isinstance(value, Mapping) else _short(value)
+    say = next((way for kind in kinds if kind in (int, float) and (way := _in_ascii(value, kind))), "")
+    return ValueError(f"{where} takes {' or '.join(_describe(kind, where) for kind in kinds)}, got {got}{say}")
+
+
+def _in_ascii(value: Any, kind: type) -> str:
+    """How to write what looks like a number and is none: `1_000`, or digits of another script."""
+    if not isinstance(value, str) or len(value) > LONGEST_NUMBER:
+        return ""
+    digits = "".join(str(unicodedata.decimal(letter, letter)) for letter in value if letter not in "_ ,'")
+    return f"; write {digits}" if digits != value and _number(digits, kind) is not None else ""
+
+
+def _short(value: Any) -> str:
+    """`value` as Python writes it, the middle of a long one left out."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of so many digits that Python does not write it
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:90]}...{text[-90:]}"
 
 
 def _describe(kind: Any, where: str) -> str:

@@ -1,9 +1,6 @@
 """How fast a device could be at best: published peak rates, and for a CPU what a matrix product reaches here."""
 
-import ctypes
 import functools
-import os
-import platform
 import time
 
 import jax
@@ -48,25 +45,3 @@ def measured_matmul_flops(size: int = 1024, rounds: int = 5) -> float:
         product(x, x).block_until_ready()
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds)
-
-
-def simulate(devices: int) -> None:
-    """Lets this process see so many CPU devices, and no other. Comes before the first array."""
-    os.environ["NPROC"] = str(4 * devices)  # XLA's threads: with one a device, collectives wait for each other for ever
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", devices)
-
-
-def reuse_freed_memory() -> None:
-    """Lets this process keep the memory it frees, instead of returning it to the kernel after every step.
-
-    A train step on CPU takes and frees one large temporary buffer; fetching its pages anew each time costs up to a
-    third of a small model's step. Memory stays at its peak. Does nothing where the C library is not glibc.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    mallopt = ctypes.CDLL(None).mallopt
-    trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX of malloc.h
-    mallopt(arena_max, 1)  # another thread's arena maps and unmaps whatever exceeds 64 MB, whatever the limits say
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, -1)  # never

@@ -26,9 +26,9 @@ from llm_jax import buffers, hlo
 from llm_jax import tree as trees
 from llm_jax.arithmetic import flops_a_token, gradient_bytes, numbers_here, rate_along
 from llm_jax.files import write_whole
+from llm_jax.runtime import cache_folder
 from llm_jax.show import columns, metric, shares, title
 from llm_jax.topologies import H100, Topology
-from llm_jax.train.loop import cache_folder
 from llm_jax.train.offload import HOST
 from llm_jax.train.program import Program
 from llm_jax.train.run import RunConfig

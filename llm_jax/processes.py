@@ -12,19 +12,20 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from multiprocessing.connection import Client, Listener, wait
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
 import jax
 from jax._src import distributed
-from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 from jax.experimental import multihost_utils
+
+from llm_jax import meeting
+from llm_jax import peers as network
 
 Value = TypeVar("Value")
 Peers = dict[Any, int]  # connections, and the number of the process at the other end of each
 
-FIND = 120  # seconds that the processes have to find each other
 BEAT = 1  # seconds between two signs of life
 SILENCE = 15  # seconds without one, after which a process counts as hung
 HEARTBEAT = 45  # JAX's own such limit aborts the process with a stack trace; ours comes before it
@@ -46,50 +47,30 @@ def is_first() -> bool:
     return _state.process_id == 0
 
 
-def started_as_one_of_several(environ: Mapping[str, str], *, tpu_vm: bool, terminal: bool) -> bool:
-    """Whether the scheduler that started this process has started others beside it.
-
-    Only then does JAX look for them. An interactive shell inside an allocation has the variables of the allocation, but
-    is a step of one task; whoever types on one machine of a TPU slice means that machine.
-    """
-    slurm = int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in environ
-    kubernetes = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environ.keys()
-    slices = int(environ.get("MEGASCALE_NUM_SLICES", 1)) > 1 or "," in environ.get("TPU_WORKER_HOSTNAMES", "")
-    metadata = "TPU_SKIP_MDS_QUERY" not in environ and "TPU_WORKER_HOSTNAMES" not in environ
-    return slurm or (kubernetes and not tpu_vm) or (tpu_vm and not terminal and (slices or metadata))
-
-
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
-    """Makes this process one of several: by the arguments, else as its scheduler has it, else it stays alone.
+    """Make this process one of several: by the arguments, else as its scheduler has it, else it stays alone.
 
-    Comes before the first array. Raises `ValueError` where the others don't turn up.
+    Comes before the first array. Raises `ValueError` where the others don't turn up, and says who is missing.
     """
-    given = {"--coordinator HOST:PORT": coordinator, "--processes N": processes, "--process I": process}
-    missing = [option for option, value in given.items() if value is None]
-    if missing and len(missing) < len(given):
-        raise ValueError(f"processes find each other by {', '.join(given)} together; add {' and '.join(missing)}")
-    if processes is not None and process is not None and not 0 <= process < processes:
-        raise ValueError(f"--process {process} is none of --processes {processes}; use 0 to {processes - 1}")
-    if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
-        raise ValueError(f"--coordinator {coordinator} has no port; use HOST:PORT, as node0:8476")
-    terminal = sys.stdin is not None and sys.stdin.isatty()
-    if missing and not started_as_one_of_several(os.environ, tpu_vm=running_in_cloud_tpu_vm, terminal=terminal):
+    address = meeting.address_of(coordinator, processes, process)
+    if address is None:
         return
+    bind = meeting.meet(address)
     try:
         jax.distributed.initialize(
-            coordinator,
-            processes,
-            process,
-            cluster_detection_method=None if missing else "deactivate",
-            initialization_timeout=FIND,
+            address.coordinator,
+            address.processes,
+            address.process,
+            local_device_ids=address.devices,
+            cluster_detection_method="deactivate",
+            initialization_timeout=meeting.FIND,
             heartbeat_timeout_seconds=HEARTBEAT,
             shutdown_timeout_seconds=SHUTDOWN,
+            coordinator_bind_address=os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", bind),
         )
-    except (RuntimeError, ValueError) as error:  # the latter where a scheduler does not say enough
-        where = coordinator or _state.coordinator_address or "the address that the scheduler gives"
+    except (RuntimeError, ValueError) as error:
         raise ValueError(
-            f"the processes did not find each other at {where} within {FIND} s ({str(error).splitlines()[0]}); start "
-            "all of them with one HOST:PORT that each can reach, and a --process of its own"
+            f"JAX can't join the processes ({str(error).splitlines()[0]}); start all of them again"
         ) from error
 
 
@@ -171,17 +152,24 @@ def watched(way_on: str) -> Iterator[None]:
 
 def _connect() -> Peers:
     """Process 0 has a connection to each other process, and each of these one to it."""
-    key = from_first(secrets.token_hex).encode()
+    key = network.run_key("watch", from_first(secrets.token_hex))
+    host = _state.coordinator_address.rpartition(":")[0].strip("[]")
     if not is_first():
         port = from_first(int)
-        host = _state.coordinator_address.rpartition(":")[0].strip("[]")
-        peer = Client((host, port), authkey=key)
-        peer.send_bytes(str(_state.process_id).encode())
-        return {peer: 0}
-    with Listener(("", 0), backlog=count(), authkey=key) as listener:
-        from_first(lambda: listener.address[1])
-        peers = [listener.accept() for _ in range(count() - 1)]
-    return {peer: int(peer.recv_bytes()) for peer in peers}
+        try:
+            return {network.connect(host, port, key, _state.process_id, meeting.FIND): 0}
+        except OSError as error:
+            raise ValueError(
+                f"process 0 can't be reached at {host}:{port} ({error}); let the machines of a run reach each other on "
+                "all ports, and set LLM_JAX_SECRET to the same text on all of them"
+            ) from None
+    with network.listen(host, 0) as listener:
+        port = listener.getsockname()[1]
+        from_first(lambda: port)
+        came = network.gather(listener, key, count(), meeting.FIND)
+    if absent := meeting.absent_from(came, count(), f"{host}:{port}"):
+        raise ValueError(f"{absent}; let the machines of a run reach each other on all ports")
+    return {peer: number for number, peer in came.peers.items()}
 
 
 def _watch(peers: Peers, way_on: str) -> None:
@@ -193,13 +181,13 @@ def _watch(peers: Peers, way_on: str) -> None:
         ready: list[Any] = wait(list(peers), timeout=max(0, due - time.monotonic()))
         for peer in ready:
             try:
-                word = peer.recv_bytes()
+                word = peer.recv_bytes(network.LONGEST)
             except (EOFError, OSError):
                 word = f"process {peers[peer]} of {count()} is gone".encode()
             if word == b"bye":
                 del peers[peer]
             elif word != b"beat":
-                _end(peers, word.decode(), way_on)
+                _end(peers, word.decode(errors="replace"), way_on)
             heard[peer] = time.monotonic()
         for peer, number in peers.items():
             if time.monotonic() - heard[peer] > SILENCE:
@@ -209,14 +197,14 @@ def _watch(peers: Peers, way_on: str) -> None:
 def _end(peers: Peers, reason: str, way_on: str) -> None:
     if is_first():
         _tell(peers, reason.encode())
+    reason = " ".join(reason.split())
     os.write(2, f"llm-jax: error: {reason}, and this one stops; {way_on}\n".encode())
     _leave(GONE)
 
 
 def _tell(peers: Peers, word: bytes) -> None:
     for peer in peers:
-        with contextlib.suppress(OSError):  # one that is gone is noticed where it is read
-            peer.send_bytes(word)
+        network.tell(peer, word)
 
 
 def _leave(status: int) -> None:

@@ -93,7 +93,16 @@ ACTIVATION_AXES: Mapping[str, Axes] = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis, from the axis that sends least; one may be -1, which takes what is left."""
+    """Devices along each mesh axis, from the axis that sends least; one may be -1, which takes what is left.
+
+    Attributes:
+      pipeline: devices that hold consecutive layers, and pass activations on.
+      data: that have all weights, and rows of their own.
+      fsdp: that share the weights, and have rows of their own.
+      expert: that share the experts, and have rows of their own.
+      context: that share each row.
+      tensor: that share each matrix product.
+    """
 
     pipeline: int = 1
     data: int = -1

@@ -7,6 +7,7 @@ the abstract by `jax.eval_shape`: a model of any size is described in about a se
 import dataclasses
 import functools
 import itertools
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -17,8 +18,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from llm_jax.config import override
+from llm_jax.config import override, plain
 from llm_jax.data.loader import Batch, as_told
+from llm_jax.keys import REQUIRED, keys, value_at
 from llm_jax.model.config import TAPS, ModelConfig
 from llm_jax.model.taps import capture
 from llm_jax.model.transformer import Transformer
@@ -305,6 +307,43 @@ def metric(n: int | float, unit: str) -> str:
     mantissa, exponent = f"{n:.2e}".split("e")
     thousands = int(exponent) // 3
     return f"{float(mantissa) * 10 ** (int(exponent) % 3):.3g} {' kMGTPEZY'[thousands].strip()}{unit}"
+
+
+def render_keys(config: RunConfig) -> Table:
+    """Each key as the command line takes it, its default where that is another, and its meaning."""
+    table = columns("", "dim")
+    table.add_column(ratio=1)
+    table.expand = True
+    table.add_row(Text("key=value", style="bold"), "default", Text("meaning", style="bold"))
+    for key in keys(RunConfig):
+        value = value_at(config, key)
+        if key.group is not None:
+            table.add_row()
+            none = Text(f"{key.name}={plain(value)}", style="dim") if value is None else ""
+            table.add_row(Text(key.name, style="bold") if value is not None else none, "", key.meaning, style="bold")
+        elif value is REQUIRED:
+            table.add_row(Text(f"{key.name}=", style="dim"), "", key.meaning)
+        else:
+            word = Text(quoted(f"{key.name}={plain(value)}"), style="dim" if key.default == value else "cyan")
+            table.add_row(word, "" if key.default in (REQUIRED, value) else plain(key.default), key.meaning)
+    return table
+
+
+def keys_as_json(config: RunConfig) -> dict[str, dict[str, object]]:
+    """For each key that is a value: this and its default, absent where there is none, and its meaning."""
+    found = {}
+    for key in keys(RunConfig):
+        if key.group is None:
+            both = {"value": value_at(config, key), "default": key.default}
+            found[key.name] = {name: x for name, x in both.items() if x is not REQUIRED} | {"meaning": key.meaning}
+    return found
+
+
+def quoted(word: str) -> str:
+    """`word` as a shell takes it, on one line."""
+    if word.isprintable():
+        return shlex.quote(word)
+    return "$'" + word.encode("unicode_escape").decode().replace("'", "\\'") + "'"
 
 
 def title(text: str) -> Text:

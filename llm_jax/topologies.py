@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llm_jax import runtime
+
 GIB = 2**30
 
 
@@ -103,9 +105,10 @@ class Topology:
 
     def prepare(self) -> None:
         """Sets the environment that JAX starts in. What the user has set stays."""
-        several = {"JAX_NUM_CPU_DEVICES": str(self.n_devices), "NPROC": "32"} if self.kind == "cpu" else {}
-        for name, value in (ENVIRONMENT | several).items():
+        for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        if self.kind == "cpu":
+            runtime.simulate(self.n_devices)
 
     def devices(self) -> Sequence[Any]:
         """Its devices, to compile for. Raises `ValueError` where they can't be had, with what to install or change."""

@@ -9,12 +9,14 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from llm_jax.data.config import DataConfig
 from llm_jax.data.loader import IGNORE, Batch, heldout_rows
-from llm_jax.data.shards import SPLITS, DataConfig, Shards, open_shards
-from llm_jax.data.sources import holds_records
+from llm_jax.data.mixture import Mixture
+from llm_jax.data.prepare import cuts_of
+from llm_jax.data.shards import SPLITS, Shards, TokenStore, is_prepared, open_shards
 from llm_jax.train import run
 from llm_jax.train.checkpoint import Checkpoints
-from llm_jax.train.evaluate import Evaluation, target_lengths
+from llm_jax.train.evaluate import Evaluation
 from llm_jax.train.evaluate import evaluate as measure
 from llm_jax.train.loop import open_data, open_run_data
 from llm_jax.train.program import Program
@@ -57,43 +59,62 @@ def restore(
 
 
 def evaluate(
-    folder: str | Path, uri: str | None = None, checkpoint: str = "best", *, report: Report = print
+    folder: str | Path,
+    uri: str | None = None,
+    checkpoint: str = "best",
+    *,
+    column: str | None = None,
+    begin: bool | None = None,
+    report: Report = print,
 ) -> tuple[Evaluation, int]:
-    """How well the run in `folder` predicts what it held out, or all the text at `uri`; and the weights' step."""
+    """Return how well the run in `folder` predicts what it held out, or all the text at `uri`; and the weights' step.
+
+    Documents at `uri` begin and end as in training. Those of an imported run begin as its tokenizer begins a text: with
+    begin-of-text, and then an end is scored too, or with nothing, and then neither the first token nor an end is.
+    `begin` says otherwise. `column` is the one of rows at `uri` that is text; None: that of the run.
+    """
     config = run.load_config(folder)
     if uri is None:
-        shards = open_run_data(Path(folder), config, report)
-        batches = heldout_rows(shards.split("heldout"), config.data)
+        store = open_run_data(Path(folder), config, report).split("heldout")
+        batches = heldout_rows(store, config.data)
     else:
-        shards = open_text(uri, Path(folder), config, report)
-        batches = all_rows(shards, config.data)
+        begin = run.begins(Path(folder), config, run.load_tokenizer(folder)) if begin is None else begin
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, end_of_text=begin))
+        shards = open_text(uri, Path(folder), config, report, column)
+        store, batches = TokenStore.joined(list(map(shards.split, SPLITS))), all_rows(shards, config.data)
     program = on_all_devices(config)
     params, step = restore(folder, program, checkpoint, report=report)
-    lengths = target_lengths(shards.tokenizer, config.data.task)
-    return measure(functools.partial(program.score, params), batches, lengths, config.data.task), step
+    return measure(functools.partial(program.score, params), batches, store, config.data.task), step
 
 
-def open_text(uri: str, folder: Path, config: RunConfig, report: Report) -> Shards:
+def open_text(uri: str, folder: Path, config: RunConfig, report: Report, column: str | None = None) -> Shards | Mixture:
     """The text at `uri` in the tokens of the run in `folder`. Raises `ValueError` for shards that have others."""
-    if not (Path(uri) / "meta.json").is_file():
-        separator = None if holds_records(uri) else config.data.separator
-        changes = {"uri": uri, "tokenizer": str(folder / "tokenizer"), "separator": separator, "heldout": 0.0}
-        return open_data(dataclasses.replace(config, data=dataclasses.replace(config.data, **changes)), report)
+    if not is_prepared(uri):
+        data = dataclasses.replace(config.data, uri=uri, tokenizer=str(folder / "tokenizer"), heldout=0.0)
+        if len(data.sources) == 1:
+            data = dataclasses.replace(data, **cuts_of(data, uri))
+        data = dataclasses.replace(data, column=column or data.column)
+        return open_data(dataclasses.replace(config, data=data), report)
     shards, ours = open_shards(uri), run.load_tokenizer(folder)
     if shards.tokenizer.fingerprint != ours.fingerprint:
         raise ValueError(
             f"{uri} is in the tokens of {shards.tokenizer.name}, but {folder} knows those of {ours.name}; "
             f"prepare the text with --tokenizer {folder}/tokenizer, or name the text itself"
         )
+    if column not in (None, shards.manifest.column):
+        raise ValueError(
+            f"{uri} is prepared already, of the column {shards.manifest.column!r}; leave out --column {column}"
+        )
     if shards.manifest.end_of_text != config.data.end_of_text:
         raise ValueError(
-            f"{uri} has end_of_text={shards.manifest.end_of_text}, but {folder} was trained with "
-            f"data.end_of_text={config.data.end_of_text}; name the text itself"
+            f"{uri} has end_of_text={shards.manifest.end_of_text}, but texts of {folder} have "
+            f"end_of_text={config.data.end_of_text}; add {'--no-begin' if config.data.end_of_text else '--begin'}, or "
+            "name the text itself"
         )
     return shards
 
 
-def all_rows(shards: Shards, config: DataConfig) -> Iterator[Batch]:
+def all_rows(shards: Shards | Mixture, config: DataConfig) -> Iterator[Batch]:
     """The batches of one split after the other, as `heldout_rows` cuts them; documents are numbered on."""
     before = 0
     for store in map(shards.split, SPLITS):

@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,31 +19,47 @@ from llm_jax.recipes import recipe_docstring, recipes
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from llm_jax.data.tokenizer import Tokenizer
     from llm_jax.train.run import RunConfig
 
 
-def train(args: Namespace) -> None:
+def train(args: Namespace) -> int:
     """Start a run of CONFIG, a recipe or a Python file.
 
     Each key=value changes a field of the config. The run folder comes to hold all there is to know of the run:
-    config, tokenizer, checkpoints, metrics, report. Ctrl-C saves a checkpoint and stops.
+    config, tokenizer, checkpoints, metrics, report. Ctrl-C or SIGTERM saves a checkpoint and stops, with exit status
+    130 or 143. With --resume the same line serves to begin and, however often it is stopped, to go on.
 
       llm-jax train quickstart
       llm-jax train quickstart model.n_layers=8 optimizer.learning_rate=3e-4 --run runs/deeper
       llm-jax train quickstart init_from=runs/deeper --run runs/again     its weights, and nothing else
     """
-    from llm_jax import processes
-    from llm_jax.train import loop
+    from llm_jax import processes, runtime
+    from llm_jax.train import loop, run
 
     config = _config(args)
     folder = Path(args.run or f"runs/{Path(args.config).stem}")
-    loop.own_process()
+    runtime.start()
     with processes.joined(args.coordinator, args.processes, args.process):
+        if args.resume and processes.from_first(lambda: run.is_run(folder)):
+            return _go_on(args, folder, config)
         progress = loop.train(config, folder, console=_console(args), command=args.command)
-        _say_what_next(args, folder, progress.step, config.steps)
+        return _say_what_next(args, folder, progress.step, config.steps)
 
 
-def resume(args: Namespace) -> None:
+def _go_on(args: Namespace, folder: Path, config: "RunConfig") -> int:
+    """Resume the run in `folder`, which may be finished, and say where it is not what `config` says."""
+    from llm_jax.train import loop, run
+
+    old = run.load_config(folder)
+    if changed := run.changes(folder, config):
+        _say(f"{folder} goes on with its own config: {'; '.join(changed[:3])}")
+    if (folder / "checkpoints" / str(old.steps)).is_dir():
+        return _say_what_next(args, folder, old.steps, old.steps)
+    return _say_what_next(args, folder, loop.resume(folder, console=_console(args)).step, old.steps)
+
+
+def resume(args: Namespace) -> int:
     """Go on exactly where RUN stopped.
 
     Weights, optimizer, data and metrics continue as if nothing had happened, bit for bit. With --steps the run
@@ -53,13 +70,13 @@ def resume(args: Namespace) -> None:
       llm-jax resume runs/quickstart --steps 4000
       llm-jax resume runs/quickstart mesh.fsdp=4              on other devices, in another layout
     """
-    from llm_jax import processes
+    from llm_jax import processes, runtime
     from llm_jax.train import loop, run
 
-    loop.own_process()
+    runtime.start()
     with processes.joined(args.coordinator, args.processes, args.process):
         progress = loop.resume(args.run, steps=args.steps, layout=args.assignments, console=_console(args))
-        _say_what_next(args, args.run, progress.step, run.load_config(args.run).steps)
+        return _say_what_next(args, args.run, progress.step, run.load_config(args.run).steps)
 
 
 def _console(args: Namespace) -> "Console":
@@ -71,34 +88,38 @@ def _console(args: Namespace) -> "Console":
     return Console(stderr=args.json, quiet=not processes.is_first())
 
 
-def _say_what_next(args: Namespace, folder: Path | str, step: int, steps: int) -> None:
+def _say_what_next(args: Namespace, folder: Path | str, step: int, steps: int) -> int:
+    """The exit status, after a word on where the run stands: not 0 where it was stopped, or a script would go on."""
     from llm_jax import log, processes
+    from llm_jax.train import stop
 
+    status = 128 + stop.last_signal if step < steps else 0
     if not processes.is_first():
-        return
+        return status
     if args.json:
         last = {name: None if value != value else value for name, value in log.read(folder)[-1].items()}  # NaN: null
         _print_json({"run": str(folder), "steps": steps, **last})
     elif step < steps:
         print(f"stopped at step {step:,} of {steps:,}; go on with: llm-jax resume {folder}")
     else:
-        print(f"done; read {folder}/report.html, or let it write: llm-jax generate {folder}")
+        print(f"done; read {folder}/report.html, or generate text: llm-jax generate {folder}")
+    return status
 
 
 def prepare(args: Namespace) -> None:
     """Turn the text at URI into token shards, once.
 
-    URI is builtin:python (or numbers, or brackets), a file, a folder, a pattern, .jsonl, .parquet, hf://datasets/...,
-    or any address that fsspec reads. Training does all this by itself, into a cache; do it by hand for text that
-    several machines share.
+    URI is builtin:python (or numbers, or brackets), a file, a folder, a pattern, hf://datasets/..., or any address that
+    fsspec reads: text, or rows of .jsonl, .json, .csv, .tsv or .parquet. Training does all this by itself, into a
+    cache; do it by hand for text that several machines share.
 
       llm-jax prepare builtin:python --out data/python --tokenizer train:8192
       llm-jax train quickstart data.uri=data/python data.tokenizer=train:8192 model.vocab_size=8192
     """
-    from llm_jax.data import shards
+    from llm_jax.data import prepare as preparing
 
-    options = {name: vars(args)[name] for name in ("tokenizer", "separator", "end_of_text", "heldout", "heldout_by")}
-    manifest = shards.prepare(args.uri, args.out, **options, report=_say)
+    options = {name: vars(args)[name] for name in preparing.SETTINGS}
+    manifest = preparing.prepare(args.uri, args.out, **options, report=_say)
     if args.json:
         _print_json(dataclasses.asdict(manifest))
 
@@ -110,14 +131,17 @@ def generate(args: Namespace) -> None:
     from an empty pipe it takes those that the run sampled from. Several texts come one after the other. A run that
     translates writes the answer of each, and a classifier names the likeliest, with its probability.
 
+    A prompt begins as the documents did that the run was trained on; of an imported run, as its tokenizer begins a
+    text, so that the greedy text is that of transformers. --begin and --no-begin say otherwise.
+
       llm-jax generate runs/quickstart --prompt 'def read_lines(path):' --samples 3
       llm-jax generate runs/quickstart --temperature 0 --stop $'\n\n' < prompts.txt
     """
-    from llm_jax import terminal, trained
+    from llm_jax import runtime, terminal, trained
     from llm_jax.infer.classify import classify
     from llm_jax.infer.generate import collect, in_turn, stream
     from llm_jax.ops.sampling import Sampling
-    from llm_jax.train import loop, run
+    from llm_jax.train import run
     from llm_jax.train.step import cast
 
     if not 0 <= args.seed < 2**32:
@@ -126,15 +150,19 @@ def generate(args: Namespace) -> None:
         raise ValueError(f"--samples {args.samples} writes nothing; use 1 or more")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     config, tokenizer = run.load_config(args.run), run.load_tokenizer(args.run)
-    loop.own_process()
+    runtime.start()
     params, step = trained.restore(args.run, trained.on_one_device(config), args.checkpoint, report=_say)
     params = cast(params, config.model.dtype)
-    task, begin = config.data.task, config.data.end_of_text
-    options = {"max_tokens": args.max_tokens, "stop": args.stop, "begin": begin, "task": task}
+    task = config.data.task
+    begin = run.begins(Path(args.run), config, tokenizer) if args.begin is None else args.begin
+    special = config.data.special if args.special is None else args.special
+    options = {"max_tokens": args.max_tokens, "stop": args.stop, "begin": begin, "special": special, "task": task}
     texts = []
     for number, given in enumerate([args.prompt] if args.prompt else terminal.read_prompts(config.prompts)):
+        if not special:
+            _say_what_is_spelled(tokenizer, given)
         if task is not None and config.model.n_classes is not None:
-            answers = classify(config.model, params, tokenizer, task, given, begin=begin)
+            answers = classify(config.model, params, tokenizer, task, given, begin=begin, special=special)
             texts += map(dataclasses.asdict, answers)
             if not args.json:
                 terminal.write("".join(f"{a.prompt}  {a.answer}  {a.probability:.2%}\n" for a in answers))
@@ -159,11 +187,15 @@ def evaluate(args: Namespace) -> None:
       llm-jax evaluate runs/quickstart
       llm-jax evaluate runs/quickstart --data essays/ --json
     """
-    from llm_jax import trained
-    from llm_jax.train import loop
+    from llm_jax import runtime, trained
 
-    loop.own_process()
-    result, step = trained.evaluate(args.run, args.data, args.checkpoint, report=_say)
+    if args.column is not None and args.data is None:
+        raise ValueError(f"--column {args.column} is one of other text; add --data URI, or leave it out")
+    if args.begin is not None and args.data is None:
+        raise ValueError("--begin and --no-begin are for text of yours; add --data URI, or leave them out")
+    runtime.start()
+    options = {"column": args.column, "begin": args.begin}
+    result, step = trained.evaluate(args.run, args.data, args.checkpoint, **options, report=_say)
     found = {"run": args.run, "step": step, **dataclasses.asdict(result)}
     found["perplexity_interval"] = [math.exp(min(loss, 700)) for loss in result.loss_interval]
     if args.json:
@@ -184,12 +216,19 @@ def show(args: Namespace) -> None:
 
       llm-jax show shapes                                    the walk to do first
       llm-jax show llama_1b data.batch_size=64 accumulate=8
+      llm-jax show quickstart --config                       every key: value, default, meaning
     """
     from rich.console import Console
 
+    from llm_jax import runtime
     from llm_jax import show as pages
 
-    description = pages.describe(_config_or_run(args))
+    config = _config_or_run(args)
+    if args.keys:
+        _print_keys(config, json=args.json)
+        return
+    runtime.start()
+    description = pages.describe(config)
     if args.json:
         _print_json(dataclasses.asdict(description))
     else:
@@ -264,12 +303,12 @@ def compare(args: Namespace) -> None:
       llm-jax compare shakespeare_char data.uri=tinyshakespeare.txt
       llm-jax compare quickstart optimizer.name=adamw optimizer.learning_rate=1e-3 --steps 100
     """
+    from llm_jax import runtime
     from llm_jax.compat import compare
-    from llm_jax.train import loop
 
     config, name = _config(args), Path(args.config).stem
     folder = Path(args.out or f"compare/{name}")
-    loop.own_process()
+    runtime.start()
     result = compare.compare(config, args.steps, _say, compiled=args.compiled, command=args.command)
     compare.write(result, folder, name)
     if args.json:
@@ -289,17 +328,15 @@ def verify(args: Namespace) -> None:
       llm-jax verify quickstart model.layers=global+moe model.experts.number=8
       llm-jax verify llama_1b --axes fsdp,tensor
     """
-    from llm_jax import hardware
+    from llm_jax import runtime
     from llm_jax import verify as checks
-    from llm_jax.train import loop
 
     config, chosen = _config(args), args.axes.split(",") if args.axes else checks.AXES
     for axis in chosen:
         if axis not in checks.AXES:
             raise ValueError(f"--axes {args.axes}: {axis!r} is no mesh axis; {nearest(axis, checks.AXES)}")
     wanted = [layout for layout in checks.layouts() if set(layout.axes) <= set(chosen)]
-    hardware.simulate(checks.DEVICES)
-    loop.own_process()
+    runtime.start(checks.DEVICES)
     found = []
     print(checks.HEAD, file=sys.stderr if args.json else sys.stdout)
     for verdict in checks.verify(config, wanted):
@@ -316,6 +353,37 @@ def verify(args: Namespace) -> None:
         )
 
 
+def check(args: Namespace) -> None:
+    """Show that this machine computes a train step of CONFIG as it should.
+
+    On a device of every kind that is here: what a step is made of, jitted and eager, against NumPy in double precision;
+    and the step itself, shrunk to test size, jitted against eager. Versions with known faults are named. It takes a
+    minute; where something is wrong the exit status is 2.
+
+      llm-jax check                                                      of quickstart
+      llm-jax check llama_1b model.norm=layernorm
+    """
+    from llm_jax import check as checks
+    from llm_jax import runtime
+
+    config = _config(args)
+    runtime.start()
+    say = _say if args.json else print
+    for about in (*checks.about(), "", checks.HEAD):
+        say(about)
+    found = []
+    for finding in checks.check(config):
+        found.append(finding)
+        say(checks.line(finding))
+    if args.json:
+        _print_json(checks.as_json(found))
+    if wrong := [f"{finding.what} on {finding.device}" for finding in found if not finding.right]:
+        raise ValueError(
+            f"wrong here: {', '.join(wrong)}; train nothing on it before another version of jaxlib, or its way around, "
+            "computes these right (docs/check.md)"
+        )
+
+
 def import_(args: Namespace) -> None:
     """Make a run of a model from Hugging Face.
 
@@ -327,11 +395,11 @@ def import_(args: Namespace) -> None:
       llm-jax generate runs/smollm2 --prompt 'The sky is'
       llm-jax train essays.py init_from=runs/smollm2 data.tokenizer=runs/smollm2/tokenizer
     """
+    from llm_jax import runtime
     from llm_jax.compat import huggingface
-    from llm_jax.train import loop
     from llm_jax.train.count import parameter_counts
 
-    loop.own_process()
+    runtime.start()
     config = huggingface.import_run(args.source, args.run, tokenizer=args.tokenizer, command=args.command, report=_say)
     if args.json:
         _print_json({"run": args.run, "parameters": sum(parameter_counts(config.model).values())})
@@ -348,12 +416,12 @@ def export(args: Namespace) -> None:
       llm-jax export runs/quickstart --out exported/quickstart
       llm-jax export runs/llama --out exported/llama --dtype bfloat16 --checkpoint last
     """
-    from llm_jax import trained
+    from llm_jax import runtime, trained
     from llm_jax.compat import huggingface
-    from llm_jax.train import loop, run
+    from llm_jax.train import run
 
     program = trained.on_the_host(run.load_config(args.run))
-    loop.own_process()
+    runtime.start()
     params, step = trained.restore(args.run, program, args.checkpoint, report=_say)
     family = huggingface.export_run(args.run, params, args.out, family=args.family, dtype=args.dtype)
     if args.json:
@@ -363,18 +431,42 @@ def export(args: Namespace) -> None:
 
 
 def configs(args: Namespace) -> None:
-    """List the recipes, a line each.
+    """List the recipes, a line each, or show one with all its keys.
 
-    quickstart is trained by its name alone; the others by the command that heads their file, with its result.
+    quickstart is trained by its name alone; the others by the command that heads their file, with its result. Of NAME
+    every key is shown as key=value, with its default where that differs and its meaning. A recipe is Python, and is run
+    wherever it is read: read that of a stranger first.
 
       llm-jax configs
+      llm-jax configs quickstart
     """
+    if args.name is not None:
+        _print_recipe(args)
+        return
     found = {name: recipe_docstring(path).partition("\n")[0] for name, path in recipes().items()}
     if args.json:
         _print_json(found)
         return
     for name, line in found.items():
         print(f"{name:18} {line}")
+
+
+def _print_recipe(args: Namespace) -> None:
+    config = _config(Namespace(config=args.name, assignments=[]))
+    if not args.json:
+        print(recipe_docstring(recipes().get(args.name, Path(args.name))).rstrip() + "\n")
+    _print_keys(config, json=args.json)
+
+
+def _print_keys(config: "RunConfig", *, json: bool) -> None:
+    from rich.console import Console
+
+    from llm_jax import show as pages
+
+    if json:
+        _print_json(pages.keys_as_json(config))
+    else:
+        Console(width=None if sys.stdout.isatty() else 120).print(pages.render_keys(config))
 
 
 def tokenize(args: Namespace) -> None:
@@ -392,9 +484,13 @@ def tokenize(args: Namespace) -> None:
     if args.train:
         _train_tokenizer(args)
         return
+    if args.column is not None:
+        raise ValueError(f"--column {args.column} is one of what a tokenizer learns from; add --train URI")
     given = sys.stdin.read() if args.text is None and args.decode is None else args.text or ""
     inside = Path(args.tokenizer) / "tokenizer"  # of a run, or of prepared data
     coder = tokenizer.load(inside) if inside.is_dir() else tokenizer.build(args.tokenizer, lambda: [given])
+    if not args.special:
+        _say_what_is_spelled(coder, [given])
     tokens = coder.encode(given, special=args.special).tolist() if args.decode is None else args.decode
     if args.json:
         pieces = [coder.decode([token]) for token in tokens]
@@ -412,13 +508,19 @@ def _train_tokenizer(args: Namespace) -> None:
 
     if not args.out or Path(args.out).exists():
         raise ValueError(f"--train saves the tokenizer in a new folder; add --out DIR (got {args.out})")
-    text = tokenizer.train(args.vocab, (document.text for document in sources.documents(args.train)))
+    documents = sources.documents(args.train, column=args.column, report=_say)
+    text = tokenizer.train(args.vocab, (document.text for document in documents))
     with whole_folder(Path(args.out), "tokenizer") as folder:
         text.save(folder)
     if args.json:
         _print_json({"tokenizer": args.out, "vocab_size": text.vocab_size})
         return
     print(f"{text.vocab_size:,} ids; look at them with: llm-jax tokenize TEXT --tokenizer {args.out}")
+
+
+def _say_what_is_spelled(coder: "Tokenizer", texts: Sequence[str]) -> None:
+    if found := next(filter(None, map(coder.spelled, texts)), None):
+        _say(f"the text spells {found}, which is read as text; for the token add --special")
 
 
 def _say(line: str) -> None:

@@ -1,7 +1,7 @@
 """Every mesh gives the answer of one device: a config, shrunk to test size, is trained on each layout of eight of them.
 
 What is compared is all that a layout could get wrong: the loss of a batch, the gradient of every parameter, and the
-curve of a short training with the config's own optimizer. Devices are simulated on the CPU (`hardware.simulate`).
+curve of a short training with the config's own optimizer. Devices are simulated on the CPU (`runtime.simulate`).
 """
 
 import dataclasses

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax.hardware import reuse_freed_memory
 from llm_jax.ops.attention import BLOCK, LONG, Mask, Sparse, attention
+from llm_jax.runtime import reuse_freed_memory
 
 HEADS, SIZE = 12, 64
 

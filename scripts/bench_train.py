@@ -23,8 +23,9 @@ import numpy as np
 
 from llm_jax.compat.sides import STEPS
 from llm_jax.data.loader import Batch, DataConfig
-from llm_jax.hardware import measured_matmul_flops, reuse_freed_memory
+from llm_jax.hardware import measured_matmul_flops
 from llm_jax.model.config import ModelConfig
+from llm_jax.runtime import reuse_freed_memory
 from llm_jax.train.count import flops_per_token
 from llm_jax.train.program import Program
 from llm_jax.train.run import RunConfig, load_recipe

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llm_jax import trained
+from llm_jax.data.mixture import Mixture
 from llm_jax.data.shards import Shards
 from llm_jax.infer.generate import generate
 from llm_jax.ops.sampling import Sampling
@@ -24,7 +25,7 @@ from llm_jax.train.step import cast
 SIGNATURE = re.compile(r"^def \w+\([^()\n]*\):\n", re.MULTILINE)
 
 
-def prompts(shards: Shards) -> Iterator[str]:
+def prompts(shards: Shards | Mixture) -> Iterator[str]:
     """Every signature on one line, at the left margin, of the held-out documents."""
     store = shards.split("heldout")
     for start, stop in zip(store.offsets[:-1].tolist(), store.offsets[1:].tolist(), strict=True):

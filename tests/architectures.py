@@ -91,6 +91,49 @@ CASES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", *["full_attention"] * 4],
         "tie_word_embeddings": False,
     },
+    "gemma": SIZES | {"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e3}},
+    "olmo3": SIZES
+    | {
+        "num_hidden_layers": 6,
+        "sliding_window": 5,
+        "rope_parameters": {
+            "full_attention": YARN | {"rope_theta": 5e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+        },
+    },
+    "exaone4": SIZES | {"num_hidden_layers": 6, "sliding_window": 5, "rope_parameters": LLAMA3},
+    "exaone4 without windows": SIZES | {"sliding_window": None, "layer_types": ["full_attention"] * 3},
+    "starcoder2": SIZES | {"sliding_window": 5, "tie_word_embeddings": False},
+    "starcoder2 without biases": SIZES | {"use_bias": False},
+    "seed_oss": SIZES | {"head_dim": 8},
+    "seed_oss everywhere": SIZES | {"head_dim": 8, "attention_out_bias": True, "mlp_bias": True},
+    "arcee": SIZES | {"rope_parameters": YARN, "mlp_bias": True, "attention_bias": True},
+    "gpt_bigcode": {"vocab_size": 270, "n_embd": 24, "n_layer": 3, "n_head": 6, "n_positions": 40, "n_inner": 20},
+    "gpt_bigcode every head": {"vocab_size": 270, "n_embd": 24, "n_layer": 3, "n_head": 6, "n_positions": 40}
+    | {"multi_query": False, "tie_word_embeddings": False},
+    "cwm": SIZES | {"num_hidden_layers": 6, "head_dim": 8, "sliding_window": 5, "rope_parameters": LLAMA3},
+    "qwen3_moe": SIZES
+    | {
+        "num_hidden_layers": 4,
+        "head_dim": 8,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+        "use_sliding_window": True,
+        "sliding_window": 5,
+    },
+    "qwen3_moe every other": SIZES
+    | {
+        "num_hidden_layers": 5,
+        "head_dim": 8,
+        "num_experts": 5,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 12,
+        "decoder_sparse_step": 2,
+    },
+    "olmoe": SIZES | {"num_experts": 5, "num_experts_per_tok": 2},
 }
 
 

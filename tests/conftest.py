@@ -28,6 +28,8 @@ import jaxtyping
 import optax
 import pytest
 
+import llm_jax  # noqa: F401  (its import guards against compilers with known faults, here as in a user's process)
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -14,12 +14,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     (r"__main__", 7),
     (r"cli|verbs", 6),
-    (r"show|plan|arithmetic|search|terminal|trained|verify|compat", 5),
+    (r"show|plan|arithmetic|search|terminal|trained|verify|check|compat", 5),
     (r"train", 4),
     (r"infer", 3),
     (r"model", 2),
     (r"ops|data", 1),
-    (r"config|tree|files|sharding|processes|log|hardware|recipes|hlo|buffers|topologies|__\w+__", 0),
+    (r"config|keys|tree|files|log|recipes|sharding|processes|meeting|peers|__\w+__", 0),
+    (r"runtime|hardware|hlo|buffers|topologies", 0),
 ]
 VAGUE = {"utils", "util", "common", "base", "helpers", "helper", "manager", "misc"}
 

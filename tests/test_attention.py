@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxprs import equations, product_flops
 
-from llm_jax.ops.attention import Declined, Mask, Sparse, attention
+import llm_jax.ops.attention
+import llm_jax.ops.kernels
+from llm_jax.ops.attention import LONG, Declined, Mask, Sparse, attention, candidates, heard
 
 SHORT = 9
 
@@ -158,8 +160,62 @@ def test_a_block_that_is_out_of_view_holds_nothing_that_is_seen(case: tuple, row
 
 def test_an_implementation_that_declines_says_why():
     q = jnp.ones((1, SHORT, 2, 3, 8))
-    with pytest.raises(Declined, match=f"chunked takes a query length .* got {SHORT}"):
-        attention(q, q[:, :, :, 0], q[:, :, :, 0], Mask(), implementation="chunked")
+    with pytest.raises(Declined, match=f"flash takes a multiple of 128 tokens, got {SHORT}"):
+        attention(q, q[:, :, :, 0], q[:, :, :, 0], Mask(), implementation="flash")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "tpu", "gpu", "another"])
+def test_it_is_said_once_who_attends_and_why_others_declined(backend: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(llm_jax.ops.attention, "platform", lambda: backend)
+    monkeypatch.setattr(llm_jax.ops.kernels, "platform", lambda: backend)
+    q, k = (jax.ShapeDtypeStruct((1, 8200, *heads, 8), jnp.float32) for heads in ((2, 1), (2,)))
+    said = []
+    with heard(said.append):
+        for _ in range(2):
+            jax.eval_shape(lambda q, k, v: attention(q, k, v, Mask(window=99, sinks=4)), q, k, k)
+    reason = {"tpu": "; flash takes a multiple of 128 tokens, got 8200", "gpu": "; cudnn has no sinks"}.get(backend, "")
+    assert said == [f"attention over 8,200 tokens: chunked{reason}"]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "tpu", "gpu", "another"])
+@pytest.mark.parametrize("L", [LONG, LONG + 1, 8200])
+def test_long_rows_never_hold_all_their_scores(L: int, backend: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(llm_jax.ops.attention, "platform", lambda: backend)
+    assert candidates(L)[-1] == "chunked"  # which declines nothing
+    assert candidates(LONG - 1)[-1] == "reference"
+
+
+@pytest.mark.parametrize(
+    ("mask", "L", "S"),
+    [
+        (Mask(), 1, 1),
+        (Mask(window=100), 300, 300),
+        (Mask(causal=False), 131, 131),
+        (Mask(sparse=Sparse("strided", block=16, local=1, stride=4), causal=False), 199, 199),
+        (Mask(sparse=Sparse("fixed", block=32, stride=2)), 20, 20),
+        (Mask(segments=jnp.repeat(jnp.arange(3), 67)[None], window=30, sinks=2), 201, 201),
+        (Mask(kv_length=jnp.array([250])), 150, 277),
+    ],
+    ids=["one", "window", "everything", "sparse", "short of a block", "packed", "cache"],
+)
+def test_no_length_is_too_odd_for_chunks(mask: Mask, L: int, S: int):
+    q, k, v, g = (
+        jax.random.normal(key, (1, length, *heads, 8))
+        for key, length, heads in zip(
+            jax.random.split(jax.random.key(0), 4), (L, S, S, L), ((1, 2), (1,), (1,), (1, 2)), strict=True
+        )
+    )
+
+    @jax.jit
+    def both(q: jax.Array, k: jax.Array, v: jax.Array) -> list[list[jax.Array]]:
+        found = []
+        for name in ("reference", "chunked"):
+            out, pull = jax.vjp(lambda *x, name=name: attention(*x, mask, implementation=name), q, k, v)
+            found.append([out, *pull(g)])
+        return found
+
+    for exact, found in zip(*both(q, k, v), strict=True):
+        np.testing.assert_allclose(found, exact, atol=2e-5 * float(jnp.abs(exact).max()))
 
 
 def test_an_unknown_implementation_is_answered_with_the_known_ones():
@@ -186,7 +242,7 @@ def test_many_blocks_lose_no_digits_of_the_gradients_of_keys_and_values():
     assert np.less(off["chunked"], 1.5 * np.array(off["reference"])).all(), off
 
 
-@pytest.mark.parametrize("L", [SHORT, 1024])
+@pytest.mark.parametrize("L", [SHORT, 1024, 1025])
 def test_the_default_accepts_every_length(L: int):
     q = jax.ShapeDtypeStruct((2, L, 2, 3, 8), jnp.float32)
     k = v = jax.ShapeDtypeStruct((2, L, 2, 8), jnp.float32)

@@ -1,6 +1,7 @@
 """What a user types is understood, and what goes wrong is said on one line."""
 
 import errno
+import json
 import os
 import re
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_jax import verbs
+from llm_jax import __version__, verbs
 from llm_jax.cli import main, parser
 
 VERBS = ["train", "resume", "prepare", "generate", "evaluate", "show", "compare", "import", "export", "configs"]
@@ -54,13 +55,22 @@ def test_changes_of_the_config_may_stand_anywhere():
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("trian quickstart", "'trian' is none of .*did you mean 'train'"),
+        ("trian quickstart", "'trian' is not known; did you mean 'train'"),
         ("prepare x --out y --heldout-by tial", "did you mean 'tail'"),
-        ("resume", "required: RUN"),
-        ("generate runs/x steps=5", "unrecognized arguments: steps=5"),
-        ("train x --stepz 5", "unrecognized arguments: --stepz"),
-        ("train x --steps=5", "unrecognized arguments: --steps=5; a field of the config is set as steps=5"),
-        ("generate runs/x --top-k many", "--top-k: invalid int value: 'many'"),
+        ("help trian", "'trian' is not known; did you mean 'train'"),
+        ("resume", "required: RUN; see llm-jax resume --help"),
+        ("train", "required: CONFIG; see llm-jax train --help"),
+        ("generate runs/x steps=5", r"generate takes no 'steps=5' \(its config is that of the run\); see llm-jax gen"),
+        ("generate runs/x --promt a", r"has no option --promt; did you mean --prompt\?; see llm-jax generate --help"),
+        ("generate runs/x --sam 2", "generate has no option --sam; see llm-jax generate --help"),
+        ("train x --stepz 5", "train has no option --stepz; .* without dashes: steps=5; see llm-jax train --help"),
+        ("train x --steps=5", "train has no option --steps; .* without dashes: steps=5; see"),
+        ("show x --batch-size 5 --json", "without dashes: data.batch_size=5; see llm-jax show --help"),
+        ("train x --lr 3e-4", "without dashes: optimizer.learning_rate=3e-4; see"),
+        ("train x --zzz", "without dashes: such as model.n_layers=8; see"),
+        ("generate runs/x --top-k many", "--top-k: takes a whole number, got 'many'; see"),
+        ("generate runs/x --max-tokens 1_000", "--max-tokens: takes a whole number, got '1_000'; write 1000; see"),
+        ("generate runs/x --temperature nan", "--temperature: takes a number, got 'nan'; see"),
     ],
 )
 def test_words_that_make_no_sense_are_named(words: str, says: str, capsys: pytest.CaptureFixture[str]):
@@ -73,20 +83,28 @@ def test_words_that_make_no_sense_are_named(words: str, says: str, capsys: pytes
     ("words", "says"),
     [
         ("train quickstrat", "did you mean 'quickstart'"),
-        ("train {recipe} model.n_layer=2", "unknown config key 'model.n_layer'; did you mean 'n_layers'"),
+        ("train {recipe} model.n_layer=2", r"unknown config key 'model.n_layer'; did you mean model.n_layers=2\?"),
+        ("train {recipe} optimizer=lion", r"optimizer is a group of keys; did you mean optimizer.name=lion\?"),
+        ("train {recipe} model.vocab_size=2147483648", "more than int32 can count; use at most 2147483647"),
+        ("train {recipe} seed=1 seed=2", "seed is set twice, to '1' and to '2'; keep one"),
         ("train {recipe} steps=many", "steps takes a whole number, got 'many'"),
         ("train {recipe} steps", "expected key=value, got 'steps'"),
         ("train {recipe} model.n_heads=3", "model.n_heads=3 does not divide model.d_model=16; .*d_model=15 or 18"),
         ("show {recipe} accumulate=3", "accumulate=3 does not divide data.batch_size=16"),
         ("show {broken}", "fails: NameError: name 'widht' is not defined"),
         ("show {nothing}", "nothing.py"),
-        ("resume {nowhere}", "holds no run .*start one with: llm-jax train"),
+        ("resume {nowhere}", "holds no run .*start one with: llm-jax train quickstart --run .*/nowhere$"),
+        ("show {recipe} --config steps=0", "steps=0 must be at least 1"),
+        ("configs quickstrat", "did you mean 'quickstart'"),
         ("generate {nowhere} --prompt x --samples 0", "--samples 0 writes nothing"),
         ("generate {nowhere} --prompt x --top-p 3", "top_p=3.0 is not a probability"),
         ("evaluate {nowhere}", "holds no run"),
         ("tokenize x --tokenizer gtp2", "unknown tokenizer 'gtp2'.*did you mean 'gpt2'"),
         ("tokenize --decode 300 --tokenizer byte", "300 is not an id of byte"),
         ("tokenize --train {recipe}", "add --out DIR"),
+        ("tokenize x --column text", "--column text .*; add --train URI"),
+        ("evaluate {nowhere} --column text", "--column text .*; add --data URI"),
+        ("tokenize --train foo://bar --out {nowhere}", "cannot read foo://bar: Protocol not known: foo; fsspec reads"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_next_move(
@@ -138,6 +156,43 @@ def test_a_fault_of_ours_is_not_passed_off_as_the_users(error: Exception, monkey
     monkeypatch.setattr(verbs, "configs", configs)
     with pytest.raises(type(error)):
         main(["configs"])
+
+
+def printed(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit, match="0"):
+        main(words)
+    return capsys.readouterr().out
+
+
+def test_help_of_a_verb_is_its_help(capsys: pytest.CaptureFixture[str]):
+    assert printed(["help", "train"], capsys) == printed(["train", "--help"], capsys)
+    assert printed(["help"], capsys) == printed(["--help"], capsys)
+
+
+def test_the_version_is_that_of_llm_jax_and_of_jax(capsys: pytest.CaptureFixture[str]):
+    import jax
+
+    assert printed(["--version"], capsys).startswith(f"llm-jax {__version__} (JAX {jax.__version__}, Python 3.")
+
+
+def test_the_status_of_a_verb_is_that_of_the_process(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(verbs, "configs", lambda args: 143)
+    assert main(["configs"]) == 143
+
+
+@pytest.mark.parametrize("words", [["configs", "quickstart"], ["show", "quickstart", "--config"]], ids=" ".join)
+def test_every_key_of_a_recipe_is_shown_as_it_is_typed_with_its_meaning(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+):
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^optimizer\.name=muon +adamw +the update rule. One of adamw, lion, adafactor, muon", out, re.M)
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["optimizer.name"]["value"] == "muon"
+    assert found["steps"]["default"] == 1000
+    assert all(key["meaning"] for key in found.values())
+    assert [name for name in found if f"{name}=" not in out] == []
 
 
 def run(program: str, *words: str, **options: object) -> subprocess.CompletedProcess[str]:

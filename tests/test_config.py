@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_jax.config import checked, from_dict, nearest, override, plain, to_dict
+from llm_jax.config import check_ranges, checked, from_dict, nearest, override, plain, to_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +101,10 @@ def test_text_becomes_a_value_of_the_annotated_type(assignment: str, expected: d
 
 
 ERRORS = {
-    "wagon=3": "unknown config key 'wagon'; did you mean 'wagons'?",
-    "engine.fule=oil": "unknown config key 'engine.fule'; did you mean 'fuel'?",
-    "spare.pwer=2": "unknown config key 'spare.pwer'; did you mean 'power'?",
-    "engine.zzz=1": "unknown config key 'engine.zzz'; known: fuel, power, rate",
+    "wagon=3": "unknown config key 'wagon'; did you mean wagons=3?",
+    "engine.fule=oil": "unknown config key 'engine.fule'; did you mean engine.fuel=oil?",
+    "spare.pwer=2": "unknown config key 'spare.pwer'; did you mean spare.power=2?",
+    "engine.zzz=1": "unknown config key 'engine.zzz'; known: engine.power, engine.rate, engine.fuel",
     "wagons=three": "wagons takes a whole number, got 'three'",
     "wagons=1.5": "wagons takes a whole number, got '1.5'",
     "wagons=1e400": "wagons takes a whole number, got '1e400'",
@@ -119,12 +119,25 @@ ERRORS = {
     "engine=big": "engine takes a group of values (set one of engine.power, engine.rate, engine.fuel), got 'big'",
     "wagons.first=1": "wagons takes a whole number, got a group of values (first)",
     "wagons": "expected key=value, got 'wagons'; for example model.n_layers=8",
+    "=3": "expected key=value, got '=3'; for example model.n_layers=8",
+    "zzz=3": "unknown config key 'zzz'; llm-jax show CONFIG --config lists all that there are",
+    "engine.=3": "unknown config key 'engine.'; known: engine.power, engine.rate, engine.fuel",
+    "Power=2": "unknown config key 'Power'; did you mean engine.power=2, or spare.power=2?",
+    "wagons=": "wagons takes a whole number, got ''",
+    "wagons=1_000": "wagons takes a whole number, got '1_000'; write 1000",
+    "wagons=١٢": "wagons takes a whole number, got '١٢'; write 12",
+    "wagons= 3": "wagons takes a whole number, got ' 3'; write 3",
+    "engine.rate=1_0.5": "engine.rate takes a number, got '1_0.5'; write 10.5",
+    "engine.rate=0x10": "engine.rate takes a number, got '0x10'",
+    "wagons=" + "9" * 5000: f"wagons takes a whole number, got '{'9' * 89}...{'9' * 89}'",
+    "gauges=" + "1," * 10_001: "gauges takes at most 10,000 values, got 10,001",
+    ".".join("a" * 9999) + "=1": f"unknown config key '{'a.' * 44}a...",
 }
 
 
 @pytest.mark.parametrize(("assignment", "message"), ERRORS.items())
 def test_a_mistake_on_the_command_line_is_named_in_one_line(assignment: str, message: str):
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         override(Train(wagons=1), [assignment])
 
 
@@ -160,11 +173,32 @@ def test_whole_numbers_keep_every_digit():
         from_dict(Train, {"wagons": 1, "speed": 10**400})
 
 
-def test_overrides_take_effect_together_and_the_last_one_wins():
+def test_overrides_take_effect_together_and_none_is_lost():
     config = Train(wagons=5, limit=6)
-    assert override(config, ["wagons=9", "limit=10", "wagons=8"]) == Train(wagons=8, limit=10)
+    assert override(config, ["wagons=9", "limit=10", "wagons=9"]) == Train(wagons=9, limit=10)
+    with pytest.raises(ValueError, match="wagons is set twice, to '9' and to '8'; keep one of them"):
+        override(config, ["wagons=9", "limit=10", "wagons=8"])
     with pytest.raises(ValueError, match="wagons=9 exceeds limit=6"):
         override(config, ["wagons=9"])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"wagons": 2**31}, "wagons=2147483648 is more than int32 can count; use at most 2147483647"),
+        ({"wagons": -(2**31)}, "wagons=-2147483648 is more than"),
+        ({"gauges": (1, 10**5000)}, "gauges=a number of thousands of digits is more"),
+        ({"speed": 1e39}, r"speed=1e\+39 is no float32; use 0, or a size from"),
+        ({"engine": Engine(rate=1e-50)}, "engine.rate=1e-50 is no float32"),
+    ],
+)
+def test_a_number_that_arrays_cannot_take_is_refused(change: dict[str, Any], says: str):
+    with pytest.raises(ValueError, match=f"^{says}"):
+        check_ranges(dataclasses.replace(Train(wagons=1), **change), "")
+
+
+def test_a_number_that_arrays_can_take_is_not_refused():
+    check_ranges(Train(wagons=2**31 - 1, speed=-3e38, engine=Engine(rate=0.0), gauges=(1, -5)), "")
 
 
 def test_checking_gives_floats_where_a_recipe_wrote_whole_numbers():

@@ -10,11 +10,28 @@ from hypothesis import strategies as st
 
 from llm_jax.data import tokenizer
 from llm_jax.data.loader import IGNORE, Batch
+from llm_jax.data.shards import TokenStore
 from llm_jax.data.task import TaskConfig
+from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.train.evaluate import Evaluation, evaluate, resampled, target_lengths
 from llm_jax.train.step import Scored
 
-LENGTHS = np.array([1, 2, 3, 0])
+
+class Spelling(Tokenizer):
+    """Four tokens, of which three spell one, two and three bytes of the text, and the last ends it."""
+
+    def __init__(self) -> None:
+        super().__init__("spelling", [b"a", b"bb", b"ccc", b"end"], 3)
+
+    def _encode_text(self, text: str) -> np.ndarray:
+        raise NotImplementedError
+
+    def _description(self) -> dict:
+        return {}
+
+
+SPELLING = Spelling()
+LENGTHS = target_lengths(SPELLING)
 
 # A document is a list of (nats, token), at least one.
 documents = st.lists(
@@ -35,12 +52,19 @@ def batch_of(scored: Sequence[tuple[int, float, int]], padding: int = 0) -> tupl
     return Batch(targets, targets, documents=of), Scored(nats.astype(np.float32), nats < math.log(2))
 
 
+def store_of(corpus: Documents) -> TokenStore:
+    """`corpus` as prepared text, in which every token spells what stands there."""
+    tokens = [np.array([token for _, token in document], np.uint16) for document in corpus]
+    offsets = np.cumsum([0, *map(len, tokens)])
+    return TokenStore(SPELLING, tokens, offsets, np.array([LENGTHS[own].sum() for own in tokens], np.int64), [])
+
+
 def evaluated(corpus: Documents, rows: int = 3, padding: int = 2, task: TaskConfig | None = None) -> Evaluation:
     """`corpus` scored over batches of `rows` tokens, so that documents are cut by batches."""
     tokens = [(n, nats, token) for n, document in enumerate(corpus) for nats, token in document]
     batches = [batch_of(tokens[i : i + rows], padding) for i in range(0, len(tokens), rows)]
     scores = {id(batch): scored for batch, scored in batches}
-    return evaluate(lambda batch: scores[id(batch)], [batch for batch, _ in batches], LENGTHS, task)
+    return evaluate(lambda batch: scores[id(batch)], [batch for batch, _ in batches], store_of(corpus), task)
 
 
 @settings(max_examples=25)
@@ -104,7 +128,7 @@ def test_the_interval_is_that_of_the_mean_of_documents():
     draw = np.random.default_rng(1)
     nats = draw.normal(3, 0.5, size=400)
     sums = np.stack([nats, np.ones(400), np.ones(400), np.ones(400)], axis=1)
-    spread = resampled(sums)[:, 0].std()
+    spread = resampled([sums], [1.0])[:, 0].std()
     np.testing.assert_allclose(spread, nats.std() / math.sqrt(400), rtol=0.1)  # 1000 draws: 2 % standard error
 
 
@@ -128,9 +152,9 @@ def test_a_long_document_counts_as_one_however_many_tokens_it_has():
 def test_nothing_to_score_is_an_error():
     batch, scored = batch_of([], padding=1)
     with pytest.raises(ValueError, match="not one held-out token"):
-        evaluate(lambda batch: scored, [batch], LENGTHS)
+        evaluate(lambda batch: scored, [batch], store_of([[(1.0, 0)]]))
     with pytest.raises(ValueError, match="not one held-out token"):
-        evaluate(lambda batch: scored, [], LENGTHS)
+        evaluate(lambda batch: scored, [], store_of([[(1.0, 0)]]))
 
 
 def test_lengths_add_up_to_the_bytes_of_the_text_and_end_of_text_has_none():

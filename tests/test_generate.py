@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from llm_jax.infer.generate import Piece, Row, continuations, generate, in_turn,
 from llm_jax.model.cache import init_cache
 from llm_jax.model.config import AttentionConfig, ModelConfig
 from llm_jax.model.transformer import Transformer, unstack
+from llm_jax.ops.attention import Sparse
+from llm_jax.ops.experts import Experts
 from llm_jax.ops.sampling import Sampling
 
 # More ids than the tokenizer has, as in a vocabulary padded to a round number.
@@ -108,6 +111,43 @@ def test_a_sampled_row_does_not_depend_on_its_neighbours():
     assert one == other == generate(CONFIG, weights(), TEXT, ["a"], max_tokens=12)[0]
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "global": {},
+    "global+moe": {"experts": Experts(number=4, d_ff=8)},
+    "local": {"attention": AttentionConfig(window=3, sinks=1)},
+    "sparse": {"attention": AttentionConfig(sparse=Sparse("strided", block=4))},
+    "nope": {},
+    "linear": {},
+    "delta": {},
+    "delta+moe": {"experts": Experts(number=4, d_ff=8, shared=1)},
+}
+ALL_KINDS = {
+    "n_layers": 6,
+    "layers": ("local", "sparse", "linear", "delta+moe", "nope", "global"),
+    "attention": AttentionConfig(window=3, sinks=1, sparse=Sparse("strided", block=4)),
+    "experts": Experts(number=4, d_ff=8),
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(ALL_KINDS, id="all"),
+        *(pytest.param({"layers": (kind,), **more}, id=kind, marks=pytest.mark.slow) for kind, more in KINDS.items()),
+    ],
+)
+def test_a_row_is_the_same_alone_and_in_a_ragged_batch_whatever_its_layers_are(changes: dict[str, Any]):
+    """Of prompts that fill one and two steps of width; the draws too, of a row at the same index."""
+    config = dataclasses.replace(CONFIG, **changes)
+    prompts = ["def f(x):", "a", "import os, sys, re, math", "x = 3.14159 * y"]
+    for sampling in (GREEDY, Sampling(temperature=0.9)):
+        write = functools.partial(generate, config, weights(config), TEXT, sampling=sampling, max_tokens=10)
+        together = write(prompts)
+        alone = [write([prompt]) for prompt in (prompts if sampling == GREEDY else prompts[:1])]
+        assert together[: len(alone)] == [text for [text] in alone]
+        assert len(set(together)) == len(prompts)
+
+
 def test_samples_of_one_prompt_differ_and_come_again_with_the_same_seed():
     options = {"prompts": ["a", "a"], "max_tokens": 12}
     one, other, again = (generate(CONFIG, weights(), TEXT, **options, seed=seed) for seed in (1, 2, 1))
@@ -118,7 +158,7 @@ def test_samples_of_one_prompt_differ_and_come_again_with_the_same_seed():
 
 def test_each_row_may_fill_the_context_whatever_the_others_have_used():
     endless = ByteTokenizer()
-    endless.end_of_text = -1  # no token ends a row
+    endless.end_ids = ()  # no token ends a row
     options = {"sampling": GREEDY, "max_tokens": 99, "begin": False}
     pieces = list(stream(CONFIG, weights(), endless, ["ab", "x" * 40], **options))
     texts = ["".join(piece.text for piece in pieces if piece.row == row) for row in (0, 1)]
@@ -127,15 +167,15 @@ def test_each_row_may_fill_the_context_whatever_the_others_have_used():
     assert [piece.finish for piece in pieces if piece.finish] == ["length", "length"]
 
 
-def test_the_end_of_text_token_ends_a_row_and_leaves_the_others_writing():
+def test_each_token_that_ends_a_text_ends_a_row_and_leaves_the_others_writing():
     ids = [TEXT.encode(prompt) for prompt in PROMPTS[:3]]
     keys = jax.random.split(jax.random.key(0), 3)
     options = {"vocab_size": TEXT.vocab_size, "sampling": GREEDY, "max_tokens": 8}
     written = np.stack([*continuations(CONFIG, unstack(CONFIG, weights()), ids, keys, **options)], axis=1)
     ender = ByteTokenizer()
-    ender.end_of_text = int(written[0, 2])  # what the first row writes third
+    ender.end_ids = (TEXT.end_of_text, int(written[0, 2]))  # what the first row writes third
     texts = generate(CONFIG, weights(), ender, PROMPTS[:3], sampling=GREEDY, max_tokens=8, begin=False)
-    until_then = [list(itertools.takewhile(lambda token: token != ender.end_of_text, row)) for row in written]
+    until_then = [list(itertools.takewhile(lambda token: token not in ender.end_ids, row)) for row in written]
     assert texts == [TEXT.decode(np.array(tokens)) for tokens in until_then]
     assert len(until_then[0]) <= 2 < max(map(len, until_then))
 

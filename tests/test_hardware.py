@@ -1,8 +1,5 @@
-"""Peak rates are those of the devices that are there, and memory is kept where it can be."""
+"""Peak rates are those of the devices that are there."""
 
-import resource
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,27 +31,3 @@ def test_a_longer_name_is_looked_up_before_its_beginning():
 
 def test_a_cpu_is_measured():
     assert peak_flops() == measured_matmul_flops() > 1e8
-
-
-REUSE = """
-import ctypes, resource
-from llm_jax.hardware import reuse_freed_memory
-reuse_freed_memory()
-libc = ctypes.CDLL(None)
-libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
-for size in [3 << 30, 3 << 30]:  # more than a trim threshold of 31 bits
-    block = libc.malloc(size)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    ctypes.memset(block, 0, 1 << 26)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    libc.free(block)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the C library's own knobs")
-def test_freed_memory_is_had_again_without_new_pages():
-    done = subprocess.run([sys.executable, "-c", REUSE], capture_output=True, text=True, check=True)
-    first, again = map(int, done.stdout.split())
-    page = resource.getpagesize()
-    assert first > again
-    assert again * page < 1 << 20

@@ -11,6 +11,7 @@ import pytest
 
 from llm_jax.data import loader, shards
 from llm_jax.data.loader import IGNORE, Batch, DataConfig, Loader, heldout_rows
+from llm_jax.data.prepare import prepare
 from llm_jax.ops import loss
 
 LENGTHS = np.random.default_rng(0).integers(1, 40, size=159).tolist()
@@ -34,7 +35,7 @@ def stores(tmp_path_factory) -> dict[str, shards.TokenStore]:
     made = {}
     for kind in KINDS:
         out = folder / kind
-        shards.prepare(str(folder / "a.jsonl"), out, tokenizer="char", heldout=0.0, end_of_text=kind != "stream")
+        prepare(str(folder / "a.jsonl"), out, tokenizer="char", heldout=0.0, end_of_text=kind != "stream")
         made[kind] = shards.open_shards(out).split("train")
     return made
 
@@ -128,13 +129,13 @@ def test_windows_shift_from_epoch_to_epoch_and_never_overlap(stores):
 
 def spans(ours: Loader, step: int) -> list[tuple[int, int]]:
     epoch, row = divmod(step, ours.steps_per_epoch)
-    order, shift = ours._order(epoch)
-    return ours._plan.spans(int(order[row]), shift)
+    order, shift = ours._sources[0].order(epoch)
+    return ours._sources[0].plan.spans(int(order[row]), shift)
 
 
 def test_a_seed_in_its_second_epoch_is_not_the_next_seed_in_its_first(stores):
     a, b = (Loader(stores["documents"], config("documents", batch_size=1, seed=seed)) for seed in (0, 1))
-    assert not np.array_equal(a._order(1)[0], b._order(0)[0])
+    assert not np.array_equal(a._sources[0].order(1)[0], b._sources[0].order(0)[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -254,7 +255,7 @@ def test_every_held_out_token_is_scored_once_and_knows_its_document(kind: str, s
 
 def test_a_split_without_documents_has_no_batches(tmp_path):
     (tmp_path / "a.txt").write_text("text enough for one row")
-    shards.prepare(str(tmp_path / "a.txt"), tmp_path / "out", tokenizer="byte", heldout=0.0)
+    prepare(str(tmp_path / "a.txt"), tmp_path / "out", tokenizer="byte", heldout=0.0)
     empty = shards.open_shards(tmp_path / "out").split("heldout")
     assert [list(heldout_rows(empty, config(kind))) for kind in KINDS] == [[], [], []]
 

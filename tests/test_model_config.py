@@ -31,8 +31,11 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
         {"d_model": 4, "n_heads": 6, "n_kv_heads": None},
         "model.n_heads=6 does not divide model.d_model=4; set model.head_dim, or use d_model=6",
     ),
-    ({"n_kv_heads": 4}, "model.n_kv_heads=4 does not divide model.n_heads=6; use one of [1, 2, 3, 6]"),
-    ({"n_kv_heads": 12}, "model.n_kv_heads=12 does not divide model.n_heads=6; use one of [1, 2, 3, 6]"),
+    ({"n_kv_heads": 4}, "model.n_kv_heads=4 does not divide model.n_heads=6; use a divisor, as 3"),
+    ({"n_kv_heads": 12}, "model.n_kv_heads=12 does not divide model.n_heads=6; use a divisor, as 6"),
+    ({"n_heads": 2**31 - 1, "n_kv_heads": 2**31 - 2, "head_dim": 2}, "use a divisor, as 1"),
+    ({"vocab_size": 2**31}, "model.vocab_size=2147483648 is more than int32 can count; use at most 2147483647"),
+    ({"norm_eps": 1e-46}, "model.norm_eps=1e-46 is no float32; use 0, or a size from 1.2e-38 to 3.4e+38"),
     ({"head_dim": 3}, "rotary positions turn pairs: head_dim=3 must be even; set model.head_dim=4"),
     (
         {"d_model": 25, "head_dim": 4, "positions": "sinusoidal"},

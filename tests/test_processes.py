@@ -210,37 +210,3 @@ def test_a_process_that_hangs_is_noticed(place: Path, number: int):
         assert launch.wait(processes.SILENCE + 30) == processes.GONE, launch.text
         assert f"process {number} of 2 has not been heard for {processes.SILENCE} s" in launch.text
         assert "Check failure" not in launch.text
-
-
-@pytest.mark.parametrize(
-    ("environ", "several"),
-    [
-        ({}, False),
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, False),  # the shell of salloc
-        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, False),  # its interactive step
-        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8"}, True),
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),  # a notebook in a pod
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
-    ],
-)
-def test_only_a_process_that_was_started_with_others_looks_for_them(environ: dict[str, str], several: bool):
-    assert processes.started_as_one_of_several(environ, tpu_vm=False, terminal=False) == several
-
-
-@pytest.mark.parametrize(("terminal", "several"), [(True, False), (False, True)])
-def test_who_types_on_one_machine_of_a_tpu_slice_means_that_machine(terminal: bool, several: bool):
-    assert processes.started_as_one_of_several({}, tpu_vm=True, terminal=terminal) == several
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (("localhost:1", 2, None), "together; add --process I"),
-        (("localhost:1", 2, 2), "--process 2 is none of --processes 2; use 0 to 1"),
-        (("localhost", 2, 0), "--coordinator localhost has no port; use HOST:PORT"),
-    ],
-)
-def test_half_an_address_is_refused(given: tuple[str, int, int | None], message: str):
-    with pytest.raises(ValueError, match=message):
-        processes.join(*given)

@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llm_jax.data import prepare as writing
 from llm_jax.data import shards, tokenizer
-from llm_jax.data.shards import DataConfig, cached, open_shards, prepare
+from llm_jax.data.config import DataConfig, check_heldout
+from llm_jax.data.prepare import cached, prepare
+from llm_jax.data.shards import open_shards
 from llm_jax.data.sources import documents
 from llm_jax.data.tokenizer import END_OF_TEXT
 
@@ -103,7 +106,7 @@ def test_tokens_take_two_bytes_where_every_id_fits(vocab_size: int, dtype: str, 
 
 
 def test_reading_crosses_shards_and_ends_with_the_stream(corpus: str, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 500)
+    monkeypatch.setattr(writing, "SHARD_TOKENS", 500)
     prepare(corpus, tmp_path / "out", tokenizer="byte", heldout=0.0)
     store = open_shards(tmp_path / "out").split("train")
     assert len(list((tmp_path / "out").glob("train_0*.npy"))) > 10
@@ -171,7 +174,7 @@ def test_a_tokenizer_that_did_not_make_the_tokens_is_refused(corpus: str, tmp_pa
     ("meta", "message"),
     [
         (None, "no shards in .* expected a meta.json"),
-        ("{", "is damaged"),
+        ("{", "is not JSON"),
         ('{"format": 0}', "format 0, expected 1"),
     ],
 )
@@ -236,7 +239,7 @@ def test_a_split_without_two_sides_is_refused(settings: dict, message: str, tmp_
 
 def test_a_misspelt_choice_names_the_nearest():
     with pytest.raises(ValueError, match="heldout_by='tial' is not known; did you mean 'tail'"):
-        shards._check_heldout(0.1, "tial")
+        check_heldout(0.1, "tial")
 
 
 def config(uri: str, **settings) -> DataConfig:
@@ -263,6 +266,41 @@ def test_another_content_or_setting_is_cached_apart(corpus: str, tmp_path: Path)
     assert len(set(folders)) == 5
 
 
+def rows(path: Path) -> str:
+    path.write_text("".join(json.dumps({"text": story, "title": story[:9]}) + "\n" for story in [*STORIES, ""]))
+    return str(path)
+
+
+def test_another_column_is_other_shards(tmp_path: Path):
+    source, cache = rows(tmp_path / "a.jsonl"), tmp_path / "cache"
+    by_text, by_title = (cached(config(source, column=column), cache) for column in (None, "title"))
+    assert by_text != by_title
+    assert open_shards(by_title).manifest.column == "title"
+    assert {len(story) for story in stories(by_title, "train")} == {len(STORIES[0][:9] + END_OF_TEXT)}
+    with pytest.raises(ValueError, match=r"prepared with column='title', and the config has column=None; make them"):
+        cached(config(str(by_title)), cache)
+
+
+def test_shards_from_before_columns_are_read(corpus: str, tmp_path: Path):
+    prepare(corpus, tmp_path / "out", tokenizer="byte", heldout=0.2)
+    path = tmp_path / "out" / "meta.json"
+    path.write_text(
+        json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "column"})
+    )
+    assert cached(config(str(tmp_path / "out")), tmp_path / "cache") == tmp_path / "out"
+
+
+def test_what_a_source_tells_is_said_once_however_often_it_is_read(tmp_path: Path):
+    lines: list[str] = []
+    source = rows(tmp_path / "a.jsonl")
+    prepare(source, tmp_path / "out", tokenizer="train:300", heldout=0.2, heldout_by="tail", report=lines.append)
+    told = [line for line in lines if line.startswith(source)]
+    assert told == [
+        f"{source}: the text is the column 'text'",
+        f"{source}: 1 of 201 rows have no 'text' (first: line 201)",
+    ]
+
+
 def test_a_folder_of_shards_is_its_own_cache(corpus: str, tmp_path: Path):
     out = tmp_path / "out"
     prepare(corpus, out, tokenizer="byte", heldout=0.2)
@@ -286,7 +324,7 @@ def test_whoever_prepares_a_cached_corpus_first_is_believed(corpus: str, tmp_pat
         prepare(uri, out, **settings)  # another process
         return prepare(uri, out, **settings)
 
-    monkeypatch.setattr(shards, "prepare", slower)
+    monkeypatch.setattr(writing, "prepare", slower)
     assert open_shards(cached(config(corpus), tmp_path / "cache")).manifest.source == corpus
 
 
@@ -309,3 +347,102 @@ def test_the_manifest_is_plain_json(corpus: str, tmp_path: Path):
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     assert meta["splits"]["train"]["files"].keys() >= {"train_00000.npy", "train_offsets.npy"}
     assert not list((tmp_path / "out").rglob("*.pkl"))
+
+
+def edited(folder: Path, path: str, value: object) -> None:
+    """Changes a field of meta.json; `...` takes it out."""
+    meta = json.loads((folder / "meta.json").read_text())
+    *groups, last = path.split("/")
+    place = meta
+    for group in groups:
+        place = place[group]
+    place[last] = value
+    if value is ...:
+        del place[last]
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("vocab_size", 3, "says vocab_size=3, but the tokenizer has 257"),
+        ("splits/train/tokens", 10**15, "says splits.train.tokens=1000000000000000, but its shards has"),
+        ("splits/heldout/documents", 2, "says splits.heldout.documents=2, but heldout_bytes.npy has"),
+        ("splits/train/bytes", 0, "says splits.train.bytes=0, but train_bytes.npy has"),
+        ("splits/train/documents", "many", "'documents' is a string, expected an integer"),
+        ("splits/train/tokens", True, "'tokens' is true or false, expected an integer"),
+        ("splits/train/files", ["train_00000.npy"], "'files' is a list, expected an object"),
+        ("splits/train/files/..%2fother.npy", "0" * 64, "names '..%2fother.npy', which is none of its files"),
+        ("splits/train/files/train_offsets.npy", ..., "has no train_offsets.npy"),
+        ("splits/train/files/train_offsets.npy", 7, "names 'train_offsets.npy', which is none"),
+        ("splits/heldout", ..., "splits has no 'heldout'"),
+        ("splits", [], "'splits' is a list, expected an object"),
+        ("format", "1", "'format' is a string, expected an integer"),
+        ("heldout", None, "'heldout' is null, expected an integer or a number"),
+        ("tokenizer_fingerprint", ..., "has no 'tokenizer_fingerprint'"),
+    ],
+)
+def test_a_manifest_that_is_untrue_is_refused_in_a_line(
+    field: str, value: object, message: str, corpus: str, tmp_path: Path
+):
+    prepare(corpus, tmp_path / "out", tokenizer="byte", heldout=0.2)
+    edited(tmp_path / "out", field, value)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        open_shards(tmp_path / "out")
+    assert "prepare the data again" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "meta", ["[]", "3", "null", '"a"', "{}", "[" * 10_000, '{"format": ' + "9" * 5000 + "}", "\xff"]
+)
+def test_a_manifest_of_any_other_shape_is_refused_in_a_line(meta: str, tmp_path: Path):
+    (tmp_path / "meta.json").write_bytes(meta.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"meta.json .*; prepare the data again$"):
+        open_shards(tmp_path)
+
+
+def replaced(folder: Path, name: str, values: np.ndarray) -> None:
+    """Puts other numbers into a file, with their checksum, as who made both could."""
+    np.save(folder / name, values)
+    edited(folder, f"splits/{name.split('_')[0]}/files/{name}", shards.sha256_of(folder / name))
+
+
+def test_files_that_agree_with_no_text_are_refused_though_their_checksums_are_right(corpus: str, tmp_path: Path):
+    folder = tmp_path / "out"
+    prepare(corpus, folder, tokenizer="byte", heldout=0.2)
+    tokens, offsets = (np.load(folder / f"train_{what}.npy") for what in ("00000", "offsets"))
+    beyond, back = tokens.copy(), offsets.copy()
+    beyond[5], back[3] = 257, back[9]
+    for name, values, message in (
+        ("train_00000.npy", beyond, "train has the token 257, and its tokenizer has 0 to 256"),
+        ("train_00000.npy", tokens.astype(np.int64), r"holds int64 \(.*\), expected a vector"),
+        ("train_00000.npy", tokens[None], "expected a vector"),
+        ("train_00000.npy", tokens[1:], "says splits.train.tokens="),
+        ("train_offsets.npy", back, "does not divide"),
+        ("train_offsets.npy", offsets + 1, "does not divide"),
+        ("train_offsets.npy", offsets[:-1], "does not divide"),
+        ("train_bytes.npy", np.zeros(3, np.int64), "says splits.train.documents="),
+    ):
+        kept = (folder / name).read_bytes(), (folder / "meta.json").read_text()
+        replaced(folder, name, values)
+        with pytest.raises(ValueError, match=message):
+            open_shards(folder)
+        (folder / name).write_bytes(kept[0])
+        (folder / "meta.json").write_text(kept[1])
+    open_shards(folder)
+
+
+def test_a_file_that_is_no_array_is_named(corpus: str, tmp_path: Path):
+    prepare(corpus, tmp_path / "out", tokenizer="byte", heldout=0.2)
+    (tmp_path / "out" / "train_bytes.npy").write_bytes(b"no array")
+    edited(tmp_path / "out", "splits/train/files/train_bytes.npy", shards.sha256_of(tmp_path / "out/train_bytes.npy"))
+    with pytest.raises(ValueError, match=r"train_bytes.npy is no array .*; prepare the data again"):
+        open_shards(tmp_path / "out")
+
+
+def test_a_manifest_of_before_or_after_this_version_opens(corpus: str, tmp_path: Path):
+    manifest = prepare(corpus, tmp_path / "out", tokenizer="byte", heldout=0.2)
+    edited(tmp_path / "out", "content", ...)
+    edited(tmp_path / "out", "invented_later", 7)
+    assert open_shards(tmp_path / "out").manifest == dataclasses.replace(manifest, content=None)

@@ -1,23 +1,22 @@
 """Every kind of source gives its documents, and what cannot be read says so in one line."""
 
-import bz2
-import gzip
-import json
-import lzma
+import io
+import os
 import re
 import sys
 import sysconfig
+from typing import Any
 
 import fsspec
 import hypothesis
 import hypothesis.strategies as st
-import pyarrow
-import pyarrow.parquet
 import pytest
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from llm_jax.data import sources
-from llm_jax.data.sources import documents, fingerprint
+from llm_jax.data.addresses import files_at
+from llm_jax.data.sources import documents, fingerprint, holds_records
 from llm_jax.data.tokenizer import END_OF_TEXT
 
 
@@ -103,8 +102,8 @@ def test_a_folder_gives_every_file_but_the_hidden(tmp_path):
 
 
 def test_the_order_is_not_that_of_the_file_system(tmp_path, monkeypatch):
-    found = LocalFileSystem().find(str(corpus(tmp_path)))
-    monkeypatch.setattr(LocalFileSystem, "find", lambda self, path: found[::-1])
+    found: Any = LocalFileSystem().find(str(corpus(tmp_path)), detail=True)
+    monkeypatch.setattr(LocalFileSystem, "find", lambda self, path, detail: dict(reversed(found.items())))
     assert texts(tmp_path) == ["a/c.py", "a/d.md", "b.txt"]
 
 
@@ -116,93 +115,56 @@ def test_a_pattern_gives_the_files_it_matches(tmp_path):
     assert texts(corpus(tmp_path) / "**" / "*.[pm]*") == ["a/c.py", "a/d.md"]
 
 
-def test_a_folder_with_records_gives_only_those(tmp_path):
-    (corpus(tmp_path) / "data.jsonl").write_text('{"text": "record"}')
-    assert texts(tmp_path) == ["record"]
+FOLDERS = [
+    (["a.jsonl", "b.csv", "README.md", "notes.txt", "c.parquet"], ["a.jsonl", "c.parquet"]),
+    (["a.csv", "b.JSON.GZ", "LICENSE", "readme.txt", "dataset_infos.json"], ["a.csv", "b.JSON.GZ"]),
+    (["main.py", "package.json", "labels.csv", "README.md"], ["README.md", "main.py"]),
+    (["README.md", "LICENSE"], ["LICENSE", "README.md"]),
+    (["notes.md", "index.json"], ["notes.md"]),
+]
 
 
-@pytest.mark.parametrize(
-    ("suffix", "compress"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)]
-)
-def test_compressed_files_are_read_and_damaged_ones_named(suffix: str, compress, tmp_path):
-    data = compress(json.dumps({"text": "é" * 1000}).encode())
-    (tmp_path / f"a.jsonl{suffix}").write_bytes(data)
-    assert texts(tmp_path) == ["é" * 1000]
-    for damage in (data[:-9], data[:20] + bytes([data[20] ^ 255]) + data[21:], b"not " + data):
-        (tmp_path / f"a.jsonl{suffix}").write_bytes(damage)
-        with pytest.raises(ValueError, match=rf"a.jsonl{suffix}: .*is it whole"):
-            texts(tmp_path)
+@pytest.mark.parametrize(("names", "taken"), FOLDERS)
+def test_a_folder_gives_its_rows_or_its_text_and_says_what_it_leaves_out(names: list[str], taken: list[str], tmp_path):
+    lines: list[str] = []
+    for name in names:
+        (tmp_path / name).write_text("")
+    assert [file.name for file in files_at(str(tmp_path), lines.append)] == taken
+    left = re.compile(f".*: {len(taken)} of {len(names)} files .*; left out .* by a pattern.")
+    assert [bool(left.fullmatch(line)) for line in lines] == [True] * (len(taken) < len(names))
 
 
-def test_zstandard_without_its_package_is_named(monkeypatch, tmp_path):
-    monkeypatch.delitem(sources.compr, "zstd", raising=False)
-    (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
-    with pytest.raises(ValueError, match="zstd needs a package; install zstandard"):
+def test_a_pipe_or_a_folder_that_is_a_link_is_left_out_by_name(tmp_path):
+    lines: list[str] = []
+    os.mkfifo(tmp_path / "pipe")  # reading it would wait for ever
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "a.txt")
+    assert [document.text for document in documents(str(tmp_path), report=lines.append)] == ["a", "a"]
+    assert "left out loop, nowhere, pipe: neither a file nor a folder" in lines[0]
+
+
+def test_a_file_name_that_is_no_text_is_spelt_in_one_line(tmp_path):
+    odd = os.fsdecode(b"a\xff\n.txt")
+    (tmp_path / odd).write_text("a")
+    assert origins(tmp_path) == [r"a\udcff\n.txt#0"]
+    assert fingerprint(str(tmp_path))
+    (tmp_path / odd).write_bytes(b"\0")
+    with pytest.raises(ValueError, match=r"a\\udcff\\n.txt is not text: found a zero byte"):
         texts(tmp_path)
 
 
-def test_records_give_their_text_and_skip_what_has_none(tmp_path):
-    lines = [
-        '{"id": "x", "text": "a\\nb"}',
-        "",
-        '{"text": null}',
-        '{"text": "\\ud83d \\ud83d\\udc08"}',
-        '{"text": ""}',
-    ]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    assert texts(tmp_path) == ["a\nb", "\ufffd 🐈"]
-    assert origins(tmp_path) == ["a.jsonl#0", "a.jsonl#1"]
+@hypothesis.given(PARTS, st.sampled_from(["\n\n", "\n", "a\n", None]), st.integers(1, 7))
+def test_documents_of_a_windows_file_are_those_of_unix(text: str, separator: str | None, size: int):
+    def cut(text: str, separator: str | None) -> list[str]:
+        blocks = [text[i : i + size] for i in range(0, len(text), size)]
+        return [part for part in sources._cut_apart(blocks, separator) if part]
 
-
-def test_the_only_field_of_strings_is_the_text(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"n": 1, "content": "a"}\n{"n": 2, "content": "b"}\n')
-    assert texts(tmp_path) == ["a", "b"]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"text": ', "line 4, is not JSON"),
-        ('["a"]', "line 4, is not an object"),
-        ('{"text": 5}', "line 4, has no string in its field 'text'"),
-        ('{"body": "a"}', "line 4, has no string in its field 'text'"),
-    ],
-)
-def test_a_bad_record_is_named_by_its_line(line: str, message: str, tmp_path):
-    (tmp_path / "a.jsonl").write_text(f'{{"text": "a"}}\n\n{{"text": "b"}}\n{line}\n')
-    with pytest.raises(ValueError, match=rf"a.jsonl, {message}"):
-        texts(tmp_path)
-
-
-def test_records_with_several_texts_name_them(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"title": "a", "body": "b"}')
-    with pytest.raises(ValueError, match=r"has no field 'text' but 'title', 'body'; rename"):
-        texts(tmp_path)
-
-
-def test_parquet_gives_its_texts_in_order(tmp_path):
-    rows = [f"{number}" for number in range(3000)]
-    table = pyarrow.table({"id": range(3001), "text": [*rows, None], "lang": ["en"] * 3001})
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=500)
-    (tmp_path / "README.md").write_text("about it")
-    assert texts(tmp_path) == rows
-
-
-def test_a_parquet_file_cut_short_is_named(tmp_path):
-    pyarrow.parquet.write_table(pyarrow.table({"content": ["a"]}), tmp_path / "a.parquet")
-    assert texts(tmp_path) == ["a"]
-    (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
-    with pytest.raises(ValueError, match=r"cannot read .*a.parquet: .*is it whole"):
-        texts(tmp_path)
-
-
-def test_parquet_reads_large_strings_and_names_a_column_of_something_else(tmp_path):
-    large = pyarrow.array(["a", "b"], pyarrow.large_string())
-    pyarrow.parquet.write_table(pyarrow.table({"content": large}), tmp_path / "a.parquet")
-    assert texts(str(tmp_path / "a.parquet")) == ["a", "b"]
-    pyarrow.parquet.write_table(pyarrow.table({"text": [b"a"]}), tmp_path / "b.parquet")
-    with pytest.raises(ValueError, match=r"b.parquet holds binary in its column 'text'; make them strings"):
-        texts(str(tmp_path / "b.parquet"))
+    windows = text.replace("\n", "\r\n")
+    expected = [part.replace("\n", "\r\n") for part in cut(text, separator)]
+    assert cut(windows, separator) == expected
+    assert cut(windows, separator and separator.replace("\n", "\r\n")) == expected
 
 
 def test_an_address_that_answers_with_an_error_is_named(monkeypatch, tmp_path):
@@ -210,15 +172,8 @@ def test_an_address_that_answers_with_an_error_is_named(monkeypatch, tmp_path):
         raise FileNotFoundError("no such data set")
 
     monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.glob", glob)
-    with pytest.raises(ValueError, match=r"cannot read .*nothing\*: no such data set; mend that"):
+    with pytest.raises(ValueError, match=r"cannot read .*nothing\*: no such data set; fix that"):
         texts(str(tmp_path / "nothing*"))
-
-
-def test_parquet_without_pyarrow_names_the_extra(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match=r"parquet needs pyarrow; install llm-jax\[hf\]"):
-        texts(tmp_path)
 
 
 def test_a_separator_for_records_is_refused(tmp_path):
@@ -240,11 +195,62 @@ def test_an_address_that_fsspec_reads_is_a_source():
 
 def test_an_address_without_its_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match=r"cannot read hf://datasets/x/y: .*install llm-jax\[hf\]"):
+    with pytest.raises(ValueError, match=r"cannot read hf://datasets/x/y: .*pip install 'llm-jax\[hf\]'"):
         texts("hf://datasets/x/y")
 
 
-@pytest.mark.parametrize("name", ["missing.txt", "*.txt", "builtin:pyhton", "nowhere/"])
+ADDRESSES = [
+    ("foo://bar", "Protocol not known: foo; fsspec reads s3://"),
+    ("data:,abc", "a data: address is no file; save its content"),
+    ("dir://x", "AttributeError: .*; check the address"),
+    ("reference://x", "TypeError: .*; check the address"),
+    ("zip://a.txt::/nowhere/a.zip", "No such file or directory.*; check the address"),
+    ("ftp://localhost:1/x", "refused; check the address and the network, or copy the data here"),
+    ("a\0b", "null byte; fix that"),
+    ("x" * 5000, "File name too long"),
+]
+
+
+@pytest.mark.parametrize(("uri", "message"), ADDRESSES)
+def test_an_address_that_cannot_be_read_says_why_in_one_short_line(uri: str, message: str):
+    for read in (texts, fingerprint, holds_records):
+        with pytest.raises(ValueError, match=rf"cannot read .*{message}") as error:
+            read(uri)
+        assert len(str(error.value)) < 700
+        assert str(error.value).isprintable()
+
+
+def test_a_store_that_breaks_off_while_reading_is_one_line(monkeypatch):
+    class Body(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise KeyError("line one\n" * 100)
+
+    fsspec.filesystem("memory").pipe("/breaks/a.txt", b"one")
+    monkeypatch.setattr(MemoryFileSystem, "_open", lambda self, path, **options: Body())
+    with pytest.raises(ValueError, match=r"cannot read /breaks/a.txt: KeyError.*; check the address") as error:
+        texts("memory://breaks/a.txt")
+    assert len(str(error.value)) < 400
+
+
+def test_a_remote_file_that_changes_has_another_fingerprint_though_its_key_stays(monkeypatch):
+    """As of HTTP, whose key is the address."""
+    info = {"name": "/x/a.txt", "type": "file", "size": 3, "ETag": "1"}
+    monkeypatch.setattr(MemoryFileSystem, "info", lambda self, path: dict(info))
+    monkeypatch.setattr(MemoryFileSystem, "ukey", lambda self, path: "the address")
+    before = fingerprint("memory://x/a.txt")
+    assert fingerprint("memory://x/a.txt") == before
+    info["ETag"] = "2"
+    assert fingerprint("memory://x/a.txt") != before
+
+
+def test_a_column_of_text_without_rows_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    for uri in (str(tmp_path), "builtin:numbers"):
+        with pytest.raises(ValueError, match=r"column='x' .*; leave it out"):
+            list(documents(uri, column="x"))
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "*.txt", "builtin:pyhton", "nowhere/", "[", "a[b"])
 def test_what_is_not_there_is_named(name: str, tmp_path):
     with pytest.raises(ValueError, match=r"no data at .*expected a file, a folder"):
         texts(tmp_path / name)

@@ -19,12 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_run import console, said
 
-from llm_jax import log, show, trained
+from llm_jax import log, runtime, show, trained
 from llm_jax.cli import main
 from llm_jax.config import override
 from llm_jax.data import loader
 from llm_jax.data.loader import IGNORE, Batch, DataConfig, Loader, heldout_rows
-from llm_jax.data.shards import Shards, open_shards, prepare
+from llm_jax.data.prepare import prepare
+from llm_jax.data.shards import Shards, open_shards
 from llm_jax.data.task import Task, TaskConfig, resolve
 from llm_jax.data.tokenizer import ByteTokenizer, CharTokenizer
 from llm_jax.infer.classify import classify, probabilities
@@ -356,7 +357,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("place")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLM_JAX_CACHE", str(folder / "cache"))
-        patch.setattr(loop, "own_process", lambda: None)
+        patch.setattr(runtime, "start", lambda: None)
         patch.chdir(folder)
         for task in (TRANSLATE, CLASSIFY):
             say = console()

@@ -15,7 +15,7 @@ import requests
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from llm_jax.data import tokenizer
+from llm_jax.data import pool, tokenizer
 from llm_jax.data.tokenizer import END_OF_TEXT
 
 TEXT = "The cat sat on the mat; the cats' mat's flat. 123 4567\n\n    def sit(mat):\n        return mat\n" * 20
@@ -246,21 +246,21 @@ def test_an_encoding_that_cannot_be_fetched_names_the_next_moves(monkeypatch):
 
 
 def test_a_pool_encodes_many_texts_as_one_process_does(monkeypatch, tmp_path):
-    monkeypatch.setattr(tokenizer, "BATCH_CHARS", 1000)
+    monkeypatch.setattr(pool, "BATCH_CHARS", 1000)
     texts = [TEXT[i : i + 400] for i in range(20)] * 4
     trained().save(tmp_path)
-    monkeypatch.setattr(tokenizer, "BATCHES_ALONE", 2)
-    encoded = list(tokenizer.encode_all(tmp_path, iter(texts)))
+    monkeypatch.setattr(pool, "BATCHES_ALONE", 2)
+    encoded = list(pool.encode_all(tmp_path, iter(texts)))
     assert [ids.tolist() for ids in encoded] == [trained().encode(text).tolist() for text in texts]
 
 
-def die(folder: str, texts: list[str]):
+def die(folder: str, texts: list[str], special: bool):
     os._exit(1)
 
 
 def test_a_process_that_dies_is_an_error_with_a_next_move(monkeypatch, tmp_path):
-    monkeypatch.setattr(tokenizer, "BATCHES_ALONE", 0)
-    monkeypatch.setattr(tokenizer, "_encode_batch", die)
+    monkeypatch.setattr(pool, "BATCHES_ALONE", 0)
+    monkeypatch.setattr(pool, "_encode_batch", die)
     trained().save(tmp_path)
     with pytest.raises(ValueError, match=r"a process that tokenizes died.*__main__"):
-        list(tokenizer.encode_all(tmp_path, ["text"]))
+        list(pool.encode_all(tmp_path, ["text"]))

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from llm_jax import trained
+from llm_jax import runtime, trained
 from llm_jax.cli import main
 from llm_jax.recipes import recipe_docstring, recipes
-from llm_jax.train import loop, run
+from llm_jax.train import run
 
 WORDS = ["a", "little", "model", "reads", "the", "words", "of", "a", "short", "text", "and", "writes", "some"]
 RECIPE = '''"""A model of one layer.
@@ -50,7 +50,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "tiny.py").write_text(RECIPE.format(path="tiny.py", text=folder / "text.txt"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLM_JAX_CACHE", str(folder / "cache"))
-        patch.setattr(loop, "own_process", lambda: None)  # the tests have a cache of their own
+        patch.setattr(runtime, "start", lambda: None)  # the tests have a cache of their own
         patch.chdir(folder)
         assert main(["train", "tiny.py"]) == 0
         yield folder

@@ -113,7 +113,7 @@ def compare(config: RunConfig, steps: int, report: Report, *, compiled: bool = T
     shards = loop.open_data(config, report)
     Loader(shards.split("train"), config.data).check_horizon(steps)
     rates = np.asarray(make_schedule(config.optimizer, config.steps)(jnp.arange(steps))).tolist()
-    job = (config, shards.folder, jax.device_get(Program.on(config).init().params), rates)
+    job = (config, shards.folders, jax.device_get(Program.on(config).init().params), rates)
     why = why_not_compiled() if compiled else "left out by --no-compile"
     missing = {"compiled": why} if why else {}
     with contextlib.ExitStack() as stack:

@@ -1,160 +1,52 @@
 """Hugging Face's families of models in our terms: for each, one declarative map, read in both directions.
 
-A family is a table of tensors and a list of lenses. A row of the table is one of their tensors, in every layer `{i}`
-and of every expert `{e}`: its name, its layout (`layout.py`), and which of our parameters it holds; rows of parameters
-that a model does not have are passed over. A lens is a key of config.json, or a few, and what they say in fields of
-`ModelConfig`. The next family is one more entry at the end.
+A family is a table of tensors (`tensors.py`) and a list of lenses (`lenses.py`). A lens is a key of config.json, or a
+few, and what they say in fields of `ModelConfig`. The next family is one more entry at the end.
 """
 
-from llm_jax.compat.family import Family, table
+from llm_jax.compat.families_moe import MIXTURES
+from llm_jax.compat.family import Family
 from llm_jax.compat.lenses import (
+    SIZES,
+    TIED,
+    UNTIED,
+    WIDTH,
     Lens,
+    Theirs,
+    activation,
+    biases,
+    exaone_layers,
+    heads,
     key,
     known,
     layer_types,
     no_rope_layers,
-    rope,
-    rope_by_type,
+    rms_norm,
+    silent,
     window,
 )
-
-# ---- tensors
-
-BODY = table("""
-    model.embed_tokens.weight                 VD      embedding/table
-    model.norm.weight                         D       final_norm/scale
-    lm_head.weight                            VD      unembedding/table
-    model.layers.{i}.self_attn.q_proj.weight  (KGH)D  attention/w_q
-    model.layers.{i}.self_attn.k_proj.weight  (KH)D   attention/w_k
-    model.layers.{i}.self_attn.v_proj.weight  (KH)D   attention/w_v
-    model.layers.{i}.self_attn.o_proj.weight  D(KGH)  attention/w_o
-    model.layers.{i}.self_attn.q_proj.bias    (KGH)   attention/b_q
-    model.layers.{i}.self_attn.k_proj.bias    (KH)    attention/b_k
-    model.layers.{i}.self_attn.v_proj.bias    (KH)    attention/b_v
-    model.layers.{i}.self_attn.o_proj.bias    D       attention/b_o
-    model.layers.{i}.self_attn.q_norm.weight  H       attention/q_norm/scale
-    model.layers.{i}.self_attn.k_norm.weight  H       attention/k_norm/scale
-    model.layers.{i}.mlp.gate_proj.weight     FD      feedforward/w_gate
-    model.layers.{i}.mlp.up_proj.weight       FD      feedforward/w_up
-    model.layers.{i}.mlp.down_proj.weight     DF      feedforward/w_down
-    model.layers.{i}.mlp.gate_proj.bias       F       feedforward/b_gate
-    model.layers.{i}.mlp.up_proj.bias         F       feedforward/b_up
-    model.layers.{i}.mlp.down_proj.bias       D       feedforward/b_down
-""")
-
-NORMS_BEFORE = table("""
-    model.layers.{i}.input_layernorm.weight           D  attention_norm/scale
-    model.layers.{i}.post_attention_layernorm.weight  D  feedforward_norm/scale
-""")
-
-NORMS_BEHIND = table("""
-    model.layers.{i}.post_attention_layernorm.weight    D  attention_out_norm/scale
-    model.layers.{i}.post_feedforward_layernorm.weight  D  feedforward_out_norm/scale
-""")
-
-NORMS_AROUND = NORMS_BEHIND + table("""
-    model.layers.{i}.input_layernorm.weight            D  attention_norm/scale
-    model.layers.{i}.pre_feedforward_layernorm.weight  D  feedforward_norm/scale
-""")
-
-EXPERTS = table("""
-    model.layers.{i}.block_sparse_moe.gate.weight            ED  experts/w_router
-    model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight  FD  experts/w_gate
-    model.layers.{i}.block_sparse_moe.experts.{e}.w3.weight  FD  experts/w_up
-    model.layers.{i}.block_sparse_moe.experts.{e}.w2.weight  DF  experts/w_down
-""")
-
-PHI3 = table("""
-    model.embed_tokens.weight                   VD            embedding/table
-    model.norm.weight                           D             final_norm/scale
-    lm_head.weight                              VD            unembedding/table
-    model.layers.{i}.self_attn.qkv_proj.weight  [KGH|KH|KH]D  attention/w_q attention/w_k attention/w_v
-    model.layers.{i}.self_attn.o_proj.weight    D(KGH)        attention/w_o
-    model.layers.{i}.mlp.gate_up_proj.weight    [F|F]D        feedforward/w_gate feedforward/w_up
-    model.layers.{i}.mlp.down_proj.weight       DF            feedforward/w_down
-""")
-
-GPT2 = table("""
-    transformer.wte.weight                VD            embedding/table
-    transformer.wpe.weight                SD            positions/table
-    transformer.ln_f.weight               D             final_norm/scale
-    transformer.ln_f.bias                 D             final_norm/bias
-    lm_head.weight                        VD            unembedding/table
-    transformer.h.{i}.ln_1.weight         D             attention_norm/scale
-    transformer.h.{i}.ln_1.bias           D             attention_norm/bias
-    transformer.h.{i}.attn.c_attn.weight  D[KGH|KH|KH]  attention/w_q attention/w_k attention/w_v
-    transformer.h.{i}.attn.c_attn.bias    [KGH|KH|KH]   attention/b_q attention/b_k attention/b_v
-    transformer.h.{i}.attn.c_proj.weight  (KGH)D        attention/w_o
-    transformer.h.{i}.attn.c_proj.bias    D             attention/b_o
-    transformer.h.{i}.ln_2.weight         D             feedforward_norm/scale
-    transformer.h.{i}.ln_2.bias           D             feedforward_norm/bias
-    transformer.h.{i}.mlp.c_fc.weight     DF            feedforward/w_up
-    transformer.h.{i}.mlp.c_fc.bias       F             feedforward/b_up
-    transformer.h.{i}.mlp.c_proj.weight   FD            feedforward/w_down
-    transformer.h.{i}.mlp.c_proj.bias     D             feedforward/b_down
-""")
-
-NEOX = table("""
-    gpt_neox.embed_in.weight                              VD            embedding/table
-    gpt_neox.final_layer_norm.weight                      D             final_norm/scale
-    gpt_neox.final_layer_norm.bias                        D             final_norm/bias
-    embed_out.weight                                      VD            unembedding/table
-    gpt_neox.layers.{i}.input_layernorm.weight            D             attention_norm/scale
-    gpt_neox.layers.{i}.input_layernorm.bias              D             attention_norm/bias
-    gpt_neox.layers.{i}.attention.query_key_value.weight  (K[GH|H|H])D  attention/w_q attention/w_k attention/w_v
-    gpt_neox.layers.{i}.attention.query_key_value.bias    (K[GH|H|H])   attention/b_q attention/b_k attention/b_v
-    gpt_neox.layers.{i}.attention.dense.weight            D(KGH)        attention/w_o
-    gpt_neox.layers.{i}.attention.dense.bias              D             attention/b_o
-    gpt_neox.layers.{i}.post_attention_layernorm.weight   D             feedforward_norm/scale
-    gpt_neox.layers.{i}.post_attention_layernorm.bias     D             feedforward_norm/bias
-    gpt_neox.layers.{i}.mlp.dense_h_to_4h.weight          FD            feedforward/w_up
-    gpt_neox.layers.{i}.mlp.dense_h_to_4h.bias            F             feedforward/b_up
-    gpt_neox.layers.{i}.mlp.dense_4h_to_h.weight          DF            feedforward/w_down
-    gpt_neox.layers.{i}.mlp.dense_4h_to_h.bias            D             feedforward/b_down
-""")
-
-# ---- configs
-
-ACTIVATIONS = {
-    "silu": "silu",
-    "gelu_pytorch_tanh": "gelu",
-    "gelu_new": "gelu",
-    "gelu_fast": "gelu",
-    "gelu": "gelu_exact",
-    "relu": "relu",
-    "relu2": "relu2",
-    "swish": "silu",
-}
-
-SIZES = (
-    key("vocab_size", "vocab_size"),
-    key("hidden_size", "d_model"),
-    key("num_hidden_layers", "n_layers"),
-    key("num_attention_heads", "n_heads"),
-    key("max_position_embeddings", "max_seq_len"),
+from llm_jax.compat.rope import rope, rope_by_type
+from llm_jax.compat.tensors import (
+    BODY,
+    GPT2,
+    GPT_BIGCODE,
+    NEOX,
+    NORMS_AFTER,
+    NORMS_AROUND,
+    NORMS_BEFORE,
+    PHI3,
+    STARCODER2,
 )
-WIDTH = key("intermediate_size", "d_ff")
-UNTIED = key("tie_word_embeddings", "tied", False)
-TIED = key("tie_word_embeddings", "tied", True)
-ACTIVATION = key("hidden_act", "activation", "silu", ACTIVATIONS)
+
+LLAMA = (*SIZES, WIDTH, activation(), rms_norm(1e-6))
+BIASES = biases({"none": (False, False), "all": (True, True)}, attention_bias=False, mlp_bias=False)
 
 
-def heads(kv: int | None = None, size: int | None = None) -> tuple[Lens, ...]:
-    """What the absence of these keys means; null is one for each query head, and their share of the width."""
-    return key("num_key_value_heads", "n_kv_heads", kv), key("head_dim", "head_dim", size)
+def every_fourth(config: Theirs, i: int) -> bool:
+    """Whether the i-th layer has a window where all but the last of four have one."""
+    return (i + 1) % 4 != 0
 
 
-def rms_norm(eps: float) -> Lens:
-    return key("rms_norm_eps", "norm_eps", eps)
-
-
-BIAS = {(False, False): "none", (True, True): "all"}
-LLAMA = (*SIZES, WIDTH, ACTIVATION, rms_norm(1e-6))
-BIASES = Lens(
-    ("attention_bias", "mlp_bias"),
-    lambda config: {"bias": known("attention_bias, mlp_bias", BIAS, tuple(bool(config.get(k)) for k in BIASES.keys))},
-    lambda c: {"attention_bias": c.bias == "all", "mlp_bias": c.bias == "all"},
-)
 # What Qwen lets see a window only: the layers from `max_window_layers` on.
 QWEN_LAYERS = layer_types(
     lambda config, i: bool(config.get("use_sliding_window")) and i >= config.get("max_window_layers", 28),
@@ -164,19 +56,54 @@ QWEN_LAYERS = layer_types(
 GEMMA = (
     *SIZES,
     WIDTH,
-    *heads(4, 256),
-    key("hidden_activation", "activation", "gelu_pytorch_tanh", ACTIVATIONS),
     Lens((), lambda config: {"embedding_scale": config["hidden_size"] ** 0.5}, lambda c: {}),
-    Lens(
-        ("query_pre_attn_scalar",),
-        lambda config: {"attention.scale": config.get("query_pre_attn_scalar", 256) ** -0.5},
-        lambda c: {"query_pre_attn_scalar": round(c.scores.factor(c.H) ** -2)},
-    ),
     rms_norm(1e-6),
     TIED,
 )
+GEMMA_SCALE = Lens(
+    ("query_pre_attn_scalar",),
+    lambda config: {"attention.scale": config.get("query_pre_attn_scalar", 256) ** -0.5},
+    lambda c: {"query_pre_attn_scalar": round(c.scores.factor(c.H) ** -2)},
+)
+# The first Gemma has the tanh form of GELU by whatever name.
+GEMMA_ACTIVATION = Lens(
+    ("hidden_act", "hidden_activation"),
+    lambda config: {
+        "activation": known(
+            "hidden_act", {"gelu": "gelu", "gelu_pytorch_tanh": "gelu"}, config.get("hidden_act", "gelu_pytorch_tanh")
+        )
+    },
+    lambda c: {"hidden_act": "gelu_pytorch_tanh"},
+)
 GEMMA_FIXED = {"norm": "rmsnorm_1p", "residual": "sandwich"}
-
+GPT2_KEYS = (
+    key("vocab_size", "vocab_size"),
+    key("n_embd", "d_model"),
+    key("n_layer", "n_layers"),
+    key("n_head", "n_heads"),
+    key("n_positions", "max_seq_len", 1024),
+    key("n_inner", "d_ff", None),
+    key("layer_norm_epsilon", "norm_eps", 1e-5),
+    key("scale_attn_weights", "attention.scale", True, {True: None}),
+    TIED,
+)
+GPT2_FIXED = {"positions": "learned", "norm": "layernorm", "gated": False, "bias": "all"}
+# Seed-OSS tells queries, keys and values from what attention gives, and both from the feed-forward.
+SEED_BIASES = biases(
+    {"none": (False, False, False), "qkv": (True, False, False), "all": (True, True, True)},
+    attention_bias=True,
+    attention_out_bias=False,
+    mlp_bias=False,
+)
+# What CWM takes where a config says nothing of its positions.
+CWM_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 FAMILIES = {
     family.name: family
@@ -195,25 +122,6 @@ FAMILIES = {
             models="Mistral",
             tensors=BODY + NORMS_BEFORE,
             lenses=(*LLAMA, *heads(8), window(4096), rope(), UNTIED),
-            fixed={},
-        ),
-        Family(
-            name="mixtral",
-            architecture="MixtralForCausalLM",
-            models="Mixtral",
-            tensors=BODY + NORMS_BEFORE + EXPERTS,
-            lenses=(
-                *SIZES,
-                WIDTH,
-                *heads(8),
-                ACTIVATION,
-                rms_norm(1e-5),
-                window(None, "+moe"),
-                key("num_local_experts", "experts.number", 8),
-                key("num_experts_per_tok", "experts.active", 2),
-                rope(1e6),
-                UNTIED,
-            ),
             fixed={},
         ),
         Family(
@@ -239,6 +147,9 @@ FAMILIES = {
             tensors=BODY + NORMS_AROUND,
             lenses=(
                 *GEMMA,
+                *heads(4, 256),
+                activation("gelu_pytorch_tanh", "hidden_activation"),
+                GEMMA_SCALE,
                 layer_types(lambda config, i: i % 2 == 0, ()),
                 rope(),
                 key("attn_logit_softcapping", "attention.softcap", 50.0),
@@ -253,11 +164,14 @@ FAMILIES = {
             tensors=BODY + NORMS_AROUND,
             lenses=(
                 *GEMMA,
+                *heads(4, 256),
+                activation("gelu_pytorch_tanh", "hidden_activation"),
+                GEMMA_SCALE,
                 layer_types(
                     lambda config, i: (i + 1) % config.get("sliding_window_pattern", 6) != 0,
                     ("sliding_window_pattern",),
                 ),
-                rope_by_type(),
+                rope_by_type(1e6, 1e4, "rope_local_base_freq"),
                 key("final_logit_softcapping", "logit_softcap", None),
             ),
             fixed={**GEMMA_FIXED, "attention.qk_norm": "head"},
@@ -266,8 +180,8 @@ FAMILIES = {
             name="olmo2",
             architecture="Olmo2ForCausalLM",
             models="OLMo 2",
-            tensors=BODY + NORMS_BEHIND,
-            lenses=(*SIZES, WIDTH, *heads(), ACTIVATION, rms_norm(1e-5), rope(), UNTIED),
+            tensors=BODY + NORMS_AFTER,
+            lenses=(*SIZES, WIDTH, *heads(), activation(), rms_norm(1e-5), rope(), UNTIED),
             fixed={"residual": "output", "attention.qk_norm": "whole"},
         ),
         Family(
@@ -275,19 +189,8 @@ FAMILIES = {
             architecture="GPT2LMHeadModel",
             models="GPT-2",
             tensors=GPT2,
-            lenses=(
-                key("vocab_size", "vocab_size"),
-                key("n_embd", "d_model"),
-                key("n_layer", "n_layers"),
-                key("n_head", "n_heads"),
-                key("n_positions", "max_seq_len", 1024),
-                key("n_inner", "d_ff", None),
-                key("activation_function", "activation", "gelu_new", {"gelu_new": "gelu"} | ACTIVATIONS),
-                key("layer_norm_epsilon", "norm_eps", 1e-5),
-                key("scale_attn_weights", "attention.scale", True, {True: None}),
-                TIED,
-            ),
-            fixed={"positions": "learned", "norm": "layernorm", "gated": False, "bias": "all"},
+            lenses=(*GPT2_KEYS, activation("gelu_new", "activation_function")),
+            fixed=GPT2_FIXED,
         ),
         Family(
             name="gpt_neox",
@@ -297,7 +200,7 @@ FAMILIES = {
             lenses=(
                 *SIZES,
                 WIDTH,
-                key("hidden_act", "activation", "gelu", ACTIVATIONS),
+                activation("gelu"),
                 key("layer_norm_eps", "norm_eps", 1e-5),
                 key("use_parallel_residual", "residual", True, {True: "parallel", False: "pre"}),
                 key("attention_bias", "bias", True, {True: "all"}),
@@ -315,7 +218,7 @@ FAMILIES = {
                 *SIZES,
                 WIDTH,
                 *heads(),
-                ACTIVATION,
+                activation(),
                 rms_norm(1e-5),
                 window(None),
                 rope(fraction=1.0, old=("rope_theta", "partial_rotary_factor")),
@@ -331,5 +234,113 @@ FAMILIES = {
             lenses=(*LLAMA, *heads(4), BIASES, no_rope_layers(), rope(2e6), TIED),
             fixed={},
         ),
+        Family(
+            name="gemma",
+            architecture="GemmaForCausalLM",
+            models="Gemma",
+            tensors=BODY + NORMS_BEFORE,
+            lenses=(*GEMMA, *heads(16, 256), GEMMA_ACTIVATION, rope()),
+            fixed={"norm": "rmsnorm_1p"},
+        ),
+        Family(
+            name="olmo3",
+            architecture="Olmo3ForCausalLM",
+            models="OLMo 3",
+            tensors=BODY + NORMS_AFTER,
+            lenses=(
+                *SIZES,
+                WIDTH,
+                *heads(),
+                activation(),
+                rms_norm(1e-5),
+                layer_types(every_fourth, ()),
+                rope_by_type(5e5),
+                UNTIED,
+            ),
+            fixed={"residual": "output", "attention.qk_norm": "whole"},
+        ),
+        Family(
+            name="exaone4",
+            architecture="Exaone4ForCausalLM",
+            models="EXAONE 4",
+            tensors=BODY + NORMS_AFTER,
+            lenses=(*SIZES, WIDTH, *heads(32), activation(), rms_norm(1e-5), exaone_layers(), rope(), UNTIED),
+            fixed={"residual": "output", "attention.qk_norm": "head"},
+        ),
+        Family(
+            name="starcoder2",
+            architecture="Starcoder2ForCausalLM",
+            models="StarCoder 2",
+            tensors=STARCODER2,
+            lenses=(
+                *SIZES,
+                WIDTH,
+                *heads(2),
+                activation("gelu_pytorch_tanh"),
+                key("norm_epsilon", "norm_eps", 1e-5),
+                key("use_bias", "bias", True, {True: "all", False: "none"}),
+                window(None),
+                rope(),
+                TIED,
+            ),
+            fixed={"norm": "layernorm", "gated": False},
+        ),
+        Family(
+            name="seed_oss",
+            architecture="SeedOssForCausalLM",
+            models="Seed-OSS",
+            tensors=BODY + NORMS_BEFORE,
+            lenses=(*LLAMA, *heads(8, 128), SEED_BIASES, rope(), UNTIED),
+            fixed={},
+        ),
+        Family(
+            name="arcee",
+            architecture="ArceeForCausalLM",
+            models="Arcee AFM",
+            tensors=BODY + NORMS_BEFORE,
+            lenses=(*SIZES, WIDTH, *heads(), activation("relu2"), rms_norm(1e-5), BIASES, rope(), UNTIED),
+            fixed={"gated": False},
+        ),
+        Family(
+            name="gpt_bigcode",
+            architecture="GPTBigCodeForCausalLM",
+            models="StarCoder, SantaCoder",
+            tensors=GPT_BIGCODE,
+            lenses=(
+                *GPT2_KEYS,
+                activation("gelu_pytorch_tanh", "activation_function"),
+                Lens(
+                    ("multi_query", "num_key_value_heads"),  # the second follows from the first
+                    lambda config: {"n_kv_heads": 1 if config.get("multi_query", True) else None},
+                    lambda c: {"multi_query": c.K == 1},
+                ),
+                silent(
+                    "attention_softmax_in_fp32",
+                    "scale_attention_softmax_in_fp32",
+                    "inference_runner",
+                    "validate_runner_input",
+                    "pad_key_length",
+                ),
+            ),
+            fixed=GPT2_FIXED,
+        ),
+        Family(
+            name="cwm",
+            architecture="CwmForCausalLM",
+            models="Code World Model",
+            tensors=BODY + NORMS_BEFORE,
+            lenses=(
+                *SIZES,
+                WIDTH,
+                *heads(8, 128),
+                activation(),
+                rms_norm(1e-5),
+                layer_types(lambda config, i: i % 4 != 0, ()),
+                rope(1e6, absent=CWM_ROPE),
+                UNTIED,
+            ),
+            fixed={},
+        ),
+        *MIXTURES,
     )
 }

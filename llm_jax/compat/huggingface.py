@@ -16,10 +16,10 @@ from llm_jax.compat import weights
 from llm_jax.compat.families import FAMILIES
 from llm_jax.compat.family import Family, Shapes
 from llm_jax.compat.outside import optional, read_json
-from llm_jax.compat.tokenizers import files_of
+from llm_jax.compat.tokenizers import ends_of, files_of
 from llm_jax.config import nearest
+from llm_jax.data.config import DataConfig
 from llm_jax.data.imported import ImportedTokenizer, files_in
-from llm_jax.data.shards import DataConfig
 from llm_jax.data.tokenizer import Tokenizer, build
 from llm_jax.files import whole_folder, write_json
 from llm_jax.model.config import ModelConfig
@@ -88,6 +88,7 @@ def export_run(
     if family is None and (folder / SOURCE).is_file():
         family = read_json(folder / SOURCE)["model_type"]
     chosen = choose(model, weights.shapes_of(params), family)
+    begins = run.begins(folder, config, coder)
     about = {
         "architectures": [chosen.architecture],
         "model_type": chosen.name,
@@ -98,7 +99,7 @@ def export_run(
     }
     with whole_folder(out, "export") as scratch:
         write_json(scratch / "config.json", about | chosen.write(model))
-        for name, content in files_of(coder, model.max_seq_len).items():
+        for name, content in files_of(coder, model.max_seq_len, begins=begins).items():
             (scratch / name).write_bytes(content)
         weights.save(scratch / "model.safetensors", chosen, model, params, dtype or model.dtype)
     return chosen
@@ -159,10 +160,10 @@ def open_tokenizer(source: str, there: Path, name: str | None, model: ModelConfi
     if name is not None:
         coder = build(name, tuple)
     elif (there / "tokenizer.json").is_file():
-        end = end_id(there)
-        if end is None:
+        ends = ends_of(there)
+        if not ends:
             raise ValueError(f"{there} does not say what ends a text; set eos_token_id in its config.json")
-        coder = ImportedTokenizer(source, files_in(there), end, model.vocab_size)
+        coder = ImportedTokenizer(source, files_in(there), ends[0], model.vocab_size, end_ids=ends)
     else:
         raise ValueError(
             f"{there} has no tokenizer.json. Let transformers write one (AutoTokenizer.from_pretrained(...)."
@@ -174,16 +175,3 @@ def open_tokenizer(source: str, there: Path, name: str | None, model: ModelConfi
             "name another: --tokenizer gpt2, or a folder"
         )
     return coder
-
-
-def end_id(there: Path) -> int | None:
-    """The id that ends a text, the first where there are several; None where none is named."""
-    for name in ("config.json", "generation_config.json"):
-        found = read_json(there / name).get("eos_token_id") if (there / name).is_file() else None
-        if found is not None:
-            return found[0] if isinstance(found, list) else found
-    config = there / "tokenizer_config.json"
-    token = read_json(config).get("eos_token") if config.is_file() else None
-    text = token["content"] if isinstance(token, dict) else token
-    ids = {added["content"]: added["id"] for added in read_json(there / "tokenizer.json").get("added_tokens") or []}
-    return ids.get(text)

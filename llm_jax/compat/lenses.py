@@ -134,99 +134,120 @@ def no_rope_layers() -> Lens:
     return Lens((*keys, "max_window_layers"), read, write)  # the last one changes nothing in this family
 
 
-# ---- where tokens stand
-
-ORIGINAL = "original_max_position_embeddings"  # before they were scaled
-
-# Their name of a scaling -> ours, and of what it needs beside theta.
-SCALINGS: dict[str, tuple[str, dict[str, str]]] = {
-    "default": ("none", {}),
-    "linear": ("linear", {"factor": "factor"}),
-    "llama3": (
-        "llama3",
-        {
-            "factor": "factor",
-            ORIGINAL: "original_len",
-            "low_freq_factor": "low_turns",
-            "high_freq_factor": "high_turns",
-        },
-    ),
-    "yarn": (
-        "yarn",
-        {
-            "factor": "factor",
-            ORIGINAL: "original_len",
-            "beta_slow": "low_turns",
-            "beta_fast": "high_turns",
-            "attention_factor": "amplitude",
-        },
-    ),
-}
-
-
-def rope(theta: float = 1e4, fraction: float | None = None, old: tuple[str, str] = ("rope_theta", "")) -> Lens:
-    """`rope_parameters`, or the `rope_theta` and `rope_scaling` of before; `fraction` where the family has one.
-
-    `old` are the names of theta and of the fraction outside of `rope_parameters`.
-    """
+def exaone_layers() -> Lens:
+    """EXAONE 4: where some layers have a window the others have no positions; without a window all have some."""
 
     def read(config: Theirs) -> Fields:
-        outside = {"rope_theta": config.get(old[0], theta)}
-        if fraction is not None:
-            outside["partial_rotary_factor"] = config.get(old[1], fraction)
-        parameters = outside | (config.get("rope_scaling") or config.get("rope_parameters") or {})
-        return _rotary(parameters, config, fraction is not None)
+        window, every = config.get("sliding_window", 4096), config.get("sliding_window_pattern", 4)
+        types = of_each_layer(config, "layer_types")
+        if types is None:
+            layers = range(config["num_hidden_layers"])
+            types = ["sliding_attention" if window and (i + 1) % every else "full_attention" for i in layers]
+        kinds = [known("layer_types", KINDS, name) for name in types]
+        return pattern([kind if kind == "local" or window is None else "nope" for kind in kinds], window)
 
     def write(c: ModelConfig) -> dict[str, Any]:
-        part = {} if fraction is None else {"partial_rotary_factor": c.rotary.fraction}
-        return {"rope_parameters": _parameters(c.rotary) | part}
+        types = ["sliding_attention" if kind == "local" else "full_attention" for kind in kinds_of(c)]
+        return {"layer_types": types, "sliding_window": c.attention.window}
 
-    return Lens(("rope_parameters", "rope_scaling", ORIGINAL, *filter(None, old)), read, write)
+    return Lens(("layer_types", "sliding_window", "sliding_window_pattern"), read, write)
 
 
-def rope_by_type() -> Lens:
-    """Gemma 3: local layers have a theta of their own, and are not scaled."""
+def sparse_layers(chosen: Lens) -> Lens:
+    """Qwen3 MoE: which layers have the experts that `chosen` reads; and whether all have a window, or none."""
 
     def read(config: Theirs) -> Fields:
-        given = config.get("rope_parameters") or {}
-        for name in given:
-            known("rope_parameters for", KINDS, name)
-        full = {"rope_theta": config.get("rope_theta", 1e6)} | (given.get("full_attention") or {})
-        local = {"rope_theta": config.get("rope_local_base_freq", 1e4)} | (given.get("sliding_attention") or {})
-        near = _rotary(local, config)
-        if near["rotary.scaling"] != "none":
-            raise ValueError(
-                f"config.json scales the positions of sliding_attention by {near['rotary.scaling']}; known: default"
-            )
-        scaled = full | (config.get("rope_scaling") or {})
-        return _rotary(scaled, config) | {"rotary.local_theta": near["rotary.theta"]}
+        dense, every = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step", 1)
+        sliding = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+        mixer = "global" if sliding is None else "local"
+        layers = range(config["num_hidden_layers"])
+        sparse = [i not in dense and (i + 1) % every == 0 for i in layers]
+        kinds = [f"{mixer}+moe" if experts else mixer for experts in sparse]
+        return pattern(kinds, sliding) | (chosen.ours(config) if any(sparse) else {})
 
     def write(c: ModelConfig) -> dict[str, Any]:
-        local = {"rope_type": "default", "rope_theta": c.rotary.local.theta}
-        return {"rope_parameters": {"full_attention": _parameters(c.rotary), "sliding_attention": local}}
+        window = c.attention.window
+        dense = [i for i, kind in enumerate(kinds_of(c)) if "+moe" not in kind]
+        local = {"use_sliding_window": window is not None, "sliding_window": window}
+        return {"mlp_only_layers": dense} | local | chosen.theirs(c)
 
-    return Lens(("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq"), read, write)
-
-
-def _rotary(parameters: Theirs, config: Theirs, partial: bool = False) -> Fields:
-    name = parameters.get("rope_type", parameters.get("type", "default"))
-    scaling, fields = known("rope_type", SCALINGS, name)
-    given = {key: value for key, value in parameters.items() if value is not None}
-    if ORIGINAL in fields:  # outside it goes before inside; where a config does not say, it means all there are
-        given[ORIGINAL] = config.get(ORIGINAL) or given.get(ORIGINAL) or config["max_position_embeddings"]
-    names = {"rope_theta": "theta", **fields} | ({"partial_rotary_factor": "fraction"} if partial else {})
-    strange = given.keys() - names.keys() - {"rope_type", "type"}
-    if strange:
-        raise ValueError(f"rope_type={name} comes with {', '.join(sorted(strange))}; known: {', '.join(names)}")
-    return {"rotary.scaling": scaling} | {f"rotary.{names[key]}": given[key] for key in given if key in names}
+    keys = ("mlp_only_layers", "decoder_sparse_step", "use_sliding_window", "sliding_window")
+    return Lens((*keys, *chosen.keys, "max_window_layers"), read, write)  # the last one changes nothing in this family
 
 
-def _parameters(rotary: Rotary) -> dict[str, Any]:
-    name, fields = next(
-        ((name, fields) for name, (ours, fields) in SCALINGS.items() if ours == rotary.scaling), ("default", {})
+# ---- how many of what
+
+
+def experts(number: int, active: int, width: int | None = None) -> Lens:
+    """How many experts, `num_local_experts` in transformers 5, and how the chosen are weighted; `width` of one."""
+    lenses = (
+        key("num_experts_per_tok", "experts.active", active),
+        key("norm_topk_prob", "experts.renormalise", False),
+        *([] if width is None else [key("moe_intermediate_size", "experts.d_ff", width)]),
     )
-    values = {theirs: getattr(rotary, ours) for theirs, ours in fields.items()}
-    return {"rope_type": name, "rope_theta": rotary.theta} | {k: v for k, v in values.items() if v is not None}
+
+    def read(config: Theirs) -> Fields:
+        count = config.get("num_local_experts", config.get("num_experts", number))
+        return {"experts.number": count} | {name: value for lens in lenses for name, value in lens.ours(config).items()}
+
+    def write(c: ModelConfig) -> dict[str, Any]:
+        count = number if c.experts is None else c.experts.number
+        return {"num_experts": count} | {name: value for lens in lenses for name, value in lens.theirs(c).items()}
+
+    return Lens(("num_experts", "num_local_experts", *(name for lens in lenses for name in lens.keys)), read, write)
+
+
+def heads(kv: int | None = None, size: int | None = None) -> tuple[Lens, ...]:
+    """What the absence of these keys means; null is one for each query head, and their share of the width."""
+    return key("num_key_value_heads", "n_kv_heads", kv), key("head_dim", "head_dim", size)
+
+
+def biases(table: Mapping[str, tuple[bool, ...]], **absent: bool) -> Lens:
+    """Keys that together say which linear maps have biases; what the absence of each means."""
+
+    def read(config: Theirs) -> Fields:
+        said = tuple(bool(config.get(name, value)) for name, value in absent.items())
+        return {"bias": known(", ".join(absent), {values: name for name, values in table.items()}, said)}
+
+    def write(c: ModelConfig) -> dict[str, Any]:
+        return dict(zip(absent, table.get(c.bias, next(iter(table.values()))), strict=True))
+
+    return Lens(tuple(absent), read, write)
+
+
+def silent(*names: str) -> Lens:
+    """Keys that change nothing of what the model computes."""
+    return Lens(names, lambda config: {}, lambda c: {})
+
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "gelu_pytorch_tanh": "gelu",
+    "gelu_new": "gelu",
+    "gelu_fast": "gelu",
+    "gelu": "gelu_exact",
+    "relu": "relu",
+    "relu2": "relu2",
+    "swish": "silu",
+}
+SIZES = (
+    key("vocab_size", "vocab_size"),
+    key("hidden_size", "d_model"),
+    key("num_hidden_layers", "n_layers"),
+    key("num_attention_heads", "n_heads"),
+    key("max_position_embeddings", "max_seq_len"),
+)
+WIDTH = key("intermediate_size", "d_ff")
+UNTIED = key("tie_word_embeddings", "tied", False)
+TIED = key("tie_word_embeddings", "tied", True)
+
+
+def activation(absent: str = "silu", name: str = "hidden_act") -> Lens:
+    return key(name, "activation", absent, {absent: ACTIVATIONS[absent]} | ACTIVATIONS)
+
+
+def rms_norm(eps: float) -> Lens:
+    return key("rms_norm_eps", "norm_eps", eps)
 
 
 def known(name: str, names: Mapping[Any, Any], value: Any) -> Any:

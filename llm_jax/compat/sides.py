@@ -22,10 +22,9 @@ from typing import Any, SupportsFloat
 import jax
 from jaxtyping import PyTree
 
+from llm_jax import runtime
 from llm_jax.data.loader import Batch, Loader
-from llm_jax.data.shards import open_shards
-from llm_jax.hardware import reuse_freed_memory
-from llm_jax.train import loop
+from llm_jax.data.mixture import open_folders
 from llm_jax.train.program import Program
 from llm_jax.train.run import RunConfig
 
@@ -70,9 +69,9 @@ class Side:
         self._process.kill()  # where a compiler would not be interrupted
         self._process.join()
 
-    def begin(self, config: RunConfig, shards: Path, params: PyTree, rates: Iterable[float]) -> None:
+    def begin(self, config: RunConfig, folders: list[Path], params: PyTree, rates: Iterable[float]) -> None:
         """Builds the model, with these parameters."""
-        self._ask((config, shards, params, rates))
+        self._ask((config, folders, params, rates))
 
     def train(self, steps: int) -> Stretch:
         """The next steps. Raises `ValueError` where the process fails."""
@@ -93,16 +92,16 @@ def _serve(name: str, pipe: Connection) -> None:
     """The life of a side's process: a job, then steps on demand, until it is told to end or the other end is gone."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # in order, with what libraries have to give back
     if name == "jax":
-        loop.own_process()
+        runtime.start()
     else:
-        reuse_freed_memory()
+        runtime.reuse_freed_memory()
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # processes that compile might outlive this one
         importlib.import_module("llm_jax.compat.torch_step")
     imports = peak_memory()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        config, shards, params, rates = pipe.recv()
+        config, folders, params, rates = pipe.recv()
         step = STEPS[name](config, params, rates)
-        batches = Loader(open_shards(shards).split("train"), config.data).batches()
+        batches = Loader(open_folders(config.data, folders).split("train"), config.data).batches()
         pipe.send("ready")
         while True:
             steps, start = pipe.recv(), time.perf_counter()

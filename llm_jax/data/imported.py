@@ -1,6 +1,7 @@
 """Tokenizers that came with a model of Hugging Face."""
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.data.tokenizer import NO_BYTES, Tokenizer
+from llm_jax.data import tokenizer_json
+from llm_jax.data.tokenizer import MOST_IDS, NO_BYTES, Tokenizer
+from llm_jax.files import write_whole
 
 # What says how the model reads and writes; the first is the tokenizer itself.
 FILES = (
@@ -30,42 +33,85 @@ BYTE_LETTERS = {byte: chr(byte) for byte in VISIBLE} | {
     byte: chr(0x100 + n) for n, byte in enumerate(byte for byte in range(256) if byte not in VISIBLE)
 }
 
+PROBES = 1000  # texts that are tried for one that has tokens
+
 
 class ImportedTokenizer(Tokenizer):
     """Run by the library `tokenizers` from the model's own tokenizer.json: no id can differ.
 
-    `files` are what there was of `FILES`, kept as they are. Raises `ValueError` where the library is missing or can't
-    read them, and for an end that it does not have. A text begins with what the library puts there, if it does.
+    `files` are what there was of `FILES`, kept as they are. `begins` says whether the library puts a token before a
+    text, which is what the post_processor of tokenizer.json says: where there is such a file, transformers (5) does not
+    read add_bos_token either. What the library puts after a text, a prompt does not get.
     """
 
-    def __init__(self, name: str, files: Mapping[str, bytes], end_of_text: int, most: int | None = None) -> None:
-        """Added tokens from the id `most` on are left out: a model that only writes text may have no room for them."""
-        self.files, self._encoding = files, _encoding(name, files["tokenizer.json"].decode(), most)
-        begin_of_text = next(iter(self._encoding.encode("").ids), end_of_text)
-        super().__init__(name, _table(self._encoding), end_of_text, begin_of_text)
-        if end_of_text >= self.vocab_size:
-            raise ValueError(
-                f"token {end_of_text} is to end a text, but the tokenizer {name} has the ids 0 to "
-                f"{self.vocab_size - 1}; set eos_token_id in config.json"
-            )
+    def __init__(
+        self,
+        name: str,
+        files: Mapping[str, bytes],
+        end_of_text: int,
+        most: int | None = None,
+        *,
+        end_ids: Sequence[int] = (),
+        begin_of_text: int | None = None,
+    ) -> None:
+        """Read the tokenizer; its added tokens from the id `most` on are left out.
 
-    def encode(self, text: str, *, special: bool = False) -> np.ndarray:
-        """The ids of `text`, int32 [n]. Only `special=True` reads special tokens as such, all there are."""
-        self._encoding.encode_special_tokens = not special  # their name for taking them as plain text
-        return np.array(self._encoding.encode(text, add_special_tokens=False).ids, np.int32)
+        A model that only writes text may have no room for them. `begin_of_text` is by default what the library puts
+        before a text, else the token that the files name as bos_token, else `end_of_text`. Raises `ValueError` where
+        the library is missing, where the files can't be read, and for an end or a beginning that is no id of theirs.
+        """
+        self.files = files
+        found = tokenizer_json.read(name, files["tokenizer.json"], MOST_IDS if most is None else most)
+        self._encoding = _encoding(name, found)
+        table = _table(self._encoding, found)
+        before = _before(name, self._encoding)
+        if len(before) > 1:
+            raise ValueError(
+                f"the tokenizer {name} puts {len(before)} tokens before a text, and at most one can begin it here; "
+                "change the post_processor in its tokenizer.json"
+            )
+        if begin_of_text is None:
+            begin_of_text = before[0] if before else named_token(files, found, "bos_token")
+        added = self._encoding.get_added_tokens_decoder()
+        super().__init__(
+            name,
+            table,
+            end_of_text,
+            end_ids=end_ids,
+            begin_of_text=begin_of_text,
+            begins=bool(before),
+            special_tokens={token.content: id for id, token in added.items() if token.special and token.content},
+        )
+        for token, purpose, field in [
+            *((token, "end", "eos_token_id in config.json") for token in self.end_ids),
+            (self.begin_of_text, "begin", "bos_token in tokenizer_config.json"),
+        ]:
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"token {token} is to {purpose} a text, but the tokenizer {name} has the ids 0 to "
+                    f"{self.vocab_size - 1}; set {field}"
+                )
 
     def _encode_text(self, text: str) -> np.ndarray:
-        return self.encode(text)
+        return self._ids(text, special=False)
+
+    def _encode_specials(self, text: str) -> np.ndarray:
+        return self._ids(text, special=True)
+
+    def _ids(self, text: str, *, special: bool) -> np.ndarray:
+        self._encoding.encode_special_tokens = not special  # their name for taking them as plain text
+        return np.array(_encoded(self.name, self._encoding, text, alone=False).ids, np.int32)
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """The text of `tokens`, special ones among it, as the library has it."""
-        return self._encoding.decode(np.asarray(tokens).tolist(), skip_special_tokens=False)
+        """Return the text of `tokens`, special ones included, as the library has it. Raises as `decode_bytes`."""
+        return self._encoding.decode(self._ids_in(tokens), skip_special_tokens=False)
 
     def save(self, folder: str | Path) -> None:
-        """Writes the tokenizer into `folder`, for `load`, its own files among it."""
-        super().save(folder)
+        """Write the tokenizer into `folder`, for `load`, its own files among it."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
-            (Path(folder) / name).write_bytes(content)
+            write_whole(Path(folder) / name, content)
+        super().save(folder)
 
     def _description(self) -> dict[str, Any]:
         marks = {"begin_of_text": self.begin_of_text, "end_of_text": self.end_of_text}
@@ -80,19 +126,36 @@ def files_in(folder: str | Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
-def load_imported(folder: Path, name: str, description: Mapping[str, Any]) -> ImportedTokenizer:
-    """The tokenizer that `save` wrote. Raises `ValueError` where its file is another."""
+def load_imported(folder: Path, name: str, description: Mapping[str, Any], ends: Any) -> ImportedTokenizer:
+    """Return the tokenizer that `save` wrote, with its `ends`. Raises `ValueError` where its file is another."""
     files = files_in(folder)
     if _sha256(files) != description["sha256"]:
         raise ValueError(f"{folder} is damaged: its tokenizer.json is another; import the model again")
-    return ImportedTokenizer(name, files, description["end_of_text"], description["ids"])
+    if not (isinstance(ends, list) and all(type(token) is int for token in ends)):
+        raise ValueError(f"{folder / 'encoding.json'}: 'end_ids' is no list of ids; import the model again")
+    end, begin, ids = (description[field] for field in ("end_of_text", "begin_of_text", "ids"))
+    return ImportedTokenizer(name, files, end, ids, end_ids=ends, begin_of_text=begin)
+
+
+def named_token(files: Mapping[str, bytes], found: Mapping[str, Any], role: str) -> int | None:
+    """Return the id of the token that the files name for `role`, as eos_token; None where they name none they have.
+
+    `found` is their tokenizer.json.
+    """
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = tokenizer_json.parse(name, files[name]).get(role) if name in files else None
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str):
+            added = {token["content"]: token["id"] for token in found.get("added_tokens") or []}
+            return (tokenizer_json.vocabulary_of(found, "tokenizer.json") | added).get(text)
+    return None
 
 
 def _sha256(files: Mapping[str, bytes]) -> str:
     return hashlib.sha256(files["tokenizer.json"]).hexdigest()
 
 
-def _encoding(name: str, text: str, most: int | None) -> Any:
+def _encoding(name: str, found: Mapping[str, Any]) -> Any:
     try:
         import tokenizers
     except ImportError as error:
@@ -100,10 +163,11 @@ def _encoding(name: str, text: str, most: int | None) -> Any:
             f"the tokenizer {name} runs on the library tokenizers; install it: pip install 'llm-jax[hf]'"
         ) from error
     try:
-        encoding = tokenizers.Tokenizer.from_str(text if most is None else _within(text, most))
+        encoding = tokenizers.Tokenizer.from_str(json.dumps(found))
     except Exception as error:  # the library raises no other
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"the tokenizer.json of {name} can't be read by tokenizers {tokenizers.__version__} ({error}); "
+            f"the tokenizer.json of {name} can't be read by tokenizers {tokenizers.__version__} ({reason}); "
             "update the library, or save the tokenizer again"
         ) from error
     encoding.no_truncation()
@@ -111,23 +175,38 @@ def _encoding(name: str, text: str, most: int | None) -> Any:
     return encoding
 
 
-def _within(text: str, most: int) -> str:
-    """A tokenizer.json without its added tokens from the id `most` on."""
-    description = json.loads(text)
-    added = description.get("added_tokens") or []
-    kept = [token for token in added if token["id"] < most]
-    return text if kept == added else json.dumps(description | {"added_tokens": kept})
+def _encoded(name: str, encoding: Any, text: str, *, alone: bool) -> Any:
+    """Return what the library makes of a text, with what it puts around one that stands `alone`."""
+    try:
+        return encoding.encode(text, add_special_tokens=alone)
+    except Exception as error:  # the library raises no other
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the tokenizer {name} can't read {text[:40]!r} ({reason}); use another text") from error
 
 
-def _table(encoding: Any) -> list[bytes]:
-    """The bytes of every id, by how the encoding spells them: in the letters of bytes, or with U+2581 for a blank."""
+def _before(name: str, encoding: Any) -> list[int]:
+    """Return the ids that the library puts before a text."""
+    texts = itertools.chain(["a"], encoding.get_vocab(with_added_tokens=True))
+    for text in itertools.islice(texts, PROBES):
+        found = _encoded(name, encoding, text, alone=True)
+        if any(sequence is not None for sequence in found.sequence_ids):
+            inside = itertools.takewhile(lambda pair: pair[1] is None, zip(found.ids, found.sequence_ids, strict=True))
+            return [token for token, _ in inside]
+    return []
+
+
+def _table(encoding: Any, found: Mapping[str, Any]) -> list[bytes]:
+    """The bytes of every id, by how the encoding spells them: in the letters of bytes, or with U+2581 for a blank.
+
+    An entry of a byte-level vocabulary that has other letters, one kept in reserve, stands for itself.
+    """
     letters = {letter: byte for byte, letter in BYTE_LETTERS.items()}
-    by_bytes = '"ByteLevel"' in json.dumps(json.loads(encoding.to_str())["decoder"])
+    by_bytes = '"ByteLevel"' in json.dumps(found.get("decoder"))
     vocabulary = encoding.get_vocab(with_added_tokens=True)
     added = {token.content for token in encoding.get_added_tokens_decoder().values()}
     table = [NO_BYTES] * (max(vocabulary.values()) + 1)
     for entry, token in vocabulary.items():
-        if entry in added:
+        if entry in added or (by_bytes and not letters.keys() >= set(entry)):
             table[token] = entry.encode()
         elif by_bytes:
             table[token] = bytes(letters[letter] for letter in entry)

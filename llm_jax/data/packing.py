@@ -4,6 +4,7 @@ Arithmetic on lengths; no token is read here. A row is made of spans [start, sto
 documents of a split one after the other.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,12 @@ class Plan:
     @property
     def n_rows(self) -> int:
         return len(self.rows) - 1
+
+    @functools.cached_property
+    def sizes(self) -> Int64[np.ndarray, " n_rows"]:
+        """How many tokens each row holds."""
+        before = np.append(0, np.cumsum(self.stops - self.starts))
+        return np.diff(before[self.rows])
 
     def spans(self, row: int, shift: int = 0) -> list[tuple[int, int]]:
         """The (start, stop) of every span in `row`."""

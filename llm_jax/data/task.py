@@ -24,8 +24,10 @@ Kind = Literal["translate", "classify"]
 class TaskConfig:
     """What a run learns to answer.
 
-    separator: the token between question and answer; the first one in a document counts.
-    answers: of classify, the text of every class.
+    Attributes:
+      kind: `translate` writes the answer, `classify` chooses it.
+      separator: the token between question and answer; the first one in a document counts.
+      answers: of classify, the text of every class.
     """
 
     kind: Kind
@@ -109,15 +111,18 @@ class Task:
         return None
 
 
-def resolve(config: TaskConfig, tokenizer: Tokenizer) -> Task:
-    """The task in the ids of `tokenizer`. Raises `ValueError` where they don't tell what must be told apart."""
-    separator = tokenizer.encode(config.separator)
+def resolve(config: TaskConfig, tokenizer: Tokenizer, *, special: bool = False) -> Task:
+    """Return the task in the ids of `tokenizer`, which reads special tokens in it where its data has them.
+
+    Raises `ValueError` where they don't tell what must be told apart.
+    """
+    separator = tokenizer.encode(config.separator, special=special)
     if len(separator) != 1:
         raise ValueError(
             f"data.task.separator={config.separator!r} must be one token, and is {len(separator)} of {tokenizer.name}; "
             r"use another, such as $'\t' or $'\n'"
         )
-    first = [int(tokenizer.encode(answer)[0]) for answer in config.answers]
+    first = [int(tokenizer.encode(answer, special=special)[0]) for answer in config.answers]
     for number, token in enumerate(first):
         if token in first[:number]:
             one, other = config.answers[first.index(token)], config.answers[number]

@@ -5,18 +5,15 @@ It is saved as JSON and ranks (lines of base64 and number, the format tiktoken r
 """
 
 import base64
+import binascii
 import functools
 import hashlib
 import itertools
 import json
-import multiprocessing
-import os
+import operator
 import re
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ import rustbpe
 import tiktoken
 
 from llm_jax.config import nearest
+from llm_jax.files import check_fields, read_json, write_json, write_whole
 
 END_OF_TEXT = "<|endoftext|>"
 NAMED = ("gpt2", "cl100k_base", "o200k_base")
@@ -32,49 +30,90 @@ SPECS = (*NAMED, "byte", "char", "train:4096")
 
 PIECE_CHARS = 400_000  # the regular expressions of an encoding fail on a million blanks
 WORD_START = re.compile(r".*\S(?= \S)", re.DOTALL)  # matches up to the last single space between two words
+NOT_UNICODE = re.compile(r"[\ud800-\udfff]")  # halves of characters, which JSON can spell
 NOT_UTF8 = re.compile(r"([\udc80-\udcff]+)")  # what `surrogateescape` makes of bytes that are not UTF-8
-BATCH_CHARS = 1 << 20
-BATCHES_ALONE = 8  # done before a pool of processes has started
 NO_BYTES = "\ufffd".encode()  # what an id that an encoding leaves out decodes to
+MOST_IDS = 1 << 22  # a table of more is a damaged file, and would fill the memory before anything else said so
+DAMAGED = "it is damaged; prepare the data again"
+FIELDS = {  # what encoding.json says of each kind
+    "byte": {},
+    "char": {"alphabet": str},
+    "bpe": {"pattern": str, "special_tokens": dict},
+    "imported": {"begin_of_text": int, "end_of_text": int, "ids": int, "sha256": str},
+}
 
 
 class Tokenizer(ABC):
     """What every tokenizer can do. Ids are the positions of `table`, hence below `vocab_size`.
 
-    A text begins behind `begin_of_text`, in training as in writing; None: behind the end of another.
+    Attributes:
+      end_of_text: the token that follows a document.
+      end_ids: all tokens that end a text that is being generated, `end_of_text` first.
+      begin_of_text: the token that a document begins with in training; by default the end of another.
+      begins: whether the tokenizer itself, used alone, puts `begin_of_text` before a text.
+      special_tokens: the tokens that text may spell, and their ids.
     """
 
-    def __init__(self, name: str, table: Sequence[bytes], end_of_text: int, begin_of_text: int | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        table: Sequence[bytes],
+        end_of_text: int,
+        *,
+        end_ids: Sequence[int] = (),
+        begin_of_text: int | None = None,
+        begins: bool = False,
+        special_tokens: Mapping[str, int] | None = None,
+    ) -> None:
         self.name = name
         self.table = table
         self.vocab_size = len(table)
         self.end_of_text = end_of_text
+        self.end_ids = tuple(dict.fromkeys([end_of_text, *end_ids]))
         self.begin_of_text = end_of_text if begin_of_text is None else begin_of_text
+        self.begins = begins
+        self.special_tokens = {END_OF_TEXT: end_of_text} if special_tokens is None else special_tokens
 
     def encode(self, text: str, *, special: bool = False) -> np.ndarray:
-        """The ids of `text`, int32 [n]. Only `special=True` reads `<|endoftext|>` as the special token."""
-        if not special:
-            return self._encode_text(text)
-        first, *others = (self._encode_text(part) for part in text.split(END_OF_TEXT))
-        mark = np.array([self.end_of_text], np.int32)
-        return np.concatenate([first, *(part for other in others for part in (mark, other))])
+        """Return the ids of `text`, int32 [n]. Only `special=True` reads what spells a special token as that token.
+
+        Raises `ValueError` for text that is not Unicode.
+        """
+        if not text.isascii() and (half := NOT_UNICODE.search(text)):
+            raise ValueError(
+                f"character {half[0]!r} at position {half.start()} is no character: half of one, or a byte that is "
+                "not UTF-8; take it out"
+            )
+        return self._encode_specials(text) if special else self._encode_text(text)
+
+    def spelled(self, text: str) -> str | None:
+        """Return the first special token that `text` spells, or None where it spells none."""
+        found = self._spelling.search(text)
+        return None if found is None else found[0]
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """The text of `tokens`; bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of `tokens`; bytes that are not UTF-8 become U+FFFD. Raises as `decode_bytes`."""
         return self.decode_bytes(tokens).decode("utf-8", errors="replace")
 
     def decode_bytes(self, tokens: Sequence[int] | np.ndarray) -> bytes:
-        """The bytes of `tokens`. Raises `ValueError` for an id that is none."""
-        return b"".join([self.token_bytes(token) for token in np.asarray(tokens, np.int64).tolist()])
+        """Return the bytes of `tokens`. Raises `ValueError` for an id outside 0 to `vocab_size - 1`."""
+        return b"".join([self.table[token] for token in self._ids_in(tokens)])
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that one id stands for. Raises `ValueError` for an id that is none."""
-        if not 0 <= token < self.vocab_size:
-            raise ValueError(
-                f"token {token} is not an id of {self.name}, which has 0 to {self.vocab_size - 1}; "
-                "decode with the tokenizer that encoded"
-            )
+        """Return the bytes that one id stands for. Raises `ValueError` for an id outside 0 to `vocab_size - 1`."""
+        [token] = self._ids_in([token])
         return self.table[token]
+
+    def _ids_in(self, tokens: Sequence[int] | np.ndarray) -> list[int]:
+        """Return `tokens` as Python integers, known to be ids."""
+        ids = tokens.tolist() if isinstance(tokens, np.ndarray) else [*tokens]
+        for token in ids:
+            if not (hasattr(token, "__index__") and 0 <= token < self.vocab_size):
+                raise ValueError(
+                    f"token {token} is not an id of {self.name}, which has 0 to {self.vocab_size - 1}; "
+                    "decode with the tokenizer that encoded"
+                )
+        return [operator.index(token) for token in ids]
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -82,12 +121,13 @@ class Tokenizer(ABC):
         return _digest(self._description(), _to_lines(self._ranks()))
 
     def save(self, folder: str | Path) -> None:
-        """Writes the tokenizer into `folder`, for `load`."""
+        """Write the tokenizer into `folder`, for `load`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         meta = {"name": self.name, "fingerprint": self.fingerprint, "encoding": self._description()}
-        (folder / "encoding.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        (folder / "ranks.tiktoken").write_bytes(_to_lines(self._ranks()))
+        ends = {} if len(self.end_ids) == 1 else {"end_ids": list(self.end_ids)}  # they decide no id of a text
+        write_whole(folder / "ranks.tiktoken", _to_lines(self._ranks()))
+        write_json(folder / "encoding.json", meta | ends)
 
     @abstractmethod
     def _encode_text(self, text: str) -> np.ndarray:
@@ -100,6 +140,20 @@ class Tokenizer(ABC):
     def _ranks(self) -> Mapping[bytes, int]:
         return {}
 
+    def _encode_specials(self, text: str) -> np.ndarray:
+        """The ids of `text`, in which all `special_tokens` are special."""
+        plain, *others = self._spelling.split(text)
+        ids = [self._encode_text(plain)]
+        for special, plain in zip(others[::2], others[1::2], strict=True):
+            ids += [np.array([self.special_tokens[special]], np.int32), self._encode_text(plain)]
+        return np.concatenate(ids)
+
+    @functools.cached_property
+    def _spelling(self) -> re.Pattern[str]:
+        """Matches a special token, the longest that begins where it does; one group, which `split` keeps."""
+        names = sorted(self.special_tokens, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, names))})" if names else "((?!))")
+
 
 class BPETokenizer(Tokenizer):
     """Byte-pair encoding (Sennrich et al., 2016, on bytes as GPT-2 has it), run by tiktoken."""
@@ -107,12 +161,12 @@ class BPETokenizer(Tokenizer):
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self._encoding = encoding
         self.pattern, self.ranks = encoding._pat_str, encoding._mergeable_ranks
-        self.special_tokens = encoding._special_tokens
-        specials = {name.encode(): token for name, token in self.special_tokens.items()}
+        special_tokens = encoding._special_tokens
+        specials = {name.encode(): token for name, token in special_tokens.items()}
         table = [NO_BYTES] * encoding.n_vocab
         for entry, token in [*self.ranks.items(), *specials.items()]:
             table[token] = entry
-        super().__init__(encoding.name, table, self.special_tokens[END_OF_TEXT])
+        super().__init__(encoding.name, table, special_tokens[END_OF_TEXT], special_tokens=special_tokens)
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
         """The ids of any bytes, int32 [n]: UTF-8 as `encode` gives them, each other byte on its own."""
@@ -211,59 +265,39 @@ def train(vocab_size: int, texts: Iterable[str]) -> BPETokenizer:
 
 
 def load(folder: str | Path) -> Tokenizer:
-    """The tokenizer that `save` wrote. Raises `ValueError` where there is none, or a damaged one."""
+    """Return the tokenizer that `save` wrote. Raises `ValueError`, one line, where there is none, or a damaged one."""
     folder = Path(folder)
-    try:
-        meta = json.loads((folder / "encoding.json").read_text(encoding="utf-8"))
-        name, fingerprint, description = meta["name"], meta["fingerprint"], meta["encoding"]
-        ranks = (folder / "ranks.tiktoken").read_bytes()
-    except FileNotFoundError as error:
-        missing = Path(error.filename).name
-        raise ValueError(f"no tokenizer in {folder}: {missing} is missing; name the folder of one") from None
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{folder / 'encoding.json'} is damaged ({error}); prepare the data again") from None
-    if _digest(description, ranks) != fingerprint:
+    for file in ("encoding.json", "ranks.tiktoken"):
+        if not (folder / file).is_file():
+            raise ValueError(f"no tokenizer in {folder}: {file} is missing; name the folder of one")
+    path = folder / "encoding.json"
+    meta = read_json(path, {"name": str, "fingerprint": str, "encoding": dict}, advice=DAMAGED)
+    description, ranks = meta["encoding"], (folder / "ranks.tiktoken").read_bytes()
+    where = f"{path}: encoding"
+    kind = check_fields(description, {"kind": str}, where, advice=DAMAGED)["kind"]
+    if kind not in FIELDS:
+        raise ValueError(f"{where} is of the kind {kind!r}, expected one of {', '.join(FIELDS)}; {DAMAGED}")
+    check_fields(description, FIELDS[kind], where, advice=DAMAGED)
+    if extra := description.keys() - FIELDS[kind].keys() - {"kind"}:
+        raise ValueError(f"{where} has {min(extra)!r}, which this version does not know; {DAMAGED}")
+    if _digest(description, ranks) != meta["fingerprint"]:
         raise ValueError(f"{folder} is damaged: the tokenizer has another fingerprint; prepare the data again")
-    match description["kind"]:
+    match kind:
         case "byte":
             return ByteTokenizer()
         case "char":
-            return CharTokenizer(description["alphabet"])
+            alphabet = description["alphabet"]
+            if alphabet != "".join(sorted(set(alphabet))) or NOT_UNICODE.search(alphabet):
+                raise ValueError(f"{where}: 'alphabet' is no sorted set of characters; {DAMAGED}")
+            return CharTokenizer(alphabet)
         case "imported":
             from llm_jax.data.imported import load_imported  # it knows this file
 
-            return load_imported(folder, name, description)
+            return load_imported(folder, meta["name"], description, meta.get("end_ids", []))
         case _:
-            pattern, specials = description["pattern"], description["special_tokens"]
-            return _bpe(name, pattern, _from_lines(ranks), specials)
-
-
-def encode_all(folder: str | Path, texts: Iterable[str]) -> Iterator[np.ndarray]:
-    """The ids of every text, in order, by the tokenizer saved in `folder`; of many, by a pool of processes.
-
-    Holds a few megabytes of text at a time. Raises `ValueError` if a process of the pool dies.
-    """
-    tokenizer, batches = load(folder), _batches(texts)
-    for batch in itertools.islice(batches, BATCHES_ALONE):
-        yield from map(tokenizer.encode, batch)
-    more = next(batches, None)
-    if more is None:
-        return
-    workers = os.cpu_count() or 1
-    waiting: deque[Future[list[np.ndarray]]] = deque()
-    try:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            for batch in itertools.chain([more], batches):
-                waiting.append(pool.submit(_encode_batch, folder, batch))
-                if len(waiting) > 2 * workers:
-                    yield from waiting.popleft().result()
-            while waiting:
-                yield from waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise ValueError(
-            "a process that tokenizes died: it had too little memory, or your script has no "
-            '`if __name__ == "__main__":` around the call, which every process needs'
-        ) from error
+            specials = description["special_tokens"]
+            encoding = _checked_encoding(folder, meta["name"], description["pattern"], ranks, specials)
+            return BPETokenizer(encoding)
 
 
 def pieces(text: str) -> Iterator[str]:
@@ -279,25 +313,6 @@ def pieces(text: str) -> Iterator[str]:
         yield text[start:stop]
         start = stop
     yield text[start:]
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-_load_once = functools.cache(load)
-
-
-def _encode_batch(folder: str | Path, texts: list[str]) -> list[np.ndarray]:
-    return [_load_once(folder).encode(text) for text in texts]
 
 
 def _named(name: str) -> BPETokenizer:
@@ -326,4 +341,30 @@ def _to_lines(ranks: Mapping[bytes, int]) -> bytes:
 
 def _from_lines(lines: bytes) -> dict[bytes, int]:
     pairs = (line.split() for line in lines.splitlines())
-    return {base64.b64decode(entry): int(rank) for entry, rank in pairs}
+    return {base64.b64decode(entry, validate=True): int(rank) for entry, rank in pairs}
+
+
+def _checked_encoding(
+    folder: Path, name: str, pattern: str, lines: bytes, specials: Mapping[str, Any]
+) -> tiktoken.Encoding:
+    """Return the encoding of a saved tokenizer. Raises `ValueError` for one that tiktoken would break on."""
+    try:
+        ranks = _from_lines(lines)
+    except (ValueError, binascii.Error):
+        raise ValueError(f"{folder / 'ranks.tiktoken'} is no list of base64 and number; {DAMAGED}") from None
+    ids = [*ranks.values(), *specials.values()]
+    reason = None
+    if not all(type(token) is int and 0 <= token < MOST_IDS for token in ids) or len(set(ids)) < len(ids):
+        reason = f"its ids are not different integers from 0 to {MOST_IDS - 1}"
+    elif any(bytes([byte]) not in ranks for byte in range(256)):
+        reason = "it has no id for some bytes"
+    elif END_OF_TEXT not in specials:
+        reason = f"it has no {END_OF_TEXT}"
+    elif not all(text and text.isprintable() for text in specials):
+        reason = "a special token is not text that can be printed"
+    if reason is None:
+        try:
+            return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={**specials})
+        except ValueError as error:
+            reason = f"its pattern can't be read: {' '.join(str(error).split())[:100]}"
+    raise ValueError(f"{folder} is damaged: {reason}; prepare the data again")

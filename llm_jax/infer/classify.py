@@ -35,13 +35,14 @@ def classify(
     prompts: Sequence[str],
     *,
     begin: bool = True,
+    special: bool = False,
 ) -> list[Answer]:
-    """The likeliest of a task's answers to each prompt; `begin` as for `generate`.
+    """Return the likeliest of a task's answers to each prompt; `begin` and `special` as for `generate`.
 
     Raises `ValueError` for a prompt that is too long.
     """
-    separator = resolve(task, tokenizer).separator
-    ids = prompt_ids(config, tokenizer, [task.ask(prompt) for prompt in prompts], begin)
+    separator = resolve(task, tokenizer, special=special).separator
+    ids = prompt_ids(config, tokenizer, [task.ask(prompt) for prompt in prompts], begin, special)
     config = override(config, ["attention.implementation=none"])  # what suits rows of training length may decline these
     answers = []
     for first in range(0, len(ids), BATCH):

@@ -19,7 +19,7 @@ from llm_jax.model.cache import Cache, init_cache
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.transformer import Transformer, forward, head_table, unstack
 from llm_jax.ops.loss import unembed
-from llm_jax.ops.sampling import Sampling, sample
+from llm_jax.ops.sampling import NO_TOKEN, Sampling, sample
 
 Finish = Literal["end_of_text", "stop", "length"]
 BATCH = 32  # rows that grow together; further prompts wait for their turn
@@ -50,17 +50,20 @@ def next_token(
     tokens: Int[Array, "B L"],
     lengths: Int[Array, " B"],
     prefix: Bool[Array, "B L"] | None = None,
+    uncounted: Int[Array, ""] | int = 0,
 ) -> tuple[Decoding, Int[Array, " B"]]:
-    """Reads the first `lengths` tokens of each row, of which all see the `prefix`, and draws the one behind them.
+    """Read the first `lengths` tokens of each row, of which all see the `prefix`, and draw the one after them.
 
-    Whole prompts, padded on the right, and single tokens take the same road. What padding writes to the cache
-    lies behind the row's end, where nobody looks, and is overwritten as the row grows.
+    The first `uncounted` tokens of a row are not among those that a repetition penalty makes less likely. Whole
+    prompts, padded on the right, and single tokens take the same code path. What padding writes to the cache lies after
+    the row's end, where nobody looks, and is overwritten as the row grows.
     """
     model = Transformer(config, stacked=False)
     out = forward(model, params, tokens, prefix=prefix, lengths=lengths, cache=state.cache, logits=False)
     assert out.cache is not None
     rows = jnp.arange(tokens.shape[0])
-    read = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
+    place = jnp.arange(tokens.shape[1])[None]
+    read = (place >= uncounted) & (place < lengths[:, None])
     seen = state.seen.at[rows[:, None], tokens].max(read)
 
     head = head_table(config, params)[: seen.shape[-1]]
@@ -80,18 +83,27 @@ def continuations(
     sampling: Sampling,
     max_tokens: int,
     task: Task | None = None,
+    uncounted: int = 0,
 ) -> Iterator[Int[np.ndarray, " B"]]:
-    """Yields one new token a row, `max_tokens` times. Past `max_seq_len` a row's tokens mean nothing.
+    """Yield one new token a row, `max_tokens` times. Past `max_seq_len` a row's tokens mean nothing.
 
     `params` are `unstack`ed; ids from `vocab_size` on are never drawn. A row depends on its prompt and key. The
-    question of a `task` is read as its prefix; what is written behind it sees all before it anyway.
+    question of a `task` is read as its prefix; what is written after it sees all before it anyway. A repetition penalty
+    leaves the first `uncounted` tokens of a prompt alone. A row whose logits are no numbers gets `NO_TOKEN`. Raises
+    `ValueError` for a prompt with an id that the model does not have: the forward pass would take the nearest one.
     """
+    for prompt in prompts:
+        if len(wrong := prompt[(prompt < 0) | (prompt >= config.vocab_size)]):
+            raise ValueError(
+                f"token {wrong[0]} of a prompt is not an id of the model, which has 0 to {config.vocab_size - 1}; "
+                "encode the prompt with the run's own tokenizer"
+            )
     tokens, lengths = padded(prompts, config.max_seq_len)
     size = _step_up(tokens.shape[1] + max_tokens, config.max_seq_len)
     there = (np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.int32)
     prefix = None if task is None else task.question(tokens, there)
     state, ones = begin_rows(config, size, vocab_size, keys), np.ones_like(lengths)
-    state, token = next_token(config, sampling, params, state, tokens, lengths, prefix)
+    state, token = next_token(config, sampling, params, state, tokens, lengths, prefix, uncounted)
     for _ in range(max_tokens - 1):
         newest = token
         state, token = next_token(config, sampling, params, state, newest[:, None], ones)
@@ -126,16 +138,19 @@ class Piece:
 
 
 def prompt_ids(
-    config: ModelConfig, tokenizer: Tokenizer, prompts: Sequence[str], begin: bool
+    config: ModelConfig, tokenizer: Tokenizer, prompts: Sequence[str], begin: bool, special: bool = False
 ) -> list[Int[np.ndarray, " _"]]:
-    """The tokens of each prompt, behind the one that begins a text where `begin` asks for it.
+    """Return the tokens of each prompt, after the one that begins a text where `begin` asks for it.
 
-    Raises `ValueError` for a prompt that has none, or that leaves no room in `max_seq_len`.
+    `special` reads special tokens in a prompt. Raises `ValueError` for a prompt that has no tokens, or that leaves no
+    room in `max_seq_len`.
     """
     start = [tokenizer.begin_of_text] if begin else []
-    ids = [np.array([*start, *tokenizer.encode(prompt)], np.int32) for prompt in prompts]
+    ids = [np.array([*start, *tokenizer.encode(prompt, special=special)], np.int32) for prompt in prompts]
     if not all(map(len, ids)):
-        raise ValueError("a prompt without tokens says nothing to go on from; give it some text, if only a line break")
+        raise ValueError(
+            "a prompt without tokens says nothing to go on from; give it some text, if only a line break, or --begin"
+        )
     longest = max(map(len, ids), default=0)
     if longest >= config.max_seq_len:
         raise ValueError(
@@ -156,15 +171,18 @@ def stream(
     stop: Sequence[str] = (),
     seed: int = 0,
     begin: bool = True,
+    special: bool = False,
     task: TaskConfig | None = None,
 ) -> Iterator[Piece]:
-    """What the model writes behind each prompt, in pieces: whole characters, each as soon as it is certain.
+    """Yield what the model generates after each prompt, in pieces: whole characters, each as soon as it is certain.
 
-    A row ends with the end-of-text token, before the first `stop` text, after `max_tokens`, or where prompt
+    A row ends with one of the tokenizer's `end_ids`, before the first `stop` text, after `max_tokens`, or where prompt
     and text fill `max_seq_len`. `begin` puts the begin-of-text token before each prompt, as a document began in
-    training. Prompts are the questions of a `task`, with its separator or without. A row depends on its prompt, its
-    place among `prompts` and `seed`; at temperature 0, on its prompt alone. Raises `ValueError` for a prompt that is
-    empty or too long, and for a classifier.
+    training; of a model that was imported and not trained here, its tokenizer's `begins` is the right value. A
+    repetition penalty does not count that token. `special` reads special tokens in prompts. Prompts are the questions
+    of a `task`, with its separator or without. A row depends on its prompt, its index among `prompts` and `seed`; at
+    temperature 0, on its prompt alone. Raises `ValueError` for a prompt that is empty or too long, for a classifier,
+    and where the weights give no numbers.
     """
     if config.n_classes is not None:
         raise ValueError("a classifier writes nothing; let it answer by infer/classify.py")
@@ -172,9 +190,11 @@ def stream(
         raise ValueError(f"max_tokens={max_tokens} writes nothing; use 1 or more")
     if "" in stop:
         raise ValueError("an empty stop text would end every text before it begins; leave it out")
-    asked = None if task is None else resolve(task, tokenizer)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} must lie between 0 and {2**32 - 1}")
+    asked = None if task is None else resolve(task, tokenizer, special=special)
     prompts = prompts if task is None else [task.ask(prompt) for prompt in prompts]
-    ids = prompt_ids(config, tokenizer, prompts, begin)
+    ids = prompt_ids(config, tokenizer, prompts, begin, special)
     rooms = [min(max_tokens, config.max_seq_len - len(tokens)) for tokens in ids]
     # What was chosen for rows of training length may decline a single query.
     config = override(config, ["attention.implementation=none"])
@@ -192,6 +212,7 @@ def stream(
             sampling=sampling,
             max_tokens=max(rooms[batch]),
             task=asked,
+            uncounted=int(begin),
         ):
             for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True), start=first):
                 if row.finish is None and ((text := row.add(token)) or row.finish):
@@ -249,8 +270,16 @@ class Row:
         self._held = ""  # what may turn out to be the start of a stop text
 
     def add(self, token: int) -> str:
-        """The text that `token` makes certain: characters of several tokens come whole, stop texts never."""
-        ends = token == self._tokenizer.end_of_text
+        """Return the text that `token` makes certain: characters of several tokens come whole, stop texts never.
+
+        Raises `ValueError` for `NO_TOKEN`.
+        """
+        if token == NO_TOKEN:
+            raise ValueError(
+                "the model's logits are no numbers: its weights have diverged, or overflow its dtype; name another "
+                "--checkpoint, or look at the loss of its run"
+            )
+        ends = token in self._tokenizer.end_ids
         self._room -= 1
         if ends or self._room == 0:
             self.finish = "end_of_text" if ends else "length"

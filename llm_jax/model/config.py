@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from llm_jax.config import check_choices, nearest
+from llm_jax.config import check_choices, check_ranges, nearest
 from llm_jax.ops.attention import Scores, Sparse
 from llm_jax.ops.experts import Experts
 from llm_jax.ops.position import Rotary
@@ -65,11 +65,11 @@ class AttentionConfig:
 
     Attributes:
       window: positions that `local` layers see.
-      sinks: first positions of a document that they see besides.
+      sinks: first positions of a document that `local` layers see besides.
       sparse: the pattern of `sparse` layers.
       qk_norm: queries and keys are normed, each head by itself (`head`, Qwen3) or all together (`whole`, OLMo 2).
-      scale: of the scores; None: `H**-0.5`.
-      softcap: of the scores.
+      scale: what scores are multiplied by; None: `H**-0.5`.
+      softcap: scores are squeezed into (-softcap, softcap) by tanh; None: they are not.
       convolution: tokens that the short convolution of `delta` layers spans.
       implementation: one of `ops/attention.py`. None: the fastest that accepts; `zigzag` where devices share a row.
     """
@@ -97,18 +97,31 @@ class ModelConfig:
     """A decoder-only transformer.
 
     Attributes:
+      vocab_size: rows of the token table, at least as many as the tokenizer has ids; a multiple of 64 is faster.
+      d_model: width of the residual stream.
+      n_layers: blocks, each attention and a feed-forward.
+      n_heads: query heads of each block.
+      max_seq_len: the longest row that the model reads, prompt and answer together.
       n_kv_heads: key/value heads; fewer than `n_heads` is grouped-query attention. None: `n_heads`.
-      head_dim: None: `d_model / n_heads`.
-      d_ff: None: `4 * d_model`, or where gated 8/3 of it rounded up to a multiple of 64, the same cost.
+      head_dim: width of one head. None: `d_model / n_heads`.
+      d_ff: width of the feed-forward. None: `4 * d_model`, or where gated 8/3 of it rounded up to a multiple of 64, the
+        same cost.
       layers: the kinds of layers, repeated until there are `n_layers`: how each mixes tokens (`global`, `local`,
         `sparse`, `nope` (no positions), `linear`, `delta`), and `+moe` where its feed-forward is a mixture of experts.
+      attention: what attention sees, and how it scores.
+      experts: the mixture of experts of `+moe` layers; None: there is none.
       positions: how the model knows where a token stands; `learned`, `sinusoidal` are added to the embedding.
+      rotary: of `positions=rotary`: how queries and keys rotate.
       residual: how a sublayer f joins the stream x: `pre` x + f(norm(x)), `post` norm(x + f(x)), `sandwich`
         x + norm(f(norm(x))), `output` x + norm(f(x)) (OLMo 2), `parallel` x + attention(norm(x)) + mlp(norm(x)).
-      norm: `rmsnorm_1p` scales by 1 + w.
-      bias: in every linear map, or only where queries, keys and values are made (Qwen2).
+      norm: how the stream is normed before a sublayer; `rmsnorm_1p` scales by 1 + w.
+      norm_eps: added to the variance, or to the mean square.
+      activation: of the feed-forward; `gelu` is the tanh form, `relu2` the square of relu.
+      gated: the feed-forward multiplies by a second, linear product (SwiGLU with `silu`).
+      bias: none, in every linear map (`all`), or only where queries, keys and values are made (Qwen2).
       embedding_scale: what token embeddings are multiplied by.
       logit_softcap: logits are squeezed into (-cap, cap) by tanh.
+      dropout: share of the embeddings and of each sublayer's output that is zeroed in training.
       tied: the output head is the embedding table.
       n_classes: the head tells so many classes apart, with a table of its own, instead of the next token.
       init: a row of `model/init.py`; `mup` needs a free head.
@@ -151,6 +164,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_choices(self, "model.")
+        check_ranges(self, "model.")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if type(value) is int and value < 1:
@@ -216,9 +230,10 @@ class ModelConfig:
                 f"set model.head_dim, or use d_model={widths}"
             )
         if self.n_heads % self.K:
+            most = min(self.K, self.n_heads)
+            divisor = next((k for k in range(most, max(1, most - 1000), -1) if self.n_heads % k == 0), 1)
             raise ValueError(
-                f"model.n_kv_heads={self.K} does not divide model.n_heads={self.n_heads}; use one of "
-                f"{[k for k in range(1, self.n_heads + 1) if self.n_heads % k == 0]}"
+                f"model.n_kv_heads={self.K} does not divide model.n_heads={self.n_heads}; use a divisor, as {divisor}"
             )
         if self.positions == "rotary" and (self.rotary.turned(self.H) % 2 or not self.rotary.turned(self.H)):
             part = "" if self.rotary.fraction == 1 else f" x rotary.fraction={self.rotary.fraction}"

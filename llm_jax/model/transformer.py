@@ -143,7 +143,9 @@ class Transformer(nn.Module):
 
         Tokens of a `prefix` are seen by all of their document. `lengths` says how many tokens of each row are there,
         where it is not all. `train=True` turns dropout on and needs a `dropout` key. `logits=False` stops at `hidden`,
-        for a loss that makes logits chunk by chunk. Raises `ValueError` for more tokens than learned positions.
+        for a loss that makes logits chunk by chunk. An id outside of 0 to `vocab_size - 1` can't raise inside jit: it
+        reads the nearest row of the table, so check ids where they come from. Raises `ValueError` for more tokens than
+        learned positions.
         """
         L = tokens.shape[1]
         if positions is None:

@@ -8,7 +8,8 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Literal, Protocol, runtime_checkable
 
 import jax
@@ -38,6 +39,14 @@ class Sparse:
     blocks and the last block of every earlier group (Child et al. 2019, arXiv:1904.10509); `bigbird` sees the last
     `local` blocks, the first `first`, and `random` others, drawn once for each block and alike in every layer and head
     (Zaheer et al. 2020, arXiv:2007.14062).
+
+    Attributes:
+      pattern: how blocks are chosen.
+      block: positions of a block.
+      local: last blocks that `strided` and `bigbird` see.
+      stride: blocks of a group of `fixed`; every so many of earlier blocks that `strided` sees.
+      first: first blocks of a row that `bigbird` sees.
+      random: other blocks that `bigbird` sees.
     """
 
     pattern: Literal["strided", "fixed", "bigbird"] = "strided"
@@ -250,18 +259,18 @@ def chunked(q: Array, k: Array, v: Array, mask: Mask, scores: Scores) -> Array:
 
     Blocks of keys that nobody in a block of queries can see are left out: what lies ahead, behind a window, or off a
     sparse pattern. A band of blocks shares its keys where they are nearly the same, else each block gathers its own.
+    Any lengths will do: where the last block is short, it repeats the last query, and sees the last key once.
     """
     L, S = q.shape[1], k.shape[1]
-    size = BLOCK if mask.sparse is None else mask.sparse.block
-    if L % size:
-        raise Declined(f"chunked takes a query length that is a multiple of {size}, got {L}")
-    view = mask.view(L, S, size, size)
+    size = min(L, BLOCK if mask.sparse is None else mask.sparse.block)
+    view, blocks = mask.view(L, S, size, size), -(-L // size)
     # The gradients of keys and values are sums over blocks: in float32, or they would lose digits with every block.
     wide_k, wide_v = k.astype(jnp.float32), v.astype(jnp.float32)
+    q = jnp.pad(q, ((0, 0), (0, blocks * size - L), (0, 0), (0, 0), (0, 0))) if L % size else q
 
     def over(band: Int[np.ndarray, " blocks"]) -> Array:
         width, together = view[band].sum(1).max(), np.flatnonzero(view[band].any(0))
-        apart = S % size == 0 and len(together) > 1.5 * width
+        apart = len(together) > 1.5 * width
         columns = np.argsort(~view[band], kind="stable")[:, :width] if apart else together[None]
         keys = (columns[..., None] * size + np.arange(size)).reshape(len(columns), -1)
         shared = None if apart else jnp.asarray(keys[0][keys[0] < S])
@@ -271,18 +280,20 @@ def chunked(q: Array, k: Array, v: Array, mask: Mask, scores: Scores) -> Array:
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def block(_: None, part: tuple[Array, Array | None]) -> tuple[None, Array]:
             start, own = part
-            queries, keys = start + jnp.arange(size), shared if own is None else own
-            some_k, some_v = near if own is None else (wide_k[:, own], wide_v[:, own])
+            queries = jnp.minimum(start + jnp.arange(size), L - 1)
+            keys = shared if own is None else jnp.minimum(own, S - 1)
+            some_k, some_v = near if own is None else (wide_k[:, keys], wide_v[:, keys])
             some_k, some_v = some_k.astype(k.dtype), some_v.astype(v.dtype)
             some_q = jax.lax.dynamic_slice_in_dim(q, start, size, axis=1)
             places = (L, S, queries, keys)
-            return None, attend(some_q, some_k, some_v, mask.materialise(*places), mask.distance(*places), scores)
+            seen = mask.materialise(*places) if own is None else mask.materialise(*places) & (own < S)[None, None]
+            return None, attend(some_q, some_k, some_v, seen, mask.distance(*places), scores)
 
         parts = (jnp.asarray(band * size), jnp.asarray(keys) if apart else None)
         return jnp.moveaxis(jax.lax.scan(block, None, parts)[1], 0, 1).reshape(q.shape[0], -1, *q.shape[2:])
 
-    bands = np.array_split(np.arange(L // size), 1 if view.all() else min(BANDS, L // size))
-    return jnp.concatenate([over(band) for band in bands], axis=1)
+    bands = np.array_split(np.arange(blocks), 1 if view.all() else min(BANDS, blocks))
+    return jnp.concatenate([over(band) for band in bands], axis=1)[:, :L]
 
 
 def elsewhere(file: str, name: str) -> Implementation:
@@ -307,12 +318,38 @@ ACROSS: dict[str, Implementation] = {name: elsewhere("ring", name) for name in (
 
 LONG = 1024  # from this many queries on the L x S scores, not the arithmetic, set the limit
 
-# For each platform what to try, in this order, and from how many queries on; where all decline, the reference runs.
+# For each platform what to try, in this order, and from how many queries on; below LONG the reference is the last.
 FASTEST: dict[str, dict[str, int]] = {
     "cpu": {"chunked": LONG},
     "tpu": {"flash": LONG, "chunked": LONG},
     "gpu": {"cudnn": 128, "chunked": LONG},
 }
+
+
+def candidates(L: int) -> list[str]:
+    """Who may attend to L queries here, the fastest first. The last takes every case; from LONG on in linear memory."""
+    chosen = [name for name, least in FASTEST.get(platform(), FASTEST["cpu"]).items() if least <= L]
+    return chosen if L >= LONG else [*chosen, "reference"]
+
+
+_listener: ContextVar[Callable[[str], object]] = ContextVar("listener", default=lambda line: None)
+
+
+@contextlib.contextmanager
+def heard(report: Callable[[str], object]) -> Iterator[None]:
+    """Within it, `report` hears in a line, once, which implementation a program runs and why faster ones declined."""
+    said: set[str] = set()
+
+    def once(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            report(line)
+
+    token = _listener.set(once)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
 
 
 def platform() -> str:
@@ -364,12 +401,18 @@ def attention(
         raise Declined("the tokens of a zigzag are out of order; look at them with model.attention.implementation=ring")
     if tap is not None:
         return reference(q, k, v, mask, scores, tap)
+    names = [implementation] if implementation in IMPLEMENTATIONS else candidates(q.shape[1])
     if size_of("context") > 1:
-        return ACROSS[across(implementation)](q, k, v, mask, scores)
-    if implementation in IMPLEMENTATIONS:
-        return IMPLEMENTATIONS[implementation](q, k, v, mask, scores)
-    for name, least in FASTEST.get(platform(), {}).items():
-        if q.shape[1] >= least:
-            with contextlib.suppress(Declined):
-                return IMPLEMENTATIONS[name](q, k, v, mask, scores)
-    return reference(q, k, v, mask, scores)
+        names = [across(implementation)]
+    reasons = []
+    for name in names:
+        try:
+            out = known[name](q, k, v, mask, scores)
+        except Declined as reason:
+            if name == names[-1]:
+                raise
+            reasons.append(f"; {str(reason).partition(';')[0]}")
+            continue
+        _listener.get()(f"attention over {q.shape[1]:,} tokens: {name}{''.join(reasons)}")
+        return out
+    raise AssertionError("some implementation is always a candidate")

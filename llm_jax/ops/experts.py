@@ -23,13 +23,13 @@ class Experts:
     """A feed-forward of many experts, of which a token uses few (Shazeer et al. 2017, arXiv:1701.06538).
 
     Attributes:
-      number: of experts that tokens are routed to, E.
-      active: of them for each token, k.
+      number: experts that tokens are routed to, E.
+      active: experts that each token goes to, k.
       d_ff: width of one expert. None: the model's.
       shared: experts that serve every token, as one feed-forward `shared * d_ff` wide (DeepSeekMoE, arXiv:2401.06066).
       renormalise: the weights of a token's experts sum to 1.
       balance: what evens out the load: `loss`, an auxiliary loss; `bias`, a bias on the choice that follows the load.
-      balance_weight: of the auxiliary loss.
+      balance_weight: weight of the auxiliary loss.
       bias_rate: how far the bias of an expert moves in a step.
       router_z_loss: weight of the squared log-partition of the router; 1e-3 where its logits drift.
     """

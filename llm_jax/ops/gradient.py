@@ -107,7 +107,10 @@ def _words(letters: str) -> list[str]:
 
 @jax.custom_vjp
 def lookup(table: Float[Array, "V D"], ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-    """The rows `ids` of a table. The gradient of a row is the sum over all its tokens, collected in float32."""
+    """Take the rows `ids` of a table. The gradient of a row is the sum over all its tokens, collected in float32.
+
+    An id outside the table takes the nearest row.
+    """
     return table.at[ids].get(mode="clip")
 
 

@@ -14,11 +14,16 @@ class Rotary:
     """Rotary embedding: pair i of a head turns by `theta**(-2i/H)` a position (Su et al. 2021, arXiv:2104.09864).
 
     Attributes:
+      theta: how slowly the last pair rotates; larger for longer rows.
       fraction: of the head that is turned, its first pairs; the rest knows no position (GPT-NeoX turns a quarter).
       scaling: how a model trained on `original_len` positions reads `factor` times as many: `linear` slows every pair
         (Chen et al. 2023, arXiv:2306.15595), `ntk` slows pair i by `factor**(2i/(H-2))`, `yarn` and `llama3` slow
         those that make fewer than `low_turns` over `original_len`, leave those above `high_turns` (32 for YaRN, 4
         for Llama 3), and blend between: by pair (Peng et al. 2023, arXiv:2309.00071), or by turns.
+      factor: how many times longer the rows are than in training, for `scaling`.
+      original_len: positions in training, for `yarn` and `llama3`.
+      low_turns, high_turns: for `yarn` and `llama3`: turns over `original_len` at which pairs are slowed in full, and
+        not at all.
       amplitude: of the turned queries and keys; None: 1, for `yarn` `0.1 ln(factor) + 1`.
       local_theta: of local layers, which are never scaled (Gemma 3); None: as all others.
     """

@@ -1,10 +1,17 @@
 """From logits to the next token. Each filter sets the logits it rejects to minus infinity; they compose."""
 
 import dataclasses
+import math
+import numbers
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
+
+# What float32 can divide logits by, and be divided by: beyond it they become infinite, and their softmax nothing.
+TEMPERATURES = (1e-37, 1e37)
+PENALTIES = (1e-6, 1e6)
+NO_TOKEN = -1  # what a row draws whose logits are no numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +22,8 @@ class Sampling:
       temperature: divides the logits; below 1 the likely becomes likelier, and 0 always takes the likeliest.
       top_k, top_p, min_p: which tokens may be drawn at all, by the filters below, in this order.
       repetition_penalty: above 1, tokens that stand in the text already become less likely.
+
+    Raises `ValueError` for what is no number, infinite, or out of its range.
     """
 
     temperature: float = 1.0
@@ -24,16 +33,29 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} is negative; 0 is greedy, 1 is the model's own")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} keeps no token; use 1 or more, or leave it out")
+        low, high = TEMPERATURES
+        if self.temperature != 0 and not _within(self.temperature, low, high):
+            raise ValueError(
+                f"temperature={self.temperature} is neither 0 nor from {low:g} to {high:g}; 0 is greedy, 1 is the "
+                "model's own"
+            )
+        k = self.top_k
+        if k is not None and not (isinstance(k, numbers.Integral) and _within(k, 1.0, math.inf)):
+            raise ValueError(f"top_k={k} is no number of tokens to keep; use 1 or more, or leave it out")
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
+            if value is not None and not (_within(value, 0.0, 1.0) and value > 0):
                 raise ValueError(f"{name}={value} is not a probability; use a number above 0 and up to 1")
-        if self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive; 1 is none")
+        low, high = PENALTIES
+        if not _within(self.repetition_penalty, low, high):
+            raise ValueError(
+                f"repetition_penalty={self.repetition_penalty} does not lie from {low:g} to {high:g}; 1 is none"
+            )
+
+
+def _within(value: object, low: float, high: float) -> bool:
+    """Whether `value` is a number in this range; NaN lies in none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value <= high
 
 
 def top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
@@ -76,8 +98,18 @@ def repetition_penalty(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], pe
 def sample(
     logits: Float[Array, "B V"], keys: Key[Array, " B"], seen: Bool[Array, "B V"], sampling: Sampling
 ) -> Int[Array, " B"]:
-    """One token a row. Every row has its own key, so a row's draw does not depend on its neighbours."""
+    """Draw one token a row. Every row has its own key, so a row's draw does not depend on its neighbours.
+
+    A row with a NaN among its logits, or with no finite one, has no distribution: it gets `NO_TOKEN`.
+    """
     logits = logits.astype(jnp.float32)
+    largest = logits.max(-1, keepdims=True)  # NaN where one is
+    return jnp.where(jnp.isfinite(largest[:, 0]), _draw(logits, keys, seen, sampling), NO_TOKEN)
+
+
+def _draw(
+    logits: Float[Array, "B V"], keys: Key[Array, " B"], seen: Bool[Array, "B V"], sampling: Sampling
+) -> Int[Array, " B"]:
     if sampling.repetition_penalty != 1:
         logits = repetition_penalty(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:

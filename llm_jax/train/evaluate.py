@@ -1,13 +1,15 @@
 """How well a model predicts held-out text: loss, perplexity, bits per byte, accuracy, and how sure of it we are."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from llm_jax.data.loader import Batch
+from llm_jax.data.shards import TokenStore
 from llm_jax.data.task import TaskConfig
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.ops.loss import IGNORE
@@ -20,13 +22,17 @@ RESAMPLES = 1000
 class Evaluation:
     """Means over all scored tokens, with 95 % intervals from a bootstrap over documents.
 
-    `loss` is in nats a token. `bits_per_byte` counts the UTF-8 bytes of the scored text, so that models with
-    different tokenizers compare; the end-of-text token is scored and has no bytes, nor has a class: where no target has
-    any, it is None. What was measured on one document says nothing of others: its intervals are points.
+    `loss` is in nats a token. `bits_per_byte` counts the UTF-8 bytes of the scored text, as `text_bytes` defines them,
+    so that models with different tokenizers compare; where no target has any, as of classes, it is None. What was
+    measured on one document says nothing of others: its intervals are points.
 
     `accuracy`, of a task, is the share of documents of which every target is the likeliest. For an answer in tokens
     this is exact match with what the model writes at temperature 0: as long as it has written what it should have, it
     has read what it reads here, and writes next what is the likeliest here.
+
+    Of a mixture `loss` is the mean of its sources by their shares of the rows, which is what training minimizes, and
+    the other ratios are those of a text that holds tokens of each source by these shares; `sources` has each source by
+    itself. A source of which nothing was scored counts for nothing. Tokens, bytes and documents are those scored.
     """
 
     loss: float
@@ -39,15 +45,20 @@ class Evaluation:
     tokens: int
     bytes: int
     documents: int
+    sources: Mapping[str, "Evaluation"] = dataclasses.field(default_factory=dict)
 
     def numbers(self) -> dict[str, float]:
-        """What a run logs of it."""
+        """What a run logs of it; that of a source is `heldout_loss/NAME`."""
         found = {"heldout_loss": self.loss, "bits_per_byte": self.bits_per_byte, "heldout_accuracy": self.accuracy}
-        return {name: number for name, number in found.items() if number is not None}
+        numbers = {name: number for name, number in found.items() if number is not None}
+        for source, result in self.sources.items():
+            numbers |= {f"{name}/{source}": number for name, number in result.numbers().items()}
+        return numbers
 
 
+@functools.lru_cache(maxsize=2)  # every evaluation asks
 def target_lengths(tokenizer: Tokenizer, task: TaskConfig | None = None) -> Int[np.ndarray, " V"]:
-    """Bytes of whatever can be a target: of every token id, 0 for end-of-text; of the classes of a task, 0 each."""
+    """Bytes that whatever can be a target spells: every token id, 0 for end-of-text; the classes of a task, 0 each."""
     if task is not None and task.kind == "classify":
         return np.zeros(len(task.answers), np.int64)
     lengths = np.array([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)])
@@ -56,31 +67,69 @@ def target_lengths(tokenizer: Tokenizer, task: TaskConfig | None = None) -> Int[
 
 
 def evaluate(
-    score: Callable[[Batch], Scored],
-    batches: Iterable[Batch],
-    lengths: Int[np.ndarray, " V"],
-    task: TaskConfig | None = None,
+    score: Callable[[Batch], Scored], batches: Iterable[Batch], store: TokenStore, task: TaskConfig | None = None
 ) -> Evaluation:
-    """Scores every target of `batches`; `lengths` are `target_lengths`. Raises `ValueError` if there is none."""
-    sums = np.zeros((0, 4))  # of nats, tokens, bytes and targets that are the likeliest, by document
+    """Score every target of `batches`, whose documents are those of `store`. Raises `ValueError` if there is none."""
+    lengths = target_lengths(store.tokenizer, task)
+    sums = np.zeros((store.n_documents, 4))  # of nats, tokens, bytes and targets that are the likeliest, by document
     for batch in batches:
         counted = batch.targets != IGNORE
         documents, targets = batch.documents[counted], batch.targets[counted]
-        new = max(documents.max(initial=-1) + 1 - len(sums), 0)
-        sums = np.pad(sums, ((0, new), (0, 0)))
         scored = score(batch)
         columns = scored.nll[counted], np.ones(len(targets)), lengths[targets], scored.likeliest[counted]
         np.add.at(sums, documents, np.stack(columns, 1))
-    sums = sums[sums[:, 1] > 0]
-    if not len(sums):
+    seen = np.flatnonzero(sums[:, 1])
+    if not len(seen):
         raise ValueError("nothing to evaluate: not one held-out token; prepare the data with heldout above 0")
-    return _summary(sums, task is not None)
+    if lengths.any():
+        sums[seen, 2] = text_bytes(store, seen, sums[seen, 1], sums[seen, 2])
+    found = [(part, sums[part.documents]) for part in store.parts]
+    found = [(part, own[own[:, 1] > 0]) for part, own in found if own[:, 1].any()]
+    result = _summary([own for _, own in found], [float(part.share) for part, _ in found], task is not None)
+    if len(store.parts) == 1:
+        return result
+    return dataclasses.replace(
+        result, sources={part.name: _summary([own], [1.0], task is not None) for part, own in found}
+    )
 
 
-def _summary(sums: Float[np.ndarray, "n 4"], asked: bool) -> Evaluation:
-    low, high = np.quantile(resampled(sums), (0.025, 0.975), axis=0).tolist()
-    loss, bits, accuracy = _ratios(sums)
-    written = bool(sums[:, 2].any())
+def text_bytes(
+    store: TokenStore,
+    documents: Int[np.ndarray, " n"],
+    tokens: Float[np.ndarray, " n"],
+    spelled: Float[np.ndarray, " n"],
+) -> Float[np.ndarray, " n"]:
+    """Bytes of UTF-8 text that were scored of each of `documents`: `tokens` of its tokens, which spell `spelled` bytes.
+
+    A document of which every token was scored has the bytes of its own text, whatever its tokens spell: a tokenizer may
+    add a blank, write all in lower case, or not know a character. One that was scored in part (an answer; of a long
+    document the rows that were reached; all but a first token that nothing stands before) has of these bytes the share
+    that the scored tokens spell of what all of its tokens spell: exact where tokens spell the text itself, as ours do.
+    Where they spell nothing at all, each token has an equal share. End-of-text spells nothing.
+    """
+    sizes = store.document_bytes[documents].astype(np.float64)
+    whole = store.offsets[documents + 1] - store.offsets[documents]
+    for i in np.flatnonzero(tokens < whole).tolist():
+        total = spelled_by_all(store, int(documents[i]))
+        scored, of = (int(spelled[i]), total) if total else (int(tokens[i]), int(whole[i]))
+        sizes[i] = int(sizes[i]) * scored / of  # of whole numbers: a quotient that is one is exact
+    return sizes
+
+
+@functools.lru_cache(maxsize=1 << 16)  # the next evaluation cuts the same documents
+def spelled_by_all(store: TokenStore, document: int) -> int:
+    """How many bytes all tokens of `document` spell."""
+    lengths = target_lengths(store.tokenizer)
+    return sum(int(lengths[tokens].sum()) for tokens in store.read_document(document))
+
+
+Sums = Sequence[Float[np.ndarray, "_ 4"]]  # of every source, a row for each of its documents
+
+
+def _summary(sums: Sums, shares: Sequence[float], asked: bool) -> Evaluation:
+    low, high = np.quantile(resampled(sums, shares), (0.025, 0.975), axis=0).tolist()
+    loss, bits, accuracy = _ratios(sums, shares)
+    written = any(own[:, 2].any() for own in sums)
     return Evaluation(
         loss=loss,
         loss_interval=(low[0], high[0]),
@@ -89,20 +138,30 @@ def _summary(sums: Float[np.ndarray, "n 4"], asked: bool) -> Evaluation:
         bits_per_byte_interval=(low[1], high[1]) if written else None,
         accuracy=accuracy if asked else None,
         accuracy_interval=(low[2], high[2]) if asked else None,
-        tokens=int(sums[:, 1].sum()),
-        bytes=int(sums[:, 2].sum()),
-        documents=len(sums),
+        tokens=round(sum(own[:, 1].sum() for own in sums)),
+        bytes=round(sum(own[:, 2].sum() for own in sums)),
+        documents=sum(map(len, sums)),
     )
 
 
-def resampled(sums: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "resamples 3"]:
-    """The ratios of `RESAMPLES` corpora, each of n documents drawn with replacement (Efron 1979)."""
+def resampled(sums: Sums, shares: Sequence[float]) -> Float[np.ndarray, "resamples 3"]:
+    """The ratios of `RESAMPLES` corpora, of as many documents of each source, drawn with replacement (Efron 1979)."""
     random = np.random.default_rng(0)
-    return np.array([_ratios(sums[random.integers(len(sums), size=len(sums))]) for _ in range(RESAMPLES)])
+
+    def drawn() -> Sums:
+        return [own[random.integers(len(own), size=len(own))] for own in sums]
+
+    return np.array([_ratios(drawn(), shares) for _ in range(RESAMPLES)])
 
 
-def _ratios(sums: Float[np.ndarray, "n 4"]) -> tuple[float, float, float]:
-    """Nats a token, bits a byte, and the share of documents that are right throughout."""
-    nats, tokens, size, _ = sums.sum(0).tolist()
-    right = (sums[:, 3] == sums[:, 1]).mean().item()
-    return nats / tokens, nats / math.log(2) / max(size, 1), right
+def _ratios(sums: Sums, shares: Sequence[float]) -> tuple[float, float, float]:
+    """Nats a token, bits a byte, and the share of documents that are right throughout.
+
+    The sums of each source are scaled, those of the first by 1, so that their tokens have the `shares`.
+    """
+    totals = [own.sum(0) for own in sums]
+    rates = [share / total[1] for share, total in zip(shares, totals, strict=True)]
+    scaled = [rate / rates[0] * total for rate, total in zip(rates, totals, strict=True)]
+    nats, tokens, size, _ = np.sum(scaled, axis=0).tolist()
+    right = sum(share * (own[:, 3] == own[:, 1]).mean().item() for share, own in zip(shares, sums, strict=True))
+    return nats / tokens, nats / math.log(2) / max(size, 1), right / sum(shares)

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,18 +12,20 @@ import numpy as np
 from jaxtyping import PyTree
 from rich.console import Console
 
-from llm_jax import log, processes
+from llm_jax import log, processes, runtime
 from llm_jax.config import override, to_dict
 from llm_jax.data.loader import Loader, heldout_rows, task_of
-from llm_jax.data.shards import Shards, cached, open_shards
-from llm_jax.hardware import reuse_freed_memory
+from llm_jax.data.mixture import Mixture, open_folders
+from llm_jax.data.prepare import cached_sources
+from llm_jax.data.shards import Shards
 from llm_jax.infer.generate import generate, prompt_ids
+from llm_jax.ops.attention import heard
 from llm_jax.ops.sampling import Sampling
 from llm_jax.train import run
 from llm_jax.train.checkpoint import Checkpoints, NotFinite, Progress, Report
 from llm_jax.train.count import parameter_counts
 from llm_jax.train.diagnose import diagnose
-from llm_jax.train.evaluate import Evaluation, evaluate, target_lengths
+from llm_jax.train.evaluate import Evaluation, evaluate
 from llm_jax.train.meter import Meter
 from llm_jax.train.optimizer import make_schedule
 from llm_jax.train.program import Program
@@ -42,21 +43,15 @@ SAID = {
 }
 
 
+def _said(result: Evaluation) -> str:
+    """An evaluation in a line, and of a mixture the held-out loss of each source."""
+    numbers = result.numbers()
+    whole = [text.format(numbers[name]) for name, text in SAID.items() if name in numbers]
+    return "  ".join([*whole, *(f"{name} {source.loss:.4f}" for name, source in result.sources.items())])
+
+
 class Diverged(ValueError):
     """Loss, gradient or update was not finite for too many steps in a row, or the state at hand is not."""
-
-
-def cache_folder() -> Path:
-    """Where prepared data and compiled programs are kept: $LLM_JAX_CACHE, or the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    return Path(os.environ.get("LLM_JAX_CACHE", f"{base}/llm_jax")).expanduser()
-
-
-def own_process() -> None:
-    """Sets up a process that is ours alone, before its first array: keeps freed memory, and every compiled program."""
-    reuse_freed_memory()
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def on(console: Console) -> Report:
@@ -64,34 +59,36 @@ def on(console: Console) -> Report:
     return functools.partial(console.print, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
-def open_data(config: RunConfig, report: Report) -> Shards:
+def open_data(config: RunConfig, report: Report) -> Shards | Mixture:
     """The token shards of `config.data`, prepared on first use. Raises `ValueError` if the vocabulary is too small."""
-    shards = open_shards(_prepared(config, report))
-    if shards.manifest.vocab_size > config.model.vocab_size:
+    shards = open_folders(config.data, _prepared(config, report))
+    ids = shards.tokenizer.vocab_size
+    if ids > config.model.vocab_size:
         raise ValueError(
-            f"the tokenizer has {shards.manifest.vocab_size} ids, but model.vocab_size={config.model.vocab_size}; "
-            f"use at least model.vocab_size={-(-shards.manifest.vocab_size // 64) * 64}"
+            f"the tokenizer has {ids} ids, but model.vocab_size={config.model.vocab_size}; "
+            f"use at least model.vocab_size={-(-ids // 64) * 64}"
         )
     return shards
 
 
-def _prepared(config: RunConfig, report: Report) -> Path:
-    """The folder of `config`'s shards. Of several processes the first one prepares them, and the others find them."""
+def _prepared(config: RunConfig, report: Report) -> list[Path]:
+    """The folders of `config`'s shards. Of several processes the first one prepares them, and the others find them."""
 
-    def find() -> Path:
-        return cached(config.data, cache_folder() / "data", report)
+    def find() -> list[Path]:
+        return cached_sources(config.data, runtime.cache_folder() / "data", report)
 
-    first = Path(processes.from_first(lambda: str(find())))
-    return first if first.is_dir() else find()  # a cache of this machine's own
+    first = [Path(folder) for folder in processes.from_first(lambda: [str(folder) for folder in find()])]
+    return first if all(folder.is_dir() for folder in first) else find()  # a cache of this machine's own
 
 
-def open_run_data(folder: Path, config: RunConfig, report: Report) -> Shards:
+def open_run_data(folder: Path, config: RunConfig, report: Report) -> Shards | Mixture:
     """The token shards that the run in `folder` began with: where they lay, or else prepared again from their source.
 
     Raises `ValueError` where neither is what it was.
     """
-    there = run.shards_folder(folder)
-    shards = open_shards(there) if there.is_dir() else open_data(config, report)
+    there = run.shards_folders(folder, config)
+    known = all(path.is_dir() for path in there)
+    shards = open_folders(config.data, there) if known else open_data(config, report)
     run.check_data(folder, shards)
     return shards
 
@@ -174,13 +171,13 @@ class Session:
     config: RunConfig
     folder: Path
     console: Console
-    shards: Shards
+    shards: Shards | Mixture
     program: Program
     loader: Loader
     checkpoints: Checkpoints
 
     @classmethod
-    def open(cls, config: RunConfig, folder: Path, console: Console, shards: Shards) -> "Session":
+    def open(cls, config: RunConfig, folder: Path, console: Console, shards: Shards | Mixture) -> "Session":
         """The program of `config` on `shards`. Raises `ValueError` for what can't work, before anything is computed."""
         if not shards.split("heldout").n_documents:
             raise ValueError(f"data.heldout={config.data.heldout} leaves nothing to evaluate on; set it above 0")
@@ -190,7 +187,7 @@ class Session:
         loader.check_horizon(config.steps)
         try:
             asked = [config.data.ask(prompt) for prompt in config.prompts]
-            prompt_ids(config.model, shards.tokenizer, asked, config.data.end_of_text)
+            prompt_ids(config.model, shards.tokenizer, asked, config.data.end_of_text, config.data.special)
         except ValueError as error:
             raise ValueError(f"prompts={config.prompts}: {error}; or set prompts= for no samples") from error
         checkpoints = Checkpoints(folder, config.keep, seal=seal_of(config, shards))
@@ -227,7 +224,7 @@ class Session:
         step = restored[1].step
         self.say(
             f"resumed {self.folder} at step {step} of {c.steps}: weights, optimizer, schedule and data position "
-            f"(epoch {self.loader.epoch(step):.2f}) restored"
+            f"({self.loader.position(step)}) restored"
         )
         there = self.checkpoints.sealed(step) or seal(old, "", None) | {"machine": run.first_machine(self.folder)}
         if c.steps != (steps := there["config"]["steps"]):
@@ -246,8 +243,12 @@ class Session:
         count = sum(parameter_counts(c.model).values())
         among = f" of {processes.count()} processes" if processes.count() > 1 else ""
         self.say(f"{count:,} parameters on {jax.device_count()} device(s){among}; run folder {self.folder}")
+        if unguarded := runtime.warning(jax.local_devices()[0]):
+            self.say(unguarded)
         if self.program.pipeline is not None:
             self.say(self.program.pipeline.timetable.summary)
+        for line in self.loader.said(c.steps):
+            self.say(line)
         rows = log.MetricsLog(
             self.folder if processes.is_first() else None,
             console=self.console,
@@ -257,7 +258,7 @@ class Session:
         )
         with run.held(self.folder) as moved:
             try:
-                return self._steps(state, Meter(c, rows, progress), rows, moved)
+                return self._steps(state, Meter(c, rows, progress, self.loader.shares), rows, moved)
             except OSError as error:
                 self._check_moved(moved)
                 way = f"go on with: llm-jax resume {self.folder}" if self.checkpoints.steps() else "start again"
@@ -271,7 +272,7 @@ class Session:
     ) -> Progress:
         """One step after the other, with what is due between them; how far it came, and the last held-out loss."""
         measured, last, asked = meter.progress.heldout_loss, False, False
-        with stop_signals() as stopping, self.checkpoints, rows:  # the last save too ends in peace
+        with stop_signals() as stopping, heard(self.say), self.checkpoints, rows:  # the last save too ends in peace
             if not self.checkpoints.steps():  # what a run began from, it need not find again
                 self._save(state, meter.progress)
             for batch in self.loader.batches(meter.step):
@@ -300,9 +301,9 @@ class Session:
         step, end = progress.step, progress.step == c.steps
         if end or step % c.evaluate_every == 0:
             result = self.evaluate(state, c.evaluate_batches)
-            row |= (numbers := result.numbers())
+            row |= result.numbers()
             progress = dataclasses.replace(progress, heldout_loss=result.loss)
-            rows.print("  ".join([f"step {step:,}", *(SAID[name].format(x) for name, x in numbers.items())]))
+            rows.print(f"step {step:,}  {_said(result)}")
         if c.prompts and (end or step % c.sample_every == 0):
             row["samples"] = self.samples(state)
             rows.print("\n".join(f"  {sample['prompt']}{sample['text']}" for sample in row["samples"]))
@@ -327,13 +328,9 @@ class Session:
 
     def evaluate(self, state: TrainState, limit: int | None = None) -> Evaluation:
         """Scores the first `limit` held-out batches."""
-        batches = itertools.islice(heldout_rows(self.shards.split("heldout"), self.config.data), limit)
-        score = functools.partial(self.program.score, state.params)
-        return evaluate(score, batches, self._target_lengths, self.config.data.task)
-
-    @functools.cached_property
-    def _target_lengths(self) -> np.ndarray:
-        return target_lengths(self.shards.tokenizer, self.config.data.task)
+        store = self.shards.split("heldout")
+        batches = itertools.islice(heldout_rows(store, self.config.data), limit)
+        return evaluate(functools.partial(self.program.score, state.params), batches, store, self.config.data.task)
 
     def samples(self, state: TrainState, tokens: int = 80) -> list[dict[str, str]]:
         """What the model writes behind each of the config's prompts; of several processes the first one lets it."""
@@ -341,17 +338,14 @@ class Session:
         if not processes.is_first():
             return []
         prompts = [c.data.ask(prompt) for prompt in c.prompts]
-        texts = generate(
-            c.model,
-            params,
-            self.shards.tokenizer,
-            prompts,
-            # There are many ways to go on with a text, and one right answer.
-            sampling=Sampling(temperature=0.8, top_p=0.95) if c.data.task is None else Sampling(temperature=0),
-            max_tokens=tokens,
-            begin=c.data.end_of_text,
-            task=c.data.task,
-        )
+        options = {"begin": c.data.end_of_text, "special": c.data.special, "task": c.data.task, "max_tokens": tokens}
+        # There are many ways to go on with a text, and one right answer.
+        sampling = Sampling(temperature=0.8, top_p=0.95) if c.data.task is None else Sampling(temperature=0)
+        try:
+            texts = generate(c.model, params, self.shards.tokenizer, prompts, sampling=sampling, **options)
+        except ValueError as error:  # the weights overflow: the loop itself says more of that, and a run goes on
+            self.say(f"no samples: {error}")
+            return []
         return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
 
     def _report(self) -> None:

@@ -33,15 +33,21 @@ SMALLEST, LARGEST = (float(number) for number in (np.finfo(np.float32).tiny, np.
 class OptimizerConfig:
     """The update rule and its schedule, in optimizer steps.
 
+    Raises `ValueError` for numbers with which a finite gradient makes weights that are not, in float32: b1 or b2 of 1
+    divides by 0, so does an eps of 0.
+
     Attributes:
+      name: the update rule.
+      learning_rate: the peak of the schedule.
       schedule: after a linear warm-up of `warmup_steps`, `cosine` and `linear` fall to `final_fraction` of the peak at
         the last step, `constant` stays, and `wsd` stays until the last `decay_fraction` of the run, then falls
         linearly.
+      warmup_steps: steps in which the rate rises to the peak; fewer than `steps`.
+      final_fraction: of the peak, at the last step.
+      decay_fraction: of the run, in which `wsd` falls.
       clip: the largest global norm of the gradient; None: no clipping.
       b1, b2, eps: of AdamW, b1 and b2 of Lion. Adafactor has none of them, Muon's matrices a momentum of 0.95.
-
-    Raises `ValueError` for numbers with which a finite gradient makes weights that are not, in float32: b1 or b2 of 1
-    divides by 0, so does an eps of 0.
+      weight_decay: how fast matrices and token tables shrink: by `learning_rate * weight_decay` of themselves a step.
     """
 
     name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"

@@ -5,8 +5,10 @@ config.json  data.json  environment.json  tokenizer/  checkpoints/<step>/  metri
 
 import contextlib
 import dataclasses
+import difflib
 import glob
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -22,12 +24,13 @@ import flax
 import jax
 
 from llm_jax import processes
-from llm_jax.config import checked, from_dict, nearest, plain, to_dict
+from llm_jax.config import check_ranges, checked, from_dict, nearest, plain, to_dict
 from llm_jax.data import tokenizer
-from llm_jax.data.loader import DataConfig
+from llm_jax.data.config import DataConfig, format_uri
+from llm_jax.data.mixture import Mixture
 from llm_jax.data.shards import Shards
 from llm_jax.data.tokenizer import Tokenizer
-from llm_jax.files import locked, read_json, write_json
+from llm_jax.files import check_fields, locked, read_json, write_json
 from llm_jax.model.config import ModelConfig
 from llm_jax.recipes import recipes
 from llm_jax.sharding import MeshConfig
@@ -43,16 +46,24 @@ class RunConfig:
     """Everything that decides a run. Two runs of one config on one machine are the same, bit for bit.
 
     Attributes:
+      model: the transformer.
+      data: what it reads.
+      optimizer: the update rule and its schedule.
+      loss: what is minimized, and how it is computed.
+      mesh: how devices share the work.
+      pipeline: how the stages of `mesh.pipeline` share a step.
       offload: what of stacked layers waits in the host's memory, and is brought a layer at a time: the moments of the
         optimizer, or the whole state, weights too.
       steps: optimizer steps, each over `data.batch_size` rows.
       accumulate: microbatches a step; each device holds the activations of one.
       evaluate_every, evaluate_batches: when to score held-out text, and how many batches of it.
-      checkpoint_every: steps between checkpoints. The last `keep` stay, and the best by held-out loss.
+      checkpoint_every: steps between checkpoints.
+      keep: how many of the last checkpoints stay, beside the best by held-out loss.
       sample_every, prompts: when to let the model write, and from what; an empty prompt starts a document.
       patience: steps in a row with a loss, gradient or update that is not finite, before the run stops.
       seed: of initial weights and dropout; `data.seed` is that of the order of rows.
       init_from: a run folder whose weights, and nothing else, this run starts from.
+      tensorboard: write the metrics for TensorBoard too, into the run folder.
     """
 
     model: ModelConfig
@@ -88,6 +99,7 @@ class RunConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check_ranges(self, "")
         for name, value in (("seed", self.seed), ("data.seed", self.data.seed)):
             if not 0 <= value < 2**32:
                 raise ValueError(f"{name}={value} must lie between 0 and {2**32 - 1}")
@@ -140,7 +152,7 @@ def is_run(folder: Path) -> bool:
 def check_free(folder: Path, config: RunConfig) -> None:
     """Raises `ValueError` unless `folder` is empty or yet to be made: what a run or a user has there stays."""
     if is_run(folder):
-        changed = differences(to_dict(load_config(folder)), to_dict(_with_absolute_paths(config)))
+        changed = changes(folder, config)
         other = f" of another config ({'; '.join(changed[:3])})" if changed else ""
         raise ValueError(
             f"{folder} already holds a run{other}; go on with it: llm-jax resume {folder}, or choose another --run"
@@ -149,15 +161,37 @@ def check_free(folder: Path, config: RunConfig) -> None:
         raise ValueError(f"{folder} is not empty, and a run begins in a folder of its own; choose another --run")
 
 
+def changes(folder: Path, config: RunConfig) -> list[str]:
+    """A phrase for each field in which the run in `folder` has another config than `config`."""
+    return differences(to_dict(load_config(folder)), to_dict(_with_absolute_paths(config)))
+
+
 def load_config(folder: str | Path) -> RunConfig:
-    """The config of the run in `folder`. Raises `ValueError` where there is none."""
+    """The config of the run in `folder`. Raises `ValueError` where there is none, and names one nearby."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder} holds no run (no config.json); start one with: llm-jax train CONFIG --run {folder}")
+        raise ValueError(f"{folder} holds no run (no config.json); {_way_to_a_run(Path(folder))}")
     try:
         return from_dict(RunConfig, read_json(path, advice=ADVICE))
     except ValueError as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}; {ADVICE}") from None
+
+
+def _way_to_a_run(folder: Path) -> str:
+    """The runs near `folder` that may be meant, or else how to start one."""
+    above = [parent for parent in list(folder.absolute().parents)[:2] if _looks_like_a_run(parent)]
+    below = (path.parent for name in ("*/config.json", "*/*/config.json") for path in folder.glob(name))
+    inside = sorted(itertools.islice(filter(_looks_like_a_run, below), 100))
+    beside = {path.parent.name: path.parent for path in folder.parent.glob("*/config.json")}
+    close = [beside[name] for name in difflib.get_close_matches(folder.name, beside, n=1)]
+    if near := above or inside or close:
+        return f"did you mean {', or '.join(map(str, near[:3]))}?"
+    free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    return "start one with: llm-jax train quickstart" + f" --run {folder}" * free
+
+
+def _looks_like_a_run(folder: Path) -> bool:
+    return is_run(folder) and (folder / "checkpoints").is_dir()  # models elsewhere have a config.json too
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -165,7 +199,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return tokenizer.load(Path(folder) / "tokenizer")
 
 
-def create(folder: Path, config: RunConfig, shards: Shards, command: str) -> None:
+def create(folder: Path, config: RunConfig, shards: Shards | Mixture, command: str) -> None:
     """Lays out the folder of a run that begins. Paths in its config are absolute: it goes on from any place."""
     folder.mkdir(parents=True, exist_ok=True)
     shards.tokenizer.save(folder / "tokenizer")
@@ -233,7 +267,8 @@ def save_config(folder: Path, config: RunConfig) -> None:
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
-    data = dataclasses.replace(config.data, uri=_absolute(config.data.uri))
+    named = config.data.sources
+    data = dataclasses.replace(config.data, uri=format_uri([_absolute(source.uri) for source in named], named))
     if data.tokenizer not in tokenizer.SPECS:  # a folder of such a name is not what it means
         data = dataclasses.replace(data, tokenizer=_absolute(data.tokenizer))
     source = config.init_from and _absolute(config.init_from)
@@ -246,8 +281,16 @@ def _absolute(name: str) -> str:
     return os.path.abspath(name) if here else name
 
 
-def data_identity(shards: Shards) -> dict[str, Any]:
-    """What decides the batches, beside the config."""
+def data_identity(data: Shards | Mixture) -> dict[str, Any]:
+    """What decides the batches, beside the config: of a mixture by the names of its sources."""
+    whole = {"tokenizer": data.tokenizer.fingerprint, "vocab_size": data.tokenizer.vocab_size}
+    if isinstance(data, Shards):
+        return whole | _content(data)
+    named = zip(data.sources, data.shards, strict=True)
+    return whole | {"sources": {source.name: _content(shards) for source, shards in named}}
+
+
+def _content(shards: Shards) -> dict[str, Any]:
     splits = {
         name: {
             "documents": split.documents,
@@ -256,33 +299,64 @@ def data_identity(shards: Shards) -> dict[str, Any]:
         }
         for name, split in shards.manifest.splits.items()
     }
-    return {
-        "tokenizer": shards.manifest.tokenizer_fingerprint,
-        "vocab_size": shards.manifest.vocab_size,
-        "folder": str(shards.folder.absolute()),
-        **splits,
-    }
+    return {"folder": str(shards.folder.absolute()), **splits}
 
 
-def shards_folder(folder: Path) -> Path:
-    """Where the token shards of the run in `folder` lay when it began. Raises `ValueError` where it never had any."""
+def shards_folders(folder: Path, config: RunConfig) -> list[Path]:
+    """Where the token shards of the run in `folder` lay when it began, by source.
+
+    Raises `ValueError` where it never had any, or data.json is not that of `config`.
+    """
     if not (folder / "data.json").exists():
         raise ValueError(
             f"{folder} was imported: it has weights, and neither data nor an optimizer of its own. Train on from it "
             f"with init_from={folder}; evaluate it on text of yours: llm-jax evaluate {folder} --data URI"
         )
-    return Path(_read_data(folder)["folder"])
+    there, names = _read_data(folder), [source.name for source in config.data.sources]
+    sources = there.get("sources", {names[0]: there})
+    if list(sources) != names:
+        raise ValueError(
+            f"{folder / 'data.json'} has the sources {', '.join(sources)}, and config.json {', '.join(names)}; {ADVICE}"
+        )
+    return [Path(source["folder"]) for source in sources.values()]
 
 
-def check_data(folder: Path, shards: Shards) -> None:
-    """Raises `ValueError` unless `shards` are what the run in `folder` began with, wherever they lie."""
-    there = _read_data(folder)
-    changed = differences(there, data_identity(shards) | {"folder": there["folder"]})
+def begins(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> bool:
+    """Whether a text of the run in `folder` begins with `tokenizer.begin_of_text`.
+
+    Where the run was trained, as its documents did. Where it was imported, as the tokenizer itself begins a text: the
+    model was made with that, and so does transformers.
+    """
+    return config.data.end_of_text if (folder / "data.json").exists() else tokenizer.begins
+
+
+def check_data(folder: Path, data: Shards | Mixture) -> None:
+    """Raises `ValueError` unless `data` is what the run in `folder` began with, wherever it lies."""
+    changed = differences(_without_folders(_read_data(folder)), _without_folders(data_identity(data)))
     if changed:
         raise ValueError(
-            f"{shards.manifest.source} is not what {folder} has been trained on: {changed[0]}; restore it, "
+            f"{data.source} is not what {folder} has been trained on: {changed[0]}; restore it, "
             f"or start a new run with init_from={folder}"
         )
+
+
+def _read_data(folder: Path) -> dict[str, Any]:
+    """The data.json in `folder`, in which each source has a folder."""
+    path = folder / "data.json"
+    there = read_json(path, {"tokenizer": str, "vocab_size": int}, advice=ADVICE)
+    mixed = "sources" in there
+    sources = check_fields(there, {"sources": dict}, str(path), advice=ADVICE)["sources"] if mixed else {"": there}
+    for name, source in sources.items():
+        check_fields(source, {"folder": str}, f"{path}: sources.{name}" if mixed else str(path), advice=ADVICE)
+    return there
+
+
+def _without_folders(identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_folders(value) if isinstance(value, Mapping) else value
+        for name, value in identity.items()
+        if name != "folder" or isinstance(value, Mapping)
+    }
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], where: str = "") -> list[str]:
@@ -329,10 +403,6 @@ def _commit() -> str | None:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git here, or an installed wheel
         return None
-
-
-def _read_data(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "data.json", {"folder": str}, advice=ADVICE)
 
 
 def _short(value: Any) -> str:

@@ -13,6 +13,9 @@ from llm_jax import processes
 
 STDERR = 2
 
+# What asked the last run of this process to stop: a signal to any of several processes reaches all as a SIGTERM.
+last_signal = signal.SIGTERM
+
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[int], bool]]:
@@ -26,6 +29,8 @@ def stop_signals() -> Iterator[Callable[[int], bool]]:
     asked = threading.Event()
 
     def ask(number: int, frame: FrameType | None) -> None:
+        global last_signal
+        last_signal = signal.Signals(number)
         asked.set()
         signal.signal(number, before[signal.Signals(number)])
         # Not by print: whoever was interrupted may be in the middle of one.

@@ -1,0 +1,106 @@
+"""Rotary positions in the words of config.json: `rope_parameters`, and the keys of before."""
+
+from typing import Any
+
+from llm_jax.compat.lenses import KINDS, Fields, Lens, Theirs, known
+from llm_jax.model.config import ModelConfig
+from llm_jax.ops.position import Rotary
+
+ORIGINAL = "original_max_position_embeddings"  # before they were scaled
+
+# Their name of a scaling -> ours, and of what it needs beside theta.
+SCALINGS: dict[str, tuple[str, dict[str, str]]] = {
+    "default": ("none", {}),
+    "linear": ("linear", {"factor": "factor"}),
+    "llama3": (
+        "llama3",
+        {
+            "factor": "factor",
+            ORIGINAL: "original_len",
+            "low_freq_factor": "low_turns",
+            "high_freq_factor": "high_turns",
+        },
+    ),
+    "yarn": (
+        "yarn",
+        {
+            "factor": "factor",
+            ORIGINAL: "original_len",
+            "beta_slow": "low_turns",
+            "beta_fast": "high_turns",
+            "attention_factor": "amplitude",
+        },
+    ),
+}
+
+
+def rope(
+    theta: float = 1e4,
+    fraction: float | None = None,
+    old: tuple[str, str] = ("rope_theta", ""),
+    absent: Theirs | None = None,
+) -> Lens:
+    """`rope_parameters`, or the `rope_theta` and `rope_scaling` of before; `fraction` where the family has one.
+
+    `old` are the names of theta and of the fraction outside of `rope_parameters`; `absent` is what these are where a
+    config has none.
+    """
+
+    def read(config: Theirs) -> Fields:
+        outside = {"rope_theta": config.get(old[0], theta)}
+        if fraction is not None:
+            outside["partial_rotary_factor"] = config.get(old[1], fraction)
+        parameters = outside | (config.get("rope_scaling") or config.get("rope_parameters") or absent or {})
+        return _rotary(parameters, config, fraction is not None)
+
+    def write(c: ModelConfig) -> dict[str, Any]:
+        part = {} if fraction is None else {"partial_rotary_factor": c.rotary.fraction}
+        return {"rope_parameters": _parameters(c.rotary) | part}
+
+    return Lens(("rope_parameters", "rope_scaling", ORIGINAL, *filter(None, old)), read, write)
+
+
+def rope_by_type(theta: float, local_theta: float | None = None, old: str = "") -> Lens:
+    """Gemma 3, OLMo 3: local layers are not scaled, and may have a theta of their own; `old` is its name outside."""
+
+    def read(config: Theirs) -> Fields:
+        given = config.get("rope_parameters") or {}
+        for name in given:
+            known("rope_parameters for", KINDS, name)
+        full = {"rope_theta": config.get("rope_theta", theta)} | (given.get("full_attention") or {})
+        near_theta = config.get(old, local_theta or full["rope_theta"])
+        local = {"rope_theta": near_theta} | (given.get("sliding_attention") or {})
+        near = _rotary(local, config)
+        if near["rotary.scaling"] != "none":
+            raise ValueError(
+                f"config.json scales the positions of sliding_attention by {near['rotary.scaling']}; known: default"
+            )
+        scaled = full | (config.get("rope_scaling") or {})
+        return _rotary(scaled, config) | {"rotary.local_theta": near["rotary.theta"]}
+
+    def write(c: ModelConfig) -> dict[str, Any]:
+        local = {"rope_type": "default", "rope_theta": c.rotary.local.theta}
+        return {"rope_parameters": {"full_attention": _parameters(c.rotary), "sliding_attention": local}}
+
+    return Lens(("rope_parameters", "rope_scaling", "rope_theta", *filter(None, [old])), read, write)
+
+
+def _rotary(parameters: Theirs, config: Theirs, partial: bool = False) -> Fields:
+    name = parameters.get("rope_type", parameters.get("type", "default"))
+    scaling, fields = known("rope_type", SCALINGS, name)
+    given = {key: value for key, value in parameters.items() if value is not None}
+    if ORIGINAL in fields:  # outside it goes before inside; where a config does not say, it means all there are
+        given[ORIGINAL] = config.get(ORIGINAL) or given.get(ORIGINAL) or config["max_position_embeddings"]
+    names = {"rope_theta": "theta", **fields} | ({"partial_rotary_factor": "fraction"} if partial else {})
+    strange = given.keys() - names.keys() - {"rope_type", "type"}
+    if strange:
+        raise ValueError(f"rope_type={name} comes with {', '.join(sorted(strange))}; known: {', '.join(names)}")
+    return {"rotary.scaling": scaling} | {f"rotary.{names[key]}": given[key] for key in given if key in names}
+
+
+def _parameters(rotary: Rotary) -> dict[str, Any]:
+    name, fields = next(
+        ((name, fields) for name, (ours, fields) in SCALINGS.items() if ours == rotary.scaling), ("default", {})
+    )
+    values = {theirs: getattr(rotary, ours) for theirs, ours in fields.items()}
+    return {"rope_type": name, "rope_theta": rotary.theta} | {k: v for k, v in values.items() if v is not None}

@@ -1,0 +1,119 @@
+"""The bytes and the text of a file, whatever compresses it: .gz .bz2 .xz .zst.
+
+A file counts as whole where its last stream ends with it. What is cut short, damaged or followed by something else is a
+`ValueError` that names the file, for every compression alike.
+"""
+
+import bz2
+import codecs
+import contextlib
+import itertools
+import lzma
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+from llm_jax.data.addresses import File, one_line, reading
+
+BLOCK = 1 << 20  # bytes
+CHUNK = 1 << 12  # compressed bytes; zstd makes up to 128 MiB of them, the others less
+ZSTD_WINDOW = 1 << 31  # bytes, what `zstd --ultra --long=31` asks for
+
+
+def _zstd() -> Any:
+    try:
+        import zstandard
+    except ImportError:
+        raise ValueError("zstd needs a package; pip install zstandard") from None
+    return zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW).decompressobj()
+
+
+# Each makes what decompresses one stream, with `decompress`, `eof` and `unused_data`.
+DECODERS: dict[str, Callable[[], Any]] = {
+    ".gz": lambda: zlib.decompressobj(wbits=31),  # a gzip header, and its checksum
+    ".bz2": bz2.BZ2Decompressor,
+    ".xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),
+    ".zst": _zstd,
+}
+
+
+def read_text(file: File) -> Iterator[str]:
+    """The text of `file`, a block at a time, line ends as they are. Raises `ValueError` for what is no UTF-8."""
+    decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+    for block in itertools.chain(read_bytes(file), [b""]):
+        try:
+            text = decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raise _not_text(file, f"the byte 0x{error.object[error.start]:02x}, not UTF-8") from None
+        if "\0" in text:
+            raise _not_text(file, "a zero byte")
+        if text:
+            yield text
+
+
+def read_bytes(file: File) -> Iterator[bytes]:
+    """The content of `file`, decompressed, in blocks of `BLOCK` bytes or more, the last one excepted."""
+    pieces, size = [], 0
+    for piece in _pieces(file) if file.compression is None else _decompressed(file, DECODERS[file.compression]):
+        pieces.append(piece)
+        size += len(piece)
+        if size >= BLOCK:
+            yield b"".join(pieces)
+            pieces, size = [], 0
+    if pieces:
+        yield b"".join(pieces)
+
+
+@contextlib.contextmanager
+def open_seekable(file: File) -> Iterator[IO[bytes]]:
+    """The content of `file` for a reader that moves about in it: of a compressed one, a copy on the disk."""
+    if file.compression is not None:
+        with tempfile.TemporaryFile() as copy:
+            copy.writelines(read_bytes(file))
+            copy.seek(0)
+            yield copy
+        return
+    with file.open() as raw:
+        yield raw
+
+
+def _pieces(file: File) -> Iterator[bytes]:
+    with file.open() as raw:
+        while True:
+            with reading(file):
+                piece = raw.read(BLOCK)
+            if not piece:
+                return
+            yield piece
+
+
+def _decompressed(file: File, make: Callable[[], Any]) -> Iterator[bytes]:
+    """The content of all the streams in `file`; tools such as pigz and `cat` put one after the other."""
+    stream = _new(file, make)
+    for piece in _pieces(file):
+        for start in range(0, len(piece), CHUNK):
+            given = piece[start : start + CHUNK]
+            while given:
+                stream = _new(file, make) if stream.eof else stream
+                try:
+                    made = stream.decompress(given)
+                except Exception as error:  # each codec raises its own
+                    raise ValueError(f"{file} is damaged: {one_line(error)}; copy or download it again") from error
+                given = stream.unused_data if stream.eof else b""
+                yield made
+    if not stream.eof:
+        raise ValueError(
+            f"{file} is cut short: it ends before its {file.compression} data do; copy or download it again"
+        )
+
+
+def _new(file: File, make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except ValueError as error:
+        raise ValueError(f"cannot read {file}: {error}") from None
+
+
+def _not_text(file: File, found: str) -> ValueError:
+    return ValueError(f"{file} is not text: found {found}; choose by a pattern, such as 'folder/**/*.txt'")

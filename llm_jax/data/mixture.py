@@ -1,0 +1,86 @@
+"""Several sources in one run: their shards as one store, and which row comes from which of them.
+
+A mixture is arithmetic, as a batch is: how many of the first n rows a source has is a function of n and the weights,
+so a run's step is its position in every source, and there is no state to save.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+from llm_jax.data.config import DataConfig, Source
+from llm_jax.data.shards import SPLITS, Shards, TokenStore, open_shards
+from llm_jax.data.tokenizer import Tokenizer
+
+
+class Mixture:
+    """The shards of several sources, in the ids of one tokenizer. Raises `ValueError` where they have several."""
+
+    def __init__(self, sources: Sequence[Source], shards: Sequence[Shards]) -> None:
+        self.sources, self.shards = tuple(sources), tuple(shards)
+        first = shards[0]
+        for other in shards[1:]:
+            if other.tokenizer.fingerprint != first.tokenizer.fingerprint:
+                raise ValueError(
+                    f"{other.folder} has the tokens of {other.tokenizer.name}, and {first.folder} those of "
+                    f"{first.tokenizer.name}; prepare all sources with --tokenizer {first.folder}/tokenizer"
+                )
+        self._splits = {name: TokenStore.joined([s.split(name) for s in shards], sources) for name in SPLITS}
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.shards[0].tokenizer
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folder of each source's shards."""
+        return [shards.folder for shards in self.shards]
+
+    @property
+    def source(self) -> str:
+        """Where the text was."""
+        return ", ".join(shards.source for shards in self.shards)
+
+    def split(self, name: Literal["train", "heldout"]) -> TokenStore:
+        """A split of all sources, each of them a part of it."""
+        return self._splits[name]
+
+
+def open_folders(config: DataConfig, folders: Sequence[str | Path]) -> Shards | Mixture:
+    """Open the shards of each source of `config`. Raises `ValueError` as `open_shards` does."""
+    shards = [open_shards(folder) for folder in folders]
+    return shards[0] if len(shards) == 1 else Mixture(config.sources, shards)
+
+
+@dataclass(frozen=True)
+class Deal:
+    """An endless stream of rows dealt out to sources by their shares, which add up to 1.
+
+    The first source takes a row whenever its count, rounded, grows; of the rows that are left the second one, and so
+    on. Of the first n rows the i-th source has n times its share, to within i / 2 rows. All of it is exact in whole
+    numbers: no n is too large.
+    """
+
+    shares: tuple[Fraction, ...]
+
+    @functools.cached_property
+    def _ratios(self) -> list[Fraction]:
+        """Of the rows that the sources before it leave, the share that each takes."""
+        return [share / sum(self.shares[number:]) for number, share in enumerate(self.shares)]
+
+    def before(self, row: int) -> list[int]:
+        """How many of the rows 0 to `row` - 1 each source has; they add up to `row`."""
+        counts = []
+        for ratio in self._ratios:
+            counts.append((2 * row * ratio.numerator + ratio.denominator) // (2 * ratio.denominator))
+            row -= counts[-1]
+        return counts
+
+    def source(self, row: int) -> tuple[int, int]:
+        """The source of `row`, and which of the rows of that source it is."""
+        before, after = self.before(row), self.before(row + 1)
+        source = next(number for number, count in enumerate(before) if after[number] > count)
+        return source, before[source]

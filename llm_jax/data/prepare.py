@@ -1,0 +1,314 @@
+"""Text to token shards: `prepare` writes a folder of them, `cached` finds or writes what a config asks for."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import re
+import shutil
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from llm_jax.data import sources
+from llm_jax.data.config import DataConfig, check_heldout, parse_uri
+from llm_jax.data.generated import GENERATED
+from llm_jax.data.pool import encode_all, watched
+from llm_jax.data.shards import FORMAT, SPLITS, Manifest, Split, is_prepared, read_manifest, sha256_of
+from llm_jax.data.sources import Document
+from llm_jax.data.tokenizer import Tokenizer, build, load
+from llm_jax.files import whole_folder, write_json
+
+SETTINGS = ("tokenizer", "separator", "column", "end_of_text", "heldout", "heldout_by", "special")
+SHARD_TOKENS = 1 << 25
+
+Report = Callable[[str], object]
+Cuts = dict[str, str | None]
+
+
+def _silent(line: str) -> None:
+    pass
+
+
+def prepare(
+    uri: str,
+    out: str | Path,
+    *,
+    tokenizer: str = "train:4096",
+    separator: str | None = None,
+    column: str | None = None,
+    end_of_text: bool = True,
+    heldout: float = 0.05,
+    heldout_by: Literal["hash", "tail"] = "hash",
+    special: bool = False,
+    report: Report = _silent,
+) -> Manifest:
+    """Tokenize the documents of `uri` into the folder `out`, which appears whole or not at all.
+
+    tokenizer: as `tokenizer.build` takes it; what it learns from text, it learns from all documents.
+    separator, column: as `sources.documents` takes them.
+    end_of_text: whether the token of that name follows every document.
+    heldout: the fraction held out for evaluation, of whole documents. "hash" chooses them by content, so that
+    a document stays on its side as the corpus grows, on one side with its copies; "tail" takes the last.
+    special: whether text that spells a special token becomes it; where not, `report` names a document that does.
+
+    Raises `ValueError` if `out` exists, a side of the split stays empty, the disk is full, or the text changes while it
+    is read. A mixture is refused: each source is prepared into a folder of its own.
+    """
+    check_heldout(heldout, heldout_by)
+    if len(parse_uri(uri)) > 1:
+        raise ValueError(
+            f"{uri} is a mixture, and prepare takes one source; prepare the first into A, each other with --tokenizer "
+            "A/tokenizer into B, and train with data.uri=A:0.7,B:0.3 data.tokenizer=A/tokenizer"
+        )
+    report = functools.cache(report)  # the source is read several times, and what it tells is said once
+    read = functools.partial(sources.documents, uri, separator, column, report)
+    content = sources.fingerprint(uri)
+    with _new_folder(Path(out)) as folder:
+        report(f"building the tokenizer {tokenizer} for {uri}")
+        encoder = build(tokenizer, lambda: (document.text for document in read()))
+        encoder.save(folder / "tokenizer")
+        side = _by_hash(heldout) if heldout_by == "hash" else _by_tail(heldout, read())
+        writers = {name: _SplitWriter(folder, name, encoder, end_of_text, report) for name in SPLITS}
+        documents, again = itertools.tee(read())
+        again = again if special else watched(again, encoder, report)
+        encoded = encode_all(folder / "tokenizer", (document.text for document in again), special=special)
+        for document, tokens in zip(documents, encoded, strict=True):
+            data = document.text.encode()
+            writers[side(data)].add(document, len(data), tokens)
+        manifest = Manifest(
+            format=FORMAT,
+            source=uri,
+            separator=separator,
+            column=column,
+            tokenizer=tokenizer,
+            tokenizer_fingerprint=encoder.fingerprint,
+            vocab_size=encoder.vocab_size,
+            end_of_text=end_of_text,
+            heldout=heldout,
+            heldout_by=heldout_by,
+            splits={name: writer.close() for name, writer in writers.items()},
+            content=content,
+            special=special,
+        )
+        _check_sides(manifest)
+        if sources.fingerprint(uri) != content:
+            raise ValueError(f"{uri} changed while it was prepared; wait until it is whole, and prepare it again")
+        write_json(folder / "meta.json", dataclasses.asdict(manifest))
+    return manifest
+
+
+def cached(config: DataConfig, cache_dir: str | Path, report: Report = _silent) -> Path:
+    """The folder of the shards that `config`, of one source, asks for, prepared into `cache_dir` if not there.
+
+    The folder's name is a digest of content and settings: text that changed is prepared again. A `uri` that is itself a
+    folder of shards is the answer, whatever became of its text, which is reported; raises `ValueError` if it was
+    prepared with other settings.
+    """
+    settings: dict[str, Any] = {name: getattr(config, name) for name in SETTINGS}
+    given = Path(config.uri)
+    if is_prepared(config.uri):
+        manifest = read_manifest(given)
+        _check_agreement(settings, manifest)
+        if _has_changed(given, manifest):
+            report(
+                f"{given} is what {manifest.source} was when it was prepared, and that text has changed since: the run "
+                "reads the old one; prepare it again for the new one"
+            )
+        return given
+    key = settings | {"format": FORMAT, "content": _content(config.uri)}
+    for name in ("column", "special"):  # so that shards from before there was a choice are found
+        if not key[name]:
+            del key[name]
+    if Path(config.tokenizer).is_dir():
+        key["tokenizer"] = load(config.tokenizer).fingerprint
+    folder = Path(cache_dir) / _digest(key)
+    if not folder.exists():
+        try:
+            prepare(config.uri, folder, **settings, report=report)
+        except ValueError:
+            if not folder.exists():  # else another process was faster
+                raise
+    return folder
+
+
+def cached_sources(config: DataConfig, cache_dir: str | Path, report: Report = _silent) -> list[Path]:
+    """The folder of the shards of each source of `config`, all in the ids of one tokenizer.
+
+    What a tokenizer learns from text, it learns from the documents of all sources, in their order. A separator cuts
+    those sources that are text. Raises `ValueError` as `cached` does, and where a folder of shards would have to agree
+    with a tokenizer that is yet to learn.
+    """
+    uris = [source.uri for source in config.sources]
+    if len(uris) == 1:
+        return [cached(config, cache_dir, report)]
+    cuts = {uri: cuts_of(config, uri) for uri in uris}
+    given, spec = [uri for uri in uris if is_prepared(uri)], config.tokenizer
+    if re.fullmatch(r"char|train:\d+", spec) and len(given) < len(uris):
+        if given:
+            raise ValueError(
+                f"{given[0]} has a tokenizer already, which {spec} would not be; set "
+                f"data.tokenizer={given[0]}/tokenizer for the whole mixture"
+            )
+        spec = str(_shared_tokenizer(spec, cuts, Path(cache_dir), report))
+    return [
+        cached(dataclasses.replace(config, uri=uri, tokenizer=spec, **cuts[uri]), cache_dir, report) for uri in uris
+    ]
+
+
+def _shared_tokenizer(spec: str, cuts: Mapping[str, Cuts], cache_dir: Path, report: Report) -> Path:
+    """The folder of the tokenizer that `spec` makes of all sources, the keys of `cuts`, trained if not there."""
+    contents = {uri: _content(uri) for uri in cuts}
+    key = {"tokenizer": spec, "format": FORMAT, "sources": [(contents[uri], cuts[uri]) for uri in cuts]}
+    folder = cache_dir / f"tokenizer-{_digest(key)}"
+    if folder.exists():
+        return folder
+    report(f"building the tokenizer {spec} for {', '.join(cuts)}")
+    texts = (document.text for uri, cut in cuts.items() for document in sources.documents(uri, **cut))
+    tokenizer = build(spec, lambda: texts)
+    for uri, content in contents.items():
+        if sources.fingerprint(uri) != content:
+            raise ValueError(f"{uri} changed while it was read; wait until it is whole, and start again")
+    with contextlib.suppress(FileExistsError), whole_folder(folder, "prepare") as filling:  # another may be faster
+        tokenizer.save(filling)
+    return folder
+
+
+def cuts_of(config: DataConfig, uri: str) -> Cuts:
+    """What makes documents of `uri`, one of several sources: text has a separator, rows have a column, shards had one.
+
+    Of the two settings of `config` the other one is left out.
+    """
+    if is_prepared(uri):
+        manifest = read_manifest(Path(uri))
+        return {"separator": manifest.separator, "column": manifest.column}
+    if uri in GENERATED:
+        return {"separator": None, "column": None}
+    rows = sources.holds_records(uri)
+    return {"separator": None if rows else config.separator, "column": config.column if rows else None}
+
+
+def _content(uri: str) -> str:
+    try:
+        return sources.fingerprint(uri)
+    except ValueError as error:
+        if "," not in uri:
+            raise
+        hint = "several sources have a weight each, as in data.uri=a.jsonl:0.7,b.jsonl:0.3"
+        raise ValueError(f"{error}; {hint}") from error
+
+
+def _has_changed(folder: Path, manifest: Manifest) -> bool:
+    """Whether the text of the shards in `folder` is on this machine, was written to after them, and is another."""
+    if manifest.content is None or sources.last_written(manifest.source) <= (folder / "meta.json").stat().st_mtime:
+        return False
+    return sources.fingerprint(manifest.source) != manifest.content
+
+
+def _digest(key: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+
+
+class _SplitWriter:
+    """Write one split. Holds one shard of tokens, and two numbers a document."""
+
+    def __init__(self, folder: Path, name: str, encoder: Tokenizer, end_of_text: bool, report: Report) -> None:
+        self._folder, self._name, self._report = folder, name, report
+        self._dtype = np.uint16 if encoder.vocab_size <= 1 << 16 else np.uint32
+        self._end = np.array([encoder.end_of_text] if end_of_text else [], self._dtype)
+        self._offsets, self._bytes = array("q", [0]), array("q")
+        self._tokens: list[np.ndarray] = []
+        self._origins: list[str] = []
+        self._flushed = 0
+        self._files: dict[str, str] = {}
+
+    def add(self, document: Document, n_bytes: int, tokens: np.ndarray) -> None:
+        self._tokens += [tokens.astype(self._dtype), self._end]
+        self._origins.append(" ".join(document.origin.splitlines()))
+        self._offsets.append(self._offsets[-1] + len(tokens) + len(self._end))
+        self._bytes.append(n_bytes)
+        if self._offsets[-1] - self._flushed >= SHARD_TOKENS:
+            self._flush()
+
+    def close(self) -> Split:
+        self._flush()
+        self._save("offsets", np.array(self._offsets, np.int64))
+        self._save("bytes", np.array(self._bytes, np.int64))
+        origins = f"{self._name}_origins.txt"
+        self._files[origins] = sha256_of(self._folder / origins)
+        return Split(len(self._bytes), self._offsets[-1], sum(self._bytes), self._files)
+
+    def _flush(self) -> None:
+        with open(self._folder / f"{self._name}_origins.txt", "a", encoding="utf-8") as file:
+            file.writelines(f"{origin}\n" for origin in self._origins)
+        if self._tokens:
+            self._save(f"{len(self._files):05d}", np.concatenate(self._tokens))
+        self._report(f"{self._name}: {self._offsets[-1]:,} tokens of {len(self._bytes):,} documents")
+        self._tokens, self._origins, self._flushed = [], [], self._offsets[-1]
+
+    def _save(self, what: str, values: np.ndarray) -> None:
+        file = f"{self._name}_{what}.npy"
+        np.save(self._folder / file, values)
+        self._files[file] = sha256_of(self._folder / file)
+
+
+@contextlib.contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` at the end, or vanishes with an error."""
+    if out.exists():
+        raise ValueError(f"{out} exists already, and shards go into a new folder; delete it or name another")
+    try:
+        with whole_folder(out, "prepare") as folder:
+            yield folder
+    except OSError as error:  # what goes wrong in reading is a ValueError
+        free = shutil.disk_usage(next(parent for parent in out.absolute().parents if parent.exists())).free
+        raise ValueError(
+            f"cannot write {out}: {error.strerror or 'no space left'} ({free:,} bytes free without it); make "
+            "room, or name another folder"
+        ) from error
+
+
+def _by_hash(heldout: float) -> Callable[[bytes], str]:
+    def side(document: bytes) -> str:
+        digest = hashlib.sha256(document).digest()
+        return "heldout" if int.from_bytes(digest[:8], "big") < heldout * 2**64 else "train"
+
+    return side
+
+
+def _by_tail(heldout: float, documents: Iterable[Document]) -> Callable[[bytes], str]:
+    first = (1 - heldout) * sum(len(document.text.encode()) for document in documents)
+    seen = 0
+
+    def side(document: bytes) -> str:
+        nonlocal seen
+        start, seen = seen, seen + len(document)
+        return "heldout" if start >= first else "train"
+
+    return side
+
+
+def _check_sides(manifest: Manifest) -> None:
+    train, heldout = (manifest.splits[name].documents for name in SPLITS)
+    if not train or (manifest.heldout and not heldout):
+        raise ValueError(
+            f"heldout={manifest.heldout:g} by {manifest.heldout_by} leaves {train} documents to train on and "
+            f"{heldout} held out; cut the text into more with a separator, such as --separator $'\\n\\n' "
+            r"(in a config data.separator=$'\n\n'), or change heldout"
+        )
+
+
+def _check_agreement(settings: Mapping[str, Any], manifest: Manifest) -> None:
+    made = {name: getattr(manifest, name) for name in settings}
+    folder = Path(settings["tokenizer"])
+    if folder.is_dir() and load(folder).fingerprint == manifest.tokenizer_fingerprint:
+        made["tokenizer"] = settings["tokenizer"]  # one that is saved is known by its ids, not by its place
+    differ = [name for name in settings if made[name] != settings[name]]
+    if differ:
+        was, asked = (", ".join(f"{name}={of[name]!r}" for name in differ) for of in (made, settings))
+        raise ValueError(f"the shards were prepared with {was}, and the config has {asked}; make them agree")

@@ -1,0 +1,159 @@
+"""Every key of a config: its type, default and meaning; and the key that is meant by a name from elsewhere.
+
+The meaning of a key is what the docstring of its dataclass says under `Attributes:`, and stands nowhere else.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import re
+import types
+from collections.abc import Iterator
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+REQUIRED = dataclasses.MISSING  # the default of a key that has none
+
+# What other libraries, papers and people call them. Where two keys stand, both may be meant.
+SYNONYMS: dict[str, tuple[str, ...]] = {
+    "model.d_model": ("dim", "hidden", "hidden_size", "hidden_dim", "embed_dim", "n_embd", "embedding_size", "width"),
+    "model.n_layers": ("layers", "layer", "depth", "n_layer", "num_layers", "num_hidden_layers", "blocks"),
+    "model.n_heads": ("heads", "n_head", "num_heads", "num_attention_heads", "attention_heads"),
+    "model.n_kv_heads": ("kv_heads", "num_kv_heads", "num_key_value_heads", "n_query_groups", "kv"),
+    "model.head_dim": ("d_head", "head_size", "kv_channels"),
+    "model.d_ff": ("ff", "ffn", "ffn_dim", "d_ffn", "mlp_dim", "n_inner", "intermediate_size", "ffn_hidden_size"),
+    "model.vocab_size": ("vocab", "vocabulary", "vocabulary_size", "n_vocab", "padded_vocab_size"),
+    "data.seq_len": ("context", "ctx", "n_ctx", "context_length", "context_size", "block_size", "length", "max_length"),
+    "model.max_seq_len": ("context", "ctx", "n_ctx", "context_length", "max_position_embeddings", "n_positions"),
+    "model.positions": ("position", "pos", "position_embedding", "positional_encoding"),
+    "model.rotary.theta": ("rope_theta", "rope_base", "rotary_base"),
+    "model.rotary.scaling": ("rope", "rope_scaling"),
+    "model.attention.window": ("sliding_window", "window_size", "local_window"),
+    "model.attention.implementation": ("attn", "flash", "flash_attention", "attn_implementation"),
+    "model.norm_eps": ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
+    "model.activation": ("act", "hidden_act", "activation_function", "nonlinearity"),
+    "model.tied": ("tie", "tie_embeddings", "tie_word_embeddings", "weight_tying"),
+    "model.dtype": ("precision", "bf16", "fp16", "amp", "mixed_precision", "compute_dtype"),
+    "model.remat": ("checkpointing", "gradient_checkpointing", "activation_checkpointing", "recompute"),
+    "model.experts.number": ("experts", "n_experts", "num_experts", "num_local_experts", "n_routed_experts", "moe"),
+    "model.experts.active": ("experts_per_token", "num_experts_per_tok", "moe_top_k"),
+    "data.batch_size": ("batch", "bs", "bsz", "batchsize", "global_batch_size", "train_batch_size"),
+    "accumulate": ("accumulation", "grad_accum", "accumulation_steps", "gradient_accumulation_steps", "microbatches"),
+    "data.epochs": ("epoch", "num_epochs", "n_epochs", "num_train_epochs", "max_epochs"),
+    "data.uri": ("data", "dataset", "corpus", "text", "path", "data_path", "train_data", "input"),
+    "data.tokenizer": ("tok", "tokeniser", "encoding"),
+    "data.heldout": ("val", "validation", "val_split", "validation_split", "test_size", "held_out"),
+    "optimizer.name": ("optimizer", "optim", "optimiser", "opt"),
+    "optimizer.learning_rate": ("lr", "max_lr", "peak_lr", "learningrate", "step_size", "eta"),
+    "optimizer.schedule": ("scheduler", "lr_scheduler", "lr_schedule", "lr_decay", "lr_scheduler_type"),
+    "optimizer.warmup_steps": ("warmup", "warm_up", "warmup_iters", "num_warmup_steps"),
+    "optimizer.final_fraction": ("min_lr", "final_lr", "min_lr_ratio", "end_lr"),
+    "optimizer.weight_decay": ("wd", "decay", "l2"),
+    "optimizer.clip": ("grad_clip", "gradient_clip", "max_grad_norm", "clip_grad_norm", "gradient_clip_val"),
+    "optimizer.b1": ("beta1", "adam_beta1", "momentum"),
+    "optimizer.b2": ("beta2", "adam_beta2"),
+    "optimizer.eps": ("epsilon", "adam_eps", "adam_epsilon"),
+    "steps": ("iters", "iterations", "max_iters", "max_steps", "n_steps", "num_steps", "train_steps", "total_steps"),
+    "evaluate_every": ("eval_every", "eval_interval", "eval_steps", "val_every", "val_interval", "eval_freq"),
+    "evaluate_batches": ("eval_iters", "eval_batches", "val_batches"),
+    "checkpoint_every": ("save_every", "save_interval", "save_steps", "checkpoint_interval", "ckpt_every"),
+    "keep": ("save_total_limit", "keep_last", "max_to_keep"),
+    "sample_every": ("generate_every", "sample_interval"),
+    "prompts": ("prompt",),
+    "seed": ("random_seed", "rng_seed", "rng"),
+    "init_from": ("init", "finetune", "pretrained", "checkpoint", "load_from", "from_pretrained", "weights"),
+    "mesh.data": ("dp", "data_parallel", "ddp"),
+    "mesh.tensor": ("tp", "tensor_parallel", "model_parallel"),
+    "mesh.pipeline": ("pp", "pipeline_parallel", "stages"),
+    "mesh.context": ("cp", "sp", "context_parallel", "sequence_parallel"),
+    "mesh.expert": ("ep", "expert_parallel"),
+    "mesh.fsdp": ("zero", "zero3", "shard", "sharding"),
+    "loss.label_smoothing": ("smoothing",),
+}
+MOST = 3  # suggestions
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A field of a config, or of one inside it.
+
+    Attributes:
+      name: with the groups that it is in, as the command line takes it.
+      kind: its annotated type.
+      default: `REQUIRED` where it has none.
+      meaning: what its docstring says, and the values that it can have where they are few.
+      group: the dataclass whose fields follow; None for a value.
+    """
+
+    name: str
+    kind: Any
+    default: Any
+    meaning: str
+    group: Any
+
+
+def keys(cls: Any, where: str = "") -> Iterator[Key]:
+    """All keys of the config class `cls`, those of a group after the group."""
+    hints, said = get_type_hints(cls), meanings(cls)
+    for field in dataclasses.fields(cls):
+        name, kind = where + field.name, hints[field.name]
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        group = _group(kind)
+        meaning, choices = said.get(field.name, ""), get_args(kind) if get_origin(kind) is Literal else ()
+        if not all(re.search(rf"\b{choice}\b", meaning) for choice in choices):
+            meaning += f" One of {', '.join(choices)}."
+        yield Key(name, kind, default, meaning, group)
+        if group is not None:
+            yield from keys(group, f"{name}.")
+
+
+def _group(kind: Any) -> Any:
+    """The dataclass in an annotation; None where there is none."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+
+
+def meanings(cls: Any) -> dict[str, str]:
+    """What the docstring of `cls` says of each field, in one line; fields that are explained together share it."""
+    _, _, listed = inspect.cleandoc(cls.__doc__ or "").partition("\nAttributes:\n")
+    found = {}
+    for entry in re.split(r"^ {2}(?=\w)", listed, flags=re.MULTILINE)[1:]:
+        names, _, meaning = entry.partition(":")
+        found |= dict.fromkeys(names.split(", "), " ".join(meaning.split()))
+    return found
+
+
+def value_at(config: Any, key: Key) -> Any:
+    """The value of `key` in `config`; its default where the group that it is in is none."""
+    value = config
+    for name in key.name.split("."):
+        if value is None:
+            return key.default
+        value = getattr(value, name)
+    return value
+
+
+def suggestions(name: str, cls: Any) -> list[str]:
+    """The keys of `cls` that may be meant by `name`, the likeliest first; none where nothing comes close.
+
+    By the same last word, by what others call it, by spelling: first in the group that was named, if it was.
+    """
+    if len(name) > 100:  # nobody means that
+        return []
+    known = [key.name for key in keys(cls) if key.group is None]
+    group, _, last = name.rpartition(".")
+    bare = _bare(last)
+    same = [key for key in known if _bare(key.rpartition(".")[2]) == bare]
+    synonyms = [key for key, others in SYNONYMS.items() if key in known and bare in map(_bare, others)]
+    inside = [key for key in [*same, *synonyms] if key.rpartition(".")[0] == group and group]
+    found = list(dict.fromkeys([*inside, *synonyms, *sorted(same, key=lambda key: key.count("."))]))
+    if not found:
+        tails = [key.rpartition(".")[2] for key in known]
+        close = difflib.get_close_matches(last, tails, n=1, cutoff=0.7)
+        found = [key for key in known if key.rpartition(".")[2] in close]
+        found = [key for key in found if key.rpartition(".")[0] == group] or found[:1]
+        found = found or difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    return found[:MOST]
+
+
+def _bare(name: str) -> str:
+    return re.sub("[-_]", "", name.lower())

@@ -1,0 +1,76 @@
+"""Every key has a meaning, and whoever types another name for it is told the one that works."""
+
+import dataclasses
+
+import pytest
+
+from llm_jax.config import override, plain
+from llm_jax.keys import REQUIRED, SYNONYMS, keys, meanings, suggestions, value_at
+from llm_jax.train.run import RunConfig, load_recipe
+
+KEYS = {key.name: key for key in keys(RunConfig)}
+
+
+def test_every_key_says_what_it_means():
+    assert [name for name, key in KEYS.items() if not key.meaning] == []
+
+
+def test_a_docstring_explains_no_field_that_is_not_there():
+    classes = {RunConfig} | {key.group for key in KEYS.values() if key.group is not None}
+    unknown = {cls.__name__: meanings(cls).keys() - {f.name for f in dataclasses.fields(cls)} for cls in classes}
+    assert {name: found for name, found in unknown.items() if found} == {}
+
+
+def test_every_other_name_leads_to_a_key():
+    assert set(SYNONYMS) <= set(KEYS)
+    for key, others in SYNONYMS.items():
+        for other in others:
+            assert key in suggestions(other, RunConfig), other
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("lr", "optimizer.learning_rate"),
+        ("model.lr", "optimizer.learning_rate"),
+        ("learning-rate", "optimizer.learning_rate"),
+        ("batch_size", "data.batch_size"),
+        ("bs", "data.batch_size"),
+        ("n_layers", "model.n_layers"),
+        ("model.nlayers", "model.n_layers"),
+        ("layers", "model.n_layers"),
+        ("n_layer", "model.n_layers"),
+        ("heads", "model.n_heads"),
+        ("hidden_size", "model.d_model"),
+        ("context", "data.seq_len"),
+        ("epochs", "data.epochs"),
+        ("step", "steps"),
+        ("moddel.d_ff", "model.d_ff"),
+        ("experts.d_ff", "model.d_ff"),
+        ("model.experts.dff", "model.experts.d_ff"),
+        ("optimizer.lerning_rate", "optimizer.learning_rate"),
+        ("warmup_step", "optimizer.warmup_steps"),
+    ],
+)
+def test_another_name_is_answered_with_the_key_that_is_meant(typed: str, meant: str):
+    assert suggestions(typed, RunConfig)[0] == meant
+
+
+def test_nothing_is_guessed_where_nothing_is_close():
+    assert suggestions("zzzz", RunConfig) == suggestions("", RunConfig) == suggestions("x" * 10**6, RunConfig) == []
+
+
+def test_what_is_answered_works_when_it_is_typed():
+    config = load_recipe("quickstart")
+    with pytest.raises(ValueError, match=r"unknown config key 'lr'; did you mean optimizer\.learning_rate=3e-4\?$"):
+        override(config, ["lr=3e-4"])
+    assert override(config, ["optimizer.learning_rate=3e-4"]).optimizer.learning_rate == 3e-4
+
+
+def test_every_key_with_its_value_is_the_same_config_again():
+    config = load_recipe("classify")
+    values = {key.name: value_at(config, key) for key in keys(RunConfig) if key.group is None}
+    given = [f"{name}={plain(value)}" for name, value in values.items() if not name.startswith("model.experts.")]
+    assert override(config, [word for word in given if ".sparse." not in word]) == config
+    assert values["model.experts.number"] == 8
+    assert KEYS["model.d_model"].default is REQUIRED
