@@ -382,6 +382,8 @@ class Session:
     def _check_moved(self, moved: Callable[[], str | None]) -> None:
         """Raises `ValueError` where the folder is no longer where it was: a save would begin another one there."""
         if (now := moved()) is not None:
+            with contextlib.suppress(OSError):
+                self.checkpoints.finish()
             raise ValueError(
                 f"{self.folder} was moved or removed while its run trained; {self._newest_checkpoint()}, and nothing "
                 f"was written elsewhere; go on with: llm-jax resume {now}"
