@@ -17,6 +17,7 @@ from llm_jax.model.config import REMAT, TAPS, AttentionConfig, ModelConfig
 from llm_jax.model.init import SCHEMES
 from llm_jax.model.transformer import Transformer
 from llm_jax.ops.experts import Experts
+from llm_jax.ops.position import Rotary
 from llm_jax.train.count import active_parameters, flops_per_token, parameter_counts
 from llm_jax.tree import count
 
@@ -33,6 +34,16 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"n_kv_heads": 4}, "model.n_kv_heads=4 does not divide model.n_heads=6; use one of [1, 2, 3, 6]"),
     ({"n_kv_heads": 12}, "model.n_kv_heads=12 does not divide model.n_heads=6; use one of [1, 2, 3, 6]"),
+    (
+        {"rotary": Rotary(scaling="longrope", original_len=8, short_factors=(1.0,) * 3, long_factors=(1.0,) * 2)},
+        "rotary.short_factors has 3 numbers where head_dim=4 has 2 pairs; give one for each",
+    ),
+    (
+        {"rotary": Rotary(scaling="dynamic", original_len=8, fraction=0.5)},
+        "rotary.scaling=dynamic slows all pairs but the first, and head_dim=4 x rotary.fraction=0.5 has no other; "
+        "set model.head_dim=8, or rotary.scaling=none",
+    ),
+    ({"residual_scale": 0.0}, "model.residual_scale=0.0 must be positive"),
     ({"head_dim": 3}, "rotary positions turn pairs: head_dim=3 must be even; set model.head_dim=4"),
     (
         {"d_model": 25, "head_dim": 4, "positions": "sinusoidal"},

@@ -106,8 +106,11 @@ class ModelConfig:
       residual: how a sublayer f joins the stream x: `pre` x + f(norm(x)), `post` norm(x + f(x)), `sandwich`
         x + norm(f(norm(x))), `output` x + norm(f(x)) (OLMo 2), `parallel` x + attention(norm(x)) + mlp(norm(x)).
       norm: `rmsnorm_1p` scales by 1 + w.
-      bias: in every linear map, or only where queries, keys and values are made (Qwen2).
+      bias: in every linear map (`all`), in those of attention alone, or only where queries, keys and values are made
+        (`qkv`, Qwen2).
       embedding_scale: what token embeddings are multiplied by.
+      residual_scale: what a sublayer gives is multiplied by before it joins the stream (Granite).
+      logit_scale: what logits are multiplied by (Granite, Cohere), before they are capped.
       logit_softcap: logits are squeezed into (-cap, cap) by tanh.
       tied: the output head is the embedding table.
       n_classes: the head tells so many classes apart, with a table of its own, instead of the next token.
@@ -138,8 +141,10 @@ class ModelConfig:
     norm_eps: float = 1e-5
     activation: Literal["relu", "gelu", "gelu_exact", "silu", "relu2"] = "silu"
     gated: bool = True
-    bias: Literal["none", "qkv", "all"] = "none"
+    bias: Literal["none", "qkv", "attention", "all"] = "none"
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
     logit_softcap: float | None = None
     dropout: float = 0.0
     tied: bool = True
@@ -155,7 +160,7 @@ class ModelConfig:
             value = getattr(self, field.name)
             if type(value) is int and value < 1:
                 raise ValueError(f"model.{field.name}={value} must be at least 1")
-        for name in ("norm_eps", "embedding_scale", "logit_softcap"):
+        for name in ("norm_eps", "embedding_scale", "residual_scale", "logit_scale", "logit_softcap"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"model.{name}={value} must be positive")
         if not 0 <= self.dropout < 1:
@@ -220,15 +225,32 @@ class ModelConfig:
                 f"model.n_kv_heads={self.K} does not divide model.n_heads={self.n_heads}; use one of "
                 f"{[k for k in range(1, self.n_heads + 1) if self.n_heads % k == 0]}"
             )
-        if self.positions == "rotary" and (self.rotary.turned(self.H) % 2 or not self.rotary.turned(self.H)):
-            part = "" if self.rotary.fraction == 1 else f" x rotary.fraction={self.rotary.fraction}"
-            raise ValueError(
-                f"rotary positions turn pairs: head_dim={self.H}{part} must be even; set model.head_dim={self.H + 1}"
-            )
+        if self.positions == "rotary":
+            self._check_rotary()
         if self.positions == "sinusoidal" and self.d_model % 2:
             raise ValueError(
                 f"sinusoidal positions come in pairs: model.d_model={self.d_model} must be even; use {self.d_model + 1}"
             )
+
+    def _check_rotary(self) -> None:
+        turned, scaling = self.rotary.turned(self.H), self.rotary.scaling
+        part = "" if self.rotary.fraction == 1 else f" x rotary.fraction={self.rotary.fraction}"
+        if turned % 2 or not turned:
+            raise ValueError(
+                f"rotary positions turn pairs: head_dim={self.H}{part} must be even; set model.head_dim={self.H + 1}"
+            )
+        if scaling in ("ntk", "dynamic") and turned == 2:
+            raise ValueError(
+                f"rotary.scaling={scaling} slows all pairs but the first, and head_dim={self.H}{part} has no other; "
+                f"set model.head_dim={2 * self.H}, or rotary.scaling=none"
+            )
+        for name in ("short_factors", "long_factors"):
+            factors = getattr(self.rotary, name)
+            if scaling == "longrope" and len(factors) != turned // 2:
+                raise ValueError(
+                    f"rotary.{name} has {len(factors)} numbers where head_dim={self.H}{part} has {turned // 2} pairs; "
+                    "give one for each"
+                )
 
     @property
     def K(self) -> int:
