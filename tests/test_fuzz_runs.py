@@ -1,4 +1,4 @@
-"""A damaged run folder gives what it gave, or one line that says what is damaged: never another number or a traceback."""
+"""A damaged run folder gives what it gave, or one line that says what is damaged: no other number, no traceback."""
 
 import json
 import random

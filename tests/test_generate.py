@@ -22,6 +22,7 @@ from llm_jax.model.config import AttentionConfig, ModelConfig
 from llm_jax.model.transformer import Transformer, unstack
 from llm_jax.ops.attention import Sparse
 from llm_jax.ops.experts import Experts
+from llm_jax.ops.position import Rotary
 from llm_jax.ops.sampling import Sampling
 
 # More ids than the tokenizer has, as in a vocabulary padded to a round number.
@@ -98,6 +99,23 @@ def test_a_greedy_batch_gives_each_prompt_what_the_full_forward_gives_it_alone()
     together = generate(CONFIG, weights(), TEXT, PROMPTS, sampling=GREEDY, max_tokens=12)
     assert together == [full_forward_greedy(prompt, 12) for prompt in PROMPTS]
     assert len(set(together)) == len(together)  # or the comparison would say little
+
+
+def test_angles_go_by_the_length_a_row_may_reach_whatever_its_neighbours():
+    """Up to 8 tokens longrope takes one list, beyond them the other: here 3 + 4 tokens, and 7 + 4."""
+    lists = {"short_factors": (1.0, 1.5), "long_factors": (4.0, 9.0)}
+    long = Rotary(scaling="longrope", factor=4.0, original_len=8, **lists)
+    config = dataclasses.replace(CONFIG, n_layers=1, rotary=long)
+    params, keys = weights(config), jax.random.split(jax.random.key(0), 2)
+    prompts = [np.arange(5, 8, dtype=np.int32), np.arange(20, 27, dtype=np.int32)]
+    settings = {"vocab_size": 272, "sampling": GREEDY, "max_tokens": 4}
+    written = np.stack(list(continuations(config, unstack(config, params), prompts, keys, **settings)))
+    for row, (prompt, factors) in enumerate(zip(prompts, lists.values(), strict=True)):
+        always = dataclasses.replace(long, short_factors=factors, long_factors=factors)
+        model = Transformer(dataclasses.replace(config, rotary=always))
+        text = np.concatenate([prompt, written[:, row]])
+        logits = model.apply({"params": params}, jnp.asarray(text)[None]).logits[0, len(prompt) - 1 : -1]
+        assert (logits.argmax(-1) == written[:, row]).all()
 
 
 def test_prompts_beyond_one_batch_get_what_they_would_get_in_it(monkeypatch: pytest.MonkeyPatch):
