@@ -37,8 +37,7 @@ class Parser(ArgumentParser):
         if choice := re.match(r".*invalid choice: '(.*)' \(choose from (.*)\)", message):
             names = re.findall(r"[\w-]+", choice[2])
             message = f"{choice[1]!r} is not known; {nearest(choice[1], names)}"
-        message = " ".join(message.removeprefix("argument ").split())
-        self.exit(2, f"llm-jax: error: {message}; see {self.prog} --help\n")
+        self.exit(2, f"llm-jax: error: {_line(message.removeprefix('argument '))}; see {self.prog} --help\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore  (has overloads there)
         known, left = super().parse_known_args(args, namespace)
@@ -71,11 +70,14 @@ class Parser(ArgumentParser):
 
 
 def _number(text: str, *, kind: type) -> int | float:
-    """As `read_number`: no `1_000`, and neither infinity nor nan."""
+    """As `read_number`: no `1_000`, neither infinity nor nan, and no count that nobody can wait for."""
     try:
-        return read_number(text, kind)
+        number = read_number(text, kind)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    if kind is int and abs(number) >= 2**32:
+        raise argparse.ArgumentTypeError(f"takes a whole number below {2**32}, got {text}")
+    return number
 
 
 Argument = Callable[[ArgumentParser], object]
@@ -316,8 +318,14 @@ def _message(error: Exception) -> str | None:
 def _failed(message: str, debug: bool, status: int = 2) -> int:
     if debug:
         traceback.print_exc()
-    print(f"llm-jax: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"llm-jax: error: {_line(message)}", file=sys.stderr)
     return status
+
+
+def _line(message: str) -> str:
+    """`message` on one line, with nothing in it that would steer a terminal, and not endless."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+    return line if len(line) <= 2000 else f"{line[:1000]} ... {line[-900:]}"
 
 
 def _quiet() -> None:

@@ -55,6 +55,7 @@ def _go_on(args: Namespace, folder: Path, config: "RunConfig") -> int:
     if changed := run.changes(folder, config):
         _say(f"{folder} goes on with its own config: {'; '.join(changed[:3])}")
     if (folder / "checkpoints" / str(old.steps)).is_dir():
+        _say(f"{folder} is trained already; to train it again, choose another --run, or remove that folder")
         return _say_what_next(args, folder, old.steps, old.steps)
     return _say_what_next(args, folder, loop.resume(folder, console=_console(args)).step, old.steps)
 
@@ -148,6 +149,10 @@ def generate(args: Namespace) -> None:
         raise ValueError(f"--seed {args.seed} must lie between 0 and {2**32 - 1}")
     if args.samples < 1:
         raise ValueError(f"--samples {args.samples} writes nothing; use 1 or more")
+    if args.samples > 10_000:
+        raise ValueError(
+            f"--samples {args.samples} do not fit in memory together; use 10000 or less, and another --seed"
+        )
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     config, tokenizer = run.load_config(args.run), run.load_tokenizer(args.run)
     runtime.start()

@@ -35,6 +35,14 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e3, "factor": 4.0, "original_max_position_embeddings": 16}
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e3,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.5, 2.0],
+    "long_factor": [1.5, 3.0, 6.0],
+}
+
 # Case -> config.json; its family is the first word.
 CASES: dict[str, dict[str, Any]] = {
     "gpt2": {"vocab_size": 270, "n_embd": 24, "n_layer": 3, "n_head": 6, "n_positions": 40, "n_inner": 20},
@@ -82,6 +90,12 @@ CASES: dict[str, dict[str, Any]] = {
         "sliding_window": 6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
     },
+    # Heads of 8, of which 6 are rotated: rows of 24 are longer than 16, and shorter than 48.
+    "phi3 long": SIZES | {"hidden_size": 48, "original_max_position_embeddings": 16, "rope_parameters": LONGROPE},
+    "phi3 short": SIZES
+    | {"hidden_size": 48, "original_max_position_embeddings": 48, "rope_parameters": LONGROPE | {"factor": 3.0}},
+    "llama dynamic": SIZES
+    | {"max_position_embeddings": 16, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e3, "factor": 3.0}},
     "smollm3": SIZES
     | {
         "num_hidden_layers": 5,

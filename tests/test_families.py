@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from architectures import CASES, LLAMA3, PAGE, SIZES, YARN, config_json, record, table
+from architectures import CASES, LLAMA3, LONGROPE, PAGE, SIZES, YARN, config_json, record, table
 from grid import tiny
 from jaxtyping import PyTree
 
@@ -68,9 +68,12 @@ def compare(case: str, folder: Path) -> float:
         pairs += [(taps["resid_pre"][i], out.hidden_states[i])]
         pairs += [(taps["resid_post"][i], out.hidden_states[i + 1])] if i + 1 < config.n_layers else []
 
-    model.generation_config.eos_token_id = None
-    written = model.generate(torch.from_numpy(tokens), do_sample=False, max_new_tokens=WRITTEN)[:, tokens.shape[1] :]
-    assert greedy(config, params, tokens).tolist() == written.tolist()
+    if config.rotary.scaling != "dynamic":  # where they leave the keys of before as they are: docs/architectures.md
+        model.generation_config.eos_token_id = None
+        written = model.generate(torch.from_numpy(tokens), do_sample=False, max_new_tokens=WRITTEN)[
+            :, tokens.shape[1] :
+        ]
+        assert greedy(config, params, tokens).tolist() == written.tolist()
 
     assert export_run(here, params, back).name == theirs["model_type"]
     before, after = open_file(there / "model.safetensors"), open_file(back / "model.safetensors")
@@ -161,6 +164,24 @@ def test_every_switch_of_the_cases_reaches_the_model():
     assert (read["gpt2"].positions, read["gpt2"].activation, read["gpt2"].gated) == ("learned", "gelu", False)
     assert (read["gpt_neox"].residual, read["gpt_neox"].rotary.fraction) == ("parallel", 0.25)
     assert (read["phi3"].rotary.fraction, read["phi3"].attention.window) == (0.5, 6)
+    lists = {"short_factors": (1.0, 1.5, 2.0), "long_factors": (1.5, 3.0, 6.0)}
+    assert read["phi3 long"].rotary == Rotary(1e3, 0.75, "longrope", 4.0, 16, **lists)
+    assert read["phi3 short"].rotary == Rotary(1e3, 0.75, "longrope", 3.0, 48, **lists)
+    assert read["llama dynamic"].rotary == Rotary(1e3, 1.0, "dynamic", 3.0, 16)
+    assert read["llama dynamic"].max_seq_len == 48
+    assert read["gemma"].embedding_scale == 24**0.5
+    assert read["olmo3"].layers == ("local", "local", "local", "global")
+    assert read["olmo3"].rotary == Rotary(5e5, 1.0, "yarn", 4.0, 16, local_theta=5e5)
+    assert read["exaone4"].layers == ("local", "local", "local", "nope")
+    assert read["exaone4 without windows"].layers == ("global",)
+    assert (read["seed_oss"].bias, read["seed_oss everywhere"].bias, read["starcoder2"].bias) == ("qkv", "all", "all")
+    assert (read["arcee"].activation, read["arcee"].gated) == ("relu2", False)
+    assert (read["gpt_bigcode"].K, read["gpt_bigcode every head"].K) == (1, 6)
+    assert read["cwm"].layers == ("global", "local", "local", "local")
+    assert read["qwen3_moe"].layers == ("local+moe", "local", "local+moe")
+    assert read["qwen3_moe"].experts == Experts(number=5, active=2, d_ff=12)
+    assert read["qwen3_moe every other"].layers == ("global", "global+moe")
+    assert read["olmoe"].experts == Experts(number=5, active=2, renormalise=False)
     assert read["smollm3"].layers == ("local", "nope", "global", "nope", "global")
 
 
@@ -234,8 +255,18 @@ def test_what_a_config_leaves_out_is_what_transformers_takes():
         ("llama llama3", {"mlp_bias": False}, r"attention_bias, mlp_bias=\(True, False\), .* known: \(False, False\)"),
         (
             "llama llama3",
-            {"rope_parameters": {"rope_type": "longrope"}},
-            "rope_type=longrope, .* known: default, linear",
+            {"rope_parameters": {"rope_type": "proportional"}},
+            "rope_type=proportional, .* known: default, linear",
+        ),
+        (
+            "phi3",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+            "rope_type=linear, .* known: default, longr",
+        ),
+        (
+            "phi3 long",
+            {"rope_parameters": LONGROPE | {"short_factor": [1.0, 2.0]}},
+            "rotary.short_factors has 2 numbers where head_dim=8 x rotary.fraction=0.75 has 3 pairs; give one for each",
         ),
         ("mistral yarn", {"rope_parameters": YARN | {"truncate": False}}, "rope_type=yarn comes with truncate"),
         ("gemma3_text", {"rope_parameters": {"sliding_attention": YARN}}, "positions of sliding_attention by yarn"),

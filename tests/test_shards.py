@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from llm_jax.data import prepare as writing
-from llm_jax.data import shards, tokenizer
+from llm_jax.data import shards, sources, tokenizer
 from llm_jax.data.config import DataConfig, check_heldout
 from llm_jax.data.prepare import cached, prepare
 from llm_jax.data.shards import open_shards
@@ -133,6 +134,39 @@ def test_a_document_names_where_it_came_from(corpus: str, tmp_path: Path):
     (origin,) = store.origins([3])
     (document,) = [document for document in documents(corpus) if document.origin == origin]
     assert document.text + END_OF_TEXT == stories(tmp_path / "out", "heldout")[3]
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "train:300"])
+def test_special_tokens_in_text_are_read_where_asked_and_else_said(tokenizer: str, tmp_path: Path):
+    texts, said = [f"one {i}<|endoftext|>two" for i in range(9)], []
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    stores = {}
+    for special in (False, True):
+        out = tmp_path / str(special)
+        options = {"tokenizer": tokenizer, "heldout": 0.0, "special": special}
+        prepare(str(tmp_path / "a.jsonl"), out, **options, report=said.append if special is False else [].append)
+        stores[special] = open_shards(out).split("train")
+    ends = [int((store.read(0, 10**6) == store.tokenizer.end_of_text).sum()) for store in stores.values()]
+    assert ends == [9, 18]
+    warning = "spells <|endoftext|>, which is read as text; for the token set data.special=true"
+    assert sum(warning in line for line in said) == 1
+    for store in stores.values():
+        assert store.tokenizer.decode(store.read(0, int(store.offsets[1]) - 1)) == texts[0]
+
+
+def test_shards_without_special_tokens_are_found_where_they_were_before(corpus: str, tmp_path: Path):
+    config = DataConfig(uri=corpus, tokenizer="byte", heldout=0.2)
+    folder = cached(config, tmp_path)
+    assert folder != cached(dataclasses.replace(config, special=True), tmp_path)
+    names = ("tokenizer", "separator", "end_of_text", "heldout", "heldout_by")
+    key = {name: getattr(config, name) for name in names} | {"format": 1, "content": sources.fingerprint(corpus)}
+    assert folder.name == hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["special"]  # as it was then
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert cached(dataclasses.replace(config, uri=str(folder)), tmp_path) == folder
+    with pytest.raises(ValueError, match=r"prepared with .*special=False, and the config has .*special=True"):
+        cached(dataclasses.replace(config, uri=str(folder), special=True), tmp_path)
 
 
 def test_preparing_twice_gives_the_same_bytes(corpus: str, tmp_path: Path):

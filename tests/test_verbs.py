@@ -3,9 +3,11 @@
 import io
 import json
 import math
+import os
 import random
 import re
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ import pytest
 from llm_jax import runtime, trained
 from llm_jax.cli import main
 from llm_jax.recipes import recipe_docstring, recipes
-from llm_jax.train import run
+from llm_jax.train import loop, run
+from llm_jax.train.program import Program
 
 WORDS = ["a", "little", "model", "reads", "the", "words", "of", "a", "short", "text", "and", "writes", "some"]
 RECIPE = '''"""A model of one layer.
@@ -225,6 +228,48 @@ def test_data_that_cannot_train_leaves_nothing_behind(
     line = error("train", "tiny.py", f"data.uri={file}", "data.heldout_by=tail", "--run", "runs/none", *changes)
     assert re.search(says, line)
     assert not (place / "runs/none").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["steps=20", "optimizer.warmup_steps=20"], "warmup_steps=20 leaves nothing of steps=20; set it to 2"),
+        (["mesh.data=3"], "mesh .* takes 3 devices, but there are 8"),
+    ],
+)
+def test_what_no_data_can_put_right_is_refused_before_it_is_prepared(
+    changes: list[str], says: str, error: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(loop, "open_data", lambda *args: pytest.fail("the data was prepared"))
+    assert re.search(says, error("train", "tiny.py", "--run", "runs/none", *changes))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_stopped_ends_with_the_signals_status_and_goes_on_by_the_same_line(
+    number: int, status: int, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    words = ["train", "tiny.py", "--run", f"runs/stopped-{number}", "prompts=", "--resume"]
+    step = Program.train_step
+
+    def interrupted(program: Program, *batch: Any) -> Any:
+        monkeypatch.undo()
+        os.kill(os.getpid(), number)
+        return step(program, *batch)
+
+    monkeypatch.setattr(Program, "train_step", interrupted)
+    assert main(words) == status
+    assert f"stopped at step 1 of 4; go on with: llm-jax resume runs/stopped-{number}" in capsys.readouterr().out
+    for _ in range(2):  # to the end, and once more for nothing
+        assert main([*words, "steps=4"]) == 0
+        assert "done; read" in capsys.readouterr().out
+    assert main([*words, "steps=9"]) == 0
+    assert "goes on with its own config: steps is 4 there, 9 here" in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_no_run_is_answered_with_the_runs_nearby(place: Path, error: Any):
+    assert "did you mean runs/" in error("generate", ".")
+    assert "did you mean runs/tiny?" in error("generate", "runs/tini")
+    assert re.search("did you mean .*/runs/tiny[?]", error("generate", "runs/tiny/checkpoints"))
 
 
 def test_prepared_shards_are_trained_on(place: Path, output: Any):

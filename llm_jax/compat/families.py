@@ -25,7 +25,7 @@ from llm_jax.compat.lenses import (
     silent,
     window,
 )
-from llm_jax.compat.rope import rope, rope_by_type
+from llm_jax.compat.rope import PHI3_SCALINGS, rope, rope_by_type
 from llm_jax.compat.tensors import (
     BODY,
     GPT2,
@@ -212,7 +212,7 @@ FAMILIES = {
         Family(
             name="phi3",
             architecture="Phi3ForCausalLM",
-            models="Phi-3, Phi-4",
+            models="Phi-3, Phi-4, with long texts too",
             tensors=PHI3 + NORMS_BEFORE,
             lenses=(
                 *SIZES,
@@ -221,7 +221,7 @@ FAMILIES = {
                 activation(),
                 rms_norm(1e-5),
                 window(None),
-                rope(fraction=1.0, old=("rope_theta", "partial_rotary_factor")),
+                rope(fraction=1.0, old=("rope_theta", "partial_rotary_factor"), scalings=PHI3_SCALINGS, original=4096),
                 UNTIED,
             ),
             fixed={},

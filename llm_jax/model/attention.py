@@ -21,12 +21,14 @@ from llm_jax.sharding import constrain, own_tokens
 class Context:
     """What every layer shares: where the tokens stand, whom they may see, whether dropout is on.
 
-    `lengths` says how many tokens of each row are there; those behind are padding.
+    `lengths` says how many tokens of each row are there; those behind are padding. `reach` is how long each row may
+    come to be, for positions that go by it; None: as long as it is.
     """
 
     positions: Int[Array, "#B L"]
     mask: Mask
     lengths: Int[Array, " B"] | None = None
+    reach: Int[Array, " B"] | None = None
     train: bool = struct.field(pytree_node=False, default=False)
 
 
@@ -52,7 +54,7 @@ class Attention(nn.Module):
 
         w_o = self.param("w_o", normal(c, "residual", K * G * H), (K, G, H, D)).astype(x.dtype)
         out = own_tokens(linear("BLKGH,KGHD->BLD", z, w_o))
-        if c.bias == "all":
+        if c.bias in ("attention", "all"):
             out = add_bias(out, self.param("b_o", nn.initializers.zeros, (D,)).astype(x.dtype))
         return out, cache
 
@@ -72,7 +74,8 @@ class Attention(nn.Module):
             y = norm(y) if c.attention.qk_norm == "head" else norm(y.reshape(*y.shape[:2], -1)).reshape(y.shape)
         if c.positions != "rotary" or self.mixer == "nope":
             return y
-        return rotary(y, context.positions, c.rotary.local if self.mixer == "local" else c.rotary)
+        reach = y.shape[1] if context.reach is None else context.reach
+        return rotary(y, context.positions, c.rotary.local if self.mixer == "local" else c.rotary, reach)
 
     def _attend(
         self, x: Float[Array, "B L D"], q: Array, k: Array, v: Array, context: Context, slot: Slot, cache: Cache | None

@@ -30,6 +30,8 @@ TAPS = {
     "logits": "logits",
 }
 
+MOST_LAYERS = 10_000  # each is a Python object somewhere: two thousand million of them would only seem to hang
+
 REMAT = ("none", "full", "dots", "offload")
 # What rematerialization can keep besides: the taps inside a block, but those that fast attention never holds.
 KEEPABLE = tuple(
@@ -118,8 +120,11 @@ class ModelConfig:
       norm_eps: added to the variance, or to the mean square.
       activation: of the feed-forward; `gelu` is the tanh form, `relu2` the square of relu.
       gated: the feed-forward multiplies by a second, linear product (SwiGLU with `silu`).
-      bias: none, in every linear map (`all`), or only where queries, keys and values are made (Qwen2).
+      bias: none, in every linear map (`all`), in those of attention alone, or only where queries, keys and values are
+        made (`qkv`, Qwen2).
       embedding_scale: what token embeddings are multiplied by.
+      residual_scale: what a sublayer gives is multiplied by before it joins the stream (Granite).
+      logit_scale: what logits are multiplied by (Granite, Cohere), before they are capped.
       logit_softcap: logits are squeezed into (-cap, cap) by tanh.
       dropout: share of the embeddings and of each sublayer's output that is zeroed in training.
       tied: the output head is the embedding table.
@@ -151,8 +156,10 @@ class ModelConfig:
     norm_eps: float = 1e-5
     activation: Literal["relu", "gelu", "gelu_exact", "silu", "relu2"] = "silu"
     gated: bool = True
-    bias: Literal["none", "qkv", "all"] = "none"
+    bias: Literal["none", "qkv", "attention", "all"] = "none"
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
     logit_softcap: float | None = None
     dropout: float = 0.0
     tied: bool = True
@@ -169,7 +176,9 @@ class ModelConfig:
             value = getattr(self, field.name)
             if type(value) is int and value < 1:
                 raise ValueError(f"model.{field.name}={value} must be at least 1")
-        for name in ("norm_eps", "embedding_scale", "logit_softcap"):
+        if self.n_layers > MOST_LAYERS:
+            raise ValueError(f"model.n_layers={self.n_layers} is more than {MOST_LAYERS:,}; use that or less")
+        for name in ("norm_eps", "embedding_scale", "residual_scale", "logit_scale", "logit_softcap"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"model.{name}={value} must be positive")
         if not 0 <= self.dropout < 1:
@@ -235,15 +244,32 @@ class ModelConfig:
             raise ValueError(
                 f"model.n_kv_heads={self.K} does not divide model.n_heads={self.n_heads}; use a divisor, as {divisor}"
             )
-        if self.positions == "rotary" and (self.rotary.turned(self.H) % 2 or not self.rotary.turned(self.H)):
-            part = "" if self.rotary.fraction == 1 else f" x rotary.fraction={self.rotary.fraction}"
-            raise ValueError(
-                f"rotary positions turn pairs: head_dim={self.H}{part} must be even; set model.head_dim={self.H + 1}"
-            )
+        if self.positions == "rotary":
+            self._check_rotary()
         if self.positions == "sinusoidal" and self.d_model % 2:
             raise ValueError(
                 f"sinusoidal positions come in pairs: model.d_model={self.d_model} must be even; use {self.d_model + 1}"
             )
+
+    def _check_rotary(self) -> None:
+        turned, scaling = self.rotary.turned(self.H), self.rotary.scaling
+        part = "" if self.rotary.fraction == 1 else f" x rotary.fraction={self.rotary.fraction}"
+        if turned % 2 or not turned:
+            raise ValueError(
+                f"rotary positions turn pairs: head_dim={self.H}{part} must be even; set model.head_dim={self.H + 1}"
+            )
+        if scaling in ("ntk", "dynamic") and turned == 2:
+            raise ValueError(
+                f"rotary.scaling={scaling} slows all pairs but the first, and head_dim={self.H}{part} has no other; "
+                f"set model.head_dim={2 * self.H}, or rotary.scaling=none"
+            )
+        for name in ("short_factors", "long_factors"):
+            factors = getattr(self.rotary, name)
+            if scaling == "longrope" and len(factors) != turned // 2:
+                raise ValueError(
+                    f"rotary.{name} has {len(factors)} numbers where head_dim={self.H}{part} has {turned // 2} pairs; "
+                    "give one for each"
+                )
 
     @property
     def K(self) -> int:

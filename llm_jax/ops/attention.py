@@ -338,14 +338,7 @@ _listener: ContextVar[Callable[[str], object]] = ContextVar("listener", default=
 @contextlib.contextmanager
 def heard(report: Callable[[str], object]) -> Iterator[None]:
     """Within it, `report` hears in a line, once, which implementation a program runs and why faster ones declined."""
-    said: set[str] = set()
-
-    def once(line: str) -> None:
-        if line not in said:
-            said.add(line)
-            report(line)
-
-    token = _listener.set(once)
+    token = _listener.set(functools.cache(report))
     try:
         yield
     finally:
@@ -404,15 +397,15 @@ def attention(
     names = [implementation] if implementation in IMPLEMENTATIONS else candidates(q.shape[1])
     if size_of("context") > 1:
         names = [across(implementation)]
-    reasons = []
-    for name in names:
+    declined = ""
+    for name in names[:-1]:
         try:
-            out = known[name](q, k, v, mask, scores)
+            return _told(known[name](q, k, v, mask, scores), name, declined)
         except Declined as reason:
-            if name == names[-1]:
-                raise
-            reasons.append(f"; {str(reason).partition(';')[0]}")
-            continue
-        _listener.get()(f"attention over {q.shape[1]:,} tokens: {name}{''.join(reasons)}")
-        return out
-    raise AssertionError("some implementation is always a candidate")
+            declined += f"; {str(reason).partition(';')[0]}"
+    return _told(known[names[-1]](q, k, v, mask, scores), names[-1], declined)
+
+
+def _told(out: Array, name: str, declined: str) -> Array:
+    _listener.get()(f"attention over {out.shape[1]:,} tokens: {name}{declined}")
+    return out

@@ -55,7 +55,7 @@ class Sampling:
 
 def _within(value: object, low: float, high: float) -> bool:
     """Whether `value` is a number in this range; NaN lies in none."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value <= high
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and bool(low <= value <= high)
 
 
 def top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:

@@ -31,6 +31,7 @@ from jaxtyping import PyTree
 
 from llm_jax import processes
 from llm_jax import tree as trees
+from llm_jax.train import run
 from llm_jax.train import seal as seals
 from llm_jax.train.checksum import checksums, not_finite
 from llm_jax.train.seal import Seal
@@ -84,6 +85,7 @@ class Checkpoints:
         self._reader = _lone_reader()
         self._heldout_losses = {step: self._heldout_loss(step) for step in processes.from_first(self.steps)}
         self._saving: int | None = None
+        self._saved_in: tuple[int, int] | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -104,7 +106,7 @@ class Checkpoints:
 
     def newest(self) -> int | None:
         """The step of the newest checkpoint, by memory: the folder may be gone."""
-        return max((step for step in self._heldout_losses if step != self._saving), default=None)
+        return max(self._heldout_losses.keys() - {self._saving}, default=None)
 
     def best(self) -> int | None:
         """The step with the least held-out loss; None where none was measured."""
@@ -126,7 +128,8 @@ class Checkpoints:
         if bad := not_finite(items):
             raise NotFinite(f"{bad} is not finite after step {progress.step}, and such a state is not saved")
         self._check_room(items, progress.step)
-        self._saving = progress.step
+        self.folder.mkdir(exist_ok=True)
+        self._saving, self._saved_in = progress.step, run.identity(self.folder)
         sums = {path: int(number) for path, number in jax.device_get(checksums(items)).items()}
         leaves = {path: [*_form(leaf), sums[path]] for path, leaf in trees.leaves(items).items()}
         record = {"progress": dataclasses.asdict(progress), "leaves": leaves}
@@ -139,13 +142,20 @@ class Checkpoints:
             )
         self._heldout_losses[progress.step] = _or_infinite(progress.heldout_loss)
 
+    def finish(self) -> None:
+        """Returns when the last save is whole. Raises `OSError` if it failed."""
+        if self._saving is not None:
+            with self._named_errors(self._saving):
+                self._orbax.wait_until_finished()
+            self._saving = None
+
     def wait(self) -> None:
         """Returns when the last save is whole and those it replaces are gone. Raises `OSError` if it failed."""
         if self._saving is None:
             return
-        with self._named_errors(self._saving):
-            self._orbax.wait_until_finished()
-        self._saving = None
+        self.finish()
+        if run.identity(self.folder) != self._saved_in:
+            return  # it was moved, and what stands here now is not ours to clear
         # By what every process remembers, not by what it sees of the folder while the first one clears it.
         for step in set(sorted(self._heldout_losses, reverse=True)[self._keep :]) - {self.best()}:
             del self._heldout_losses[step]

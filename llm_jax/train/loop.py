@@ -21,6 +21,7 @@ from llm_jax.data.shards import Shards
 from llm_jax.infer.generate import generate, prompt_ids
 from llm_jax.ops.attention import heard
 from llm_jax.ops.sampling import Sampling
+from llm_jax.sharding import mesh_sizes
 from llm_jax.train import run
 from llm_jax.train.checkpoint import Checkpoints, NotFinite, Progress, Report
 from llm_jax.train.count import parameter_counts
@@ -101,6 +102,7 @@ def train(config: RunConfig, folder: str | Path, *, console: Console | None = No
     folder = Path(folder)
     processes.from_first(lambda: run.check_free(folder, config))
     console = console or Console()
+    check_before_data(config)
     session = Session.open(config, folder, console, open_data(config, on(console)))
     with processes.watched(_way_on(folder)):
         state = session.begin()
@@ -117,6 +119,12 @@ def train(config: RunConfig, folder: str | Path, *, console: Console | None = No
                 if processes.is_first() and run.identity(folder) == ours and not log.read(folder):
                     run.remove(folder, keep_folder=existed)
                 raise
+
+
+def check_before_data(config: RunConfig) -> None:
+    """Raises `ValueError` for what no data can put right: it may take hours to prepare."""
+    make_schedule(config.optimizer, config.steps)
+    mesh_sizes(config.mesh, jax.device_count())
 
 
 def _way_on(folder: Path) -> str:
@@ -140,6 +148,7 @@ def resume(
         )
     config = override(old if steps is None else dataclasses.replace(old, steps=steps), layout)
     console = console or Console()
+    check_before_data(config)
     with run.owned(folder):
         session = Session.open(config, folder, console, open_run_data(folder, old, on(console)))
         with processes.watched(_way_on(folder)):
@@ -373,6 +382,8 @@ class Session:
     def _check_moved(self, moved: Callable[[], str | None]) -> None:
         """Raises `ValueError` where the folder is no longer where it was: a save would begin another one there."""
         if (now := moved()) is not None:
+            with contextlib.suppress(OSError):
+                self.checkpoints.finish()
             raise ValueError(
                 f"{self.folder} was moved or removed while its run trained; {self._newest_checkpoint()}, and nothing "
                 f"was written elsewhere; go on with: llm-jax resume {now}"
