@@ -23,7 +23,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from llm_jax.data.shards import open_shards, prepare
+from llm_jax.data.prepare import prepare
+from llm_jax.data.shards import open_shards
 from llm_jax.data.sources import documents, fingerprint, holds_records
 
 zstandard = pytest.importorskip("zstandard")

@@ -16,7 +16,7 @@ from llm_jax.train.checkpoint import Checkpoints
 from llm_jax.train.loop import train
 from llm_jax.train.program import Program
 from llm_jax.train.report import write_report
-from llm_jax.train.run import check_data, first_machine, load_config, load_tokenizer, shards_folder
+from llm_jax.train.run import check_data, first_machine, load_config, load_tokenizer, shards_folders
 from llm_jax.train.seal import Seal, changes, seal_of_folder
 from llm_jax.trained import evaluate
 
@@ -131,8 +131,8 @@ def test_a_damaged_file_beside_the_checkpoints_changes_no_number(finished, tmp_p
         one_line_or(lambda: log.read(run))
         one_line_or(lambda: log.missing(run, 3))
         one_line_or(lambda: first_machine(run))
-        one_line_or(lambda: shards_folder(run))
         config = one_line_or(lambda: load_config(run))
+        one_line_or(lambda: shards_folders(run, load_config(whole)))
         one_line_or(lambda: load_tokenizer(run))
         here: Seal | None = one_line_or(lambda: seal_of_folder(run))
         if config is not None and here is not None and number % 8 == 0:
@@ -178,7 +178,7 @@ def test_data_that_is_not_what_a_run_began_with_is_one_line(finished, tmp_path: 
     run, draw = shutil.copytree(whole, tmp_path / "run"), random.Random(3)
     from llm_jax.data.shards import open_shards
 
-    shards = open_shards(shards_folder(run))
+    shards = open_shards(*shards_folders(run, load_config(run)))
     for _ in range(100):
         damaged(draw, run / "data.json")
         one_line_or(lambda: check_data(run, shards))

@@ -8,7 +8,7 @@ import pytest
 from tiny_run import console, write_corpus
 
 from llm_jax import trained
-from llm_jax.data import shards
+from llm_jax.data.prepare import prepare
 from llm_jax.train.loop import train
 from llm_jax.train.run import RunConfig
 
@@ -65,6 +65,6 @@ def test_rows_are_scored_by_a_column_of_their_own(finished: Path, tmp_path: Path
         trained.evaluate(finished, str(rows), "last", report=lambda line: None)
     result, _ = trained.evaluate(finished, str(rows), "last", column="story", report=lambda line: None)
     assert (result.documents, result.bytes) == (4, 30)
-    shards.prepare(str(rows), tmp_path / "out", tokenizer="byte", column="label", heldout=0.0)
+    prepare(str(rows), tmp_path / "out", tokenizer="byte", column="label", heldout=0.0)
     with pytest.raises(ValueError, match="is prepared already, of the column 'label'; leave out --column story"):
         trained.evaluate(finished, str(tmp_path / "out"), "last", column="story", report=lambda line: None)
