@@ -64,9 +64,8 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
         if not equals or not key:
             raise ValueError(f"expected key=value, got {_short(assignment)}; for example model.n_layers=8")
         *groups, leaf = key.split(".")
-        if key not in known and not any(
-            (at := known.get(".".join(groups[:depth]))) and at.group is None for depth in range(1, len(groups) + 1)
-        ):
+        below_a_value = any(key.startswith(f"{name}.") for name, at in known.items() if at.group is None)
+        if key not in known and not below_a_value:
             raise _unknown(type(config), key, text)
         if key in known and known[key].group and text != "none" and (meant := suggestions(key, type(config))):
             raise ValueError(f"{key} is a group of keys; did you mean {_as_typed(meant, text)}?")

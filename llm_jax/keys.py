@@ -5,6 +5,7 @@ The meaning of a key is what the docstring of its dataclass says under `Attribut
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import re
 import types
@@ -91,8 +92,13 @@ class Key:
     group: Any
 
 
-def keys(cls: Any, where: str = "") -> Iterator[Key]:
+@functools.cache
+def keys(cls: Any) -> tuple[Key, ...]:
     """All keys of the config class `cls`, those of a group after the group."""
+    return tuple(_keys(cls, ""))
+
+
+def _keys(cls: Any, where: str) -> Iterator[Key]:
     hints, said = get_type_hints(cls), meanings(cls)
     for field in dataclasses.fields(cls):
         name, kind = where + field.name, hints[field.name]
@@ -103,7 +109,7 @@ def keys(cls: Any, where: str = "") -> Iterator[Key]:
             meaning += f" One of {', '.join(choices)}."
         yield Key(name, kind, default, meaning, group)
         if group is not None:
-            yield from keys(group, f"{name}.")
+            yield from _keys(group, f"{name}.")
 
 
 def _group(kind: Any) -> Any:

@@ -71,6 +71,7 @@ ENVIRONMENT = {
     "TPU_STDERR_LOG_LEVEL": "3",
 }
 H100 = Path(__file__).parent / "h100.txtpb"  # of the hardware, what its compiler asks for
+MOST_DEVICES = 100_000
 SIZES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3, "h100": 2, "cpu": 1}  # how many numbers say its shape
 
 
@@ -152,11 +153,17 @@ def parse(name: str, slices: int = 1) -> Topology:
     if kind not in CHIPS:
         known = ", ".join(chip.example for chip in CHIPS.values())
         raise ValueError(f"no topology is called {name!r}; known kinds, each with an example: {known}")
-    sizes = tuple(int(size) for size in shape.split("x")) if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) else ()
+    sizes = (
+        tuple(int(size) for size in shape.split("x"))
+        if re.fullmatch("[1-9][0-9]{0,5}(x[1-9][0-9]{0,5})*", shape)
+        else ()
+    )
     if len(sizes) != SIZES[kind]:
         raise ValueError(f"a topology of {kind} is {SIZES[kind]} sizes, as {CHIPS[kind].example}; got {name!r}")
     if slices < 1 or (slices > 1 and kind == "cpu"):
         raise ValueError(f"--slices {slices} of {name}: at least 1, and several of accelerators only")
+    if (devices := slices * math.prod(sizes)) > MOST_DEVICES:
+        raise ValueError(f"{name} has {devices:,} devices, and no more than {MOST_DEVICES:,} are planned for")
     return Topology(kind, sizes, slices)
 
 

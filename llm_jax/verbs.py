@@ -221,7 +221,8 @@ def evaluate(args: Namespace) -> None:
 def show(args: Namespace) -> None:
     """Show what a config amounts to: the shape of every activation, parameters, FLOPs, memory.
 
-    Nothing is computed and nothing allocated: it takes a moment for a model of any size.
+    Nothing is computed and nothing allocated: it takes a moment for a model of any size. A recipe is Python, and is
+    run: read that of a stranger first (docs/cli.md).
 
       llm-jax show shapes                                    the walk to do first
       llm-jax show llama_1b data.batch_size=64 accumulate=8
@@ -248,7 +249,8 @@ def plan(args: Namespace) -> None:
     """Compile a train step for accelerators that are not here, and say what it would be.
 
     Whether it fits and where the memory goes, what is sent along which axis of the mesh, FLOPs, the time of a step at
-    published peak rates, and at a --price what it costs. --search tries what may be changed, each a compile.
+    published peak rates, and at a --price what it costs. --search tries what may be changed, each a compile. A recipe
+    is Python, and is run: read that of a stranger first (docs/cli.md).
 
       llm-jax plan llama2_7b --topology v5e:4x4
       llm-jax plan llama2_7b --topology v5p:2x2x1 data.batch_size=8 --price 4.2
@@ -331,7 +333,7 @@ def verify(args: Namespace) -> None:
 
     On eight simulated devices, in float32: each mesh axis alone, and every two together. Loss and the gradient of every
     parameter are compared, and twenty steps of training. All takes a quarter of an hour and more on two cores; --axes
-    keeps to the layouts of these.
+    keeps to the layouts of these. A recipe is Python, and is run: read that of a stranger first (docs/cli.md).
 
       llm-jax verify                                                     of quickstart
       llm-jax verify quickstart model.layers=global+moe model.experts.number=8

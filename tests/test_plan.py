@@ -202,6 +202,9 @@ ENTRY %main (x: f32[256]) -> f32[256] {
     [
         ("v9:4x4", r"no topology is called 'v9:4x4'; known .*: v4:2x2x4, .*cpu:8$"),
         ("v5e", "a topology of v5e is 2 sizes, as v5e:4x4; got 'v5e'"),
+        ("v5e:٤x4", "a topology of v5e is 2 sizes, as v5e:4x4; got"),
+        ("cpu:1_0", "a topology of cpu is 1 sizes, as cpu:8; got"),
+        ("cpu:999999", "cpu:999999 has 999,999 devices, and no more than 100,000 are planned for"),
         ("v5p:4x4", "a topology of v5p is 3 sizes, as v5p:2x2x4; got 'v5p:4x4'"),
         ("cpu:0", "a topology of cpu is 1 sizes"),
     ],

@@ -283,6 +283,9 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     [
         ("gpt-2", "did you mean 'gpt2'"),
         ("train:many", "unknown tokenizer 'train:many'"),
+        ("train:٤٠٩٦", "unknown tokenizer 'train:٤٠٩٦'"),
+        ("train:4_096", "unknown tokenizer 'train:4_096'.*did you mean 'train:4096'"),
+        ("train:99999999999999999999", "unknown tokenizer 'train:99999999999999999999'"),
         ("train:256", "make 257"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import itertools
@@ -275,10 +276,12 @@ def _new_folder(out: Path) -> Iterator[Path]:
         with whole_folder(out, "prepare") as folder:
             yield folder
     except OSError as error:  # what goes wrong in reading is a ValueError
+        if error.errno not in (errno.ENOSPC, None):  # None: NumPy, of a file that came out too short
+            raise ValueError(f"cannot write {out}: {error.strerror}; fix that, or name another folder") from error
         free = shutil.disk_usage(next(parent for parent in out.absolute().parents if parent.exists())).free
         raise ValueError(
             f"cannot write {out}: {error.strerror or 'no space left'} ({free:,} bytes free without it); make "
-            "room, or name another folder"
+            "room, or name a folder on another disk"
         ) from error
 
 

@@ -205,7 +205,7 @@ class Checkpoints:
         steps = processes.from_first(self.steps)
         if which in ("best", "last"):
             return sorted(steps, key=lambda step: (which == "best" and step != self.best(), -step))
-        if not which.isdecimal():
+        if not (which.isascii() and which.isdecimal() and len(which) < 20):
             raise ValueError(f"no checkpoint is called {which!r}; use best, last, or a step out of {sorted(steps)}")
         if int(which) not in steps:
             raise ValueError(f"{self.folder} has no checkpoint of step {which}; use one of {sorted(steps)}")
