@@ -253,11 +253,12 @@ class Session:
         )
         meter = Meter(c, rows, progress)
         try:
-            with stop_signals() as stopping, heard(self.say), self.checkpoints, rows:  # the last save too ends in peace
+            with stop_signals() as stopping, self.checkpoints, rows:  # the last save too ends in peace
                 if not self.checkpoints.steps():  # what a run began from, it need not find again
                     self.checkpoints.save(state, progress)
                 for batch in self.loader.batches(progress.step):
-                    state, metrics = self.program.train_step(state, batch)
+                    with heard(self.say):  # the first one, which is traced, says who attends
+                        state, metrics = self.program.train_step(state, batch)
                     meter.push(metrics)
                     self._check(state, meter.progress)
                     last = stopping(meter.step) or meter.step == c.steps
