@@ -281,11 +281,12 @@ class Session:
     ) -> Progress:
         """One step after the other, with what is due between them; how far it came, and the last held-out loss."""
         measured, last, asked = meter.progress.heldout_loss, False, False
-        with stop_signals() as stopping, heard(self.say), self.checkpoints, rows:  # the last save too ends in peace
+        with stop_signals() as stopping, self.checkpoints, rows:  # the last save too ends in peace
             if not self.checkpoints.steps():  # what a run began from, it need not find again
                 self._save(state, meter.progress)
             for batch in self.loader.batches(meter.step):
-                state, metrics = self.program.train_step(state, batch)
+                with heard(self.say):  # the first one, which is traced, says who attends
+                    state, metrics = self.program.train_step(state, batch)
                 meter.push(metrics)
                 self._check(state, meter.progress)
                 asked = stopping(meter.step)
