@@ -284,6 +284,8 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
         ("gpt-2", "did you mean 'gpt2'"),
         ("train:many", "unknown tokenizer 'train:many'"),
         ("train:256", "make 257"),
+        ("train:2147483648", "at most 4194304 ids; use train:4096"),
+        ("train:" + "9" * 5000, "unknown tokenizer"),
     ],
 )
 def test_a_spec_that_names_nothing_raises(spec: str, message: str):
