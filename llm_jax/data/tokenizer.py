@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import operator
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -247,7 +248,7 @@ def build(spec: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
         return CharTokenizer(functools.reduce(set[str].union, texts(), set()))
     if kind == "train" and re.fullmatch("[0-9]{1,18}", size):
         return train(int(size), texts())
-    if not Path(spec).is_dir():
+    if not os.path.isdir(spec):  # of a name that no file could have, too
         raise ValueError(f"unknown tokenizer {spec!r}, and no folder of that name; {nearest(spec, SPECS)}")
     return load(spec)
 
