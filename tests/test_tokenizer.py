@@ -287,6 +287,8 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
         ("train:4_096", "unknown tokenizer 'train:4_096'.*did you mean 'train:4096'"),
         ("train:99999999999999999999", "unknown tokenizer 'train:99999999999999999999'"),
         ("train:256", "make 257"),
+        ("train:2147483648", "at most 4194304 ids; use train:4096"),
+        ("train:" + "9" * 5000, "unknown tokenizer"),
     ],
 )
 def test_a_spec_that_names_nothing_raises(spec: str, message: str):
