@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -243,7 +244,11 @@ def test_a_fresh_state_is_at_step_zero_and_its_moments_are_float32():
     assert isinstance(optax.tree.get(shapes.opt_state, "mu"), dict)
 
 
-@pytest.mark.parametrize("changes", [{"z_loss": -1.0}, {"label_smoothing": 1.0}, {"chunk": 0}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"z_loss": -1.0}, {"z_loss": math.inf}, {"label_smoothing": 1.0}, {"label_smoothing": math.nan}, {"chunk": 0}],
+    ids=str,
+)
 def test_numbers_that_make_no_loss_are_refused(changes: dict[str, Any]):
     ((name, value),) = changes.items()
     with pytest.raises(ValueError, match=f"loss.{name}.*{value}"):

@@ -223,7 +223,11 @@ class Transformer(nn.Module):
 
 
 def forward(model: Transformer, params: PyTree, tokens: Int[Array, "B L"], **inputs: Any) -> Output:
-    """`model.apply` on a parameter tree, with the type of what it returns; `inputs` as `Transformer.__call__`."""
+    """`model.apply` on a parameter tree, with the type of what it returns; `inputs` as `Transformer.__call__`.
+
+    Nothing is raised for an id outside the vocabulary, or a position beyond a learned table: it reads the nearest row.
+    `train/batch.py` refuses such batches.
+    """
     return cast(Output, model.apply({"params": params}, tokens, **inputs))
 
 

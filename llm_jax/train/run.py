@@ -116,7 +116,8 @@ class RunConfig:
             raise ValueError(f"loss.chunk={self.loss.chunk} does not divide data.seq_len={self.data.seq_len}")
         if self.offload != "none" and self.optimizer.name == "adafactor":
             raise ValueError(
-                f"offload={self.offload} updates a layer at a time, and adafactor scales its update by all of them; "
+                f"offload={self.offload} updates a layer at a time, and adafactor's state, which is small, lies by "
+                "parameter; "
                 "use offload=none, or optimizer.name=adamw"
             )
         self._check_task()

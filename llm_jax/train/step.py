@@ -56,7 +56,7 @@ class LossConfig:
     chunk: int | None = None
 
     def __post_init__(self) -> None:
-        if self.z_loss < 0 or not 0 <= self.label_smoothing < 1:
+        if not 0 <= self.z_loss < math.inf or not 0 <= self.label_smoothing < 1:
             raise ValueError(f"loss.z_loss must not be negative and loss.label_smoothing lie in [0, 1), got {self}")
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"loss.chunk={self.chunk} must be at least 1; none is no chunks")
@@ -203,12 +203,15 @@ def make_train_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         def advance(params: PyTree, opt_state: PyTree, gradients: PyTree) -> tuple[PyTree, PyTree, Bool[Array, ""]]:
-            updates, new_state = optimizer.update(mean(gradients), opt_state, params, norm=norm)
-            new_params = optax.apply_updates(params, optax.tree.scale(rate, updates))
-            good = finite & jnp.isfinite(optax.tree.norm(new_params))
+            def new(params: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree]:
+                updates, opt_state = optimizer.update(mean(gradients), opt_state, params, norm=norm)
+                return optax.apply_updates(params, optax.tree.scale(rate, updates)), opt_state
+
+            good = finite & jnp.isfinite(optax.tree.norm(new(params, opt_state)[0]))
+            # Computed again where it is kept: else every new parameter would wait in memory for the norm of the last.
+            old = jax.lax.optimization_barrier((params, opt_state))
             # A choice of numbers, not of a branch: that would want float32 gradients whole in memory, before it.
-            choose = functools.partial(jnp.where, good)
-            return *jax.tree.map(choose, (new_params, new_state), (params, opt_state)), good
+            return *jax.tree.map(functools.partial(jnp.where, good), new(*old), old), good
 
         params, opt_state, finite = advanced(advance, state.params, state.opt_state, gradients)
         if rebalance is not None and load is not None:
