@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxprs import equations, product_flops
 
-from llm_jax.ops.attention import Declined, Mask, Sparse, attention
+from llm_jax.ops.attention import IMPLEMENTATIONS, Declined, Dropout, Mask, Sparse, attention
 
 SHORT = 9
 
@@ -160,6 +160,28 @@ def test_an_implementation_that_declines_says_why():
     q = jnp.ones((1, SHORT, 2, 3, 8))
     with pytest.raises(Declined, match=f"chunked takes a query length .* got {SHORT}"):
         attention(q, q[:, :, :, 0], q[:, :, :, 0], Mask(), implementation="chunked")
+
+
+@pytest.mark.parametrize("name", ["reference", "chunked"])
+def test_dropout_zeroes_its_share_of_the_pattern_and_scales_the_rest(name: str):
+    """Where all scores are alike and values tell keys apart, what comes out is the pattern."""
+    S, rate = 256, 0.25
+    q, k, v = jnp.zeros((1, S, 1, 2, S)), jnp.zeros((1, S, 1, S)), jnp.eye(S)[None, :, None]
+    drop = Dropout(jax.random.key(0), rate)
+    found = attention(q, k, v, Mask(causal=False), implementation=name, dropout=drop)[0, :, 0]
+    dropped = np.asarray(found) == 0
+    np.testing.assert_allclose(found, np.where(dropped, 0, 1 / (S * (1 - rate))), rtol=1e-5)
+    np.testing.assert_allclose(dropped.mean((0, 2)), rate, atol=0.01)
+    np.testing.assert_allclose(found.sum(-1).mean(), 1, atol=0.01)  # in the mean nothing changes
+    places = [dropped[:128, 0], dropped[128:, 0], dropped[:128, 1]]
+    assert len({place.tobytes() for place in places}) == 3, "two blocks, or two heads, share their noise"
+
+
+@pytest.mark.parametrize("name", sorted(IMPLEMENTATIONS.keys() - {"reference", "chunked"}))
+def test_what_holds_no_pattern_declines_dropout(name: str):
+    q = jnp.zeros((1, 128, 1, 1, 64))
+    with pytest.raises(Declined, match=f"{name} never holds the pattern .*; use model.attention.implementation=refer"):
+        attention(q, q[:, :, 0], q[:, :, 0], Mask(), implementation=name, dropout=Dropout(jax.random.key(0), 0.1))
 
 
 def test_an_unknown_implementation_is_answered_with_the_known_ones():
