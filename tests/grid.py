@@ -51,7 +51,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "attention": (
         AttentionConfig(),
         AttentionConfig(qk_norm="head", softcap=5.0, sinks=1),
-        AttentionConfig(qk_norm="whole", scale=0.3, implementation="reference"),
+        AttentionConfig(qk_norm="whole", scale=0.3, dropout=0.1, implementation="reference"),
     ),
     "experts": (Experts(number=4, d_ff=8), Experts(number=3, active=1, renormalise=False, shared=2, balance="bias")),
     "embedding_scale": (1.0, 3.0),

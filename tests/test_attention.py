@@ -10,7 +10,17 @@ from jaxprs import equations, product_flops
 
 import llm_jax.ops.attention
 import llm_jax.ops.kernels
-from llm_jax.ops.attention import LONG, Declined, Mask, Sparse, attention, candidates, heard
+from llm_jax.ops.attention import (
+    IMPLEMENTATIONS,
+    LONG,
+    Declined,
+    Dropout,
+    Mask,
+    Sparse,
+    attention,
+    candidates,
+    heard,
+)
 
 SHORT = 9
 
@@ -216,6 +226,28 @@ def test_no_length_is_too_odd_for_chunks(mask: Mask, L: int, S: int):
 
     for exact, found in zip(*both(q, k, v), strict=True):
         np.testing.assert_allclose(found, exact, atol=2e-5 * float(jnp.abs(exact).max()))
+
+
+@pytest.mark.parametrize("name", ["reference", "chunked"])
+def test_dropout_zeroes_its_share_of_the_pattern_and_scales_the_rest(name: str):
+    """Where all scores are alike and values tell keys apart, what comes out is the pattern."""
+    S, rate = 256, 0.25
+    q, k, v = jnp.zeros((1, S, 1, 2, S)), jnp.zeros((1, S, 1, S)), jnp.eye(S)[None, :, None]
+    drop = Dropout(jax.random.key(0), rate)
+    found = attention(q, k, v, Mask(causal=False), implementation=name, dropout=drop)[0, :, 0]
+    dropped = np.asarray(found) == 0
+    np.testing.assert_allclose(found, np.where(dropped, 0, 1 / (S * (1 - rate))), rtol=1e-5)
+    np.testing.assert_allclose(dropped.mean((0, 2)), rate, atol=0.01)
+    np.testing.assert_allclose(found.sum(-1).mean(), 1, atol=0.01)  # in the mean nothing changes
+    places = [dropped[:128, 0], dropped[128:, 0], dropped[:128, 1]]
+    assert len({place.tobytes() for place in places}) == 3, "two blocks, or two heads, share their noise"
+
+
+@pytest.mark.parametrize("name", sorted(IMPLEMENTATIONS.keys() - {"reference", "chunked"}))
+def test_what_holds_no_pattern_declines_dropout(name: str):
+    q = jnp.zeros((1, 128, 1, 1, 64))
+    with pytest.raises(Declined, match=f"{name} never holds the pattern .*; use model.attention.implementation=refer"):
+        attention(q, q[:, :, 0], q[:, :, 0], Mask(), implementation=name, dropout=Dropout(jax.random.key(0), 0.1))
 
 
 def test_an_unknown_implementation_is_answered_with_the_known_ones():

@@ -169,7 +169,14 @@ def test_every_switch_of_the_cases_reaches_the_model():
     assert read["phi3 short"].rotary == Rotary(1e3, 0.75, "longrope", 3.0, 48, **lists)
     assert read["llama dynamic"].rotary == Rotary(1e3, 1.0, "dynamic", 3.0, 16)
     assert read["llama dynamic"].max_seq_len == 48
-    assert read["gemma"].embedding_scale == 24**0.5
+    assert (read["gemma"].embedding_scale, read["gemma"].bias) == (24**0.5, "attention")
+    dropped = [read[case].attention.dropout for case in ("llama biased attention", "seed_oss", "gpt2", "gpt_neox")]
+    assert dropped == [0.2, 0.1, 0.1, 0.0]
+    assert (read["granite"].embedding_scale, read["granite"].attention.scale) == (3.0, 0.4)
+    assert (read["granite"].residual_scale, read["granite"].logit_scale) == (0.3, 0.25)
+    assert (read["glm"].rotary, read["glm"].bias) == (Rotary(1e3, 0.5, pairs="interleaved"), "qkv")
+    assert (read["glm4"].residual, read["glm4"].rotary.pairs, read["glm4"].bias) == ("sandwich", "interleaved", "none")
+    assert (read["ernie4_5"].rotary.pairs, read["ernie4_5"].bias) == ("interleaved", "all")
     assert read["olmo3"].layers == ("local", "local", "local", "global")
     assert read["olmo3"].rotary == Rotary(5e5, 1.0, "yarn", 4.0, 16, local_theta=5e5)
     assert read["exaone4"].layers == ("local", "local", "local", "nope")
@@ -230,7 +237,10 @@ def test_what_a_config_leaves_out_is_what_transformers_takes():
     """Its defaults for (num_key_value_heads, head_dim), as transformers 5.23 has them; null is ours."""
     defaults = {"llama": (None, None), "mistral": (8, None), "mixtral": (8, None), "qwen2": (32, None)}
     defaults |= {"qwen3": (32, 128), "gemma2": (4, 256), "gemma3_text": (4, 256), "olmo2": (None, None)}
-    defaults |= {"phi3": (None, None), "smollm3": (4, None)}
+    defaults |= {"phi3": (None, None), "smollm3": (4, None), "gemma": (16, 256), "olmo3": (None, None)}
+    defaults |= {"exaone4": (32, None), "starcoder2": (2, None), "seed_oss": (8, 128), "arcee": (None, None)}
+    defaults |= {"cwm": (8, 128), "granite": (None, None), "glm": (2, 128), "glm4": (2, 128), "ernie4_5": (2, 128)}
+    defaults |= {"qwen3_moe": (4, None), "olmoe": (None, None)}
     sizes = SIZES | {"num_attention_heads": 32, "hidden_size": 64}
     absent = {name: size for name, size in sizes.items() if name != "num_key_value_heads"}
     for name, expected in defaults.items():
@@ -251,8 +261,12 @@ def test_what_a_config_leaves_out_is_what_transformers_takes():
         ("llama llama3", {"clip_qkv": 0.0}, "says clip_qkv=0.0, which no llama of llm-jax"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "says attn_logit_softcapping=50.0, which no gemma3_text"),
         ("qwen3", {"quantization_config": {"bits": 4}}, "says quantization_config="),
-        ("qwen3", {"attention_bias": True}, "says attention_bias=True"),
-        ("llama llama3", {"mlp_bias": False}, r"attention_bias, mlp_bias=\(True, False\), .* known: \(False, False\)"),
+        ("mistral yarn", {"attention_bias": True}, "says attention_bias=True"),
+        (
+            "llama llama3",
+            {"attention_bias": False},
+            r"attention_bias, mlp_bias=\(False, True\), .* known: \(False, False\), \(True, False\), \(True, True\)",
+        ),
         (
             "llama llama3",
             {"rope_parameters": {"rope_type": "proportional"}},
@@ -380,6 +394,11 @@ def shapes_of(config: ModelConfig) -> Shapes:
         ({"layers": ("global", "global")}, "llama"),
         ({"bias": "all"}, "llama"),
         ({"bias": "qkv"}, "qwen2"),
+        ({"bias": "attention"}, "llama"),
+        ({"rotary": Rotary(pairs="interleaved")}, "ernie4_5"),
+        ({"rotary": Rotary(pairs="interleaved", fraction=0.5)}, "glm"),
+        ({"residual_scale": 0.5}, "granite"),
+        ({"logit_scale": 0.5}, "granite"),
         ({"attention": AttentionConfig(qk_norm="head")}, "qwen3"),
         ({"layers": ("local",), "attention": AttentionConfig(window=4)}, "mistral"),
         ({"layers": ("local", "global"), "attention": AttentionConfig(window=4)}, "smollm3"),

@@ -163,10 +163,9 @@ def check(config: RunConfig, steps: int) -> None:
     """Raises `ValueError` for what two sides can't do alike."""
     if not WARM_UP < steps <= config.steps:
         raise ValueError(f"--steps {steps} must lie between {WARM_UP + 1} and the run's own steps={config.steps}")
-    if config.model.dropout:
-        raise ValueError(
-            f"model.dropout={config.model.dropout}: no two libraries drop the same numbers; set model.dropout=0"
-        )
+    for name, rate in (("dropout", config.model.dropout), ("attention.dropout", config.model.attention.dropout)):
+        if rate:
+            raise ValueError(f"model.{name}={rate}: no two libraries drop the same numbers; set model.{name}=0")
     if config.optimizer.name != "adamw":
         raise ValueError(
             f"optimizer.name={config.optimizer.name} has no twin in PyTorch; set optimizer.name=adamw, and an "

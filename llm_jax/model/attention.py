@@ -3,6 +3,7 @@
 import dataclasses
 
 import flax.linen as nn
+import jax
 from flax import struct
 from jaxtyping import Array, Float, Int
 
@@ -11,7 +12,7 @@ from llm_jax.model.config import ModelConfig
 from llm_jax.model.init import normal
 from llm_jax.model.norm import Norm
 from llm_jax.model.taps import tap, tapped
-from llm_jax.ops.attention import Mask, attention
+from llm_jax.ops.attention import Dropout, Mask, attention
 from llm_jax.ops.gradient import add_bias, linear
 from llm_jax.ops.position import rotary
 from llm_jax.sharding import constrain, own_tokens
@@ -90,4 +91,12 @@ class Attention(nn.Module):
             k, v = cache.view(slot)
         tap_scores = (lambda name, y: tap(self, name, y)) if tapped(self) else None
         how = c.attention.implementation
-        return attention(q, k, v, mask, c.scores, implementation=how, tap=tap_scores), cache
+        dropout = self._dropout(context, slot)
+        return attention(q, k, v, mask, c.scores, implementation=how, tap=tap_scores, dropout=dropout), cache
+
+    def _dropout(self, context: Context, slot: Slot) -> Dropout | None:
+        """Of the pattern, in training; each layer has a key of its own."""
+        rate = self.config.attention.dropout
+        if rate == 0 or not context.train:
+            return None
+        return Dropout(jax.random.fold_in(self.make_rng("dropout"), slot), rate)

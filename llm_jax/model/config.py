@@ -72,6 +72,7 @@ class AttentionConfig:
       qk_norm: queries and keys are normed, each head by itself (`head`, Qwen3) or all together (`whole`, OLMo 2).
       scale: what scores are multiplied by; None: `H**-0.5`.
       softcap: scores are squeezed into (-softcap, softcap) by tanh; None: they are not.
+      dropout: the share of the pattern that is zeroed in training; `reference` and `chunked` hold one.
       convolution: tokens that the short convolution of `delta` layers spans.
       implementation: one of `ops/attention.py`. None: the fastest that accepts; `zigzag` where devices share a row.
     """
@@ -82,6 +83,7 @@ class AttentionConfig:
     qk_norm: Literal["none", "head", "whole"] = "none"
     scale: float | None = None
     softcap: float | None = None
+    dropout: float = 0.0
     convolution: int = 4
     implementation: str | None = None
 
@@ -92,6 +94,8 @@ class AttentionConfig:
         for name in ("scale", "softcap"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"model.attention.{name}={value} must be positive")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.attention.dropout={self.dropout} must lie in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +223,11 @@ class ModelConfig:
             raise ValueError(
                 f"model.attention.sinks={self.attention.sinks} are what local layers see besides their window, but "
                 f"model.layers={','.join(self.layers)} has none; set sinks to 0, or name a layer local"
+            )
+        if self.attention.dropout and mixers.isdisjoint(SOFTMAX):
+            raise ValueError(
+                f"model.attention.dropout={self.attention.dropout} zeroes a share of softmax attention, but "
+                f"model.layers={','.join(self.layers)} has none; set it to 0"
             )
         for kind, name, value, example in needs:
             used = any(layer.moe for layer in self.period) if kind == "+moe" else kind in mixers

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from llm_jax.ops.position import alibi_slopes
 from llm_jax.sharding import size_of
@@ -187,6 +187,19 @@ class Scores:
         return H**-0.5 if self.scale is None else self.scale
 
 
+@struct.dataclass
+class Dropout:
+    """A share `rate` of a pattern is zeroed, as `key` has it, and the rest scaled up (Srivastava et al. 2014)."""
+
+    key: Key[Array, ""]
+    rate: float = struct.field(pytree_node=False)
+
+    def __call__(self, pattern: Float[Array, "B K G l s"], block: Int[Array, ""] | int = 0) -> Array:
+        """`pattern` with what is dropped of it; each `block` of queries has noise of its own."""
+        keep = jax.random.bernoulli(jax.random.fold_in(self.key, block), 1 - self.rate, pattern.shape)
+        return jnp.where(keep, pattern / (1 - self.rate), jnp.zeros_like(pattern))
+
+
 @runtime_checkable
 class Implementation(Protocol):
     def __call__(
@@ -196,6 +209,8 @@ class Implementation(Protocol):
         v: Float[Array, "B S K H"],
         mask: Mask,
         scores: Scores,
+        *,
+        dropout: Dropout | None = None,
     ) -> Float[Array, "B L K G H"]: ...
 
 
@@ -238,23 +253,27 @@ def attend(
     distance: Int[Array, "#B L S"],
     scores: Scores,
     tap: Tap = no_tap,
+    drop: Callable[[Array], Array] | None = None,
 ) -> Array:
     """Softmax attention under a materialised mask; logits and softmax are float32 whatever the dtype of `q`."""
     pattern = tap("pattern", jax.nn.softmax(score(q, k, mask, distance, scores, tap=tap), axis=-1))
+    pattern = pattern if drop is None else drop(pattern)
     return jnp.einsum("BKGLS,BSKH->BLKGH", pattern.astype(v.dtype), v)
 
 
-def reference(q: Array, k: Array, v: Array, mask: Mask, scores: Scores, tap: Tap = no_tap) -> Array:
+def reference(
+    q: Array, k: Array, v: Array, mask: Mask, scores: Scores, tap: Tap = no_tap, *, dropout: Dropout | None = None
+) -> Array:
     """The specification: holds all `B K G L S` scores at once."""
     L, S = q.shape[1], k.shape[1]
-    return attend(q, k, v, mask.materialise(L, S), mask.distance(L, S), scores, tap)
+    return attend(q, k, v, mask.materialise(L, S), mask.distance(L, S), scores, tap, dropout)
 
 
 BLOCK = 128  # queries whose scores exist at one time
 BANDS = 8  # stretches of the row, each compiled for the keys that it sees
 
 
-def chunked(q: Array, k: Array, v: Array, mask: Mask, scores: Scores) -> Array:
+def chunked(q: Array, k: Array, v: Array, mask: Mask, scores: Scores, *, dropout: Dropout | None = None) -> Array:
     """Block by block over the queries, recomputed in the backward pass: memory is linear in L.
 
     Blocks of keys that nobody in a block of queries can see are left out: what lies ahead, behind a window, or off a
@@ -287,7 +306,8 @@ def chunked(q: Array, k: Array, v: Array, mask: Mask, scores: Scores) -> Array:
             some_q = jax.lax.dynamic_slice_in_dim(q, start, size, axis=1)
             places = (L, S, queries, keys)
             seen = mask.materialise(*places) if own is None else mask.materialise(*places) & (own < S)[None, None]
-            return None, attend(some_q, some_k, some_v, seen, mask.distance(*places), scores)
+            drop = None if dropout is None else functools.partial(dropout, block=start)
+            return None, attend(some_q, some_k, some_v, seen, mask.distance(*places), scores, drop=drop)
 
         parts = (jnp.asarray(band * size), jnp.asarray(keys) if apart else None)
         return jnp.moveaxis(jax.lax.scan(block, None, parts)[1], 0, 1).reshape(q.shape[0], -1, *q.shape[2:])
@@ -299,10 +319,15 @@ def chunked(q: Array, k: Array, v: Array, mask: Mask, scores: Scores) -> Array:
 def elsewhere(file: str, name: str) -> Implementation:
     """A function of a file that imports this one: it is looked up by its first call.
 
-    Programs that run no kernel never load Pallas.
+    Programs that run no kernel never load Pallas. None of them holds a pattern that dropout could take from.
     """
 
-    def run(q: Array, k: Array, v: Array, mask: Mask, scores: Scores) -> Array:
+    def run(q: Array, k: Array, v: Array, mask: Mask, scores: Scores, *, dropout: Dropout | None = None) -> Array:
+        if dropout is not None:
+            raise Declined(
+                f"{name} never holds the pattern of which model.attention.dropout={dropout.rate} zeroes a share; use "
+                "model.attention.implementation=reference or chunked and mesh.context=1, or model.attention.dropout=0"
+            )
         return getattr(importlib.import_module(f"llm_jax.ops.{file}"), name)(q, k, v, mask, scores)
 
     return run
@@ -374,13 +399,15 @@ def attention(
     *,
     implementation: str | None = None,
     tap: Tap | None = None,
+    dropout: Dropout | None = None,
 ) -> Float[Array, "B L K G H"]:
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): query head (k, g) reads key/value head k.
 
     `implementation=None` takes the first row of `FASTEST` that accepts; a name takes that one or raises `Declined`, a
-    `ValueError`, with the reason. With `tap`, scores and pattern are shown to it, so the reference runs. Rows that are
-    split over `mesh.context` take one of `ACROSS`, by default `ring`. Raises `ValueError` for an array in place of a
-    `Mask`: kernels read its fields, and leave out what they hide.
+    `ValueError`, with the reason. With `tap`, scores and pattern are shown to it, so the reference runs. `dropout` is
+    for training, and for those that hold a pattern. Rows that are split over `mesh.context` take one of `ACROSS`, by
+    default `ring`. Raises `ValueError` for an array in place of a `Mask`: kernels read its fields, and leave out what
+    they hide.
     """
     if not isinstance(mask, Mask):
         raise ValueError(
@@ -393,17 +420,17 @@ def attention(
     if tap is not None and implementation == "zigzag" and size_of("context") > 1:
         raise Declined("the tokens of a zigzag are out of order; look at them with model.attention.implementation=ring")
     if tap is not None:
-        return reference(q, k, v, mask, scores, tap)
+        return reference(q, k, v, mask, scores, tap, dropout=dropout)
     names = [implementation] if implementation in IMPLEMENTATIONS else candidates(q.shape[1])
     if size_of("context") > 1:
         names = [across(implementation)]
     declined = ""
     for name in names[:-1]:
         try:
-            return _told(known[name](q, k, v, mask, scores), name, declined)
+            return _told(known[name](q, k, v, mask, scores, dropout=dropout), name, declined)
         except Declined as reason:
             declined += f"; {str(reason).partition(';')[0]}"
-    return _told(known[names[-1]](q, k, v, mask, scores), names[-1], declined)
+    return _told(known[names[-1]](q, k, v, mask, scores, dropout=dropout), names[-1], declined)
 
 
 def _told(out: Array, name: str, declined: str) -> Array:

@@ -254,7 +254,7 @@ def rows_apart(c: ModelConfig, mesh: Mapping[str, int]) -> bool:
     Experts share a load, and noise is drawn for all rows. Beside fsdp the compiler for TPU would multiply in loops:
     fewer bytes, but more cycles than they save.
     """
-    return c.experts is None and c.dropout == 0 and 1 < mesh["data"] == math.prod(mesh.values())
+    return c.experts is None and c.dropout == c.attention.dropout == 0 and 1 < mesh["data"] == math.prod(mesh.values())
 
 
 def _on_copies(run: Callable[..., PyTree]) -> Callable[..., PyTree]:
