@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from tiny_run import console, write_corpus
 
 from llm_jax import trained
 from llm_jax.data.prepare import prepare
+from llm_jax.train import run
 from llm_jax.train.loop import train
 from llm_jax.train.run import RunConfig
 
@@ -42,6 +44,10 @@ def test_a_mixture_is_scored_by_source_and_other_mixtures_too(config: RunConfig,
     first, second = result.sources.values()
     assert result.loss == pytest.approx(0.7 * first.loss + 0.3 * second.loss)
     assert (result.tokens, result.documents) == (first.tokens + second.tokens, first.documents + second.documents)
+
+    for shards in run.shards_folders(tmp_path / "run", run.load_config(tmp_path / "run")):
+        shutil.rmtree(shards)  # and are prepared again
+    assert trained.evaluate(tmp_path / "run", report=lambda line: None)[0] == result
 
     others = [write_corpus(tmp_path / name, documents=n, seed=n) for name, n in (("x", 6), ("y", 9))]
     uri = f"{others[0]}:1,{others[1]}:3"
