@@ -203,6 +203,17 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
         arg("--axes", metavar="A,B", help="only layouts of these mesh axes"),
         JSON,
     ),
+    "check": (
+        arg(
+            "config",
+            metavar="CONFIG",
+            nargs="?",
+            default="quickstart",
+            help="recipe or Python file; default: quickstart",
+        ),
+        ASSIGNMENTS,
+        JSON,
+    ),
     "import_": (
         arg("source", metavar="PATH|NAME", help="a folder, or a name on the Hugging Face hub"),
         arg("--run", required=True, metavar="DIR", help="the run folder"),

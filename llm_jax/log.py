@@ -5,7 +5,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from llm_jax.files import write_whole
+from llm_jax.files import check_fields, write_whole
 
 FILE = "metrics.jsonl"
+LAST_STEP = 2**31 - 1  # a train state counts in int32
 
 
 def duration(seconds: int | float) -> str:
@@ -61,15 +62,36 @@ def truncate(folder: str | Path, step: int) -> None:
         write_whole(path, "".join(json.dumps(row) + "\n" for row in _rows(path) if row["step"] <= step))
 
 
+def missing(folder: str | Path, step: int) -> list[int]:
+    """The steps up to `step` of which a run's metrics.jsonl has no row: it was cut, or deleted."""
+    return sorted(set(range(1, step + 1)) - {row["step"] for row in _rows(Path(folder) / FILE)})
+
+
+def spans(steps: Sequence[int]) -> str:
+    """Ascending numbers in few words: `1 to 4, 6, 8 to 9`; of many spans the first five."""
+    found: list[list[int]] = []
+    for step in steps:
+        if found and step == found[-1][1] + 1:
+            found[-1][1] = step
+        else:
+            found.append([step, step])
+    words = [f"{first}" if first == last else f"{first} to {last}" for first, last in found[:5]]
+    return ", ".join(words) + ", ..." * (len(found) > 5)
+
+
 def _rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     *lines, _half_written = text.split("\n")
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:  # not JSON, an integer of 5,000 digits, 10,000 brackets
             raise ValueError(f"{path}:{number}: expected JSON, got {line[:30]!r}; delete it") from error
+        row = check_fields(row, {"step": int}, f"{path}:{number}", advice="delete that line")
+        if not 0 <= row["step"] <= LAST_STEP:
+            raise ValueError(f"{path}:{number}: 'step' is {row['step']}, expected 0 to {LAST_STEP}; delete that line")
+        rows.append(row)
     return rows
 
 

@@ -35,6 +35,10 @@ from llm_jax.train.run import RunConfig
 
 DAY = 24 * 3600
 CLOCKS = {"v5e": 1.5e9, "v5p": 1.75e9}  # cycles a second, where they are known
+# Below these a figure would be noise: compilers for accelerators count the memory of small programs badly, and a step
+# this short takes longer to start than to run.
+LEAST_MEMORY, LEAST_SECONDS = 3e8, 1e-3
+UNTOLD = "below what the compiler can tell"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Figures:
       arguments: bytes of the state and the batch; the new state takes the place of the old.
       temporary: bytes set apart for all else, gaps between arrays included.
       needed: bytes set apart in all, which have to fit.
-      peak: bytes in use at the moment when they are most; on a CPU not known, and `needed`.
+      peak: bytes in use at the moment when they are most; of a CPU it may leave temporaries out.
       finished: whether there is a program; what is too large is given up on.
       text: of the scheduled program, where there is one.
     """
@@ -75,6 +79,7 @@ class Plan:
     """A step of a config on a topology. Bytes, FLOPs and seconds are those of one device.
 
     Attributes:
+      peak: bytes in use at the moment when they are most; on a CPU not known, and `needed`.
       parameters: bytes by path.
       host: bytes of the state that wait in the host's memory; nothing else counts them.
       gradients: bytes of all of them; they are among the temporaries.
@@ -122,8 +127,15 @@ class Plan:
         return None if self.traffic is None else max(self.seconds.values())
 
     @property
+    def tells_memory(self) -> bool:
+        """Whether the compiler's count of bytes is worth something."""
+        return self.topology.startswith("cpu") or self.needed >= LEAST_MEMORY
+
+    @property
     def tokens_per_day(self) -> float | None:
-        return self.step_seconds and self.tokens / self.step_seconds * DAY
+        """At best; None where a step can't be run, or is too short for it to mean anything."""
+        seconds = self.step_seconds
+        return None if seconds is None or seconds < LEAST_SECONDS else self.tokens / seconds * DAY
 
     @property
     def cost(self) -> float | None:
@@ -242,7 +254,7 @@ def plan(config: RunConfig, topology: Topology, price: float | None = None, fold
         tokens=tokens,
         limit=int(topology.chip.memory),
         needed=found.needed,
-        peak=found.peak,
+        peak=found.needed if topology.kind == "cpu" else found.peak,
         arguments=found.arguments,
         temporary=found.temporary,
         parameters={path: bytes_here(leaf) for path, leaf in trees.leaves(state.params).items()},
@@ -300,23 +312,25 @@ def as_json(p: Plan) -> dict[str, Any]:
 def render(p: Plan) -> Group:
     """The plan for a `rich` console."""
     gb = functools.partial(metric, unit="B")
-    spare = p.limit - p.needed
+    spare, needed = p.limit - p.needed, f"{gb(p.needed)} set apart" if p.tells_memory else f"{UNTOLD},"
+    in_use = f", {gb(p.peak)} in use at the peak" if p.tells_memory and p.peak < p.needed else ""
     verdict = f"fits, with {gb(spare)} to spare" if p.fits else f"does not fit, by {gb(-spare)}"
     mesh = ", ".join(f"{axis} {size}" for axis, size in p.mesh.items()) or "one device"
     memory = {"weights": sum(p.parameters.values()), "optimizer": p.optimizer}
-    memory["batch"] = p.arguments - sum(memory.values())
+    if p.tells_memory:
+        memory |= {"batch": p.arguments - sum(memory.values()), "temporary": p.temporary}
     largest = dict(sorted(p.parameters.items(), key=lambda item: -item[1])[:8])
     rest = sum(p.parameters.values()) - sum(largest.values())
     pages = [
         Text(f"{p.topology}: {verdict}", style="bold green" if p.fits else "bold red"),
         Text(f"{p.devices} devices ({mesh}), {p.rows} rows, {p.tokens:,} tokens a step; all below is of one device"),
-        title(f"Memory: {gb(p.needed)} set apart of {gb(p.limit)}, {gb(p.peak)} in use at the peak"),
-        shares(memory | {"temporary": p.temporary}, gb),
+        title(f"Memory: {needed} of {gb(p.limit)}{in_use}"),
+        shares(memory, gb),
         *([Text(f"on the host: {gb(p.host)}, brought a layer at a time", "dim")] if p.host else []),
         Text("weights, by path", style="dim"),
         shares(largest | {"others": rest}, gb),
     ]
-    if p.temporaries:
+    if p.temporaries and p.tells_memory:
         estimate = gb(sum(p.temporaries.values()))
         shown = dict(list(p.temporaries.items())[:10])
         others = sum(list(p.temporaries.values())[10:])
@@ -356,7 +370,7 @@ def _time(p: Plan) -> list[Any]:
         work.add_row(name, metric(flops, "FLOP"))
     pages = [title("Compute of a step"), work, title("Time of a step at published peaks"), table]
     if p.tokens_per_day is None:
-        return pages
+        return pages if p.step_seconds is None else [*pages, Text(f"tokens a day: {UNTOLD}")]
     ends = f"{metric(p.tokens_per_day, 'tokens')} a day at best"
     if p.cost is not None:
         ends += f"; a billion tokens for {p.cost:,.2f} at {p.price:,.2f} a chip and hour"

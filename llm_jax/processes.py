@@ -31,7 +31,7 @@ SILENCE = 15  # seconds without one, after which a process counts as hung
 HEARTBEAT = 45  # JAX's own such limit aborts the process with a stack trace; ours comes before it
 SHUTDOWN = 15  # seconds for which a process that ends waits for the others
 DAY = 24 * 60 * 60 * 1000  # milliseconds; to prepare a corpus may take hours
-GONE = os.EX_TEMPFAIL  # the exit status of a process that another one left alone: start again
+GONE = 75  # EX_TEMPFAIL of sysexits.h: the exit status of a process that another one left alone; start again
 
 _state: Any = distributed.global_state  # the client of the coordination service has no public name
 _turns = itertools.count()  # every process asks the same questions in the same order, so a number names each

@@ -15,12 +15,9 @@ import re
 import sys
 from glob import glob
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from jaxlib.version import __version__ as JAXLIB
-
-if TYPE_CHECKING:
-    import jax
 
 # Which sums XLA gives to YNNPACK, a library of kernels, on a CPU; empty: none, and XLA compiles them itself.
 FUSIONS = "--xla_cpu_experimental_ynn_fusion_type"
@@ -62,7 +59,7 @@ def guard(jaxlib: str = JAXLIB) -> None:
         os.environ["XLA_FLAGS"] = f"{flags} {FUSIONS}=".lstrip()
 
 
-def open_faults(device: "jax.Device") -> tuple[Fault, ...]:
+def open_faults(device: Any) -> tuple[Fault, ...]:
     """Return the known faults that programs on `device` can meet. It is the compiler that is asked, not the flags."""
     import jax
     import jax.numpy as jnp
@@ -74,7 +71,7 @@ def open_faults(device: "jax.Device") -> tuple[Fault, ...]:
     return known_faults() if "ynn_fusion" in (program.as_text() or "") else ()
 
 
-def warning(device: "jax.Device") -> str | None:
+def warning(device: Any) -> str | None:
     """Say in a line that programs on `device` are not guarded, and what to do; None where nothing is wrong."""
     if not (faults := open_faults(device)):
         return None
@@ -121,16 +118,17 @@ def choose_platform() -> None:
     chosen = any(os.environ.get(name) for name in ("JAX_PLATFORMS", "JAX_FORCE_TPU_INIT"))
     if chosen or started() or importlib.util.find_spec("libtpu") is None:
         return
+    config: Any = jax.config
     chips, _ = hardware_utils.num_available_tpu_chips_and_device_id()
     given = glob("/dev/accel*") or glob("/dev/vfio/[0-9]*")
-    if (chips and given) or jax.config.jax_platforms not in (None, "", "tpu,cpu"):  # the last is JAX's own choice
+    if (chips and given) or config.jax_platforms not in (None, "", "tpu,cpu"):  # the last is JAX's own choice
         return
     cuda = any("cuda" in plugin.name for plugin in entry_points(group="jax_plugins"))
     jax.config.update("jax_platforms", "cuda,cpu" if cuda else "cpu")
     if chips:
         print(
             "the TPU of this machine was not given to this container (no /dev/accel* and no /dev/vfio/*); "
-            f"going on without it, on {jax.config.jax_platforms}",
+            f"going on without it, on {config.jax_platforms}",
             file=sys.stderr,
         )
 

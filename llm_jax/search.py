@@ -190,7 +190,8 @@ def render(found: Found) -> Group:
         verdict = "fits" if p.fits else f"too large by {metric(p.needed - p.limit, 'B')}"
         step = "" if p.step_seconds is None else f"{p.step_seconds * 1e3:,.0f} ms"
         daily = "" if p.tokens_per_day is None else metric(p.tokens_per_day, "")
-        table.add_row(one.name, metric(p.needed, "B"), step, daily, verdict)
+        memory = metric(p.needed, "B") if p.tells_memory else "too little to tell"
+        table.add_row(one.name, memory, step, daily, verdict)
     ends = [Text(f"{len(found.tried)} of {found.considered} choices compiled, in the order of arithmetic", "dim")]
     if found.fastest is None or found.smallest is None:
         ends.append(Text("nothing that was compiled fits; allow more --compiles, or take more chips", "bold red"))

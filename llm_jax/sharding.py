@@ -7,6 +7,7 @@ whole train state shards by the same rows. Activations are constrained by letter
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,8 +21,6 @@ Axes = str | tuple[str, ...] | None
 
 # Where a parameter stands in the tree, and the letters of its axes. First match wins; no match raises.
 LETTERS: tuple[tuple[str, str], ...] = (
-    # Adafactor's factored moments have lost an axis: they are small, and replicated.
-    (r"(^|/)v_(row|col)/", ""),
     (r"/ns_coeffs$", ""),  # Muon's three numbers
     (r"layers\S*/(attention|feedforward)(_out)?_norm/(scale|bias)$", "ND"),
     (r"layers\S*/attention/\w_norm/(scale|bias)$", "NH"),  # of a head, or of all heads in one row
@@ -49,6 +48,21 @@ LETTERS: tuple[tuple[str, str], ...] = (
     (r"final_norm/(scale|bias)$", "D"),
     (r"unembedding/table$", "VD"),
     (r"classes/table$", "CD"),
+)
+
+# The letters of a matrix's input and of its output, for what treats it as one; what is left, N and E, counts matrices.
+# First match wins; None: no matrix inside a block.
+MATRICES: tuple[tuple[str, tuple[str, str] | None], ...] = (
+    (r"layers\S*/attention/w_(q|gate)$", ("D", "KGH")),
+    (r"layers\S*/attention/w_[kv]$", ("D", "KH")),
+    (r"layers\S*/attention/w_o$", ("KGH", "D")),
+    (r"layers\S*/(feedforward|shared|experts)/w_(up|gate)$", ("D", "F")),
+    (r"layers\S*/(feedforward|shared|experts)/w_down$", ("F", "D")),
+    (r".", None),
+)
+TABLES: tuple[tuple[str, tuple[str, str]], ...] = (
+    (r"embedding/table$", ("V", "D")),
+    (r"positions/table$", ("S", "D")),
 )
 
 # The mesh axes that split the rows of a batch, and its tokens.
@@ -176,9 +190,14 @@ def _names(axes: Axes) -> tuple[str, ...]:
 def letters_of(path: str, shape: tuple[int, ...]) -> str:
     """The letters of the leaf at `path`, without the leading `N` where the layers are not stacked.
 
-    A single number has none: step counts, and what optax keeps in place of a moment that it does not need.
+    A single number has none: step counts, and what an optimizer keeps in place of a moment that it does not need. A
+    factored moment has those of its parameter without the ones it is a mean over.
     """
     letters = "" if math.prod(shape) == 1 else trees.first_match(LETTERS, path)
+    pair = trees.first_match((*TABLES, *MATRICES), path) if letters else None
+    for folder, gone in (("v_row", 1), ("v_col", 0)) if pair is not None else ():
+        if re.search(rf"(^|/){folder}/", path):
+            letters = "".join(letter for letter in letters if letter not in pair[gone])
     return letters[1:] if letters.startswith("N") and len(letters) == len(shape) + 1 else letters
 
 

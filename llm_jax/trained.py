@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -81,7 +81,7 @@ def evaluate(
         begin = run.begins(Path(folder), config, run.load_tokenizer(folder)) if begin is None else begin
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, end_of_text=begin))
         shards = open_text(uri, Path(folder), config, report, column)
-        store, batches = TokenStore.joined(list(map(shards.split, SPLITS))), all_rows(shards, config.data)
+        store, batches = all_text(shards, config.data)
     program = on_all_devices(config)
     params, step = restore(folder, program, checkpoint, report=report)
     return measure(functools.partial(program.score, params), batches, store, config.data.task), step
@@ -114,10 +114,18 @@ def open_text(uri: str, folder: Path, config: RunConfig, report: Report, column:
     return shards
 
 
-def all_rows(shards: Shards | Mixture, config: DataConfig) -> Iterator[Batch]:
-    """The batches of one split after the other, as `heldout_rows` cuts them; documents are numbered on."""
+def all_text(data: Shards | Mixture, config: DataConfig) -> tuple[TokenStore, Iterator[Batch]]:
+    """Both splits of `data` as one store, in which each source is a part, and all of their rows."""
+    sources, shards = (data.sources, data.shards) if isinstance(data, Mixture) else ((), [data])
+    splits = [list(map(one.split, SPLITS)) for one in shards]
+    whole = TokenStore.joined(list(map(TokenStore.joined, splits)), sources)
+    return whole, all_rows([store for both in splits for store in both], config)
+
+
+def all_rows(stores: Sequence[TokenStore], config: DataConfig) -> Iterator[Batch]:
+    """The batches of one store after the other, as `heldout_rows` cuts them; documents are numbered on."""
     before = 0
-    for store in map(shards.split, SPLITS):
+    for store in stores:
         for batch in heldout_rows(store, config) if store.n_documents else ():
             counted = batch.documents != IGNORE
             yield dataclasses.replace(batch, documents=np.where(counted, batch.documents + before, IGNORE))

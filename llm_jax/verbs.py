@@ -187,7 +187,8 @@ def evaluate(args: Namespace) -> None:
     """Measure how well RUN predicts text that it has not seen.
 
     Loss in nats a token, perplexity, bits per byte, and of a task the share of right answers, each with the 95 %
-    interval of a bootstrap over documents. The text is what the run held out, or all that --data names.
+    interval of a bootstrap over documents. The text is what the run held out, or all that --data names. Of a mixture
+    each source counts by its weight, and is shown by itself.
 
       llm-jax evaluate runs/quickstart
       llm-jax evaluate runs/quickstart --data essays/ --json
@@ -210,6 +211,9 @@ def evaluate(args: Namespace) -> None:
         if found[name] is not None:
             value, low, high = (f"{x:.{digits}f}" for x in (found[name], *found[f"{name}_interval"]))
             print(f"{name.replace('_', ' '):14} {value:>9}   {low} to {high}")
+    for name, source in result.sources.items():
+        bits = "" if source.bits_per_byte is None else f", {source.bits_per_byte:.4f} bits per byte"
+        print(f"  {name}: loss {source.loss:.4f}{bits}")
     counts = {"tokens": result.tokens, "bytes": result.bytes, "documents": result.documents}
     print("on " + ", ".join(f"{count:,} {name}" for name, count in counts.items() if count))
 
@@ -357,6 +361,37 @@ def verify(args: Namespace) -> None:
         raise ValueError(
             f"{', '.join(different)}: not what one device gives; find where it parts with fewer layers or a plainer "
             "model, and please report it"
+        )
+
+
+def check(args: Namespace) -> None:
+    """Show that this machine computes a train step of CONFIG as it should.
+
+    On a device of every kind that is here: what a step is made of, jitted and eager, against NumPy in double precision;
+    and the step itself, shrunk to test size, jitted against eager. Versions with known faults are named. It takes a
+    minute; where something is wrong the exit status is 2.
+
+      llm-jax check                                                      of quickstart
+      llm-jax check llama_1b model.norm=layernorm
+    """
+    from llm_jax import check as checks
+    from llm_jax import runtime
+
+    config = _config(args)
+    runtime.start()
+    say = _say if args.json else print
+    for about in (*checks.about(), "", checks.HEAD):
+        say(about)
+    found = []
+    for finding in checks.check(config):
+        found.append(finding)
+        say(checks.line(finding))
+    if args.json:
+        _print_json(checks.as_json(found))
+    if wrong := [f"{finding.what} on {finding.device}" for finding in found if not finding.right]:
+        raise ValueError(
+            f"wrong here: {', '.join(wrong)}; train nothing on it before another version of jaxlib, or its way around, "
+            "computes these right (docs/check.md)"
         )
 
 

@@ -35,6 +35,14 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e3, "factor": 4.0, "original_max_position_embeddings": 16}
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e3,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.5, 2.0],
+    "long_factor": [1.5, 3.0, 6.0],
+}
+
 # Case -> config.json; its family is the first word.
 CASES: dict[str, dict[str, Any]] = {
     "gpt2": {"vocab_size": 270, "n_embd": 24, "n_layer": 3, "n_head": 6, "n_positions": 40, "n_inner": 20},
@@ -82,6 +90,12 @@ CASES: dict[str, dict[str, Any]] = {
         "sliding_window": 6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
     },
+    # Heads of 8, of which 6 are rotated: rows of 24 are longer than 16, and shorter than 48.
+    "phi3 long": SIZES | {"hidden_size": 48, "original_max_position_embeddings": 16, "rope_parameters": LONGROPE},
+    "phi3 short": SIZES
+    | {"hidden_size": 48, "original_max_position_embeddings": 48, "rope_parameters": LONGROPE | {"factor": 3.0}},
+    "llama dynamic": SIZES
+    | {"max_position_embeddings": 16, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e3, "factor": 3.0}},
     "smollm3": SIZES
     | {
         "num_hidden_layers": 5,
@@ -91,7 +105,8 @@ CASES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", *["full_attention"] * 4],
         "tie_word_embeddings": False,
     },
-    "gemma": SIZES | {"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e3}},
+    "gemma": SIZES
+    | {"head_dim": 8, "attention_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e3}},
     "olmo3": SIZES
     | {
         "num_hidden_layers": 6,
@@ -112,6 +127,18 @@ CASES: dict[str, dict[str, Any]] = {
     "gpt_bigcode every head": {"vocab_size": 270, "n_embd": 24, "n_layer": 3, "n_head": 6, "n_positions": 40}
     | {"multi_query": False, "tie_word_embeddings": False},
     "cwm": SIZES | {"num_hidden_layers": 6, "head_dim": 8, "sliding_window": 5, "rope_parameters": LLAMA3},
+    "llama biased attention": SIZES | {"attention_bias": True, "attention_dropout": 0.2},
+    "granite": SIZES
+    | {
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 4.0,
+        "residual_multiplier": 0.3,
+        "attention_multiplier": 0.4,
+        "attention_bias": True,
+    },
+    "glm": SIZES | {"head_dim": 12, "rope_parameters": {"rope_type": "default", "rope_theta": 1e3}},
+    "glm4": SIZES | {"head_dim": 8, "attention_bias": False},
+    "ernie4_5": SIZES | {"head_dim": 8, "use_bias": True, "tie_word_embeddings": False},
     "qwen3_moe": SIZES
     | {
         "num_hidden_layers": 4,
@@ -133,7 +160,7 @@ CASES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 12,
         "decoder_sparse_step": 2,
     },
-    "olmoe": SIZES | {"num_experts": 5, "num_experts_per_tok": 2},
+    "olmoe": SIZES | {"attention_bias": True, "num_experts": 5, "num_experts_per_tok": 2},
 }
 
 

@@ -20,7 +20,8 @@ from llm_jax.tree import map_with_path
 # All sizes differ, so that no two letters can be mistaken for each other.
 TINY = ModelConfig(vocab_size=14, d_model=24, n_layers=2, n_heads=6, max_seq_len=10, n_kv_heads=3, d_ff=20)
 
-# Those with many values first: it takes fewer rows.
+FACTORS = {"short_factors": (1.0, 1.5, 2.0, 2.5), "long_factors": (2.0, 3.0, 4.0, 5.0)}  # of longrope, for heads of 8
+
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "positions": ("rotary", "alibi", "learned", "sinusoidal", "none"),
     "activation": ("relu", "gelu", "gelu_exact", "silu", "relu2"),
@@ -32,10 +33,16 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "layers": (("global",), ("local", "global+moe"), ("delta+moe", "sparse", "linear"), ("nope", "local")),
     "residual": ("pre", "post", "sandwich", "output", "parallel"),
     "norm": ("rmsnorm", "layernorm", "rmsnorm_1p"),
-    "rotary": (Rotary(), Rotary(theta=100.0, fraction=0.5), Rotary(scaling="yarn", factor=4.0, original_len=8)),
+    "rotary": (
+        Rotary(),
+        Rotary(theta=100.0, fraction=0.5, pairs="interleaved"),
+        Rotary(scaling="yarn", factor=4.0, original_len=8),
+        Rotary(scaling="dynamic", factor=2.0, original_len=4, pairs="interleaved"),
+        Rotary(scaling="longrope", factor=2.0, original_len=4, **FACTORS),
+    ),
     "norm_eps": (1e-5, 1e-6),
     "gated": (True, False),
-    "bias": ("none", "qkv", "all"),
+    "bias": ("none", "qkv", "attention", "all"),
     "dropout": (0.0, 0.1),
     "tied": (True, False),
     "n_classes": (None, 3),
@@ -44,11 +51,13 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "attention": (
         AttentionConfig(),
         AttentionConfig(qk_norm="head", softcap=5.0, sinks=1),
-        AttentionConfig(qk_norm="whole", scale=0.3, implementation="reference"),
+        AttentionConfig(qk_norm="whole", scale=0.3, dropout=0.1, implementation="reference"),
     ),
     "experts": (Experts(number=4, d_ff=8), Experts(number=3, active=1, renormalise=False, shared=2, balance="bias")),
     "embedding_scale": (1.0, 3.0),
     "logit_softcap": (None, 4.0),
+    "residual_scale": (1.0, 0.3),
+    "logit_scale": (1.0, 0.25),
 }
 
 
@@ -63,6 +72,7 @@ def local(window: int, **changes: Any) -> ModelConfig:
 
 def pairwise(options: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
     """Few rows of a value for every option, such that any two values of two options meet in one of them."""
+    options = dict(sorted(options.items(), key=lambda item: -len(item[1])))  # many values first: fewer rows
     chosen = [(name, value) for name, values in options.items() for value in values]
     pairs = itertools.combinations(chosen, 2)
     missing = {frozenset(pair): pair for pair in pairs if pair[0][0] != pair[1][0]}
@@ -81,7 +91,9 @@ def pairwise(options: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
 
 def fitted(row: dict[str, Any]) -> ModelConfig:
     """A row whose options go together: muP has a free head, and only what the layers use is set."""
-    layers, attention = ",".join(row["layers"]), row["attention"]
+    layers, attention, rotary = ",".join(row["layers"]), row["attention"], row["rotary"]
+    pairs = (row["head_dim"] or TINY.H) // 2
+    cut = {name: getattr(rotary, name)[:pairs] for name in FACTORS}
     window, sparse = 3 if "local" in layers else None, Sparse(block=2) if "sparse" in layers else None
     return tiny(
         **row
@@ -91,6 +103,7 @@ def fitted(row: dict[str, Any]) -> ModelConfig:
             "attention": dataclasses.replace(
                 attention, window=window, sparse=sparse, sinks=attention.sinks if window else 0
             ),
+            "rotary": dataclasses.replace(rotary, **cut),
             "experts": row["experts"] if "moe" in layers else None,
         }
     )

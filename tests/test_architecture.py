@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).parents[1] / "llm_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -14,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     (r"__main__", 7),
     (r"cli|verbs", 6),
-    (r"show|plan|arithmetic|search|terminal|trained|verify|compat", 5),
+    (r"show|plan|arithmetic|search|terminal|trained|verify|check|compat", 5),
     (r"train", 4),
     (r"infer", 3),
     (r"model", 2),
@@ -98,3 +100,55 @@ def test_text_becomes_token_shards_without_starting_jax():
 def test_no_file_or_folder_has_a_name_that_says_nothing():
     vague = [path for path in PACKAGE.rglob("*") if path.stem.strip("_") in VAGUE]
     assert not vague
+
+
+# What Python has on Linux and macOS only.
+POSIX = {"fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "posix", "syslog", "readline", "curses", "crypt"}
+LACKING = {
+    "os": r"EX_\w+|fork\w*|kill|killpg|[gs]ete?[ug]id|getpg\w+|setsid|sched_\w+|sysconf|uname|wait\w*|mkfifo|l?chown"
+    r"|statvfs|nice|posix_\w+|openpty|sync|getloadavg|pread|pwrite|sendfile",
+    "signal": r"SIG(KILL|HUP|USR[12]|CHLD|ALRM|QUIT|STOP|CONT|PIPE|TSTP)|pause|alarm|setitimer|pthread_\w+"
+    r"|sig\w*wait\w*",
+}
+
+
+def hidden_on_windows(path: Path) -> Iterator[str]:
+    """Names that a file needs as soon as it is imported or run, and that Windows does not have."""
+    tree = ast.parse(path.read_text())
+    caught = {inner for node in ast.walk(tree) if isinstance(node, ast.Try) for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom) and node not in caught:
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            yield from (name for name in names if name.partition(".")[0] in POSIX)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            lacking = LACKING.get(node.value.id)
+            if lacking and re.fullmatch(lacking, node.attr):
+                yield f"{node.value.id}.{node.attr}"
+
+
+def test_no_file_needs_what_windows_does_not_have():
+    assert {str(path): list(hidden_on_windows(path)) for path in FILES if [*hidden_on_windows(path)]} == {}
+
+
+HIDING = f"""
+import builtins, importlib, sys
+found = builtins.__import__
+
+def hide(name, globals=None, *more):
+    if name.partition(".")[0] in {POSIX} and (globals or {{}}).get("__name__", "").startswith("llm_jax"):
+        raise ModuleNotFoundError(name)
+    return found(name, globals, *more)
+
+builtins.__import__ = hide
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+"""
+
+
+@pytest.mark.slow
+def test_every_module_is_imported_where_posix_modules_are_missing():
+    torch = {module(path) for path in FILES if any(name.startswith("torch") for name in imports(path))}
+    names = [module(path).removesuffix(".__init__") for path in FILES if module(path) not in torch]
+    plain = [name for name in names if not name.endswith("__main__") and ".torch_" not in name]
+    done = subprocess.run([sys.executable, "-c", HIDING, *plain], cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,5 +1,6 @@
 """Experts in the training step: what unevenness costs, and biases that follow the load."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -13,9 +14,18 @@ from llm_jax.data.loader import Batch
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.transformer import Transformer
 from llm_jax.ops.experts import Experts
+from llm_jax.ops.loss import IGNORE
 from llm_jax.train.balance import rebalance, utilisation
 from llm_jax.train.optimizer import OptimizerConfig, make_optimizer
-from llm_jax.train.step import LossConfig, TrainState, make_gradient, make_loss, make_train_step, token_losses
+from llm_jax.train.step import (
+    LossConfig,
+    TrainState,
+    make_gradient,
+    make_loss,
+    make_train_step,
+    microbatches,
+    token_losses,
+)
 from llm_jax.tree import leaves
 
 TOKENS = tokens(4, 8)
@@ -75,6 +85,28 @@ def test_steps_with_a_following_bias_even_out_the_load_without_a_gradient_on_it(
     _, metrics = jax.jit(lambda state, batches: jax.lax.scan(step, state, batches))(state, repeated)
     assert metrics["expert_busiest"][0] > 1.8
     assert metrics["expert_busiest"][-10:].mean() < 1.4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("balance", ["loss", "bias"])
+def test_experts_in_microbatches_add_up_to_the_step_of_the_whole_batch(balance: str):
+    """Rows of unequal length, as those of two sources are. The balance loss is of the load of each microbatch alone."""
+    config = mixture(balance=balance, bias_rate=0.5, router_z_loss=0.0)
+    long = jnp.array(np.arange(8) < 1 + 2 * np.arange(4)[:, None])
+    batch = dataclasses.replace(BATCH, targets=jnp.where(long, BATCH.targets, IGNORE), segments=long.astype(jnp.int32))
+    loss, params, key = make_loss(Transformer(config), LossConfig()), weights(config), jax.random.key(0)
+    (whole, sums), gradient = jax.jit(make_gradient(loss))(params, batch, key)
+    (total, added), parts = jax.jit(make_gradient(loss, accumulate=2))(params, batch, key)
+    np.testing.assert_allclose(added["nll"], sums["nll"], rtol=1e-6)
+    np.testing.assert_array_equal(added["expert_load"], sums["expert_load"])
+    if balance == "bias":
+        moved = [leaves(rebalance(config, params, s["expert_load"])) for s in (sums, added)]
+        for other, same in ((parts, gradient), moved):
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-5), other, same)
+        return
+    alone = jax.lax.map(lambda one: loss(params, one, key)[0], microbatches(batch, 2))
+    np.testing.assert_allclose(total, alone.sum(), rtol=1e-6)
+    assert abs(total - whole) > 1e-6 * abs(whole)
 
 
 def test_utilisation_tells_the_busiest_and_the_idle():

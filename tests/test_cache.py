@@ -13,6 +13,7 @@ from llm_jax.model.config import AttentionConfig, ModelConfig
 from llm_jax.model.transformer import Output, Transformer, unstack
 from llm_jax.ops.attention import Sparse
 from llm_jax.ops.experts import Experts
+from llm_jax.ops.position import Rotary
 
 B, L = 3, TINY.max_seq_len
 TOKENS = tokens(B, L)
@@ -35,6 +36,7 @@ def windowed(window: int) -> dict[str, Any]:
     return {"layers": ("local",), "attention": AttentionConfig(window=window)}
 
 
+LONGROPE = {"scaling": "longrope", "original_len": 6, "short_factors": (1.0, 2.0), "long_factors": (3.0, 5.0)}
 CASES: dict[str, tuple[dict[str, Any], bool]] = {
     "rotary": ({}, True),
     "learned positions in a window": ({"positions": "learned", **windowed(3), "n_kv_heads": None}, True),
@@ -53,10 +55,12 @@ CASES: dict[str, tuple[dict[str, Any], bool]] = {
         True,
     ),
     "unstacked sinusoidal in a window": ({"positions": "sinusoidal", **windowed(2), "n_kv_heads": 1}, False),
+    "longrope, whose keys of the start go by the length of the end": ({"rotary": Rotary(**LONGROPE)}, True),
+    "dynamic": ({"rotary": Rotary(scaling="dynamic", factor=3.0, original_len=6, pairs="interleaved")}, True),
 }
 
 
-SLOW = ("linear attention among softmax", "unstacked sinusoidal in a window", "the delta rule alone")
+SLOW = ("dynamic", "linear attention among softmax", "unstacked sinusoidal in a window", "the delta rule alone")
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES])

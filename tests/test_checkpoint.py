@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from llm_jax import tree
 from llm_jax.sharding import MeshConfig, make_mesh
-from llm_jax.train.checkpoint import Checkpoints, Progress
+from llm_jax.train.checkpoint import Checkpoints, NotFinite, Progress
 from llm_jax.train.checksum import checksums
 from llm_jax.train.step import TrainState
 
@@ -197,6 +198,56 @@ def test_a_checkpoint_of_another_optimizer_is_an_error_that_names_the_leaf(run: 
     message = r"opt_state/0/mu/layers/w is float32 \[2, 40, 40\] there, absent here"
     with Checkpoints(run) as checkpoints, pytest.raises(ValueError, match=message):
         checkpoints.restore(plain, print)
+
+
+def test_a_checkpoint_of_another_optimizer_advises_to_keep_its_weights(run: Path):
+    state = abstract(state_of(0))
+    with Checkpoints(run) as checkpoints, pytest.raises(ValueError, match=f"start a new run with init_from={run}"):
+        checkpoints.restore(dataclasses.replace(state, opt_state=()), print)
+
+
+@pytest.mark.parametrize("empty", [(), (optax.EmptyState(), {}), optax.sgd(0.1).init({})], ids=str)
+def test_an_optimizer_state_without_an_array_comes_back(empty, tmp_path: Path):
+    state = dataclasses.replace(state_of(3), opt_state=empty)
+    with Checkpoints(str(tmp_path)) as checkpoints:
+        checkpoints.save(state, Progress(step=3))
+        checkpoints.wait()
+        restored = checkpoints.restore(abstract(state), print)
+    assert restored is not None
+    assert restored[0].opt_state == empty
+    assert tree.fingerprint(restored[0]) == tree.fingerprint(state)
+
+
+def test_a_state_with_empty_items_among_others_comes_back(tmp_path: Path):
+    masked = optax.partition({"a": optax.adam(0.1), "b": optax.sgd(0.1)}, {"layers": {"w": "a"}, "scale": "b"})
+    state = dataclasses.replace(state_of(3), opt_state=masked.init(state_of(3).params))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, Progress(step=3))
+        checkpoints.wait()
+        restored = checkpoints.restore(abstract(state), print)
+    assert restored is not None
+    assert tree.fingerprint(restored[0]) == tree.fingerprint(state)
+
+
+@pytest.mark.parametrize("where", ["params", "opt_state"])
+def test_a_state_that_is_not_finite_is_never_saved(where: str, run: Path):
+    state = state_of(30)
+    bad = tree.map_with_path(
+        lambda path, x: x.at[0].set(jnp.nan) if path.endswith("scale") else x, getattr(state, where)
+    )
+    with (
+        Checkpoints(run) as checkpoints,
+        pytest.raises(NotFinite, match=rf"{where}/.*scale is not finite after step 30"),
+    ):
+        checkpoints.save(dataclasses.replace(state, **{where: bad}), Progress(step=30))
+    assert restore(run)[1].step == 20
+
+
+def test_a_folder_that_is_not_there_is_an_error_that_names_it(tmp_path: Path):
+    with pytest.raises(ValueError, match=f"{tmp_path}/run holds no checkpoints .*; name the folder of a run"):
+        Checkpoints(tmp_path / "run", read_only=True)
+    with Checkpoints(tmp_path / "run") as checkpoints, pytest.raises(OSError, match="no such folder; make it first"):
+        checkpoints.save(state_of(1), Progress(step=1))
 
 
 @pytest.mark.parametrize(

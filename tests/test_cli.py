@@ -102,6 +102,9 @@ def test_words_that_make_no_sense_are_named(words: str, says: str, capsys: pytes
         ("tokenize x --tokenizer gtp2", "unknown tokenizer 'gtp2'.*did you mean 'gpt2'"),
         ("tokenize --decode 300 --tokenizer byte", "300 is not an id of byte"),
         ("tokenize --train {recipe}", "add --out DIR"),
+        ("tokenize x --column text", "--column text .*; add --train URI"),
+        ("evaluate {nowhere} --column text", "--column text .*; add --data URI"),
+        ("tokenize --train foo://bar --out {nowhere}", "cannot read foo://bar: Protocol not known: foo; fsspec reads"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_next_move(

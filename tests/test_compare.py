@@ -17,6 +17,7 @@ import pytest
 from llm_jax.compat import compare as module
 from llm_jax.compat.compare import Comparison, Gap, as_json, check, compare, table, write
 from llm_jax.compat.sides import Side, Stretch
+from llm_jax.model.config import AttentionConfig
 from llm_jax.train.optimizer import OptimizerConfig
 from llm_jax.train.run import RunConfig
 
@@ -42,6 +43,10 @@ def test_what_can_not_be_compared_says_what_to_change(config: RunConfig, change:
 def test_dropout_is_refused(config: RunConfig):
     with pytest.raises(ValueError, match=r"model.dropout=0.1: .*set model.dropout=0"):
         check(config, 4)
+    quiet = comparable(config)
+    model = dataclasses.replace(quiet.model, attention=AttentionConfig(dropout=0.2))
+    with pytest.raises(ValueError, match=r"model.attention.dropout=0.2: .*set model.attention.dropout=0"):
+        check(dataclasses.replace(quiet, model=model), 4)
 
 
 def test_without_pytorch_it_says_how_to_get_it(config: RunConfig, monkeypatch: pytest.MonkeyPatch):
@@ -133,6 +138,7 @@ RECIPE = '''"""A model of one layer."""
 
 from llm_jax.data.loader import DataConfig
 from llm_jax.model.config import ModelConfig
+from llm_jax.model.config import AttentionConfig
 from llm_jax.train.optimizer import OptimizerConfig
 from llm_jax.train.run import RunConfig
 

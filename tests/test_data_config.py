@@ -33,7 +33,7 @@ def test_text_in_which_no_comma_follows_a_weight_is_one_address(uri: str):
 
 
 @given(st.lists(st.sampled_from(ADDRESSES), min_size=2, unique=True), st.data())
-def test_a_mixture_has_the_addresses_as_they_are_and_shares_that_add_up_to_one(addresses: list[str], data):
+def test_a_mixture_has_its_addresses_and_shares_that_add_up_to_one(addresses: list[str], data):
     weights = [data.draw(st.sampled_from(WEIGHTS)) for _ in addresses]
     uri = ",".join(f"{address}:{weight}" for address, weight in zip(addresses, weights, strict=True))
     sources = parse_uri(uri)

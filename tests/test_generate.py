@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,13 @@ from jaxtyping import PyTree
 
 from llm_jax.data.tokenizer import ByteTokenizer
 from llm_jax.infer import generate as module
-from llm_jax.infer.generate import Piece, Row, continuations, generate, in_turn, next_token, stream
+from llm_jax.infer.generate import Piece, Row, begin_rows, continuations, generate, in_turn, next_token, stream
 from llm_jax.model.cache import init_cache
 from llm_jax.model.config import AttentionConfig, ModelConfig
 from llm_jax.model.transformer import Transformer, unstack
+from llm_jax.ops.attention import Sparse
+from llm_jax.ops.experts import Experts
+from llm_jax.ops.position import Rotary
 from llm_jax.ops.sampling import Sampling
 
 # More ids than the tokenizer has, as in a vocabulary padded to a round number.
@@ -97,6 +101,23 @@ def test_a_greedy_batch_gives_each_prompt_what_the_full_forward_gives_it_alone()
     assert len(set(together)) == len(together)  # or the comparison would say little
 
 
+def test_angles_go_by_the_length_a_row_may_reach_whatever_its_neighbours():
+    """Up to 8 tokens longrope takes one list, beyond them the other: here 3 + 4 tokens, and 7 + 4."""
+    lists = {"short_factors": (1.0, 1.5), "long_factors": (4.0, 9.0)}
+    long = Rotary(scaling="longrope", factor=4.0, original_len=8, **lists)
+    config = dataclasses.replace(CONFIG, n_layers=1, rotary=long)
+    params, keys = weights(config), jax.random.split(jax.random.key(0), 2)
+    prompts = [np.arange(5, 8, dtype=np.int32), np.arange(20, 27, dtype=np.int32)]
+    settings = {"vocab_size": 272, "sampling": GREEDY, "max_tokens": 4}
+    written = np.stack(list(continuations(config, unstack(config, params), prompts, keys, **settings)))
+    for row, (prompt, factors) in enumerate(zip(prompts, lists.values(), strict=True)):
+        always = dataclasses.replace(long, short_factors=factors, long_factors=factors)
+        model = Transformer(dataclasses.replace(config, rotary=always))
+        text = np.concatenate([prompt, written[:, row]])
+        logits = model.apply({"params": params}, jnp.asarray(text)[None]).logits[0, len(prompt) - 1 : -1]
+        assert (logits.argmax(-1) == written[:, row]).all()
+
+
 def test_prompts_beyond_one_batch_get_what_they_would_get_in_it(monkeypatch: pytest.MonkeyPatch):
     together = generate(CONFIG, weights(), TEXT, PROMPTS, max_tokens=12)
     monkeypatch.setattr(module, "BATCH", 2)
@@ -106,6 +127,34 @@ def test_prompts_beyond_one_batch_get_what_they_would_get_in_it(monkeypatch: pyt
 def test_a_sampled_row_does_not_depend_on_its_neighbours():
     one, other = (generate(CONFIG, weights(), TEXT, ["a", b], max_tokens=12)[0] for b in ("b", "a longer one"))
     assert one == other == generate(CONFIG, weights(), TEXT, ["a"], max_tokens=12)[0]
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "global": {},
+    "global+moe": {"experts": Experts(number=4, d_ff=8)},
+    "local": {"attention": AttentionConfig(window=3, sinks=1)},
+    "sparse": {"attention": AttentionConfig(sparse=Sparse("strided", block=4))},
+    "nope": {},
+    "linear": {},
+    "delta": {},
+    "delta+moe": {"experts": Experts(number=4, d_ff=8, shared=1)},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_greedy_row_is_the_same_alone_and_in_a_ragged_batch_in_each_kind_of_layer(kind: str):
+    """Of prompts that fill one and two steps of width, and do so in one batch."""
+    config = dataclasses.replace(CONFIG, layers=(kind,), **KINDS[kind])
+    prompts = ["def f(x):", "a", "import os, sys, re, math"]
+    write = functools.partial(generate, config, weights(config), TEXT, sampling=GREEDY, max_tokens=10)
+    assert (together := write(prompts)) == [text for prompt in prompts for text in write([prompt])]
+    assert len(set(together)) > 1
+
+
+def test_what_a_row_draws_depends_on_no_other_row():
+    write = functools.partial(generate, CONFIG, weights(), TEXT, max_tokens=12, seed=5)
+    assert write(["def f(x):", "a", ""])[0] == write(["def f(x):"])[0] == write(["def f(x):", "import os, sys"])[0]
 
 
 def test_samples_of_one_prompt_differ_and_come_again_with_the_same_seed():
@@ -138,6 +187,31 @@ def test_each_token_that_ends_a_text_ends_a_row_and_leaves_the_others_writing():
     until_then = [list(itertools.takewhile(lambda token: token not in ender.end_ids, row)) for row in written]
     assert texts == [TEXT.decode(np.array(tokens)) for tokens in until_then]
     assert len(until_then[0]) <= 2 < max(map(len, until_then))
+
+
+def test_a_repetition_penalty_does_not_count_what_begins_a_text_but_all_else():
+    params, end = unstack(CONFIG, weights()), TEXT.end_of_text
+    tokens = np.zeros((2, 16), np.int32)
+    tokens[0, :4], tokens[1, :3] = [end, 5, 6, 6], [end, end, 7]
+    state = begin_rows(CONFIG, 16, TEXT.vocab_size, jax.random.split(jax.random.key(0), 2))
+    state, token = next_token(CONFIG, GREEDY, params, state, tokens, np.array([4, 3], np.int32), None, 1)
+    assert [np.flatnonzero(row).tolist() for row in state.seen] == [[5, 6], [7, end]]
+    state, _ = next_token(CONFIG, GREEDY, params, state, token[:, None], np.array([1, 1], np.int32))
+    assert state.seen[np.arange(2), token].all()
+
+
+def test_weights_that_give_no_numbers_are_named_and_not_written_from():
+    broken = weights() | {"embedding": {"table": weights()["embedding"]["table"].at[7].set(jnp.nan)}}
+    for sampling in (GREEDY, Sampling()):
+        with pytest.raises(ValueError, match=r"logits are no numbers: its weights have diverged.*--checkpoint"):
+            generate(CONFIG, broken, TEXT, ["a"], sampling=sampling, max_tokens=12)
+
+
+@pytest.mark.parametrize("token", [-1, 272, 2**31 - 1])
+def test_a_prompt_with_an_id_that_the_model_lacks_is_refused(token: int):
+    options = {"vocab_size": TEXT.vocab_size, "sampling": GREEDY, "max_tokens": 2}
+    with pytest.raises(ValueError, match=rf"token {token} of a prompt is not an id of the model, which has 0 to 271"):
+        next(continuations(CONFIG, {}, [np.array([1, token])], jax.random.split(jax.random.key(0), 1), **options))
 
 
 def test_ids_that_the_tokenizer_lacks_are_never_drawn():
@@ -175,11 +249,13 @@ def test_an_attention_that_declines_single_queries_still_generates():
     ("prompt", "options", "says"),
     [
         ("x" * 48, {}, "49 tokens.*max_seq_len=48.*at most 47"),
-        ("", {"begin": False}, "without tokens"),
+        ("", {"begin": False}, "without tokens.*or --begin"),
+        ("a", {"seed": -1}, "seed=-1 must lie between 0 and 4294967295"),
+        ("a", {"seed": 2**32}, "seed=4294967296 must lie"),
         ("a", {"max_tokens": 0}, "max_tokens=0"),
         ("a", {"stop": [""]}, "an empty stop text"),
     ],
-    ids=["too long", "empty", "no tokens wanted", "empty stop"],
+    ids=["too long", "empty", "seed below", "seed above", "no tokens wanted", "empty stop"],
 )
 def test_what_cannot_be_written_is_refused(prompt: str, options: dict, says: str):
     with pytest.raises(ValueError, match=says):

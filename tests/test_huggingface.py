@@ -28,9 +28,9 @@ from tiny_run import console, write_corpus
 from llm_jax import trained
 from llm_jax.cli import main
 from llm_jax.compat import huggingface, safetensors, weights
-from llm_jax.compat.huggingface import end_id, export_run, fetch, import_run, open_tokenizer
+from llm_jax.compat.huggingface import export_run, fetch, import_run, open_tokenizer
 from llm_jax.compat.layout import Layout
-from llm_jax.compat.tokenizers import files_of, merges_of
+from llm_jax.compat.tokenizers import ends_of, files_of, merges_of
 from llm_jax.config import override
 from llm_jax.data import tokenizer
 from llm_jax.data.config import DataConfig
@@ -472,7 +472,8 @@ def test_an_imported_tokenizer_gives_the_ids_of_the_library(make: Callable[[], s
         assert coder.encode(text).tolist() == ids
         assert coder.decode(ids) == theirs.decode(ids, skip_special_tokens=False)
         assert coder.decode_bytes(ids).decode().removeprefix(" ") == text.removeprefix(" ")
-    assert (coder.begin_of_text, coder.end_of_text) == (0 if make is byte_level else 1, 1)
+    assert (coder.begins, coder.begin_of_text) == ((True, 0) if make is byte_level else (False, 1))
+    assert (coder.end_of_text, coder.end_ids) == (1, (1, 5))
     assert coder.encode("</s>").tolist() != [theirs.token_to_id("</s>")]
     assert theirs.token_to_id("</s>") in coder.encode("a</s>", special=True).tolist()
 
@@ -483,6 +484,7 @@ def test_an_imported_tokenizer_is_kept_as_it_is(tmp_path: Path):
     coder.save(tmp_path / "kept")
     again = tokenizer.load(tmp_path / "kept")
     assert (again.fingerprint, again.name, again.begin_of_text) == (coder.fingerprint, "someone/theirs", 0)
+    assert (again.begins, again.end_ids, again.special_tokens) == (True, (1, 5), {"<s>": 0, "</s>": 1})
     assert (again.encode(TEXT) == coder.encode(TEXT)).all()
     for name, content in files_of(again, 10).items():
         assert content == (there / name).read_bytes()
@@ -543,20 +545,31 @@ def shapes_vocab(size: int, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("files", "end"),
+    ("files", "ends"),
     [
-        ({"config.json": {"eos_token_id": 7}, "generation_config.json": {"eos_token_id": 8}}, 7),
-        ({"config.json": {"eos_token_id": None}, "generation_config.json": {"eos_token_id": [8, 9]}}, 8),
-        ({"config.json": {}, "tokenizer_config.json": {"eos_token": "<end>"}}, 3),
-        ({"config.json": {}, "tokenizer_config.json": {"eos_token": {"content": "<end>"}}}, 3),
-        ({"config.json": {}}, None),
-        ({"config.json": {}, "tokenizer_config.json": {"eos_token": "<end>"}, "tokenizer.json": {}}, None),
+        ({"config.json": {"eos_token_id": 7}, "generation_config.json": {"eos_token_id": 8}}, (7, 8)),
+        ({"config.json": {"eos_token_id": None}, "generation_config.json": {"eos_token_id": [8, 9]}}, (8, 9)),
+        ({"config.json": {"eos_token_id": [9, 8]}, "generation_config.json": {"eos_token_id": [8, 9, 4]}}, (9, 8, 4)),
+        ({"config.json": {}, "tokenizer_config.json": {"eos_token": "<end>"}}, (3,)),
+        ({"config.json": {}, "tokenizer_config.json": {"eos_token": {"content": "<end>"}}}, (3,)),
+        ({"config.json": {}, "special_tokens_map.json": {"eos_token": "a"}}, (0,)),
+        ({"config.json": {}}, ()),
+        ({"config.json": {}, "tokenizer_config.json": {"eos_token": "<none>"}}, ()),
     ],
 )
-def test_the_end_of_a_text_is_looked_for_where_it_may_stand(files: dict[str, Any], end: int | None, tmp_path: Path):
-    for name, values in ({"tokenizer.json": {"added_tokens": [{"content": "<end>", "id": 3}]}} | files).items():
+def test_every_end_of_a_text_is_looked_for_where_it_may_stand(
+    files: dict[str, Any], ends: tuple[int, ...], tmp_path: Path
+):
+    described = {"added_tokens": [{"content": "<end>", "id": 3}], "model": {"type": "BPE", "vocab": {"a": 0}}}
+    for name, values in ({"tokenizer.json": described} | files).items():
         (tmp_path / name).write_text(json.dumps(values))
-    assert end_id(tmp_path) == end
+    assert ends_of(tmp_path) == ends
+
+
+@pytest.mark.parametrize("end", [-1, True, "</s>", 1.0, [1, None], 10**30])
+def test_an_end_that_is_no_id_is_refused_at_the_import(end: Any, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"eos_token_id"):
+        opened(folder_of(byte_level(), tmp_path / "theirs", eos_token_id=end))
 
 
 @pytest.mark.parametrize(
@@ -579,13 +592,15 @@ def test_a_tokenizer_that_does_not_fit_is_refused(more: dict[str, Any], vocab_si
 def test_without_the_library_an_imported_tokenizer_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ValueError, match=r"runs on the library tokenizers; install it: pip install 'llm-jax\[hf\]'"):
-        ImportedTokenizer("x", {"tokenizer.json": b"{}"}, 0)
+        ImportedTokenizer("x", {"tokenizer.json": b'{"model": {"vocab": {"a": 0}}}'}, 0)
 
 
 def test_a_file_that_is_no_tokenizer_is_named():
     pytest.importorskip("tokenizers")
-    with pytest.raises(ValueError, match=r"the tokenizer.json of x can't be read by tokenizers"):
+    with pytest.raises(ValueError, match=r"the tokenizer.json of x has no 'model'"):
         ImportedTokenizer("x", {"tokenizer.json": b"{}"}, 0)
+    with pytest.raises(ValueError, match=r"the tokenizer.json of x can't be read by tokenizers"):
+        ImportedTokenizer("x", {"tokenizer.json": b'{"model": {"vocab": {"a": 0}}}'}, 0)
 
 
 def ours() -> list[Tokenizer]:
@@ -609,6 +624,8 @@ def test_our_tokenizers_are_exported_with_the_same_ids(coder: Tokenizer):
         ids = coder.encode(text, special=True).tolist()
         assert theirs.encode(text).ids == ids
         assert theirs.decode(ids, skip_special_tokens=False) == text
+    begun = library.Tokenizer.from_str(files_of(coder, 64, begins=True)["tokenizer.json"].decode())
+    assert begun.encode("mat").ids == [coder.begin_of_text, *coder.encode("mat").tolist()]
 
 
 @pytest.mark.slow
@@ -636,7 +653,8 @@ def test_transformers_loads_an_exported_run_and_computes_the_same(tmp_path: Path
     theirs, coder = transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), run.load_tokenizer(tmp_path / "run")
     text = "abc def" + END_OF_TEXT + "gh"
     ids = coder.encode(text, special=True)
-    assert theirs(text)["input_ids"] == ids.tolist()
+    assert theirs(text)["input_ids"] == [coder.begin_of_text, *ids.tolist()]  # as documents began in training
+    assert run.begins(tmp_path / "run", config, coder)
     assert (theirs.eos_token_id, model.config.eos_token_id) == (coder.end_of_text,) * 2
     params, _ = trained.restore(tmp_path / "run", trained.on_one_device(config), report=quiet)
     out = forward(Transformer(override(config.model, ["dtype=float32"])), params, jnp.asarray(ids)[None])

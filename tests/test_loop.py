@@ -221,6 +221,66 @@ def test_resume_passes_over_a_damaged_checkpoint_and_saves_its_step_again(finish
     assert [row["step"] for row in rows(finished)] == list(range(1, 9))
 
 
+def test_rows_that_are_gone_are_named_on_resume(finished: Path, say, monkeypatch):
+    before_step(monkeypatch, fail_at(8, RuntimeError("stop here")))
+    path = finished / "metrics.jsonl"
+    kept = path.read_text().splitlines(keepends=True)
+    for left, lost in ((kept[3:5] + kept[6:], "1 to 3, 6"), (kept[:4], "5 to 8"), (None, "1 to 8")):
+        path.write_text("".join(left)) if left is not None else path.unlink()
+        with pytest.raises(RuntimeError, match="stop here"):
+            resume(finished, steps=9, console=say)
+        assert f"{path} has no row of step {lost}; report.html lacks them too" in said(say)
+
+
+def test_what_was_measured_last_is_returned_and_that_nothing_stopped_it(finished: Path, config, say):
+    progress = resume(finished, steps=9, console=say)
+    assert progress.heldout_loss == rows(finished)[-1]["heldout_loss"]
+    assert not progress.stopped
+
+
+def test_the_best_checkpoint_from_before_a_resume_stays_and_is_read(finished: Path, config, say, monkeypatch):
+    original = Session.evaluate
+    monkeypatch.setattr(Session, "evaluate", lambda *a: dataclasses.replace(original(*a), loss=9.0))
+    before = Checkpoints(finished, read_only=True).best()
+    assert resume(finished, steps=12, console=say).heldout_loss == 9
+    assert before == 8
+    assert steps(finished) == [12, 9, 8]
+    with Checkpoints(finished, read_only=True) as checkpoints:
+        assert checkpoints.restore_params(Program.on(config).abstract_state.params, print)[1] == 8
+
+
+def test_what_killed_writes_left_in_a_folder_is_gone_after_a_resume(finished: Path, say):
+    left = [finished / f".{name}.123.part" for name in ("config.json", "report.html", "metrics.jsonl")]
+    for path in left:
+        path.write_text("half")
+        os.utime(path, (0, 0))
+    resume(finished, steps=9, console=say)
+    assert not [path for path in left if path.exists()]
+
+
+def test_a_run_whose_folder_is_moved_stops_and_says_where_it_is(config, tmp_path, say, monkeypatch):
+    there, moved = tmp_path / "run", tmp_path / "moved"
+
+    def act(now: int, state: Any) -> Any:
+        if now == 5:
+            while not (there / "checkpoints" / "4").exists():
+                time.sleep(0.01)
+            there.rename(moved)
+            there.mkdir()
+            (there / "notes.txt").write_text("somebody else's")
+        return state
+
+    before_step(monkeypatch, act)
+    message = f"{there} was moved or removed while its run trained; the last good checkpoint is of step 4, "
+    with pytest.raises(ValueError, match=f"{message}.* resume {moved}"):
+        train(config, there, console=say)
+    assert [path.name for path in there.iterdir()] == ["notes.txt"]
+    monkeypatch.undo()
+    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path / "cache"))
+    assert resume(moved, console=say).step == 8
+    assert [row["step"] for row in rows(moved)] == list(range(1, 9))
+
+
 def forget_shards(folder: Path) -> None:
     """Lets the run in `folder` look for its data as if its token shards had been deleted."""
     identity = json.loads((folder / "data.json").read_text())
@@ -275,7 +335,7 @@ def test_a_run_that_diverges_stops_with_the_step_the_documents_and_the_layer(con
     with pytest.raises(Diverged) as error:
         train(dataclasses.replace(config, patience=3), tmp_path / "run", console=say)
     assert re.fullmatch(
-        r"loss or gradient was not finite in 3 steps in a row; at step 8, on documents .*\.txt.*, \.\.\.: "
+        r"loss, gradient or update was not finite in 3 steps in a row; at step 8, on documents .*\.txt.*, \.\.\.: "
         r"the first activation to go bad is mlp_out of layer 1; the last good checkpoint is of step 4; "
         rf"start anew with less learning rate and init_from={tmp_path}/run",
         str(error.value),
@@ -298,6 +358,17 @@ def skip_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(Program, "train_step", train_step)
 
 
+def test_updates_that_are_not_finite_stop_a_run_whose_checkpoints_all_are(config, tmp_path, say):
+    huge = dataclasses.replace(config.optimizer, learning_rate=3e38, name="lion")
+    message = r"in 2 steps in a row; .*: loss and gradient are finite; the update makes \S+ NaN, infinite, or too large"
+    with pytest.raises(Diverged, match=f"{message} to square; the last good checkpoint is of step 0; start anew"):
+        train(dataclasses.replace(config, optimizer=huge, patience=2), tmp_path / "run", console=say)
+    assert [row["skipped"] for row in rows(tmp_path / "run")] == [1, 2]
+    state, progress = last_checkpoint(tmp_path / "run", dataclasses.replace(config, optimizer=huge))
+    assert progress.step == 0
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
 def test_a_run_whose_last_step_is_skipped_is_finished(config, tmp_path, say, monkeypatch):
     skip_step(monkeypatch, 7)
     assert train(config, tmp_path / "run", console=say).skipped_in_a_row == 1
@@ -315,8 +386,21 @@ def test_a_signal_during_the_last_save_does_not_break_it(config, tmp_path, say, 
         wait(self)
 
     monkeypatch.setattr(Checkpoints, "wait", interrupted)
-    train(dataclasses.replace(config, steps=3), tmp_path / "run", console=say)
+    assert not train(dataclasses.replace(config, steps=3), tmp_path / "run", console=say).stopped
     assert steps(tmp_path / "run")[0] == 3
+
+
+def test_a_run_that_a_signal_stopped_says_so_and_has_the_last_loss(config, tmp_path, say, monkeypatch):
+    def act(now: int, state: Any) -> Any:
+        if now == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return state
+
+    before_step(monkeypatch, act)
+    progress = train(config, tmp_path / "run", console=say)
+    assert (progress.step, progress.stopped) == (6, True)
+    assert progress.heldout_loss == rows(tmp_path / "run")[3]["heldout_loss"]
+    assert not last_checkpoint(tmp_path / "run", config)[1].stopped
 
 
 def test_a_bad_step_is_skipped_and_counted_and_the_run_goes_on(config, tmp_path, say, monkeypatch):

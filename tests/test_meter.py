@@ -72,6 +72,14 @@ def test_counts_go_on_from_where_the_run_stopped(clock: Clock):
     assert meter.progress.skipped_in_a_row == 0
 
 
+def test_a_row_has_the_share_of_each_source_of_all_tokens_so_far(clock: Clock):
+    rows = Rows()
+    meter = Meter(tiny(Path("nowhere")), rows, Progress(step=7), lambda step: {"a": step / 10, "b": 1 - step / 10})
+    meter.push(metrics())
+    meter.write(meter.read())
+    assert (rows.written[8]["share/a"], rows.written[8]["share/b"]) == (0.8, pytest.approx(0.2))
+
+
 def run(meter: Meter, clock: Clock, steps: int, seconds: float = 1.0) -> None:
     for _ in range(steps):
         clock.now += seconds

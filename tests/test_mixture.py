@@ -166,7 +166,7 @@ def test_a_document_knows_its_source(folder: Path, opened):
     assert store.origins(whole.documents(3))
 
 
-def test_held_out_text_of_every_source_is_scored_once_and_each_weighs_its_share(folder: Path, opened):
+def test_held_out_text_is_scored_once_and_each_source_weighs_its_share(folder: Path, opened):
     c, store = config(folder), opened["documents"].split("heldout")
     nats = {97: 1.0, 98: 2.0, 99: 4.0}
 

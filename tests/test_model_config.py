@@ -17,6 +17,7 @@ from llm_jax.model.config import REMAT, TAPS, AttentionConfig, ModelConfig
 from llm_jax.model.init import SCHEMES
 from llm_jax.model.transformer import Transformer
 from llm_jax.ops.experts import Experts
+from llm_jax.ops.position import Rotary
 from llm_jax.train.count import active_parameters, flops_per_token, parameter_counts
 from llm_jax.tree import count
 
@@ -40,6 +41,16 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"n_layers": 10_001}, "model.n_layers=10001 is more than 10,000; use that or less"),
     ({"vocab_size": 2**31}, "model.vocab_size=2147483648 is more than int32 can count; use at most 2147483647"),
     ({"norm_eps": 1e-46}, "model.norm_eps=1e-46 is no float32; use 0, or a size from 1.2e-38 to 3.4e+38"),
+    (
+        {"rotary": Rotary(scaling="longrope", original_len=8, short_factors=(1.0,) * 3, long_factors=(1.0,) * 2)},
+        "rotary.short_factors has 3 numbers where head_dim=4 has 2 pairs; give one for each",
+    ),
+    (
+        {"rotary": Rotary(scaling="dynamic", original_len=8, fraction=0.5)},
+        "rotary.scaling=dynamic slows all pairs but the first, and head_dim=4 x rotary.fraction=0.5 has no other; "
+        "set model.head_dim=8, or rotary.scaling=none",
+    ),
+    ({"residual_scale": 0.0}, "model.residual_scale=0.0 must be positive"),
     ({"head_dim": 3}, "rotary positions turn pairs: head_dim=3 must be even; set model.head_dim=4"),
     (
         {"d_model": 25, "head_dim": 4, "positions": "sinusoidal"},

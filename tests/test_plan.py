@@ -18,6 +18,7 @@ from llm_jax.arithmetic import flops_a_token, gradient_bytes, numbers_here, rate
 from llm_jax.cli import main
 from llm_jax.config import override
 from llm_jax.plan import (
+    UNTOLD,
     Figures,
     Plan,
     bytes_here,
@@ -64,7 +65,8 @@ def test_the_arithmetic_of_the_state_is_what_the_compiler_says_of_the_arguments(
     assert planned.temporary == memory.temp_size_in_bytes
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     assert planned.needed == planned.arguments + planned.temporary + new
-    assert planned.arguments < planned.peak <= planned.needed
+    assert planned.peak == planned.needed  # of a CPU nobody knows it; what JAX 0.12 says leaves temporaries out
+    assert "peak" not in printed(render(planned)).partition("weights, by path")[0]
 
 
 def test_temporaries_read_from_the_program_are_about_what_the_compiler_needs(planned):
@@ -80,6 +82,20 @@ def test_a_step_at_best_takes_as_long_as_the_slowest_of_compute_memory_and_wire(
     assert known.step_seconds == 3
     assert known.tokens_per_day == 14_745_600
     assert known.cost == pytest.approx(26_041.67)  # 1,627.6 hours of 8 chips
+
+
+def test_of_a_small_program_nothing_is_said_that_the_compiler_can_not_tell(planned):
+    small = dataclasses.replace(planned, topology="v5e:2x4", needed=52, peak=52, temporary=7, seconds={"compute": 1e-6})
+    page = printed(render(small))
+    assert page.count(UNTOLD) == 2
+    assert "52 B" not in page
+    assert "batch" not in page
+    assert "temporary" not in page
+    assert (small.tokens_per_day, small.cost) == (None, None)
+    large = dataclasses.replace(small, needed=4 * 10**9, peak=3 * 10**9, seconds={"compute": 1.0})
+    assert UNTOLD not in printed(render(large))
+    assert "4 GB set apart of 4.29 GB, 3 GB in use at the peak" in printed(render(large))
+    assert large.tokens_per_day == 512 * 24 * 3600
 
 
 def test_collectives_that_nobody_can_count_are_said_and_not_left_out(planned):

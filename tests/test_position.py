@@ -80,6 +80,33 @@ def test_a_part_of_the_head_is_turned_as_a_head_of_its_own_and_the_rest_is_left(
     assert (found[..., 4:] == X[..., 4:]).all()
 
 
+def test_interleaved_pairs_are_the_halves_in_another_order():
+    """And each pair lies side by side: a complex number, as the paper has it."""
+    for fraction in (1.0, 0.5):
+        config = Rotary(fraction=fraction, pairs="interleaved")
+        size = config.turned(H)
+        order = [*np.arange(size).reshape(2, -1).T.flatten(), *range(size, H)]  # 0 2 1 3: where interleaving puts them
+        expected = rotary(X, POSITIONS, Rotary(fraction=fraction))[..., np.array(order)]
+        found = rotary(X[..., np.array(order)], POSITIONS, config)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert jnp.abs(rotary(X, POSITIONS, Rotary(pairs="interleaved")) - rotary(X, POSITIONS, PLAIN)).max() > 1
+    assert Rotary(local_theta=9.0, pairs="interleaved").local.pairs == "interleaved"
+
+
+@pytest.mark.parametrize("scaling", ["dynamic", "longrope"])
+def test_angles_that_go_by_the_length_are_of_each_row_and_known_before_where_it_is(scaling: str):
+    lists = {"short_factors": (1.0, 1.5, 2.0, 2.5), "long_factors": (2.0, 3.0, 4.0, 5.0)}
+    config = Rotary(scaling=scaling, factor=4.0, original_len=8, **lists if scaling == "longrope" else {})
+    lengths = [8, 9] if scaling == "longrope" else [5, 12]
+    of_rows = rotary(X, POSITIONS, config, jnp.array(lengths))
+    for row, length in enumerate(lengths):
+        one = X[row : row + 1]
+        np.testing.assert_allclose(of_rows[row], rotary(one, POSITIONS, config, length)[0], atol=2e-6)
+    same = rotary(X, POSITIONS, config, 3)
+    np.testing.assert_allclose(same, rotary(X, POSITIONS, config, 8), atol=1e-6)
+    assert jnp.abs(same - rotary(X, POSITIONS, config, 16)).max() > 0.1
+
+
 SIZE, FACTOR, TRAINED = 64, 8.0, 2048
 LONG = {"factor": FACTOR, "original_len": TRAINED}
 
@@ -125,6 +152,14 @@ def test_local_layers_have_a_theta_of_their_own_and_no_scaling():
         ({"scaling": "yarn", "factor": 4.0}, "rotary.scaling=yarn needs rotary.original_len"),
         ({"fraction": 0.0}, r"rotary.fraction=0.0 must lie in \(0, 1\]"),
         ({"theta": -1.0}, "rotary.theta=-1.0 must be positive"),
+        ({"scaling": "dynamic", "factor": 4.0}, "rotary.scaling=dynamic needs rotary.original_len"),
+        ({"scaling": "longrope", "original_len": 8}, "rotary.short_factors has 0 numbers .* give both lists"),
+        ({"long_factors": (1.0, 2.0)}, "rotary.long_factors has 2 numbers where rotary.scaling=none"),
+        (
+            {"scaling": "longrope", "original_len": 8, "short_factors": (1.0, 0.0), "long_factors": (1.0, 2.0)},
+            "rotary.short_factors=0.0 must be positive",
+        ),
+        ({"scaling": "yarn", "original_len": 1}, "rotary.original_len=1 must be at least 2"),
         ({"low_turns": 4.0, "high_turns": 4.0}, "rotary.high_turns=4.0 must exceed rotary.low_turns=4.0"),
     ],
     ids=str,
@@ -140,6 +175,10 @@ def test_alibi_slopes_are_those_of_the_paper():
     np.testing.assert_allclose(alibi_slopes(12)[8:], [2.0 ** -(i / 2) for i in (1, 3, 5, 7)])
 
 
+FACTORS = {
+    "short_factor": np.linspace(1, 2, SIZE // 2).round(3).tolist(),
+    "long_factor": np.linspace(2, 40, SIZE // 2).round(3).tolist(),
+}
 HUGGING_FACE = {
     "linear": ({"rope_type": "linear", "factor": FACTOR}, Rotary(scaling="linear", factor=FACTOR)),
     "llama3": (
@@ -156,19 +195,31 @@ HUGGING_FACE = {
         {"rope_type": "yarn", "factor": FACTOR, "original_max_position_embeddings": TRAINED},
         Rotary(scaling="yarn", **LONG),
     ),
-    "dynamic": ({"rope_type": "dynamic", "factor": FACTOR}, Rotary(scaling="ntk", factor=2 * FACTOR - FACTOR + 1)),
+    "dynamic": ({"rope_type": "dynamic", "factor": FACTOR}, Rotary(scaling="dynamic", **LONG)),
+    "longrope": (
+        {"rope_type": "longrope", "factor": FACTOR, "original_max_position_embeddings": TRAINED, **FACTORS},
+        Rotary(
+            scaling="longrope",
+            short_factors=tuple(FACTORS["short_factor"]),
+            long_factors=tuple(FACTORS["long_factor"]),
+            **LONG,
+        ),
+    ),
 }
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("length", [TRAINED, TRAINED + 1, 2 * TRAINED])
 @pytest.mark.parametrize("name", HUGGING_FACE)
-def test_frequencies_are_those_of_transformers(name: str):
-    """`dynamic` is NTK-aware scaling whose factor grows with the text: twice the positions take 2 s - (s - 1)."""
+def test_frequencies_are_those_of_transformers(name: str, length: int):
+    """At the last length that was trained on, one beyond it, and twice as far."""
     transformers = pytest.importorskip("transformers")
     rope = pytest.importorskip("transformers.modeling_rope_utils")
     settings, ours = HUGGING_FACE[name]
     sizes = {"hidden_size": SIZE, "num_attention_heads": 1, "max_position_embeddings": TRAINED}
     config = transformers.LlamaConfig(**sizes, rope_parameters={"rope_theta": THETA, **settings})
-    theirs, amplitude = rope.ROPE_INIT_FUNCTIONS[settings["rope_type"]](config, "cpu", seq_len=2 * TRAINED)
-    np.testing.assert_allclose(ours.frequencies(SIZE), theirs.numpy(), rtol=1e-6)
+    theirs, amplitude = rope.ROPE_INIT_FUNCTIONS[settings["rope_type"]](config, "cpu", seq_len=length)
+    np.testing.assert_allclose(ours.frequencies(SIZE, length).reshape(-1), theirs.numpy(), rtol=1e-6)
+    of_rows = np.asarray(ours.frequencies(SIZE, jnp.array([length]))).reshape(-1)
+    np.testing.assert_allclose(of_rows, theirs.numpy(), rtol=2e-6)
     assert math.isclose(ours.scale, amplitude)

@@ -13,8 +13,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from llm_jax.data import records
 from llm_jax.data.addresses import files_at
+from llm_jax.data.rows import json_rows
 from llm_jax.data.sources import documents
 
 CHATS = [
@@ -79,6 +79,9 @@ def test_rows_without_text_are_counted_and_the_first_is_named(suffix: str, tmp_p
 def test_a_first_row_without_text_chooses_no_other_column(suffix: str, tmp_path: Path):
     path = write(tmp_path / f"a.{suffix}", [{"text": None, "url": "u"}, {"text": "a", "url": "u"}])
     assert texts(path) == ["a"]
+    if suffix in ("jsonl", "json", "parquet"):  # a name without a value is no choice either
+        assert texts(write(path, [{"text": None, "content": "c"}])) == ["c"]
+        assert texts(write(path, [{"text": None, "content": "c"}, {"text": "a", "content": "c"}])) == ["a"]
     with pytest.raises(ValueError, match=r"no text in it|no 'text' or 'content' in its first rows but 'text', 'url'"):
         texts(write(path, [{"text": None, "url": "u"}]))
 
@@ -128,14 +131,14 @@ def test_json_is_read_alike_in_any_layout_and_any_blocks(rows: list, indent: int
     whole = [json.dumps(row, indent=indent, ensure_ascii=False) for row in rows]
     text = f" [\n{' ,'.join(whole)}] \n" if array else "\r\n".join(whole)
     blocks = (text[i : i + size] for i in range(0, len(text), size))
-    assert [row for _, row in records.json_rows("a.json", blocks)] == rows
+    assert [row for _, row in json_rows("a.json", blocks)] == rows
 
 
 def test_a_large_array_is_never_held_whole():
     """Blocks are taken as rows are: of a gigabyte, a few at a time."""
     taken = itertools.count()
     endless = itertools.chain("[", (f'{{"text": "{number}"}},' for number in taken))
-    rows = list(itertools.islice(records.json_rows("a.json", endless), 1000))
+    rows = list(itertools.islice(json_rows("a.json", endless), 1000))
     assert rows[-1] == ("row 1000", {"text": "999"})
     assert next(taken) < 1010
 
@@ -187,7 +190,7 @@ def test_json_of_another_shape_is_named(text: str, message: str, tmp_path: Path)
 
 
 def test_no_object_is_read_without_an_end(monkeypatch, tmp_path: Path):
-    monkeypatch.setattr(records, "ROW_CHARS", 1000)
+    monkeypatch.setattr("llm_jax.data.rows.ROW_CHARS", 1000)
     (tmp_path / "a.json").write_text('{"data": [' + "1, " * 1_000_000)
     with pytest.raises(ValueError, match=r"line 1: no object ends within 1,000 characters; write one a line, found"):
         texts(tmp_path)

@@ -200,3 +200,13 @@ def test_smoothing_bridges_a_lost_step_and_leaves_a_lost_stretch_open():
 
 def test_a_run_of_a_few_steps_is_not_smoothed():
     assert np.array_equal(smooth(np.arange(5.0), np.array([5.0, 1.0, 4.0, 2.0, 3.0]))[1], [5, 1, 4, 2, 3])
+
+
+def test_a_mixture_has_a_line_for_each_source_with_its_newest_numbers(tmp_path: Path):
+    of_a = {"share/<a>": 0.6891, "heldout_loss/<a>": 3.0}
+    rows = [(1, of_a | {"share/b": 0.3109}), (2, {"share/<a>": 0.7, "share/b": 0.3, "heldout_loss/<a>": math.nan})]
+    page = run(tmp_path, rows)
+    assert page.text["td"][:7] == ["share of tokens", "held-out loss", "<a>", "70.0%", "nan", "b", "30.0%"]
+    assert "Sources" in page.text["h2"]
+    (tmp_path / "alone").mkdir()
+    assert "Sources" not in run(tmp_path / "alone", [(1, row(1))]).text["h2"]

@@ -1,7 +1,9 @@
 """The contract: a run that was stopped, at any step and by anything, equals the run that was not, bit for bit."""
 
 import contextlib
+import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_run import batch_hash, console, last_checkpoint, rows, said
+from tiny_run import batch_hash, console, last_checkpoint, rows, said, write_corpus
 
 from llm_jax import tree
 from llm_jax.data.loader import Loader
@@ -115,6 +117,35 @@ def test_a_run_goes_on_in_another_layout_and_in_no_other_config(config: RunConfi
     assert load_config(tmp_path / "run").mesh == MeshConfig(data=4, tensor=-1)
     losses = [[row["loss"] for row in rows(folder) if "loss" in row] for folder in (tmp_path / "run", uninterrupted[0])]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_mixture_killed_and_resumed_equals_the_uninterrupted_one(config: RunConfig, tmp_path: Path, monkeypatch):
+    """Under accumulation, from relative addresses, and from another folder."""
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path / "small", documents=30, seed=1)
+    uri = f"{os.path.relpath(config.data.uri)}:0.7,small:0.3"
+    mixed = dataclasses.replace(config, data=dataclasses.replace(config.data, uri=uri))
+    with watched() as whole:
+        train(mixed, tmp_path / "whole", console=console())
+    with watched(kill_at(5)) as before, pytest.raises(Killed):
+        train(mixed, tmp_path / "run", console=console())
+    monkeypatch.chdir("/")
+    screen = console()
+    with watched() as after:
+        resume(tmp_path / "run", console=screen)
+    assert re.search(r"data position \(epoch \d\.\d\d of \S+, \d\.\d\d of small\) restored", said(screen))
+    assert_equal_runs(tmp_path / "run", before | after, mixed, (tmp_path / "whole", whole))
+    last = rows(tmp_path / "run")[-1]
+    assert last["share/small"] == pytest.approx(0.3, abs=0.05)
+    assert sum(share for name, share in last.items() if name.startswith("share/")) == pytest.approx(1)
+    assert last["heldout_loss/small"] != last["heldout_loss"]
+
+
+def test_a_run_does_not_go_on_with_another_batch_size(config: RunConfig, uninterrupted):
+    """Its step would be another position in the data."""
+    with pytest.raises(ValueError, match=r"data.batch_size=8: a run goes on with its own config, .* change"):
+        resume(uninterrupted[0], layout=["data.batch_size=8"])
 
 
 def test_a_run_that_was_asked_to_stop_and_resumed_equals_the_uninterrupted_one(

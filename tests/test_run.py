@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,13 @@ from tiny_run import tiny, write_corpus
 
 from llm_jax.config import override
 from llm_jax.data.loader import DataConfig
+from llm_jax.data.mixture import open_folders
 from llm_jax.data.prepare import prepare
 from llm_jax.data.shards import Shards, open_shards
 from llm_jax.recipes import recipe_docstring, recipes
 from llm_jax.train import run
 from llm_jax.train.run import RunConfig
+from llm_jax.train.seal import seal_of
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +118,7 @@ def test_a_config_is_kept_with_the_paths_absolute_and_the_names_as_they_are(
             (names, names),
             (["data.uri=hf://datasets/a/b"], ["data.uri=hf://datasets/a/b"]),
             (["data.uri=corpus/*.txt"], [f"data.uri={tmp_path}/corpus/*.txt"]),
+            (["data.uri=corpus:.7,hf://a/b:3"], [f"data.uri={tmp_path}/corpus:.7,hf://a/b:3"]),
             (["data.tokenizer=./byte"], [f"data.tokenizer={tmp_path}/byte"]),
             (["init_from=run0"], [f"init_from={tmp_path}/run0"]),
         ]
@@ -154,6 +159,61 @@ def test_the_data_of_a_run_is_known_by_its_content_not_by_its_place(shards: Shar
         run.check_data(tmp_path / "run", open_shards(tmp_path / "changed"))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "holds a list, expected an object"),
+        ("{", "is not JSON"),
+        ("{}", "has no 'tokenizer'"),
+        ('{"tokenizer": "x", "vocab_size": 3}', "has no 'folder'"),
+        ('{"tokenizer": "x", "vocab_size": 3, "folder": 7}', "'folder' is an integer, expected a string"),
+        ('{"tokenizer": "x", "vocab_size": 3, "sources": []}', "'sources' is a list, expected an object"),
+        ('{"tokenizer": "x", "vocab_size": 3, "sources": {"a": 1}}', "sources.a holds an integer, expected an object"),
+    ],
+)
+def test_a_damaged_data_json_is_an_error_in_a_line(content: str, message: str, shards: Shards, tmp_path: Path):
+    run.create(tmp_path, CONFIG, shards, "")
+    (tmp_path / "data.json").write_text(content)
+    for read in (lambda: run.shards_folders(tmp_path, CONFIG), lambda: run.check_data(tmp_path, shards)):
+        with pytest.raises(ValueError, match=f"data.json.*{re.escape(message)}.*; restore it, or start a new run$"):
+            read()
+
+
+def test_the_data_of_a_mixture_names_the_source_that_changed(tmp_path: Path):
+    folders, addresses = [], []
+    for name in "ab":
+        corpus = write_corpus(tmp_path / name, seed=ord(name))
+        prepare(str(corpus), tmp_path / f"{name}.shards", tokenizer="byte", heldout=0.2)
+        folders.append(tmp_path / f"{name}.shards")
+        addresses.append(f"{corpus}:1")
+    config = override(CONFIG, [f"data.uri={','.join(addresses)}"])
+    mixture = open_folders(config.data, folders)
+    run.create(tmp_path / "run", config, mixture, "")
+    assert run.shards_folders(tmp_path / "run", config) == folders
+    run.check_data(tmp_path / "run", mixture)
+    (tmp_path / "b" / "00.txt").write_text("another")
+    prepare(f"{tmp_path}/b", tmp_path / "changed", tokenizer="byte", heldout=0.2)
+    with pytest.raises(ValueError, match=r"not what .* has been trained on: sources.b.*is .* there, .* here"):
+        run.check_data(tmp_path / "run", open_folders(config.data, [folders[0], tmp_path / "changed"]))
+    other = override(CONFIG, [f"data.uri={addresses[0]},{addresses[1].replace(':1', ':3')}"])
+    with pytest.raises(ValueError, match=r"sources.a.share is 1/2 there, 1/4 here"):
+        run.check_data(tmp_path / "run", open_folders(other.data, folders))
+    shutil.copytree(folders[1], tmp_path / "moved")
+    moved = open_folders(config.data, [folders[0], tmp_path / "moved"])
+    run.check_data(tmp_path / "run", moved)
+    assert seal_of(config, moved) == seal_of(config, mixture)
+    with pytest.raises(ValueError, match=r"data.json has the sources a, b, and config.json corpus; restore it"):
+        run.shards_folders(tmp_path / "run", CONFIG)
+
+
+def test_a_damaged_environment_is_an_error_in_a_line(shards: Shards, tmp_path: Path):
+    run.create(tmp_path, CONFIG, shards, "")
+    for content in ("[]", "{}", '{"jax": 3, "devices": []}'):
+        (tmp_path / "environment.json").write_text(content)
+        with pytest.raises(ValueError, match=r"environment.json.*; restore it, or start a new run$"):
+            run.first_machine(tmp_path)
+
+
 def test_another_tokenizer_is_an_error_with_both(shards: Shards, tmp_path: Path):
     run.create(tmp_path / "run", CONFIG, shards, "")
     prepare(shards.manifest.source, tmp_path / "data", tokenizer="char", heldout=0.2)
@@ -178,10 +238,9 @@ def test_an_environment_without_git_has_no_commit(monkeypatch: pytest.MonkeyPatc
     assert run.environment("")["commit"] is None
 
 
-def test_another_version_of_jax_is_a_change_and_another_command_is_none(shards: Shards, tmp_path: Path):
+def test_the_machine_of_a_run_is_that_on_which_it_began(shards: Shards, tmp_path: Path):
     run.create(tmp_path, CONFIG, shards, "llm-jax train tiny")
-    assert run.changed_environment(tmp_path) == []
+    assert run.first_machine(tmp_path) == run.machine()
     path = tmp_path / "environment.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"jax": "0.0.1"}))
-    (change,) = run.changed_environment(tmp_path)
-    assert change.startswith("jax is 0.0.1 there, ")
+    assert run.first_machine(tmp_path)["jax"] == "0.0.1"

@@ -1,5 +1,8 @@
 """The filters keep what they promise, and draws follow what is left."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 
 from llm_jax.config import override
 from llm_jax.ops import sampling as ops
-from llm_jax.ops.sampling import Sampling
+from llm_jax.ops.sampling import NO_TOKEN, Sampling
 
 top_k, top_p, min_p = (jax.jit(keep, static_argnums=1) for keep in (ops.top_k, ops.top_p, ops.min_p))
 repetition_penalty = jax.jit(ops.repetition_penalty, static_argnums=2)
@@ -117,3 +120,31 @@ def test_draws_come_as_often_as_the_tempered_softmax_says(temperature: float):
 def test_a_setting_that_cannot_be_is_refused_with_its_value(setting: str):
     with pytest.raises(ValueError, match=setting):
         override(Sampling(), [setting])
+
+
+NO_NUMBERS = [float("nan"), float("inf"), -float("inf"), -1.0, 1e-320, 1e39, "0.5", True]
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Sampling)])
+def test_no_field_takes_what_float32_cannot_draw_with(name: str):
+    for value in NO_NUMBERS:
+        if (name, value) in (("top_p", 1e-320), ("min_p", 1e-320)):  # the likeliest alone, and all: what they say
+            continue
+        with pytest.raises(ValueError, match=rf"^{name}={re.escape(str(value))} .*; "):
+            Sampling(**{name: value})
+    Sampling(**{name: np.float32(1) if name != "top_k" else np.int64(1)})
+
+
+@given(logits, st.sampled_from([1e-6, 1e6]), st.sampled_from([1e-37, 1e37]))
+def test_at_the_ends_of_their_ranges_settings_still_draw_tokens(x: np.ndarray, penalty: float, temperature: float):
+    seen = jnp.asarray(np.arange(B * V).reshape(B, V) % 2 == 0)
+    drawn = sample(jnp.asarray(x), keys(0), seen, Sampling(temperature, None, 1e-30, 1e-30, penalty))
+    assert (drawn >= 0).all()
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(top_k=3, top_p=0.9), Sampling(min_p=0.1)])
+def test_a_row_whose_logits_are_no_numbers_draws_no_token(sampling: Sampling):
+    x = np.zeros((B, V), np.float32)
+    x[0, 3], x[1] = np.nan, -np.inf
+    assert sample(jnp.asarray(x), keys(0), NONE_SEEN, sampling).tolist()[:2] == [NO_TOKEN] * 2
+    assert sample(jnp.asarray(x), keys(0), NONE_SEEN, sampling)[2] >= 0

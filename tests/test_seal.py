@@ -40,18 +40,18 @@ def another(value: Any) -> Any:
 
 def changed(values: Mapping[str, Any], key: str) -> dict[str, Any]:
     """`values` with what lies at the dotted `key` a digit away."""
-    values = json.loads(json.dumps(values))
+    copy: dict[str, Any] = json.loads(json.dumps(values))
     *groups, leaf = key.split(".")
-    group = values
+    group = copy
     for name in groups:
         group = group[name]
     group[leaf] = another(group[leaf])
-    return values
+    return copy
 
 
 def test_every_value_is_sealed_or_known_to_decide_nothing(monkeypatch):
     model = dataclasses.replace(tiny(Path("corpus")).model, layers=("global+moe",), experts=Experts(number=4))
-    data = dataclasses.replace(tiny(Path("corpus")).data, task=TaskConfig(kind="answer"))
+    data = dataclasses.replace(tiny(Path("corpus")).data, task=TaskConfig(kind="translate"))
     config = to_dict(tiny(Path("corpus"), model=model, data=data))
     monkeypatch.setattr("llm_jax.train.seal._plain", dict)  # a digit away need not be a config that can be
     there = {"config": config, "tokenizer": "a", "machine": {}}

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from llm_jax.data import prepare as writing
-from llm_jax.data import shards, tokenizer
+from llm_jax.data import shards, sources, tokenizer
 from llm_jax.data.config import DataConfig, check_heldout
 from llm_jax.data.prepare import cached, prepare
 from llm_jax.data.shards import open_shards
@@ -133,6 +134,39 @@ def test_a_document_names_where_it_came_from(corpus: str, tmp_path: Path):
     (origin,) = store.origins([3])
     (document,) = [document for document in documents(corpus) if document.origin == origin]
     assert document.text + END_OF_TEXT == stories(tmp_path / "out", "heldout")[3]
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "train:300"])
+def test_special_tokens_in_text_are_read_where_asked_and_else_said(tokenizer: str, tmp_path: Path):
+    texts, said = [f"one {i}<|endoftext|>two" for i in range(9)], []
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    stores = {}
+    for special in (False, True):
+        out = tmp_path / str(special)
+        options = {"tokenizer": tokenizer, "heldout": 0.0, "special": special}
+        prepare(str(tmp_path / "a.jsonl"), out, **options, report=said.append if special is False else [].append)
+        stores[special] = open_shards(out).split("train")
+    ends = [int((store.read(0, 10**6) == store.tokenizer.end_of_text).sum()) for store in stores.values()]
+    assert ends == [9, 18]
+    warning = "spells <|endoftext|>, which is read as text; for the token set data.special=true"
+    assert sum(warning in line for line in said) == 1
+    for store in stores.values():
+        assert store.tokenizer.decode(store.read(0, int(store.offsets[1]) - 1)) == texts[0]
+
+
+def test_shards_without_special_tokens_are_found_where_they_were_before(corpus: str, tmp_path: Path):
+    config = DataConfig(uri=corpus, tokenizer="byte", heldout=0.2)
+    folder = cached(config, tmp_path)
+    assert folder != cached(dataclasses.replace(config, special=True), tmp_path)
+    names = ("tokenizer", "separator", "end_of_text", "heldout", "heldout_by")
+    key = {name: getattr(config, name) for name in names} | {"format": 1, "content": sources.fingerprint(corpus)}
+    assert folder.name == hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["special"]  # as it was then
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert cached(dataclasses.replace(config, uri=str(folder)), tmp_path) == folder
+    with pytest.raises(ValueError, match=r"prepared with .*special=False, and the config has .*special=True"):
+        cached(dataclasses.replace(config, uri=str(folder), special=True), tmp_path)
 
 
 def test_preparing_twice_gives_the_same_bytes(corpus: str, tmp_path: Path):
@@ -351,3 +385,102 @@ def test_the_manifest_is_plain_json(corpus: str, tmp_path: Path):
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     assert meta["splits"]["train"]["files"].keys() >= {"train_00000.npy", "train_offsets.npy"}
     assert not list((tmp_path / "out").rglob("*.pkl"))
+
+
+def edited(folder: Path, path: str, value: object) -> None:
+    """Changes a field of meta.json; `...` takes it out."""
+    meta = json.loads((folder / "meta.json").read_text())
+    *groups, last = path.split("/")
+    place = meta
+    for group in groups:
+        place = place[group]
+    place[last] = value
+    if value is ...:
+        del place[last]
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("vocab_size", 3, "says vocab_size=3, but the tokenizer has 257"),
+        ("splits/train/tokens", 10**15, "says splits.train.tokens=1000000000000000, but its shards has"),
+        ("splits/heldout/documents", 2, "says splits.heldout.documents=2, but heldout_bytes.npy has"),
+        ("splits/train/bytes", 0, "says splits.train.bytes=0, but train_bytes.npy has"),
+        ("splits/train/documents", "many", "'documents' is a string, expected an integer"),
+        ("splits/train/tokens", True, "'tokens' is true or false, expected an integer"),
+        ("splits/train/files", ["train_00000.npy"], "'files' is a list, expected an object"),
+        ("splits/train/files/..%2fother.npy", "0" * 64, "names '..%2fother.npy', which is none of its files"),
+        ("splits/train/files/train_offsets.npy", ..., "has no train_offsets.npy"),
+        ("splits/train/files/train_offsets.npy", 7, "names 'train_offsets.npy', which is none"),
+        ("splits/heldout", ..., "splits has no 'heldout'"),
+        ("splits", [], "'splits' is a list, expected an object"),
+        ("format", "1", "'format' is a string, expected an integer"),
+        ("heldout", None, "'heldout' is null, expected an integer or a number"),
+        ("tokenizer_fingerprint", ..., "has no 'tokenizer_fingerprint'"),
+    ],
+)
+def test_a_manifest_that_is_untrue_is_refused_in_a_line(
+    field: str, value: object, message: str, corpus: str, tmp_path: Path
+):
+    prepare(corpus, tmp_path / "out", tokenizer="byte", heldout=0.2)
+    edited(tmp_path / "out", field, value)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        open_shards(tmp_path / "out")
+    assert "prepare the data again" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "meta", ["[]", "3", "null", '"a"', "{}", "[" * 10_000, '{"format": ' + "9" * 5000 + "}", "\xff"]
+)
+def test_a_manifest_of_any_other_shape_is_refused_in_a_line(meta: str, tmp_path: Path):
+    (tmp_path / "meta.json").write_bytes(meta.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"meta.json .*; prepare the data again$"):
+        open_shards(tmp_path)
+
+
+def replaced(folder: Path, name: str, values: np.ndarray) -> None:
+    """Puts other numbers into a file, with their checksum, as who made both could."""
+    np.save(folder / name, values)
+    edited(folder, f"splits/{name.split('_')[0]}/files/{name}", shards.sha256_of(folder / name))
+
+
+def test_files_of_no_text_are_refused_though_their_checksums_are_right(corpus: str, tmp_path: Path):
+    folder = tmp_path / "out"
+    prepare(corpus, folder, tokenizer="byte", heldout=0.2)
+    tokens, offsets = (np.load(folder / f"train_{what}.npy") for what in ("00000", "offsets"))
+    beyond, back = tokens.copy(), offsets.copy()
+    beyond[5], back[3] = 257, back[9]
+    for name, values, message in (
+        ("train_00000.npy", beyond, "train has the token 257, and its tokenizer has 0 to 256"),
+        ("train_00000.npy", tokens.astype(np.int64), r"holds int64 \(.*\), expected a vector"),
+        ("train_00000.npy", tokens[None], "expected a vector"),
+        ("train_00000.npy", tokens[1:], "says splits.train.tokens="),
+        ("train_offsets.npy", back, "does not divide"),
+        ("train_offsets.npy", offsets + 1, "does not divide"),
+        ("train_offsets.npy", offsets[:-1], "does not divide"),
+        ("train_bytes.npy", np.zeros(3, np.int64), "says splits.train.documents="),
+    ):
+        kept = (folder / name).read_bytes(), (folder / "meta.json").read_text()
+        replaced(folder, name, values)
+        with pytest.raises(ValueError, match=message):
+            open_shards(folder)
+        (folder / name).write_bytes(kept[0])
+        (folder / "meta.json").write_text(kept[1])
+    open_shards(folder)
+
+
+def test_a_file_that_is_no_array_is_named(corpus: str, tmp_path: Path):
+    prepare(corpus, tmp_path / "out", tokenizer="byte", heldout=0.2)
+    (tmp_path / "out" / "train_bytes.npy").write_bytes(b"no array")
+    edited(tmp_path / "out", "splits/train/files/train_bytes.npy", shards.sha256_of(tmp_path / "out/train_bytes.npy"))
+    with pytest.raises(ValueError, match=r"train_bytes.npy is no array .*; prepare the data again"):
+        open_shards(tmp_path / "out")
+
+
+def test_a_manifest_of_before_or_after_this_version_opens(corpus: str, tmp_path: Path):
+    manifest = prepare(corpus, tmp_path / "out", tokenizer="byte", heldout=0.2)
+    edited(tmp_path / "out", "content", ...)
+    edited(tmp_path / "out", "invented_later", 7)
+    assert open_shards(tmp_path / "out").manifest == dataclasses.replace(manifest, content=None)

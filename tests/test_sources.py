@@ -206,7 +206,7 @@ ADDRESSES = [
     ("reference://x", "TypeError: .*; check the address"),
     ("zip://a.txt::/nowhere/a.zip", "No such file or directory.*; check the address"),
     ("ftp://localhost:1/x", "refused; check the address and the network, or copy the data here"),
-    ("a\0b", "null byte; fix that"),
+    ("a\0b", "null (byte|character).*; fix that"),
     ("x" * 5000, "File name too long"),
 ]
 

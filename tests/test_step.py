@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from llm_jax.data.loader import Batch
 from llm_jax.model.transformer import Transformer
 from llm_jax.ops.experts import Experts
 from llm_jax.ops.loss import IGNORE
+from llm_jax.train.balance import rebalance
 from llm_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from llm_jax.train.step import LossConfig, TrainState, cast, init_state, make_gradient, make_loss, make_train_step
 from llm_jax.tree import fingerprint, leaves
@@ -167,6 +169,48 @@ def test_a_gradient_that_is_not_finite_is_enough():
     assert fingerprint(after.params) == fingerprint(before.params)
 
 
+def test_an_update_that_is_not_finite_changes_no_bit_and_is_counted():
+    """Of one number: nothing of the others, nor of the moments, is taken either."""
+    big = optax.stateless(lambda updates, _: jax.tree.map(lambda x: jnp.where(x > 0.2, x * 1e38 * 1e38, x), updates))
+    rule = optax.chain(optax.trace(0.9), big)
+
+    def loss_fn(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return sum(jnp.square(x).sum() for x in jax.tree.leaves(params)), {}
+
+    run = jax.jit(make_train_step(make_gradient(loss_fn), rule, SCHEDULE))
+    for other, skipped in ((0.5, 0), (8.0, 1)):
+        before = state(PARAMS | {"w_z": jnp.array([0.5, other])}, rule)
+        before = before.replace(params=jax.tree.map(lambda x: x * 0.5, before.params))
+        after, metrics = run(before, BATCH)
+        assert np.isfinite(metrics["grad_norm"])
+        assert int(metrics["skipped"]) == skipped
+        same = fingerprint((after.params, after.opt_state)) == fingerprint((before.params, before.opt_state))
+        assert same == bool(skipped)
+        assert int(after.step) == int(before.step) + 1
+
+
+@pytest.mark.parametrize(
+    ("z_loss", "batch"),
+    [(0.0, BATCH), pytest.param(0.1, BATCH.replace(targets=TOKENS), marks=pytest.mark.slow)],
+    ids=["rows with few targets", "with a z-loss"],
+)
+def test_microbatches_of_a_mixture_of_experts_give_the_step_of_the_full_batch(z_loss: float, batch: Any):
+    """But for the balance loss, which is of the load of one microbatch; a z-loss, where all have as many targets."""
+    experts = Experts(number=4, d_ff=8, shared=1, balance="bias", router_z_loss=z_loss)
+    config = tiny(layers=("global+moe",), experts=experts)
+    loss_fn = make_loss(Transformer(config), LossConfig())
+    found = []
+    for accumulate in (1, 4):
+        gradient, follow = make_gradient(loss_fn, accumulate), functools.partial(rebalance, config)
+        step = jax.jit(make_train_step(gradient, SGD, SCHEDULE, rebalance=follow))
+        found.append(step(state(weights(config), SGD), batch))
+    (whole, metrics), (parts, their_metrics) = found
+    for name in metrics.keys() - {"balance_loss", *(["router_z"] if not z_loss else [])}:
+        np.testing.assert_allclose(their_metrics[name], metrics[name], rtol=1e-5, err_msg=name)
+    for path, x in leaves(whole.params).items():
+        np.testing.assert_allclose(leaves(parts.params)[path], x, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
 def test_noise_depends_on_seed_and_step_and_each_microbatch_has_its_own():
     def noise(**changes: int) -> float:
         metrics = toy(**changes)[2]
@@ -200,7 +244,11 @@ def test_a_fresh_state_is_at_step_zero_and_its_moments_are_float32():
     assert isinstance(optax.tree.get(shapes.opt_state, "mu"), dict)
 
 
-@pytest.mark.parametrize("changes", [{"z_loss": -1.0}, {"label_smoothing": 1.0}, {"chunk": 0}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"z_loss": -1.0}, {"z_loss": math.inf}, {"label_smoothing": 1.0}, {"label_smoothing": math.nan}, {"chunk": 0}],
+    ids=str,
+)
 def test_numbers_that_make_no_loss_are_refused(changes: dict[str, Any]):
     ((name, value),) = changes.items()
     with pytest.raises(ValueError, match=f"loss.{name}.*{value}"):

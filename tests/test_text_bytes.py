@@ -86,7 +86,7 @@ def test_the_bytes_of_text_scored_whole_are_those_of_the_text(name: str, packing
     assert each.min() <= low < result.bits_per_byte < high <= each.max()
 
 
-def test_the_tokens_of_an_imported_tokenizer_spell_other_bytes_than_the_text(stores):
+def test_the_tokens_of_an_imported_tokenizer_spell_other_bytes(stores):
     """Else the tests of this file would prove nothing."""
     for name in TOKENIZERS.keys() - set(OWN):
         store = stores(name)
@@ -95,7 +95,7 @@ def test_the_tokens_of_an_imported_tokenizer_spell_other_bytes_than_the_text(sto
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_of_text_scored_in_part_ours_count_what_the_scored_tokens_spell(name: str, stores):
+def test_of_text_scored_in_part_ours_count_what_the_tokens_spell(name: str, stores):
     store = stores(name)
     for batches in range(1, 6):
         config = DataConfig(seq_len=5, batch_size=2)

@@ -3,7 +3,9 @@
 import collections
 import functools
 import itertools
+import json
 import os
+import re
 import tempfile
 
 import hypothesis
@@ -119,6 +121,33 @@ def test_text_never_makes_a_special_token_unless_asked(make):
     assert ours.decode(special) == ours.decode(ours.encode(text)) == text
 
 
+@pytest.mark.parametrize("text", ["\udcff", "a\ud800b"])
+def test_text_that_is_not_unicode_is_refused_by_all_alike(text: str):
+    for ours in (trained(), tokenizer.ByteTokenizer(), tokenizer.CharTokenizer("ab")):
+        with pytest.raises(ValueError, match=r"is no character: half of one, or a byte that is not UTF-8; take it out"):
+            ours.encode(text)
+
+
+@hypothesis.given(st.lists(st.sampled_from(["<|fim|>", "<|fim|>x", END_OF_TEXT, "<|", "fim", "|>", " a"])))
+def test_all_special_tokens_of_an_encoding_are_read_the_longest_first(words: list[str]):
+    ranks, text = trained().ranks, "".join(words)
+    specials = {END_OF_TEXT: 300, "<|fim|>": 301, "<|fim|>x": 302}
+    ours = tokenizer._bpe("", r50k_pat_str, {**ranks}, specials)
+    expected, rest = [], text
+    while rest:
+        found = next((name for name in sorted(specials, key=len, reverse=True) if rest.startswith(name)), None)
+        expected.append(found or rest[0])
+        rest = rest.removeprefix(expected[-1])
+    plain = itertools.groupby(expected, key=lambda piece: piece if piece in specials else None)
+    ids = [
+        id
+        for name, group in plain
+        for id in ([specials[name] for _ in group] if name else ours.encode("".join(group)).tolist())
+    ]
+    assert ours.encode(text, special=True).tolist() == ids
+    assert ours.spelled(text) == next((piece for piece in expected if piece in specials), None)
+
+
 def test_ids_are_int32_and_an_empty_text_has_none():
     for ours in (trained(), tokenizer.ByteTokenizer(), tokenizer.CharTokenizer("x")):
         assert ours.encode("").shape == (0,)
@@ -132,7 +161,7 @@ def test_an_incomplete_character_decodes_to_a_replacement():
     assert tokenizer.ByteTokenizer().decode([*"é".encode()[:1], *b"!"]) == "\ufffd!"
 
 
-@pytest.mark.parametrize("token", [-1, 257])
+@pytest.mark.parametrize("token", [-1, 257, 2**63, 10**30])
 def test_decoding_an_id_outside_the_vocabulary_raises(token: int):
     with pytest.raises(ValueError, match=rf"token {token} is not an id of byte, which has 0 to 256"):
         tokenizer.ByteTokenizer().decode([65, token])
@@ -195,6 +224,55 @@ def test_one_changed_byte_in_a_saved_tokenizer_never_changes_an_id(name: str, wh
             assert again.fingerprint == ours.fingerprint
 
 
+def resealed(folder, *, ranks: bytes | None = None, **changes) -> str:
+    """Changes what a saved tokenizer says of its encoding, with the digest of a tokenizer that was saved so."""
+    meta = json.loads((folder / "encoding.json").read_text())
+    meta["encoding"] |= changes
+    ranks = (folder / "ranks.tiktoken").read_bytes() if ranks is None else ranks
+    meta["fingerprint"] = tokenizer._digest(meta["encoding"], ranks)
+    (folder / "encoding.json").write_text(json.dumps(meta))
+    (folder / "ranks.tiktoken").write_bytes(ranks)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"special_tokens": {END_OF_TEXT: 300_000_000}}, "its ids are not different integers from 0 to 4194303"),
+        ({"special_tokens": {END_OF_TEXT: 5}}, "its ids are not different integers"),
+        ({"special_tokens": {END_OF_TEXT: True}}, "its ids are not different integers"),
+        ({"special_tokens": {"<|end|>": 300}}, "it has no <|endoftext|>"),
+        ({"special_tokens": {END_OF_TEXT: 300, "": 301}}, "a special token is not text that can be printed"),
+        ({"special_tokens": {END_OF_TEXT: 300, "\ud800": 301}}, "a special token is not text that can be printed"),
+        ({"pattern": "("}, "its pattern can't be read"),
+        ({"pattern": 3}, "'pattern' is an integer, expected a string"),
+        ({"kind": "unigram"}, "of the kind 'unigram', expected one of byte, char, bpe, imported"),
+        ({"kind": "byte"}, "has 'pattern', which this version does not know"),
+        ({"ranks": b"YQ== 1\n"}, "it has no id for some bytes"),
+        ({"ranks": b"YQ== 1 2\n"}, "ranks.tiktoken is no list of base64 and number"),
+        ({"ranks": b"\xff 1\n"}, "ranks.tiktoken is no list of base64 and number"),
+    ],
+)
+def test_a_saved_tokenizer_that_cannot_be_is_refused_in_one_line(changes: dict, says: str, tmp_path):
+    trained(260).save(tmp_path)
+    with pytest.raises(ValueError, match=rf"^[^\n]*{re.escape(says)}[^\n]*prepare the data again$"):
+        tokenizer.load(resealed(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("alphabet", ["ba", "aa", "\ud800"])
+def test_a_saved_alphabet_that_cannot_be_is_refused(alphabet: str, tmp_path):
+    tokenizer.CharTokenizer("ab").save(tmp_path)
+    with pytest.raises(ValueError, match="is no sorted set of characters; it is damaged"):
+        tokenizer.load(resealed(tmp_path, alphabet=alphabet))
+
+
+def test_a_tokenizer_keeps_the_fingerprint_that_it_had_when_it_was_saved():
+    """Shards and runs are known by it: these are from before a tokenizer said what ends a text."""
+    pairs = tokenizer._bpe("", r"\w+|\W", {bytes([byte]): byte for byte in range(256)}, {END_OF_TEXT: 256})
+    made = [tokenizer.ByteTokenizer(), tokenizer.CharTokenizer("ab"), pairs]
+    assert [ours.fingerprint[:8] for ours in made] == ["b187eab7", "f63d932c", "8f6cee14"]
+
+
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"no tokenizer in .*: encoding.json is missing"):
         tokenizer.build(str(tmp_path), list)
@@ -209,6 +287,8 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
         ("train:4_096", "unknown tokenizer 'train:4_096'.*did you mean 'train:4096'"),
         ("train:99999999999999999999", "unknown tokenizer 'train:99999999999999999999'"),
         ("train:256", "make 257"),
+        ("train:2147483648", "at most 4194304 ids; use train:4096"),
+        ("train:" + "9" * 5000, "unknown tokenizer"),
     ],
 )
 def test_a_spec_that_names_nothing_raises(spec: str, message: str):

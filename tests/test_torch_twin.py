@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from architectures import CASES, config_json, record
-from grid import GRID, tiny, weights
+from grid import FACTORS, GRID, tiny, weights
 from jaxtyping import PyTree
 
 from llm_jax.compat.families import FAMILIES
@@ -77,6 +77,10 @@ SWITCHES = {
     "rotary yarn": turning(scaling="yarn", factor=4.0, original_len=100, fraction=0.5),
     "rotary llama3": turning(scaling="llama3", factor=4.0, original_len=100, high_turns=4.0),
     "rotary amplitude": turning(theta=100.0, amplitude=1.3),
+    "rotary interleaved": turning(pairs="interleaved"),
+    "rotary interleaved by half": turning(pairs="interleaved", fraction=0.5),
+    "rotary dynamic": turning(scaling="dynamic", factor=3.0, original_len=4),
+    "rotary longrope": tiny(head_dim=8, rotary=Rotary(scaling="longrope", factor=4.0, original_len=4, **FACTORS)),
     "alibi": tiny(positions="alibi"),
     "learned": tiny(positions="learned"),
     "sinusoidal": tiny(positions="sinusoidal"),
@@ -104,6 +108,7 @@ SWITCHES = {
     "delta": attending("delta"),
     "delta and global": attending("delta,global", {"bias": "qkv"}, convolution=2, qk_norm="head"),
     "bias of q, k, v": tiny(bias="qkv"),
+    "bias of attention": tiny(bias="attention"),
     "bias everywhere": tiny(bias="all"),
     "not gated, relu": tiny(gated=False, activation="relu"),
     "not gated, relu2": tiny(gated=False, activation="relu2"),
@@ -111,6 +116,10 @@ SWITCHES = {
     "gelu_exact": tiny(activation="gelu_exact", gated=False),
     "embedding_scale": tiny(embedding_scale=4.9),
     "logit_softcap": tiny(logit_softcap=2.0),
+    "residual_scale": tiny(residual_scale=0.4),
+    "residual_scale after norms": tiny(residual_scale=0.4, residual="sandwich"),
+    "logit_scale": tiny(logit_scale=0.3),
+    "logit_scale and softcap": tiny(logit_scale=0.3, logit_softcap=2.0),
     "head of its own": tiny(tied=False),
     "classes": tiny(n_classes=14),
     "experts": expert(),
@@ -250,7 +259,8 @@ def test_a_switch_gives_the_same_logits_and_gradients(switch: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(GRID)))
 def test_any_two_options_go_together(number: int):
-    model = dataclasses.replace(GRID[number], dtype="float32", dropout=0.0)
+    attention = dataclasses.replace(GRID[number].attention, dropout=0.0)
+    model = dataclasses.replace(GRID[number], dtype="float32", dropout=0.0, attention=attention)
     if has_delta(model):  # a read of nearly 0 is normed: an eps of 1 keeps rounding from growing in its gradients
         model = dataclasses.replace(model, norm_eps=1.0)
     check(model, MIXED if has_delta(model) else FORWARD)
@@ -315,6 +325,7 @@ def family_gaps(family: str) -> tuple[float, float, float]:
     worst = []
     for theirs in (config_json(case) for case in CASES if case.split()[0] == family):
         model = family_of(theirs).read(theirs)
+        model = dataclasses.replace(model, attention=dataclasses.replace(model.attention, dropout=0.0))
         logits, gradients = gaps(model)
         # Slower, and with an eps that gradients of pure rounding don't reach: docs/twin.md, "Where the curves part".
         ours, twins = curves(run_of(model, learning_rate=1e-3, eps=1e-4))

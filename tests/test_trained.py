@@ -1,5 +1,6 @@
 """A finished run is used with the data and the tokens that it was trained on, or not at all."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from tiny_run import console, write_corpus
 
 from llm_jax import trained
+from llm_jax.data.prepare import prepare
 from llm_jax.train.loop import train
 from llm_jax.train.run import RunConfig
 
@@ -31,8 +33,38 @@ def test_held_out_text_of_a_changed_corpus_is_not_scored(finished: Path, tmp_pat
     assert trained.evaluate(finished)[0].documents > 0
 
 
+@pytest.mark.slow
+def test_a_mixture_is_scored_by_source_and_other_mixtures_too(config: RunConfig, tmp_path: Path):
+    small = write_corpus(tmp_path / "small", documents=30, seed=1)
+    mixed = dataclasses.replace(config, data=dataclasses.replace(config.data, uri=f"{config.data.uri}:0.7,{small}:0.3"))
+    train(dataclasses.replace(mixed, steps=4), tmp_path / "run", console=console())
+    result, _ = trained.evaluate(tmp_path / "run", report=lambda line: None)
+    first, second = result.sources.values()
+    assert result.loss == pytest.approx(0.7 * first.loss + 0.3 * second.loss)
+    assert (result.tokens, result.documents) == (first.tokens + second.tokens, first.documents + second.documents)
+
+    others = [write_corpus(tmp_path / name, documents=n, seed=n) for name, n in (("x", 6), ("y", 9))]
+    uri = f"{others[0]}:1,{others[1]}:3"
+    result, _ = trained.evaluate(tmp_path / "run", uri, report=lambda line: None)
+    assert [source.documents for source in result.sources.values()] == [6, 9]
+    assert result.loss == pytest.approx(result.sources["x"].loss / 4 + result.sources["y"].loss * 3 / 4)
+    assert result.bytes == sum(path.stat().st_size for other in others for path in other.iterdir())
+
+
 def test_any_text_is_scored_in_the_tokens_of_the_run(finished: Path, tmp_path: Path):
     corpus = write_corpus(tmp_path / "corpus", documents=7, seed=1)
     result, step = trained.evaluate(finished, str(corpus), "last", report=lambda line: None)
     assert (result.documents, step) == (7, 8)
     assert result.bytes == sum(path.stat().st_size for path in corpus.iterdir())
+
+
+def test_rows_are_scored_by_a_column_of_their_own(finished: Path, tmp_path: Path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"story": "abc" * n, "label": "d"}) + "\n" for n in range(1, 5)))
+    with pytest.raises(ValueError, match="no 'text' or 'content' in its first rows but 'story', 'label'"):
+        trained.evaluate(finished, str(rows), "last", report=lambda line: None)
+    result, _ = trained.evaluate(finished, str(rows), "last", column="story", report=lambda line: None)
+    assert (result.documents, result.bytes) == (4, 30)
+    prepare(str(rows), tmp_path / "out", tokenizer="byte", column="label", heldout=0.0)
+    with pytest.raises(ValueError, match="is prepared already, of the column 'label'; leave out --column story"):
+        trained.evaluate(finished, str(tmp_path / "out"), "last", column="story", report=lambda line: None)

@@ -11,7 +11,7 @@ import pytest
 from grid import GRID, TINY, local, shapes, tiny, tokens, weights
 from jaxprs import equations
 
-from llm_jax.model.config import ModelConfig
+from llm_jax.model.config import AttentionConfig, ModelConfig
 from llm_jax.model.taps import capture, edit
 from llm_jax.model.transformer import Transformer, head_table, unstack
 from llm_jax.ops.loss import cross_entropy
@@ -185,6 +185,23 @@ def test_dropout_depends_on_its_key_only():
     first, again, other = (training(key)["logits"] for key in (0, 0, 1))
     assert (first == again).all()
     assert (first != other).any()
+
+
+def test_dropout_of_attention_is_in_training_alone_and_each_layer_has_its_own():
+    """There are fewer keys than numbers in a head, no two alike, so what was mixed of the values says how."""
+    tokens = jnp.arange(2 * L).reshape(2, L) % 14
+    changes = {"head_dim": 12, "n_kv_heads": None}
+    config = tiny(attention=AttentionConfig(dropout=0.25), **changes)
+    params, model = weights(tiny(**changes)), Transformer(config)
+    assert (logits(config, params, tokens) == logits(tiny(**changes), params, tokens)).all()
+    taps = capture(model, params, tokens, train=True, rngs={"dropout": jax.random.key(0)})
+    z, v = jnp.moveaxis(taps["z"][..., 0, :], 3, 2), jnp.moveaxis(taps["v"], 3, 2)  # N B K L H
+    pattern, used = taps["pattern"][:, :, :, 0], z @ jnp.linalg.pinv(v)
+    seen = pattern > 1e-3
+    dropped = seen & (jnp.abs(used) < 1e-4)
+    np.testing.assert_allclose(used, jnp.where(dropped, 0, pattern / 0.75), atol=2e-3)
+    np.testing.assert_allclose(dropped.sum() / seen.sum(), 0.25, atol=0.05)
+    assert (dropped[0] != dropped[1])[(seen[0] & seen[1])].any()
 
 
 def dtypes(program: list, *primitives: str) -> set[str]:

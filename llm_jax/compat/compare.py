@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from llm_jax.compat.sides import NAMES, Side, Stretch, why_not_compiled
+from llm_jax.compat.sides import NAMES, Side, Stretch, peak_memory, why_not_compiled
 from llm_jax.config import plain, to_dict
 from llm_jax.data.loader import Loader
 from llm_jax.files import write_json, write_whole
@@ -110,6 +110,7 @@ class Comparison:
 def compare(config: RunConfig, steps: int, report: Report, *, compiled: bool = True, command: str = "") -> Comparison:
     """Trains the first `steps` steps of `config` on each side. Raises `ValueError` for what can't be compared."""
     check(config, steps)
+    peak_memory()  # raises here, and not in a process of its own, where nothing measures it
     shards = loop.open_data(config, report)
     Loader(shards.split("train"), config.data).check_horizon(steps)
     rates = np.asarray(make_schedule(config.optimizer, config.steps)(jnp.arange(steps))).tolist()
@@ -162,10 +163,9 @@ def check(config: RunConfig, steps: int) -> None:
     """Raises `ValueError` for what two sides can't do alike."""
     if not WARM_UP < steps <= config.steps:
         raise ValueError(f"--steps {steps} must lie between {WARM_UP + 1} and the run's own steps={config.steps}")
-    if config.model.dropout:
-        raise ValueError(
-            f"model.dropout={config.model.dropout}: no two libraries drop the same numbers; set model.dropout=0"
-        )
+    for name, rate in (("dropout", config.model.dropout), ("attention.dropout", config.model.attention.dropout)):
+        if rate:
+            raise ValueError(f"model.{name}={rate}: no two libraries drop the same numbers; set model.{name}=0")
     if config.optimizer.name != "adamw":
         raise ValueError(
             f"optimizer.name={config.optimizer.name} has no twin in PyTorch; set optimizer.name=adamw, and an "

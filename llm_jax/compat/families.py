@@ -4,9 +4,11 @@ A family is a table of tensors (`tensors.py`) and a list of lenses (`lenses.py`)
 few, and what they say in fields of `ModelConfig`. The next family is one more entry at the end.
 """
 
+from llm_jax.compat.families_gpt import GPTS
 from llm_jax.compat.families_moe import MIXTURES
 from llm_jax.compat.family import Family
 from llm_jax.compat.lenses import (
+    ATTENTION_BIAS,
     SIZES,
     TIED,
     UNTIED,
@@ -21,25 +23,27 @@ from llm_jax.compat.lenses import (
     known,
     layer_types,
     no_rope_layers,
+    pattern_dropout,
     rms_norm,
-    silent,
     window,
 )
-from llm_jax.compat.rope import rope, rope_by_type
+from llm_jax.compat.rope import PHI3_SCALINGS, rope, rope_by_type
 from llm_jax.compat.tensors import (
+    ATTENTION,
     BODY,
-    GPT2,
-    GPT_BIGCODE,
-    NEOX,
+    FUSED_FEEDFORWARD,
+    GLM4_NORMS,
     NORMS_AFTER,
     NORMS_AROUND,
     NORMS_BEFORE,
     PHI3,
-    STARCODER2,
+    TABLES,
 )
 
 LLAMA = (*SIZES, WIDTH, activation(), rms_norm(1e-6))
-BIASES = biases({"none": (False, False), "all": (True, True)}, attention_bias=False, mlp_bias=False)
+BIASES = biases(
+    {"none": (False, False), "attention": (True, False), "all": (True, True)}, attention_bias=False, mlp_bias=False
+)
 
 
 def every_fourth(config: Theirs, i: int) -> bool:
@@ -58,6 +62,7 @@ GEMMA = (
     WIDTH,
     Lens((), lambda config: {"embedding_scale": config["hidden_size"] ** 0.5}, lambda c: {}),
     rms_norm(1e-6),
+    ATTENTION_BIAS,
     TIED,
 )
 GEMMA_SCALE = Lens(
@@ -76,24 +81,26 @@ GEMMA_ACTIVATION = Lens(
     lambda c: {"hidden_act": "gelu_pytorch_tanh"},
 )
 GEMMA_FIXED = {"norm": "rmsnorm_1p", "residual": "sandwich"}
-GPT2_KEYS = (
-    key("vocab_size", "vocab_size"),
-    key("n_embd", "d_model"),
-    key("n_layer", "n_layers"),
-    key("n_head", "n_heads"),
-    key("n_positions", "max_seq_len", 1024),
-    key("n_inner", "d_ff", None),
-    key("layer_norm_epsilon", "norm_eps", 1e-5),
-    key("scale_attn_weights", "attention.scale", True, {True: None}),
-    TIED,
-)
-GPT2_FIXED = {"positions": "learned", "norm": "layernorm", "gated": False, "bias": "all"}
 # Seed-OSS tells queries, keys and values from what attention gives, and both from the feed-forward.
 SEED_BIASES = biases(
-    {"none": (False, False, False), "qkv": (True, False, False), "all": (True, True, True)},
+    {
+        "none": (False, False, False),
+        "qkv": (True, False, False),
+        "attention": (True, True, False),
+        "all": (True, True, True),
+    },
     attention_bias=True,
     attention_out_bias=False,
     mlp_bias=False,
+)
+GLM = (
+    *SIZES,
+    WIDTH,
+    *heads(2, 128),
+    activation(),
+    rms_norm(1.5625e-7),
+    key("attention_bias", "bias", True, {True: "qkv", False: "none"}),
+    rope(fraction=0.5, old=("rope_theta", "partial_rotary_factor")),
 )
 # What CWM takes where a config says nothing of its positions.
 CWM_ROPE = {
@@ -137,7 +144,7 @@ FAMILIES = {
             architecture="Qwen3ForCausalLM",
             models="Qwen3",
             tensors=BODY + NORMS_BEFORE,
-            lenses=(*LLAMA, *heads(32, 128), QWEN_LAYERS, rope(), UNTIED),
+            lenses=(*LLAMA, *heads(32, 128), ATTENTION_BIAS, QWEN_LAYERS, rope(), UNTIED),
             fixed={"attention.qk_norm": "head"},
         ),
         Family(
@@ -181,38 +188,13 @@ FAMILIES = {
             architecture="Olmo2ForCausalLM",
             models="OLMo 2",
             tensors=BODY + NORMS_AFTER,
-            lenses=(*SIZES, WIDTH, *heads(), activation(), rms_norm(1e-5), rope(), UNTIED),
+            lenses=(*SIZES, WIDTH, *heads(), activation(), rms_norm(1e-5), ATTENTION_BIAS, rope(), UNTIED),
             fixed={"residual": "output", "attention.qk_norm": "whole"},
-        ),
-        Family(
-            name="gpt2",
-            architecture="GPT2LMHeadModel",
-            models="GPT-2",
-            tensors=GPT2,
-            lenses=(*GPT2_KEYS, activation("gelu_new", "activation_function")),
-            fixed=GPT2_FIXED,
-        ),
-        Family(
-            name="gpt_neox",
-            architecture="GPTNeoXForCausalLM",
-            models="GPT-NeoX, Pythia",
-            tensors=NEOX,
-            lenses=(
-                *SIZES,
-                WIDTH,
-                activation("gelu"),
-                key("layer_norm_eps", "norm_eps", 1e-5),
-                key("use_parallel_residual", "residual", True, {True: "parallel", False: "pre"}),
-                key("attention_bias", "bias", True, {True: "all"}),
-                rope(fraction=0.25, old=("rotary_emb_base", "rotary_pct")),
-                UNTIED,
-            ),
-            fixed={"norm": "layernorm", "gated": False},
         ),
         Family(
             name="phi3",
             architecture="Phi3ForCausalLM",
-            models="Phi-3, Phi-4",
+            models="Phi-3, Phi-4, with long texts too",
             tensors=PHI3 + NORMS_BEFORE,
             lenses=(
                 *SIZES,
@@ -221,7 +203,7 @@ FAMILIES = {
                 activation(),
                 rms_norm(1e-5),
                 window(None),
-                rope(fraction=1.0, old=("rope_theta", "partial_rotary_factor")),
+                rope(fraction=1.0, old=("rope_theta", "partial_rotary_factor"), scalings=PHI3_SCALINGS, original=4096),
                 UNTIED,
             ),
             fixed={},
@@ -253,6 +235,7 @@ FAMILIES = {
                 *heads(),
                 activation(),
                 rms_norm(1e-5),
+                ATTENTION_BIAS,
                 layer_types(every_fourth, ()),
                 rope_by_type(5e5),
                 UNTIED,
@@ -268,29 +251,11 @@ FAMILIES = {
             fixed={"residual": "output", "attention.qk_norm": "head"},
         ),
         Family(
-            name="starcoder2",
-            architecture="Starcoder2ForCausalLM",
-            models="StarCoder 2",
-            tensors=STARCODER2,
-            lenses=(
-                *SIZES,
-                WIDTH,
-                *heads(2),
-                activation("gelu_pytorch_tanh"),
-                key("norm_epsilon", "norm_eps", 1e-5),
-                key("use_bias", "bias", True, {True: "all", False: "none"}),
-                window(None),
-                rope(),
-                TIED,
-            ),
-            fixed={"norm": "layernorm", "gated": False},
-        ),
-        Family(
             name="seed_oss",
             architecture="SeedOssForCausalLM",
             models="Seed-OSS",
             tensors=BODY + NORMS_BEFORE,
-            lenses=(*LLAMA, *heads(8, 128), SEED_BIASES, rope(), UNTIED),
+            lenses=(*LLAMA, *heads(8, 128), SEED_BIASES, pattern_dropout("attention_dropout", 0.1), rope(), UNTIED),
             fixed={},
         ),
         Family(
@@ -300,29 +265,6 @@ FAMILIES = {
             tensors=BODY + NORMS_BEFORE,
             lenses=(*SIZES, WIDTH, *heads(), activation("relu2"), rms_norm(1e-5), BIASES, rope(), UNTIED),
             fixed={"gated": False},
-        ),
-        Family(
-            name="gpt_bigcode",
-            architecture="GPTBigCodeForCausalLM",
-            models="StarCoder, SantaCoder",
-            tensors=GPT_BIGCODE,
-            lenses=(
-                *GPT2_KEYS,
-                activation("gelu_pytorch_tanh", "activation_function"),
-                Lens(
-                    ("multi_query", "num_key_value_heads"),  # the second follows from the first
-                    lambda config: {"n_kv_heads": 1 if config.get("multi_query", True) else None},
-                    lambda c: {"multi_query": c.K == 1},
-                ),
-                silent(
-                    "attention_softmax_in_fp32",
-                    "scale_attention_softmax_in_fp32",
-                    "inference_runner",
-                    "validate_runner_input",
-                    "pad_key_length",
-                ),
-            ),
-            fixed=GPT2_FIXED,
         ),
         Family(
             name="cwm",
@@ -341,6 +283,62 @@ FAMILIES = {
             ),
             fixed={},
         ),
+        Family(
+            name="granite",
+            architecture="GraniteForCausalLM",
+            models="Granite 3",
+            tensors=BODY + NORMS_BEFORE,
+            lenses=(
+                *LLAMA,
+                *heads(),
+                BIASES,
+                key("embedding_multiplier", "embedding_scale", 1.0),
+                key("residual_multiplier", "residual_scale", 1.0),
+                key("attention_multiplier", "attention.scale", 1.0),
+                Lens(
+                    ("logits_scaling",),
+                    lambda config: {"logit_scale": 1 / config.get("logits_scaling", 1.0)},
+                    lambda c: {"logits_scaling": 1 / c.logit_scale},
+                ),
+                rope(),
+                UNTIED,
+            ),
+            fixed={},
+        ),
+        Family(
+            name="glm",
+            architecture="GlmForCausalLM",
+            models="GLM-4",
+            tensors=TABLES + ATTENTION + FUSED_FEEDFORWARD + NORMS_BEFORE,
+            lenses=(*GLM, UNTIED),
+            fixed={"rotary.pairs": "interleaved"},
+        ),
+        Family(
+            name="glm4",
+            architecture="Glm4ForCausalLM",
+            models="GLM-4-0414",
+            tensors=TABLES + ATTENTION + FUSED_FEEDFORWARD + GLM4_NORMS,
+            lenses=(*GLM, UNTIED),
+            fixed={"rotary.pairs": "interleaved", "residual": "sandwich"},
+        ),
+        Family(
+            name="ernie4_5",
+            architecture="Ernie4_5ForCausalLM",
+            models="ERNIE 4.5, dense",
+            tensors=BODY + NORMS_BEFORE,
+            lenses=(
+                *SIZES,
+                WIDTH,
+                *heads(2, 128),
+                activation(),
+                rms_norm(1e-5),
+                key("use_bias", "bias", False, {False: "none", True: "all"}),
+                rope(5e5),
+                TIED,
+            ),
+            fixed={"rotary.pairs": "interleaved"},
+        ),
+        *GPTS,
         *MIXTURES,
     )
 }

@@ -2,6 +2,7 @@
 
 from llm_jax.compat.family import Family
 from llm_jax.compat.lenses import (
+    ATTENTION_BIAS,
     SIZES,
     UNTIED,
     WIDTH,
@@ -47,6 +48,7 @@ MIXTURES = (
             *heads(4),
             activation(),
             rms_norm(1e-6),
+            ATTENTION_BIAS,
             sparse_layers(experts(128, 8, width=768)),
             rope(),
             UNTIED,
@@ -58,7 +60,7 @@ MIXTURES = (
         architecture="OlmoeForCausalLM",
         models="OLMoE",
         tensors=BODY + NORMS_BEFORE + EXPERTS,
-        lenses=(*SIZES, WIDTH, *heads(), activation(), rms_norm(1e-5), experts(64, 8), rope(), UNTIED),
+        lenses=(*SIZES, WIDTH, *heads(), activation(), rms_norm(1e-5), experts(64, 8), ATTENTION_BIAS, rope(), UNTIED),
         fixed={"attention.qk_norm": "whole", "layers": ("global+moe",)},
     ),
 )

@@ -88,6 +88,7 @@ def export_run(
     if family is None and (folder / SOURCE).is_file():
         family = read_json(folder / SOURCE)["model_type"]
     chosen = choose(model, weights.shapes_of(params), family)
+    begins = run.begins(folder, config, coder)
     about = {
         "architectures": [chosen.architecture],
         "model_type": chosen.name,
@@ -98,7 +99,7 @@ def export_run(
     }
     with whole_folder(out, "export") as scratch:
         write_json(scratch / "config.json", about | chosen.write(model))
-        for name, content in files_of(coder, model.max_seq_len).items():
+        for name, content in files_of(coder, model.max_seq_len, begins=begins).items():
             (scratch / name).write_bytes(content)
         weights.save(scratch / "model.safetensors", chosen, model, params, dtype or model.dtype)
     return chosen

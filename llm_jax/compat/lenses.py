@@ -215,6 +215,15 @@ def biases(table: Mapping[str, tuple[bool, ...]], **absent: bool) -> Lens:
     return Lens(tuple(absent), read, write)
 
 
+def pattern_dropout(name: str, absent: float = 0.0) -> Lens:
+    """The share of attention's pattern that training drops; null is none."""
+    return Lens(
+        (name,),
+        lambda config: {"attention.dropout": config.get(name, absent) or 0.0},
+        lambda c: {name: c.attention.dropout},
+    )
+
+
 def silent(*names: str) -> Lens:
     """Keys that change nothing of what the model computes."""
     return Lens(names, lambda config: {}, lambda c: {})
@@ -236,8 +245,10 @@ SIZES = (
     key("num_hidden_layers", "n_layers"),
     key("num_attention_heads", "n_heads"),
     key("max_position_embeddings", "max_seq_len"),
+    pattern_dropout("attention_dropout"),
 )
 WIDTH = key("intermediate_size", "d_ff")
+ATTENTION_BIAS = biases({"none": (False,), "attention": (True,)}, attention_bias=False)  # and none elsewhere
 UNTIED = key("tie_word_embeddings", "tied", False)
 TIED = key("tie_word_embeddings", "tied", True)
 

@@ -1,5 +1,6 @@
 """Rotary positions in the words of config.json: `rope_parameters`, and the keys of before."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from llm_jax.compat.lenses import KINDS, Fields, Lens, Theirs, known
@@ -8,8 +9,10 @@ from llm_jax.ops.position import Rotary
 
 ORIGINAL = "original_max_position_embeddings"  # before they were scaled
 
-# Their name of a scaling -> ours, and of what it needs beside theta.
-SCALINGS: dict[str, tuple[str, dict[str, str]]] = {
+Scalings = Mapping[
+    str, tuple[str, dict[str, str]]
+]  # their name of a scaling -> ours, and the same of what it needs beside theta
+SCALINGS: Scalings = {
     "default": ("none", {}),
     "linear": ("linear", {"factor": "factor"}),
     "llama3": (
@@ -31,7 +34,20 @@ SCALINGS: dict[str, tuple[str, dict[str, str]]] = {
             "attention_factor": "amplitude",
         },
     ),
+    "dynamic": ("dynamic", {"factor": "factor"}),
+    "longrope": (
+        "longrope",
+        {
+            "factor": "factor",
+            ORIGINAL: "original_len",
+            "short_factor": "short_factors",
+            "long_factor": "long_factors",
+            "attention_factor": "amplitude",
+        },
+    ),
 }
+# Phi-3 knows no other, and had two names for it.
+PHI3_SCALINGS = {"default": SCALINGS["default"]} | dict.fromkeys(("longrope", "su", "yarn"), SCALINGS["longrope"])
 
 
 def rope(
@@ -39,11 +55,14 @@ def rope(
     fraction: float | None = None,
     old: tuple[str, str] = ("rope_theta", ""),
     absent: Theirs | None = None,
+    scalings: Scalings = SCALINGS,
+    original: int | None = None,
 ) -> Lens:
     """`rope_parameters`, or the `rope_theta` and `rope_scaling` of before; `fraction` where the family has one.
 
     `old` are the names of theta and of the fraction outside of `rope_parameters`; `absent` is what these are where a
-    config has none.
+    config has none. `original` is what the absence of `original_max_position_embeddings` means, where a family has that
+    key outside and reads it there alone.
     """
 
     def read(config: Theirs) -> Fields:
@@ -51,11 +70,16 @@ def rope(
         if fraction is not None:
             outside["partial_rotary_factor"] = config.get(old[1], fraction)
         parameters = outside | (config.get("rope_scaling") or config.get("rope_parameters") or absent or {})
-        return _rotary(parameters, config, fraction is not None)
+        if original is not None:
+            config = {ORIGINAL: original, **config}
+        return _rotary(parameters, config, fraction is not None, scalings)
 
     def write(c: ModelConfig) -> dict[str, Any]:
         part = {} if fraction is None else {"partial_rotary_factor": c.rotary.fraction}
-        return {"rope_parameters": _parameters(c.rotary) | part}
+        outside = {} if original is None or c.rotary.original_len is None else {ORIGINAL: c.rotary.original_len}
+        if c.rotary.scaling == "dynamic":
+            outside["max_position_embeddings"] = c.rotary.original_len
+        return {"rope_parameters": _parameters(c.rotary, scalings) | part} | outside
 
     return Lens(("rope_parameters", "rope_scaling", ORIGINAL, *filter(None, old)), read, write)
 
@@ -85,22 +109,28 @@ def rope_by_type(theta: float, local_theta: float | None = None, old: str = "") 
     return Lens(("rope_parameters", "rope_scaling", "rope_theta", *filter(None, [old])), read, write)
 
 
-def _rotary(parameters: Theirs, config: Theirs, partial: bool = False) -> Fields:
+def _rotary(parameters: Theirs, config: Theirs, partial: bool = False, scalings: Scalings = SCALINGS) -> Fields:
     name = parameters.get("rope_type", parameters.get("type", "default"))
-    scaling, fields = known("rope_type", SCALINGS, name)
-    given = {key: value for key, value in parameters.items() if value is not None}
+    scaling, fields = known("rope_type", scalings, name)
+    given, longest = {key: value for key, value in parameters.items() if value is not None}, {}
     if ORIGINAL in fields:  # outside it goes before inside; where a config does not say, it means all there are
         given[ORIGINAL] = config.get(ORIGINAL) or given.get(ORIGINAL) or config["max_position_embeddings"]
+    if scaling == "longrope" and "factor" not in given:
+        given["factor"] = config["max_position_embeddings"] / given[ORIGINAL]
+    if scaling == "dynamic":  # their longest text is what was trained on: the scaling is for what goes beyond
+        trained = config["max_position_embeddings"]
+        longest = {"rotary.original_len": trained, "max_seq_len": round(trained * given.get("factor", 1))}
     names = {"rope_theta": "theta", **fields} | ({"partial_rotary_factor": "fraction"} if partial else {})
     strange = given.keys() - names.keys() - {"rope_type", "type"}
     if strange:
         raise ValueError(f"rope_type={name} comes with {', '.join(sorted(strange))}; known: {', '.join(names)}")
-    return {"rotary.scaling": scaling} | {f"rotary.{names[key]}": given[key] for key in given if key in names}
+    ours = {f"rotary.{names[key]}": given[key] for key in given if key in names}
+    return {"rotary.scaling": scaling} | ours | longest
 
 
-def _parameters(rotary: Rotary) -> dict[str, Any]:
+def _parameters(rotary: Rotary, scalings: Scalings = SCALINGS) -> dict[str, Any]:
     name, fields = next(
-        ((name, fields) for name, (ours, fields) in SCALINGS.items() if ours == rotary.scaling), ("default", {})
+        ((name, fields) for name, (ours, fields) in scalings.items() if ours == rotary.scaling), ("default", {})
     )
     values = {theirs: getattr(rotary, ours) for theirs, ours in fields.items()}
     return {"rope_type": name, "rope_theta": rotary.theta} | {k: v for k, v in values.items() if v is not None}

@@ -9,7 +9,6 @@ import dataclasses
 import importlib
 import multiprocessing
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -84,7 +83,7 @@ class Side:
         except (EOFError, OSError):
             self._process.join()
             status = self._process.exitcode
-            how = "was killed, perhaps for want of memory" if status == -signal.SIGKILL else "failed, as told above"
+            how = "was killed, perhaps for want of memory" if status == -9 else "failed, as told above"  # SIGKILL
             raise ValueError(f"the process of {NAMES[self.name]} {how} (status {status})") from None
 
 
@@ -147,8 +146,12 @@ def why_not_compiled() -> str | None:
 
 
 def peak_memory() -> int:
-    """The largest resident set of this process until now, in bytes."""
+    """Return the largest resident set of this process until now, in bytes. Raises `ValueError` on Windows."""
     status = Path("/proc/self/status")
     if status.exists():  # getrusage would count what the parent held when it started us
         return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line[:6] == "VmHWM:")
+    try:
+        import resource
+    except ImportError:
+        raise ValueError("compare measures memory as Linux and macOS count it; on Windows, run it in WSL 2") from None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -56,6 +56,13 @@ NORMS_AROUND = NORMS_AFTER + table("""
     model.layers.{i}.pre_feedforward_layernorm.weight  D  feedforward_norm/scale
 """)
 
+GLM4_NORMS = table("""
+    model.layers.{i}.input_layernorm.weight           D  attention_norm/scale
+    model.layers.{i}.post_self_attn_layernorm.weight  D  attention_out_norm/scale
+    model.layers.{i}.post_attention_layernorm.weight  D  feedforward_norm/scale
+    model.layers.{i}.post_mlp_layernorm.weight        D  feedforward_out_norm/scale
+""")
+
 MIXTRAL_EXPERTS = table("""
     model.layers.{i}.block_sparse_moe.gate.weight            ED  experts/w_router
     model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight  FD  experts/w_gate

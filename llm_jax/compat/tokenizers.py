@@ -14,8 +14,11 @@ from llm_jax.files import read_json
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
 
 
-def files_of(tokenizer: Tokenizer, max_len: int) -> Mapping[str, bytes]:
-    """Tokenizer files by name: those that an imported one came with, or tokenizer.json and its config."""
+def files_of(tokenizer: Tokenizer, max_len: int, *, begins: bool = False) -> Mapping[str, bytes]:
+    """Return tokenizer files by name: those that an imported one came with, or tokenizer.json and its config.
+
+    `begins` has one of ours put begin-of-text before a text, as documents began where the model was trained.
+    """
     if isinstance(tokenizer, ImportedTokenizer):
         return tokenizer.files
     config = {
@@ -25,7 +28,7 @@ def files_of(tokenizer: Tokenizer, max_len: int) -> Mapping[str, bytes]:
         "model_max_length": max_len,
         "clean_up_tokenization_spaces": False,
     }
-    return {"tokenizer.json": _json(describe(tokenizer)), "tokenizer_config.json": _json(config)}
+    return {"tokenizer.json": _json(describe(tokenizer, begins=begins)), "tokenizer_config.json": _json(config)}
 
 
 def ends_of(there: Path) -> tuple[int, ...]:
@@ -50,8 +53,8 @@ def ends_of(there: Path) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def describe(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The tokenizer.json of one of ours: each is a byte-pair encoding, that of bytes or characters one without merges.
+def describe(tokenizer: Tokenizer, *, begins: bool) -> dict[str, Any]:
+    """Return the tokenizer.json of one of ours: a byte-pair encoding, of bytes and characters one without merges.
 
     Characters that a `char` tokenizer does not know, for which it raises, theirs passes over.
     """
@@ -77,7 +80,7 @@ def describe(tokenizer: Tokenizer) -> dict[str, Any]:
         "added_tokens": [_special(text, token) for text, token in sorted(specials.items(), key=lambda item: item[1])],
         "normalizer": None,
         "pre_tokenizer": pre,
-        "post_processor": None,
+        "post_processor": _begin(tokenizer.begin_of_text) if begins else None,
         "decoder": decoder,
         "model": {
             "type": "BPE",
@@ -114,6 +117,17 @@ def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
 def spell(entry: bytes) -> str:
     """Bytes in the letters that byte-level encodings write them in."""
     return "".join(BYTE_LETTERS[byte] for byte in entry)
+
+
+def _begin(token: int) -> dict[str, Any]:
+    """The post-processor that puts END_OF_TEXT, which is `token`, before a text."""
+    mark, text = {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [mark, text],
+        "pair": [mark, text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {END_OF_TEXT: {"id": END_OF_TEXT, "ids": [token], "tokens": [END_OF_TEXT]}},
+    }
 
 
 def _special(text: str, token: int) -> dict[str, Any]:

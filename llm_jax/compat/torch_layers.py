@@ -101,7 +101,7 @@ class Mixer(Part):
         self.declare(w_o=(*heads["q"], c.d_model))
         if c.bias != "none":
             self.declare(**{f"b_{name}": shape for name, shape in heads.items()})
-        if c.bias == "all":
+        if c.bias in ("attention", "all"):
             self.declare(b_o=(c.d_model,))
 
     def forward(self, x: Float[Tensor, "B L D"], rows: Rows) -> Float[Tensor, "B L D"]:
@@ -126,7 +126,7 @@ class SoftmaxAttention(Mixer):
             q, k = self._normed(self.q_norm, q), self._normed(self.k_norm, k)
         q, k, v = q.flatten(2, 3).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B heads L H]
         if self.mixer in rows.turns:
-            q, k = (turn(y, *rows.turns[self.mixer]) for y in (q, k))
+            q, k = (turn(y, *rows.turns[self.mixer], c.rotary.pairs) for y in (q, k))
         mask = rows.masks[self.mixer]
         if c.attention.softcap is None:
             scale, causal = c.attention.scale, mask is None

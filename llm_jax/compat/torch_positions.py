@@ -9,31 +9,39 @@ from torch import Tensor
 from llm_jax.ops.position import Rotary
 
 
-def turn(x: Float[Tensor, "B heads L H"], cos: Float[Tensor, "B 1 L R"], sin: Float[Tensor, "B 1 L R"]) -> Tensor:
-    """The first R numbers of every head as pairs `(x[i], x[i + R/2])`, each turned by its angle."""
-    turned, rest = x.tensor_split([cos.shape[-1]], dim=-1)
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos.to(x.dtype) + torch.cat([-second, first], dim=-1) * sin.to(x.dtype)
-    return torch.cat([turned, rest], dim=-1)
+def turn(
+    x: Float[Tensor, "B heads L H"], cos: Float[Tensor, "B 1 L P"], sin: Float[Tensor, "B 1 L P"], pairs: str
+) -> Tensor:
+    """The first numbers of every head as pairs, each rotated as a complex number."""
+    turned, rest = x.tensor_split([2 * cos.shape[-1]], dim=-1)
+    shape = (-1, 2) if pairs == "interleaved" else (2, -1)  # pairs that lie side by side, or apart
+    along = -1 if pairs == "interleaved" else -2
+    real, imaginary = turned.unflatten(-1, shape).unbind(along)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    turned = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=along)
+    return torch.cat([turned.flatten(-2), rest], dim=-1)
 
 
 def turns(r: Rotary, H: int, positions: Int[Tensor, "B L"]) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the angles at `positions`, each pair's twice, times the amplitude."""
-    angles = positions[:, None, :, None] * frequencies(r, H).to(positions.device, torch.float32)
-    angles = torch.cat([angles, angles], dim=-1)
+    """Cosines and sines of the angle of each pair at `positions`, times the amplitude."""
+    slow = frequencies(r, H, positions.shape[1])
+    angles = positions[:, None, :, None] * slow.to(positions.device, torch.float32)
     return angles.cos() * r.scale, angles.sin() * r.scale
 
 
-def frequencies(r: Rotary, H: int) -> Float[Tensor, " pairs"]:
-    """Radians a position of each pair of a head, those that a scaling slows down the slower."""
-    size = int(H * r.fraction)
+def frequencies(r: Rotary, H: int, length: int) -> Float[Tensor, " pairs"]:
+    """Radians a position of each pair of a head, those that a scaling slows down the slower, in texts of `length`."""
+    size, trained = int(H * r.fraction), r.original_len or 0
     pair = torch.arange(size // 2, dtype=torch.float64)
-    theta = r.theta * r.factor ** (size / (size - 2)) if r.scaling == "ntk" else r.theta
+    stretch = {"ntk": r.factor, "dynamic": 1 + r.factor * max(length - trained, 0) / max(trained, 1)}.get(r.scaling)
+    theta = r.theta if stretch is None else r.theta * stretch ** (size / (size - 2))
     plain = torch.pow(theta, -2 * pair / size)
-    if r.scaling in ("none", "ntk"):
-        return plain
-    slowed, trained = torch.ones_like(pair), r.original_len or 0
-    if r.scaling == "llama3":
+    if r.scaling == "longrope":
+        return plain / torch.tensor(r.long_factors if length > trained else r.short_factors, dtype=torch.float64)
+    slowed = torch.zeros_like(pair)
+    if r.scaling == "linear":
+        slowed = torch.ones_like(pair)
+    elif r.scaling == "llama3":
         made = trained * plain / (2 * math.pi)  # turns over all positions of training
         slowed = ((r.high_turns - made) / (r.high_turns - r.low_turns)).clamp(0, 1)
     elif r.scaling == "yarn":

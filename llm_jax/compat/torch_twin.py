@@ -46,7 +46,7 @@ class Output:
 class Block(nn.Module):
     def __init__(self, c: ModelConfig, kind: Layer) -> None:
         super().__init__()
-        self.residual, self.moe = c.residual, kind.moe
+        self.residual, self.scale, self.moe = c.residual, c.residual_scale, kind.moe
         mixer = {"linear": LinearAttention, "delta": DeltaRule}.get(kind.mixer, SoftmaxAttention)
         self.attention = mixer(c, kind.mixer)
         if kind.moe:
@@ -71,21 +71,22 @@ class Block(nn.Module):
             y, use = self.experts(x, rows.segments != 0)
             return y
 
+        scale = self.scale
         match self.residual:
             case "pre":
-                x = x + attention(self.attention_norm(x))
-                x = x + feed(self.feedforward_norm(x))
+                x = x + scale * attention(self.attention_norm(x))
+                x = x + scale * feed(self.feedforward_norm(x))
             case "post":
-                x = self.attention_norm(x + attention(x))
-                x = self.feedforward_norm(x + feed(x))
+                x = self.attention_norm(x + scale * attention(x))
+                x = self.feedforward_norm(x + scale * feed(x))
             case "sandwich":
-                x = x + self.attention_out_norm(attention(self.attention_norm(x)))
-                x = x + self.feedforward_out_norm(feed(self.feedforward_norm(x)))
+                x = x + scale * self.attention_out_norm(attention(self.attention_norm(x)))
+                x = x + scale * self.feedforward_out_norm(feed(self.feedforward_norm(x)))
             case "output":
-                x = x + self.attention_out_norm(attention(x))
-                x = x + self.feedforward_out_norm(feed(x))
+                x = x + scale * self.attention_out_norm(attention(x))
+                x = x + scale * self.feedforward_out_norm(feed(x))
             case "parallel":
-                x = x + attention(self.attention_norm(x)) + feed(self.feedforward_norm(x))
+                x = x + scale * (attention(self.attention_norm(x)) + feed(self.feedforward_norm(x)))
         return x, use
 
 
@@ -132,7 +133,7 @@ class Twin(nn.Module):
             uses += [use] if use is not None else []
         x = x if c.residual == "post" else self.final_norm(x)
         head = self.get_parameter(f"{c.head}.table").to(dtype)
-        logits = F.linear(x.float(), head.float())
+        logits = F.linear(x.float(), head.float()) * c.logit_scale
         if c.logit_softcap is not None:
             logits = c.logit_softcap * torch.tanh(logits / c.logit_softcap)
         return Output(logits, uses)

@@ -115,8 +115,8 @@ def one_line(error: BaseException) -> str:
 
 def brief(what: object) -> str:
     """`what` as text that fits into a message."""
-    text = printable(str(what))
-    return text if len(text) <= 200 else f"{text[:160]}...{text[-37:]}"
+    text = str(what)
+    return printable(text if len(text) <= 200 else f"{text[:160]}...{text[-37:]}")
 
 
 def printable(name: str) -> str:
@@ -142,10 +142,9 @@ def _paths(system: Any, path: str, report: Callable[[str], object]) -> list[str]
         report(f"left out {_named(odd)}: neither a file nor a folder; name what it leads to")
     chosen = _choose(files)
     if len(chosen) < len(files):
-        others = [found for found in files if found not in set(chosen)]
         report(
-            f"{len(chosen):,} of {len(files):,} files ({_suffixes(chosen)}); left out {_suffixes(others)} (name those "
-            "you want by a pattern)"
+            f"{len(chosen):,} of {len(files):,} files ({_suffixes(chosen)}); left out "
+            f"{_suffixes(set(files) - set(chosen))} (name those you want by a pattern)"
         )
     return chosen
 
@@ -171,12 +170,13 @@ def _choose(paths: list[str]) -> list[str]:
 
 def _suffixes(paths: Iterable[str]) -> str:
     counts = Counter(suffix_of(path) or posixpath.basename(path) for path in paths)
-    named = [printable(f"{number:,} {suffix}") for suffix, number in counts.most_common(4)]
+    common = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:4]
+    named = [brief(f"{number:,} {suffix}") for suffix, number in common]
     return ", ".join([*named, "..."] if len(counts) > len(named) else named)
 
 
 def _named(names: list[str]) -> str:
-    shown = ", ".join(map(printable, names[:3]))
+    shown = ", ".join(map(brief, names[:3]))
     return f"{shown} and {len(names) - 3:,} more" if len(names) > 3 else shown
 
 

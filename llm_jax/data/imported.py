@@ -61,7 +61,7 @@ class ImportedTokenizer(Tokenizer):
         the library is missing, where the files can't be read, and for an end or a beginning that is no id of theirs.
         """
         self.files = files
-        found = tokenizer_json.read(name, files["tokenizer.json"], MOST_IDS if most is None else most)
+        found = tokenizer_json.read(name, files["tokenizer.json"], MOST_IDS if most is None else min(most, MOST_IDS))
         self._encoding = _encoding(name, found)
         table = _table(self._encoding, found)
         before = _before(name, self._encoding)

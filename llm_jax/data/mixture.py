@@ -75,12 +75,20 @@ class Deal:
         """How many of the rows 0 to `row` - 1 each source has; they add up to `row`."""
         counts = []
         for ratio in self._ratios:
-            counts.append((2 * row * ratio.numerator + ratio.denominator) // (2 * ratio.denominator))
+            counts.append(_rounded(ratio, row))
             row -= counts[-1]
         return counts
 
     def source(self, row: int) -> tuple[int, int]:
         """The source of `row`, and which of the rows of that source it is."""
-        before, after = self.before(row), self.before(row + 1)
-        source = next(number for number, count in enumerate(before) if after[number] > count)
-        return source, before[source]
+        for source, ratio in enumerate(self._ratios):
+            count = _rounded(ratio, row)
+            if _rounded(ratio, row + 1) > count:
+                return source, count
+            row -= count
+        raise AssertionError("the last source takes every row that is left")
+
+
+def _rounded(ratio: Fraction, row: int) -> int:
+    """`ratio * row` to the nearest whole number, halves up."""
+    return (2 * row * ratio.numerator + ratio.denominator) // (2 * ratio.denominator)

@@ -170,7 +170,8 @@ def _shared_tokenizer(spec: str, cuts: Mapping[str, Cuts], cache_dir: Path, repo
     if folder.exists():
         return folder
     report(f"building the tokenizer {spec} for {', '.join(cuts)}")
-    texts = (document.text for uri, cut in cuts.items() for document in sources.documents(uri, **cut))
+    readers = (sources.documents(uri, cut["separator"], cut["column"]) for uri, cut in cuts.items())
+    texts = (document.text for documents in readers for document in documents)
     tokenizer = build(spec, lambda: texts)
     for uri, content in contents.items():
         if sources.fingerprint(uri) != content:
@@ -190,13 +191,21 @@ def cuts_of(config: DataConfig, uri: str) -> Cuts:
         return {"separator": manifest.separator, "column": manifest.column}
     if uri in GENERATED:
         return {"separator": None, "column": None}
-    rows = sources.holds_records(uri)
+    with _hint(uri):
+        rows = sources.holds_records(uri)
     return {"separator": None if rows else config.separator, "column": config.column if rows else None}
 
 
 def _content(uri: str) -> str:
-    try:
+    with _hint(uri):
         return sources.fingerprint(uri)
+
+
+@contextlib.contextmanager
+def _hint(uri: str) -> Iterator[None]:
+    """Say in an error about an address with a comma how several would be written."""
+    try:
+        yield
     except ValueError as error:
         if "," not in uri:
             raise

@@ -69,7 +69,6 @@ class Part:
     share: Fraction
     documents: slice
     tokens: slice
-    special: bool = False
 
 
 class TokenStore:

@@ -11,6 +11,7 @@ A file may be compressed (.gz .bz2 .xz .zst; `compressed.py`).
 
 import hashlib
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from llm_jax.data.generated import GENERATED
 from llm_jax.data.records import Tally, text_column, texts
 from llm_jax.data.tokenizer import END_OF_TEXT
 
-__all__ = ["BUILTIN", "Document", "documents", "fingerprint", "holds_records"]
+__all__ = ["BUILTIN", "Document", "documents", "fingerprint", "holds_records", "last_written"]
 
 # What tells that a file at an address is another: not all stores put it into their key.
 CHANGES = ("size", "ETag", "Content-MD5", "Digest", "Last-Modified")
@@ -100,7 +101,7 @@ def last_written(uri: str) -> float:
     if uri in GENERATED or "://" in uri:
         return 0.0
     try:
-        return max(os.path.getmtime(file.path) for file in _files(uri))
+        return max(os.path.getmtime(file.path) for file in files_at(uri))
     except (ValueError, OSError):
         return 0.0
 
@@ -146,19 +147,22 @@ def _cut_after(blocks: Iterable[str], separator: str) -> Iterator[str]:
     lines = separator.replace("\r\n", "\n").split("\n")  # a line end is that of Unix or of Windows, in either text
     runs = re.compile("(?:" + r"\r?\n".join(map(re.escape, lines)) + ")+")
     longest = len("\r\n".join(lines))
-    rest, searched = "", 0
+    # How far `rest` is searched, and where a run that goes on to its end has come to, 0 where there is none.
+    rest, searched, run_end = "", 0, 0
     for block in itertools.chain(blocks, [""]):
         rest += block
         # A run that ends so late may go on in the next block; there is none after the empty one.
         last_end = len(rest) - longest if block else len(rest)
         start = 0
-        for run in runs.finditer(rest, searched):
-            searched = run.start()
-            if run.end() > last_end:
+        while True:
+            run = runs.match(rest, run_end) if run_end else runs.search(rest, searched)
+            run_end = run.end() if run else run_end
+            if not run_end:
+                searched = max(start, len(rest) - longest + 1)
                 break
-            yield rest[start : run.end()]
-            start = run.end()
-        else:
-            searched = max(start, len(rest) - longest + 1)
-        rest, searched = rest[start:], searched - start
+            if run_end > last_end:
+                break
+            yield rest[start:run_end]
+            start, searched, run_end = run_end, run_end, 0
+        rest, searched, run_end = rest[start:], max(searched - start, 0), max(run_end - start, 0)
     yield rest

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import operator
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -247,7 +248,7 @@ def build(spec: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
         return CharTokenizer(functools.reduce(set[str].union, texts(), set()))
     if kind == "train" and re.fullmatch("[0-9]{1,9}", size):
         return train(int(size), texts())
-    if not Path(spec).is_dir():
+    if not os.path.isdir(spec):  # of a name that no file could have, too
         raise ValueError(f"unknown tokenizer {spec!r}, and no folder of that name; {nearest(spec, SPECS)}")
     return load(spec)
 
@@ -258,6 +259,8 @@ def train(vocab_size: int, texts: Iterable[str]) -> BPETokenizer:
         raise ValueError(
             f"train:{vocab_size} is too small: 256 bytes and {END_OF_TEXT} make 257; use train:4096, or byte"
         )
+    if vocab_size > MOST_IDS:
+        raise ValueError(f"train:{vocab_size} is too large: a table has at most {MOST_IDS} ids; use train:4096")
     trainer = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue]  (compiled)
     trainer.train_from_iterator((piece for text in texts for piece in pieces(text)), vocab_size - 1)
     ranks = {bytes(entry): rank for entry, rank in trainer.get_mergeable_ranks()}

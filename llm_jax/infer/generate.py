@@ -103,6 +103,9 @@ def continuations(
     there = (np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.int32)
     prefix = None if task is None else task.question(tokens, there)
     state, ones = begin_rows(config, size, vocab_size, keys), np.ones_like(lengths)
+    if state.cache.reach is not None:  # a row's own, whatever the padding and its neighbours
+        reach = jnp.asarray(np.minimum(lengths + max_tokens, config.max_seq_len))
+        state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, reach=reach))
     state, token = next_token(config, sampling, params, state, tokens, lengths, prefix, uncounted)
     for _ in range(max_tokens - 1):
         newest = token

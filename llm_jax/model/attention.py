@@ -3,6 +3,7 @@
 import dataclasses
 
 import flax.linen as nn
+import jax
 from flax import struct
 from jaxtyping import Array, Float, Int
 
@@ -11,7 +12,7 @@ from llm_jax.model.config import ModelConfig
 from llm_jax.model.init import normal
 from llm_jax.model.norm import Norm
 from llm_jax.model.taps import tap, tapped
-from llm_jax.ops.attention import Mask, attention
+from llm_jax.ops.attention import Dropout, Mask, attention
 from llm_jax.ops.gradient import add_bias, linear
 from llm_jax.ops.position import rotary
 from llm_jax.sharding import constrain, own_tokens
@@ -21,12 +22,14 @@ from llm_jax.sharding import constrain, own_tokens
 class Context:
     """What every layer shares: where the tokens stand, whom they may see, whether dropout is on.
 
-    `lengths` says how many tokens of each row are there; those behind are padding.
+    `lengths` says how many tokens of each row are there; those behind are padding. `reach` is how long each row may
+    come to be, for positions that go by it; None: as long as it is.
     """
 
     positions: Int[Array, "#B L"]
     mask: Mask
     lengths: Int[Array, " B"] | None = None
+    reach: Int[Array, " B"] | None = None
     train: bool = struct.field(pytree_node=False, default=False)
 
 
@@ -52,7 +55,7 @@ class Attention(nn.Module):
 
         w_o = self.param("w_o", normal(c, "residual", K * G * H), (K, G, H, D)).astype(x.dtype)
         out = own_tokens(linear("BLKGH,KGHD->BLD", z, w_o))
-        if c.bias == "all":
+        if c.bias in ("attention", "all"):
             out = add_bias(out, self.param("b_o", nn.initializers.zeros, (D,)).astype(x.dtype))
         return out, cache
 
@@ -72,7 +75,8 @@ class Attention(nn.Module):
             y = norm(y) if c.attention.qk_norm == "head" else norm(y.reshape(*y.shape[:2], -1)).reshape(y.shape)
         if c.positions != "rotary" or self.mixer == "nope":
             return y
-        return rotary(y, context.positions, c.rotary.local if self.mixer == "local" else c.rotary)
+        reach = y.shape[1] if context.reach is None else context.reach
+        return rotary(y, context.positions, c.rotary.local if self.mixer == "local" else c.rotary, reach)
 
     def _attend(
         self, x: Float[Array, "B L D"], q: Array, k: Array, v: Array, context: Context, slot: Slot, cache: Cache | None
@@ -87,4 +91,12 @@ class Attention(nn.Module):
             k, v = cache.view(slot)
         tap_scores = (lambda name, y: tap(self, name, y)) if tapped(self) else None
         how = c.attention.implementation
-        return attention(q, k, v, mask, c.scores, implementation=how, tap=tap_scores), cache
+        dropout = self._dropout(context, slot)
+        return attention(q, k, v, mask, c.scores, implementation=how, tap=tap_scores, dropout=dropout), cache
+
+    def _dropout(self, context: Context, slot: Slot) -> Dropout | None:
+        """Of the pattern, in training; each layer has a key of its own."""
+        rate = self.config.attention.dropout
+        if rate == 0 or not context.train:
+            return None
+        return Dropout(jax.random.fold_in(self.make_rng("dropout"), slot), rate)

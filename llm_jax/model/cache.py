@@ -18,7 +18,8 @@ class Cache:
     """What the tokens seen so far left behind; row b holds `length[b]` of them, left-aligned.
 
     The N layers of softmax attention keep keys and values, the M of linear attention a state of fixed size and the
-    last inputs of their short convolution.
+    last inputs of their short convolution. Where rotary angles go by the length of a text, `reach` is that of each row
+    when it is done: its first keys are rotated as its last queries are. `init_cache` makes it all the room there is.
     """
 
     k: Float[Array, "N B S K H"]
@@ -26,6 +27,7 @@ class Cache:
     state: State
     recent: Float[Array, "M B W K G2 H"]
     length: Int[Array, " B"]
+    reach: Int[Array, " B"] | None = None
 
     def write(self, slot: Slot, k: Float[Array, "B L K H"], v: Float[Array, "B L K H"]) -> "Cache":
         """Puts keys and values of L new tokens behind those of a layer; `advance` counts them in `length`."""
@@ -75,4 +77,5 @@ def init_cache(config: ModelConfig, batch: int, max_len: int) -> Cache:
     empty = jnp.zeros((N, batch, max_len, c.K, c.H), c.dtype)
     state = State(jnp.zeros((M, batch, c.K, c.H, c.H)), jnp.zeros((M, batch, c.K, c.H)))
     recent = jnp.zeros((M, batch, width, c.K, c.G + 2, c.H), c.dtype)
-    return Cache(empty, empty, state, recent, jnp.zeros(batch, jnp.int32))
+    reach = jnp.full(batch, max_len, jnp.int32) if c.positions == "rotary" and c.rotary.by_length else None
+    return Cache(empty, empty, state, recent, jnp.zeros(batch, jnp.int32), reach)

@@ -72,6 +72,7 @@ class AttentionConfig:
       qk_norm: queries and keys are normed, each head by itself (`head`, Qwen3) or all together (`whole`, OLMo 2).
       scale: what scores are multiplied by; None: `H**-0.5`.
       softcap: scores are squeezed into (-softcap, softcap) by tanh; None: they are not.
+      dropout: the share of the pattern that is zeroed in training; `reference` and `chunked` hold one.
       convolution: tokens that the short convolution of `delta` layers spans.
       implementation: one of `ops/attention.py`. None: the fastest that accepts; `zigzag` where devices share a row.
     """
@@ -82,6 +83,7 @@ class AttentionConfig:
     qk_norm: Literal["none", "head", "whole"] = "none"
     scale: float | None = None
     softcap: float | None = None
+    dropout: float = 0.0
     convolution: int = 4
     implementation: str | None = None
 
@@ -92,6 +94,8 @@ class AttentionConfig:
         for name in ("scale", "softcap"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"model.attention.{name}={value} must be positive")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.attention.dropout={self.dropout} must lie in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +124,11 @@ class ModelConfig:
       norm_eps: added to the variance, or to the mean square.
       activation: of the feed-forward; `gelu` is the tanh form, `relu2` the square of relu.
       gated: the feed-forward multiplies by a second, linear product (SwiGLU with `silu`).
-      bias: none, in every linear map (`all`), or only where queries, keys and values are made (Qwen2).
+      bias: none, in every linear map (`all`), in those of attention alone, or only where queries, keys and values are
+        made (`qkv`, Qwen2).
       embedding_scale: what token embeddings are multiplied by.
+      residual_scale: what a sublayer gives is multiplied by before it joins the stream (Granite).
+      logit_scale: what logits are multiplied by (Granite, Cohere), before they are capped.
       logit_softcap: logits are squeezed into (-cap, cap) by tanh.
       dropout: share of the embeddings and of each sublayer's output that is zeroed in training.
       tied: the output head is the embedding table.
@@ -153,8 +160,10 @@ class ModelConfig:
     norm_eps: float = 1e-5
     activation: Literal["relu", "gelu", "gelu_exact", "silu", "relu2"] = "silu"
     gated: bool = True
-    bias: Literal["none", "qkv", "all"] = "none"
+    bias: Literal["none", "qkv", "attention", "all"] = "none"
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
     logit_softcap: float | None = None
     dropout: float = 0.0
     tied: bool = True
@@ -173,7 +182,7 @@ class ModelConfig:
                 raise ValueError(f"model.{field.name}={value} must be at least 1")
         if self.n_layers > MOST_LAYERS:
             raise ValueError(f"model.n_layers={self.n_layers} is more than {MOST_LAYERS:,}; use that or less")
-        for name in ("norm_eps", "embedding_scale", "logit_softcap"):
+        for name in ("norm_eps", "embedding_scale", "residual_scale", "logit_scale", "logit_softcap"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"model.{name}={value} must be positive")
         if not 0 <= self.dropout < 1:
@@ -215,6 +224,11 @@ class ModelConfig:
                 f"model.attention.sinks={self.attention.sinks} are what local layers see besides their window, but "
                 f"model.layers={','.join(self.layers)} has none; set sinks to 0, or name a layer local"
             )
+        if self.attention.dropout and mixers.isdisjoint(SOFTMAX):
+            raise ValueError(
+                f"model.attention.dropout={self.attention.dropout} zeroes a share of softmax attention, but "
+                f"model.layers={','.join(self.layers)} has none; set it to 0"
+            )
         for kind, name, value, example in needs:
             used = any(layer.moe for layer in self.period) if kind == "+moe" else kind in mixers
             if used and value is None:
@@ -239,15 +253,32 @@ class ModelConfig:
             raise ValueError(
                 f"model.n_kv_heads={self.K} does not divide model.n_heads={self.n_heads}; use a divisor, as {divisor}"
             )
-        if self.positions == "rotary" and (self.rotary.turned(self.H) % 2 or not self.rotary.turned(self.H)):
-            part = "" if self.rotary.fraction == 1 else f" x rotary.fraction={self.rotary.fraction}"
-            raise ValueError(
-                f"rotary positions turn pairs: head_dim={self.H}{part} must be even; set model.head_dim={self.H + 1}"
-            )
+        if self.positions == "rotary":
+            self._check_rotary()
         if self.positions == "sinusoidal" and self.d_model % 2:
             raise ValueError(
                 f"sinusoidal positions come in pairs: model.d_model={self.d_model} must be even; use {self.d_model + 1}"
             )
+
+    def _check_rotary(self) -> None:
+        turned, scaling = self.rotary.turned(self.H), self.rotary.scaling
+        part = "" if self.rotary.fraction == 1 else f" x rotary.fraction={self.rotary.fraction}"
+        if turned % 2 or not turned:
+            raise ValueError(
+                f"rotary positions turn pairs: head_dim={self.H}{part} must be even; set model.head_dim={self.H + 1}"
+            )
+        if scaling in ("ntk", "dynamic") and turned == 2:
+            raise ValueError(
+                f"rotary.scaling={scaling} slows all pairs but the first, and head_dim={self.H}{part} has no other; "
+                f"set model.head_dim={2 * self.H}, or rotary.scaling=none"
+            )
+        for name in ("short_factors", "long_factors"):
+            factors = getattr(self.rotary, name)
+            if scaling == "longrope" and len(factors) != turned // 2:
+                raise ValueError(
+                    f"rotary.{name} has {len(factors)} numbers where head_dim={self.H}{part} has {turned // 2} pairs; "
+                    "give one for each"
+                )
 
     @property
     def K(self) -> int:

@@ -87,6 +87,8 @@ class Block(nn.Module):
         c = self.config
         if c.residual in ("sandwich", "output"):
             y = Norm(c, name=f"{sublayer}_out_norm")(y)
+        if c.residual_scale != 1:
+            y = y * jnp.asarray(c.residual_scale, y.dtype)
         y = tap(self, {"attention": "attn_out", "feedforward": "mlp_out"}[sublayer], y, c.kept)
         x = settle(x + dropout(self, y, context, layer))
         return Norm(c, name=f"{sublayer}_norm")(x) if c.residual == "post" else x
@@ -154,7 +156,8 @@ class Transformer(nn.Module):
         if cache is not None:
             spread = None if prefix is None else cache.spread(prefix)
             mask = dataclasses.replace(mask, kv_length=cache.length + L, prefix=spread)
-        context = Context(positions=positions, mask=mask, lengths=lengths, train=train)
+        reach = lengths if cache is None else cache.reach
+        context = Context(positions=positions, mask=mask, lengths=lengths, reach=reach, train=train)
 
         x, cache, use = self.layers(self.embed(tokens, context), cache, context)
         x, out = self.head(x, logits)
@@ -178,6 +181,8 @@ class Transformer(nn.Module):
         """What the output table reads, of what the last layer gave; and where they are asked for the logits."""
         c = self.config
         x = tap(self, "final", x if c.residual == "post" else self.final_norm(x))
+        if c.logit_scale != 1:  # here, for whoever makes the logits, chunk by chunk or of the last token alone
+            x = x * jnp.asarray(c.logit_scale, x.dtype)
         if not logits:
             return x, None
         out = unembed(x, getattr(self, c.head)["table"].astype(x.dtype), c.logit_softcap)
@@ -218,7 +223,11 @@ class Transformer(nn.Module):
 
 
 def forward(model: Transformer, params: PyTree, tokens: Int[Array, "B L"], **inputs: Any) -> Output:
-    """`model.apply` on a parameter tree, with the type of what it returns; `inputs` as `Transformer.__call__`."""
+    """`model.apply` on a parameter tree, with the type of what it returns; `inputs` as `Transformer.__call__`.
+
+    Nothing is raised for an id outside the vocabulary, or a position beyond a learned table: it reads the nearest row.
+    `train/batch.py` refuses such batches.
+    """
     return cast(Output, model.apply({"params": params}, tokens, **inputs))
 
 

@@ -8,14 +8,15 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from llm_jax.ops.position import alibi_slopes
 from llm_jax.sharding import size_of
@@ -186,6 +187,19 @@ class Scores:
         return H**-0.5 if self.scale is None else self.scale
 
 
+@struct.dataclass
+class Dropout:
+    """A share `rate` of a pattern is zeroed, as `key` has it, and the rest scaled up (Srivastava et al. 2014)."""
+
+    key: Key[Array, ""]
+    rate: float = struct.field(pytree_node=False)
+
+    def __call__(self, pattern: Float[Array, "B K G l s"], block: Int[Array, ""] | int = 0) -> Array:
+        """`pattern` with what is dropped of it; each `block` of queries has noise of its own."""
+        keep = jax.random.bernoulli(jax.random.fold_in(self.key, block), 1 - self.rate, pattern.shape)
+        return jnp.where(keep, pattern / (1 - self.rate), jnp.zeros_like(pattern))
+
+
 @runtime_checkable
 class Implementation(Protocol):
     def __call__(
@@ -195,6 +209,8 @@ class Implementation(Protocol):
         v: Float[Array, "B S K H"],
         mask: Mask,
         scores: Scores,
+        *,
+        dropout: Dropout | None = None,
     ) -> Float[Array, "B L K G H"]: ...
 
 
@@ -237,39 +253,43 @@ def attend(
     distance: Int[Array, "#B L S"],
     scores: Scores,
     tap: Tap = no_tap,
+    drop: Callable[[Array], Array] | None = None,
 ) -> Array:
     """Softmax attention under a materialised mask; logits and softmax are float32 whatever the dtype of `q`."""
     pattern = tap("pattern", jax.nn.softmax(score(q, k, mask, distance, scores, tap=tap), axis=-1))
+    pattern = pattern if drop is None else drop(pattern)
     return jnp.einsum("BKGLS,BSKH->BLKGH", pattern.astype(v.dtype), v)
 
 
-def reference(q: Array, k: Array, v: Array, mask: Mask, scores: Scores, tap: Tap = no_tap) -> Array:
+def reference(
+    q: Array, k: Array, v: Array, mask: Mask, scores: Scores, tap: Tap = no_tap, *, dropout: Dropout | None = None
+) -> Array:
     """The specification: holds all `B K G L S` scores at once."""
     L, S = q.shape[1], k.shape[1]
-    return attend(q, k, v, mask.materialise(L, S), mask.distance(L, S), scores, tap)
+    return attend(q, k, v, mask.materialise(L, S), mask.distance(L, S), scores, tap, dropout)
 
 
 BLOCK = 128  # queries whose scores exist at one time
 BANDS = 8  # stretches of the row, each compiled for the keys that it sees
 
 
-def chunked(q: Array, k: Array, v: Array, mask: Mask, scores: Scores) -> Array:
+def chunked(q: Array, k: Array, v: Array, mask: Mask, scores: Scores, *, dropout: Dropout | None = None) -> Array:
     """Block by block over the queries, recomputed in the backward pass: memory is linear in L.
 
     Blocks of keys that nobody in a block of queries can see are left out: what lies ahead, behind a window, or off a
     sparse pattern. A band of blocks shares its keys where they are nearly the same, else each block gathers its own.
+    Any lengths will do: where the last block is short, it repeats the last query, and sees the last key once.
     """
     L, S = q.shape[1], k.shape[1]
-    size = BLOCK if mask.sparse is None else mask.sparse.block
-    if L % size:
-        raise Declined(f"chunked takes a query length that is a multiple of {size}, got {L}")
-    view = mask.view(L, S, size, size)
+    size = min(L, BLOCK if mask.sparse is None else mask.sparse.block)
+    view, blocks = mask.view(L, S, size, size), -(-L // size)
     # The gradients of keys and values are sums over blocks: in float32, or they would lose digits with every block.
     wide_k, wide_v = k.astype(jnp.float32), v.astype(jnp.float32)
+    q = jnp.pad(q, ((0, 0), (0, blocks * size - L), (0, 0), (0, 0), (0, 0))) if L % size else q
 
     def over(band: Int[np.ndarray, " blocks"]) -> Array:
         width, together = view[band].sum(1).max(), np.flatnonzero(view[band].any(0))
-        apart = S % size == 0 and len(together) > 1.5 * width
+        apart = len(together) > 1.5 * width
         columns = np.argsort(~view[band], kind="stable")[:, :width] if apart else together[None]
         keys = (columns[..., None] * size + np.arange(size)).reshape(len(columns), -1)
         shared = None if apart else jnp.asarray(keys[0][keys[0] < S])
@@ -279,27 +299,35 @@ def chunked(q: Array, k: Array, v: Array, mask: Mask, scores: Scores) -> Array:
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def block(_: None, part: tuple[Array, Array | None]) -> tuple[None, Array]:
             start, own = part
-            queries, keys = start + jnp.arange(size), shared if own is None else own
-            some_k, some_v = near if own is None else (wide_k[:, own], wide_v[:, own])
+            queries = jnp.minimum(start + jnp.arange(size), L - 1)
+            keys = shared if own is None else jnp.minimum(own, S - 1)
+            some_k, some_v = near if own is None else (wide_k[:, keys], wide_v[:, keys])
             some_k, some_v = some_k.astype(k.dtype), some_v.astype(v.dtype)
             some_q = jax.lax.dynamic_slice_in_dim(q, start, size, axis=1)
             places = (L, S, queries, keys)
-            return None, attend(some_q, some_k, some_v, mask.materialise(*places), mask.distance(*places), scores)
+            seen = mask.materialise(*places) if own is None else mask.materialise(*places) & (own < S)[None, None]
+            drop = None if dropout is None else functools.partial(dropout, block=start)
+            return None, attend(some_q, some_k, some_v, seen, mask.distance(*places), scores, drop=drop)
 
         parts = (jnp.asarray(band * size), jnp.asarray(keys) if apart else None)
         return jnp.moveaxis(jax.lax.scan(block, None, parts)[1], 0, 1).reshape(q.shape[0], -1, *q.shape[2:])
 
-    bands = np.array_split(np.arange(L // size), 1 if view.all() else min(BANDS, L // size))
-    return jnp.concatenate([over(band) for band in bands], axis=1)
+    bands = np.array_split(np.arange(blocks), 1 if view.all() else min(BANDS, blocks))
+    return jnp.concatenate([over(band) for band in bands], axis=1)[:, :L]
 
 
 def elsewhere(file: str, name: str) -> Implementation:
     """A function of a file that imports this one: it is looked up by its first call.
 
-    Programs that run no kernel never load Pallas.
+    Programs that run no kernel never load Pallas. None of them holds a pattern that dropout could take from.
     """
 
-    def run(q: Array, k: Array, v: Array, mask: Mask, scores: Scores) -> Array:
+    def run(q: Array, k: Array, v: Array, mask: Mask, scores: Scores, *, dropout: Dropout | None = None) -> Array:
+        if dropout is not None:
+            raise Declined(
+                f"{name} never holds the pattern of which model.attention.dropout={dropout.rate} zeroes a share; use "
+                "model.attention.implementation=reference or chunked and mesh.context=1, or model.attention.dropout=0"
+            )
         return getattr(importlib.import_module(f"llm_jax.ops.{file}"), name)(q, k, v, mask, scores)
 
     return run
@@ -315,12 +343,31 @@ ACROSS: dict[str, Implementation] = {name: elsewhere("ring", name) for name in (
 
 LONG = 1024  # from this many queries on the L x S scores, not the arithmetic, set the limit
 
-# For each platform what to try, in this order, and from how many queries on; where all decline, the reference runs.
+# For each platform what to try, in this order, and from how many queries on; below LONG the reference is the last.
 FASTEST: dict[str, dict[str, int]] = {
     "cpu": {"chunked": LONG},
     "tpu": {"flash": LONG, "chunked": LONG},
     "gpu": {"cudnn": 128, "chunked": LONG},
 }
+
+
+def candidates(L: int) -> list[str]:
+    """Who may attend to L queries here, the fastest first. The last takes every case; from LONG on in linear memory."""
+    chosen = [name for name, least in FASTEST.get(platform(), FASTEST["cpu"]).items() if least <= L]
+    return chosen if L >= LONG else [*chosen, "reference"]
+
+
+_listener: ContextVar[Callable[[str], object]] = ContextVar("listener", default=lambda line: None)
+
+
+@contextlib.contextmanager
+def heard(report: Callable[[str], object]) -> Iterator[None]:
+    """Within it, `report` hears in a line, once, which implementation a program runs and why faster ones declined."""
+    token = _listener.set(functools.cache(report))
+    try:
+        yield
+    finally:
+        _listener.reset(token)
 
 
 def platform() -> str:
@@ -352,26 +399,40 @@ def attention(
     *,
     implementation: str | None = None,
     tap: Tap | None = None,
+    dropout: Dropout | None = None,
 ) -> Float[Array, "B L K G H"]:
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): query head (k, g) reads key/value head k.
 
     `implementation=None` takes the first row of `FASTEST` that accepts; a name takes that one or raises `Declined`, a
-    `ValueError`, with the reason. With `tap`, scores and pattern are shown to it, so the reference runs. Rows that are
-    split over `mesh.context` take one of `ACROSS`, by default `ring`.
+    `ValueError`, with the reason. With `tap`, scores and pattern are shown to it, so the reference runs. `dropout` is
+    for training, and for those that hold a pattern. Rows that are split over `mesh.context` take one of `ACROSS`, by
+    default `ring`. Raises `ValueError` for an array in place of a `Mask`: kernels read its fields, and leave out what
+    they hide.
     """
+    if not isinstance(mask, Mask):
+        raise ValueError(
+            f"mask is a {type(mask).__name__}, expected a Mask, which says who sees whom by rules; use "
+            "Mask(causal=False) where all see all, and Mask(segments=...) with a segment apart for what none may see"
+        )
     known = IMPLEMENTATIONS | ACROSS
     if implementation is not None and implementation not in known:
         raise ValueError(f"unknown attention {implementation!r}; known: {', '.join(known)}")
     if tap is not None and implementation == "zigzag" and size_of("context") > 1:
         raise Declined("the tokens of a zigzag are out of order; look at them with model.attention.implementation=ring")
     if tap is not None:
-        return reference(q, k, v, mask, scores, tap)
+        return reference(q, k, v, mask, scores, tap, dropout=dropout)
+    names = [implementation] if implementation in IMPLEMENTATIONS else candidates(q.shape[1])
     if size_of("context") > 1:
-        return ACROSS[across(implementation)](q, k, v, mask, scores)
-    if implementation in IMPLEMENTATIONS:
-        return IMPLEMENTATIONS[implementation](q, k, v, mask, scores)
-    for name, least in FASTEST.get(platform(), {}).items():
-        if q.shape[1] >= least:
-            with contextlib.suppress(Declined):
-                return IMPLEMENTATIONS[name](q, k, v, mask, scores)
-    return reference(q, k, v, mask, scores)
+        names = [across(implementation)]
+    declined = ""
+    for name in names[:-1]:
+        try:
+            return _told(known[name](q, k, v, mask, scores, dropout=dropout), name, declined)
+        except Declined as reason:
+            declined += f"; {str(reason).partition(';')[0]}"
+    return _told(known[names[-1]](q, k, v, mask, scores, dropout=dropout), names[-1], declined)
+
+
+def _told(out: Array, name: str, declined: str) -> Array:
+    _listener.get()(f"attention over {out.shape[1]:,} tokens: {name}{declined}")
+    return out

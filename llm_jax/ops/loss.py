@@ -47,6 +47,8 @@ def cross_entropy(
 ) -> tuple[Float[Array, "*T"], Float[Array, "*T"]]:
     """Returns (loss, negative log-likelihood) of every token in nats, float32, 0 where the target is IGNORE.
 
+    Nothing is raised for a target that is neither IGNORE, which is -1, nor one of the V: it picks no logit, and its
+    "likelihood" is exp(-logsumexp(logits)). So it is for PyTorch's -100. `train/batch.py` refuses such batches.
     `label_smoothing` mixes the target with the uniform distribution (Szegedy et al. 2015, arXiv:1512.00567);
     `z_loss` adds `z_loss * logsumexp(logits)**2`, which keeps logits from drifting (PaLM, arXiv:2204.02311).
     """

@@ -15,28 +15,38 @@ class Rotary:
 
     Attributes:
       theta: how slowly the last pair rotates; larger for longer rows.
+      pairs: which of the R numbers that are rotated make pair i: `halves`, i and i + R/2 (GPT-NeoX, Llama and most
+        since), or `interleaved`, 2i and 2i + 1 (the paper, GPT-J, GLM). Weights of one mean nothing in the other.
       fraction: of the head that is turned, its first pairs; the rest knows no position (GPT-NeoX turns a quarter).
       scaling: how a model trained on `original_len` positions reads `factor` times as many: `linear` slows every pair
         (Chen et al. 2023, arXiv:2306.15595), `ntk` slows pair i by `factor**(2i/(H-2))`, `yarn` and `llama3` slow
         those that make fewer than `low_turns` over `original_len`, leave those above `high_turns` (32 for YaRN, 4
-        for Llama 3), and blend between: by pair (Peng et al. 2023, arXiv:2309.00071), or by turns.
+        for Llama 3), and blend between: by pair (Peng et al. 2023, arXiv:2309.00071), or by turns. Two go by the length
+        n of the text: `dynamic` is, beyond `original_len`, `ntk` by
+        `factor * n / original_len - (factor - 1)`; `longrope` slows pair i by `long_factors[i]` beyond it, by
+        `short_factors[i]` up to it (Ding et al. 2024, arXiv:2402.13753).
       factor: how many times longer the rows are than in training, for `scaling`.
-      original_len: positions in training, for `yarn` and `llama3`.
+      original_len: positions in training, for `yarn`, `llama3`, `dynamic` and `longrope`.
       low_turns, high_turns: for `yarn` and `llama3`: turns over `original_len` at which pairs are slowed in full, and
         not at all.
-      amplitude: of the turned queries and keys; None: 1, for `yarn` `0.1 ln(factor) + 1`.
+      short_factors, long_factors: for `longrope`: how much slower each pair rotates, up to `original_len` and beyond.
+      amplitude: of the rotated queries and keys; None: 1, for `yarn` `0.1 ln(factor) + 1`, for `longrope`
+        `sqrt(1 + ln(factor) / ln(original_len))`.
       local_theta: of local layers, which are never scaled (Gemma 3); None: as all others.
     """
 
     theta: float = 10_000.0
     fraction: float = 1.0
-    scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
+    scaling: Literal["none", "linear", "ntk", "yarn", "llama3", "dynamic", "longrope"] = "none"
     factor: float = 1.0
     original_len: int | None = None
     low_turns: float = 1.0
     high_turns: float = 32.0
     amplitude: float | None = None
     local_theta: float | None = None
+    pairs: Literal["halves", "interleaved"] = "halves"
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("theta", "factor", "low_turns", "local_theta", "amplitude"):
@@ -48,29 +58,60 @@ class Rotary:
             raise ValueError(f"rotary.fraction={self.fraction} must lie in (0, 1]")
         if self.high_turns <= self.low_turns:
             raise ValueError(f"rotary.high_turns={self.high_turns} must exceed rotary.low_turns={self.low_turns}")
-        if self.scaling in ("yarn", "llama3") and self.original_len is None:
+        if self.scaling not in ("none", "linear", "ntk") and self.original_len is None:
             raise ValueError(f"rotary.scaling={self.scaling} needs rotary.original_len, the positions in training")
+        if self.original_len is not None and self.original_len < 2:
+            raise ValueError(f"rotary.original_len={self.original_len} must be at least 2")
+        for name in ("short_factors", "long_factors"):
+            factors = getattr(self, name)
+            if bool(factors) != (self.scaling == "longrope"):
+                raise ValueError(
+                    f"rotary.{name} has {len(factors)} numbers where rotary.scaling={self.scaling}, but longrope, and "
+                    "it alone, takes one for each pair; give both lists with it, or leave both empty"
+                )
+            if any(factor <= 0 for factor in factors):
+                raise ValueError(f"rotary.{name}={min(factors)} must be positive, as every factor of longrope")
 
     @property
     def local(self) -> "Rotary":
         """What local layers use."""
-        return self if self.local_theta is None else Rotary(theta=self.local_theta, fraction=self.fraction)
+        if self.local_theta is None:
+            return self
+        return Rotary(theta=self.local_theta, fraction=self.fraction, pairs=self.pairs)
+
+    @property
+    def by_length(self) -> bool:
+        """Whether angles depend on how long the text is."""
+        return self.scaling in ("dynamic", "longrope")
 
     def turned(self, H: int) -> int:
         """How many of a head's H numbers are turned, the first ones."""
         return int(H * self.fraction)
 
-    def frequencies(self, H: int) -> Float[np.ndarray, " pairs"]:
-        """Radians a position, of every pair."""
+    def frequencies(self, H: int, length: int | Int[Array, " B"] = 0) -> Float[Array | np.ndarray, "*B pairs"]:
+        """Radians a position, of every pair; with a leading B where they go by the lengths of B texts."""
         size = self.turned(H)
         theta = self.theta * self.factor ** (size / (size - 2)) if self.scaling == "ntk" else self.theta
         plain = theta ** (-np.arange(0, size, 2) / size)
+        if self.by_length:
+            return self._by_length(plain, length)
         if self.scaling == "linear":
             return plain / self.factor
         if self.scaling not in ("yarn", "llama3"):
             return plain
         kept = self._kept(plain, size)
         return plain * kept + plain / self.factor * (1 - kept)
+
+    def _by_length(self, plain: np.ndarray, length: int | Array) -> Float[Array | np.ndarray, "B pairs"]:
+        """Frequencies of texts of these lengths: NumPy's where one is known before the program runs."""
+        trained, xp = self.original_len, np if isinstance(length, int) else jnp
+        assert trained is not None
+        n, plain = xp.asarray(length, np.float32).reshape(-1, 1), plain[None].astype(np.float32)
+        if self.scaling == "longrope":
+            short, long = (np.array(factors, np.float32)[None] for factors in (self.short_factors, self.long_factors))
+            return plain / xp.where(n > trained, long, short)
+        stretch = self.factor * xp.maximum(n, trained) / trained - (self.factor - 1)
+        return plain * stretch ** (-np.arange(plain.size, dtype=np.float32)[None] / (plain.size - 1))
 
     def _kept(self, frequencies: np.ndarray, size: int) -> np.ndarray:
         """The share of each pair's frequency that is left as it was."""
@@ -91,22 +132,35 @@ class Rotary:
         """The amplitude in use."""
         if self.amplitude is not None:
             return self.amplitude
-        return 0.1 * math.log(self.factor) + 1 if self.scaling == "yarn" and self.factor > 1 else 1.0
+        if self.factor <= 1 or self.original_len is None:
+            return 1.0
+        longrope = math.sqrt(1 + math.log(self.factor) / math.log(self.original_len))
+        return {"yarn": 0.1 * math.log(self.factor) + 1, "longrope": longrope}.get(self.scaling, 1.0)
 
 
 def rotary(
-    x: Float[Array, "B L *heads H"], positions: Int[Array, "#B L"], config: Rotary
+    x: Float[Array, "B L *heads H"],
+    positions: Int[Array, "#B L"],
+    config: Rotary,
+    length: int | Int[Array, " B"] = 0,
 ) -> Float[Array, "B L *heads H"]:
-    """Turns pairs `(x[i], x[i + R/2])` of the first R numbers of every head by their angle at `positions`.
+    """Rotates the pairs of the first R numbers of every head by their angle at `positions`.
 
-    Angles are computed in float32 whatever the dtype of `x`: at position 4096 bfloat16 is off by whole turns.
+    `length` of the texts is what `config.by_length` goes by. Angles are computed in float32 whatever the dtype of `x`:
+    at position 4096 bfloat16 is off by whole turns.
     """
-    frequencies = jnp.asarray(config.frequencies(x.shape[-1]), jnp.float32)
-    half = frequencies.size
-    angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None]
+    frequencies = jnp.asarray(config.frequencies(x.shape[-1], length), jnp.float32)
+    half = frequencies.shape[-1]
+    frequencies = frequencies[None, None] if frequencies.ndim == 1 else frequencies[:, None]
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
     angles = angles.reshape(*angles.shape[:2], *(1,) * (x.ndim - 3), half)
     cos, sin = ((f(angles) * config.scale).astype(x.dtype) for f in (jnp.cos, jnp.sin))
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    rest = x[..., 2 * half :]
+    if config.pairs == "interleaved":
+        first, second = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
+        together = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        return jnp.concatenate([together.reshape(*x.shape[:-1], 2 * half), rest], axis=-1)
+    first, second = x[..., :half], x[..., half : 2 * half]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 

@@ -2,10 +2,10 @@
 
 import dataclasses
 import math
-import numbers
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 # What float32 can divide logits by, and be divided by: beyond it they become infinite, and their softmax nothing.
@@ -40,7 +40,7 @@ class Sampling:
                 "model's own"
             )
         k = self.top_k
-        if k is not None and not (isinstance(k, numbers.Integral) and _within(k, 1.0, math.inf)):
+        if k is not None and not (isinstance(k, int | np.integer) and _within(k, 1.0, math.inf)):
             raise ValueError(f"top_k={k} is no number of tokens to keep; use 1 or more, or leave it out")
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
@@ -55,7 +55,11 @@ class Sampling:
 
 def _within(value: object, low: float, high: float) -> bool:
     """Whether `value` is a number in this range; NaN lies in none."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value <= high
+    return (
+        isinstance(value, int | float | np.integer | np.floating)
+        and not isinstance(value, bool)
+        and bool(low <= value <= high)
+    )
 
 
 def top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:

@@ -19,7 +19,9 @@ def expert_sums(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, "..."]]]:
     """What is added to the loss of a microbatch of `tokens`, and the sums to report, each layer counted in full.
 
-    The balance loss is of the load of one microbatch: over several it is another number than over all at once.
+    The balance loss is of the load of one microbatch: over several it is another number than over all at once. Both it
+    and the z-loss are means over the tokens that are read, and weigh as their microbatch has targets: the z-loss is
+    that of the whole batch where all microbatches have as many.
     """
     counted = tokens.astype(jnp.float32)
     balance, z = use.balance_loss.sum() * counted, use.z_loss.sum() * counted

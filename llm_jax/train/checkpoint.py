@@ -31,6 +31,7 @@ from jaxtyping import PyTree
 
 from llm_jax import processes
 from llm_jax import tree as trees
+from llm_jax.train import run
 from llm_jax.train import seal as seals
 from llm_jax.train.checksum import checksums, not_finite
 from llm_jax.train.seal import Seal
@@ -53,9 +54,11 @@ class Progress:
     Attributes:
       step: optimizer steps done, and so the position in the data: a batch is a function of (seed, step).
       tokens: targets trained on.
-      skipped: steps whose loss or gradient was not finite.
+      skipped: steps whose loss, gradient or update was not finite.
       skipped_in_a_row: how many of them end the run so far.
-      heldout_loss: as measured at this step; None if it was not.
+      heldout_loss: as measured at this step, None if it was not; what `train` and `resume` return has the last that
+        was measured.
+      stopped: whether a signal ended the run before its last step; of what they return alone.
     """
 
     step: int = 0
@@ -63,6 +66,7 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
     heldout_loss: float | None = None
+    stopped: bool = False
 
 
 class Checkpoints:
@@ -81,6 +85,7 @@ class Checkpoints:
         self._reader = _lone_reader()
         self._heldout_losses = {step: self._heldout_loss(step) for step in processes.from_first(self.steps)}
         self._saving: int | None = None
+        self._saved_in: tuple[int, int] | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -98,6 +103,10 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps of all finished checkpoints, newest first."""
         return sorted((int(path.name) for path in self.folder.glob("*") if path.name.isdecimal()), reverse=True)
+
+    def newest(self) -> int | None:
+        """The step of the newest checkpoint, by memory: the folder may be gone."""
+        return max(self._heldout_losses.keys() - {self._saving}, default=None)
 
     def best(self) -> int | None:
         """The step with the least held-out loss; None where none was measured."""
@@ -119,7 +128,8 @@ class Checkpoints:
         if bad := not_finite(items):
             raise NotFinite(f"{bad} is not finite after step {progress.step}, and such a state is not saved")
         self._check_room(items, progress.step)
-        self._saving = progress.step
+        self.folder.mkdir(exist_ok=True)
+        self._saving, self._saved_in = progress.step, run.identity(self.folder)
         sums = {path: int(number) for path, number in jax.device_get(checksums(items)).items()}
         leaves = {path: [*_form(leaf), sums[path]] for path, leaf in trees.leaves(items).items()}
         record = {"progress": dataclasses.asdict(progress), "leaves": leaves}
@@ -132,13 +142,20 @@ class Checkpoints:
             )
         self._heldout_losses[progress.step] = _or_infinite(progress.heldout_loss)
 
+    def finish(self) -> None:
+        """Returns when the last save is whole. Raises `OSError` if it failed."""
+        if self._saving is not None:
+            with self._named_errors(self._saving):
+                self._orbax.wait_until_finished()
+            self._saving = None
+
     def wait(self) -> None:
         """Returns when the last save is whole and those it replaces are gone. Raises `OSError` if it failed."""
         if self._saving is None:
             return
-        with self._named_errors(self._saving):
-            self._orbax.wait_until_finished()
-        self._saving = None
+        self.finish()
+        if run.identity(self.folder) != self._saved_in:
+            return  # it was moved, and what stands here now is not ours to clear
         # By what every process remembers, not by what it sees of the folder while the first one clears it.
         for step in set(sorted(self._heldout_losses, reverse=True)[self._keep :]) - {self.best()}:
             del self._heldout_losses[step]
@@ -271,6 +288,8 @@ class Checkpoints:
 
     def _check_room(self, items: dict[str, PyTree], step: int) -> None:
         """A disk that fills up on the way would take the metrics with it."""
+        if not self.folder.parent.is_dir():
+            raise FileNotFoundError(2, "there is no such folder; make it first", str(self.folder.parent))
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
         free = shutil.disk_usage(self.folder.parent).free
         if free < size:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Bool, PyTree
 
 from llm_jax import tree as trees
-from llm_jax.data.loader import Batch
+from llm_jax.data.loader import IGNORE, Batch
 from llm_jax.model.config import TAPS
 from llm_jax.model.taps import capture
 from llm_jax.model.transformer import Transformer
@@ -31,9 +32,12 @@ BACKWARD = (
 )
 
 
-def diagnose(program: Program, params: PyTree, batch: Batch, step: int) -> str:
-    """What goes wrong where `batch`, every row of it, follows `step` steps, as a clause: the first number to go bad."""
-    return _in_forward_pass(program, params, batch) or _in_backward_pass(program, params, batch, step)
+def diagnose(program: Program, params: PyTree, batch: Batch, step: int, opt_state: PyTree = None) -> str:
+    """What goes wrong where `batch`, every row of it, follows `step` steps, as a clause: the first number to go bad.
+
+    With `opt_state` the update is looked at too, where loss and gradient are finite.
+    """
+    return _in_forward_pass(program, params, batch) or _behind_it(program, params, batch, step, opt_state)
 
 
 def _in_forward_pass(program: Program, params: PyTree, batch: Batch) -> str | None:
@@ -58,27 +62,39 @@ def _in_forward_pass(program: Program, params: PyTree, batch: Batch) -> str | No
     return f"the first activation to go bad is {_called(name, layer, n)}"
 
 
-def _in_backward_pass(program: Program, params: PyTree, batch: Batch, step: int) -> str:
+def _behind_it(program: Program, params: PyTree, batch: Batch, step: int, opt_state: PyTree) -> str:
+    """The first gradient to go bad, or else the first parameter that the update would make so."""
     c, n = program.config, program.config.model.n_layers
     key = jax.random.fold_in(jax.random.key(c.seed), step)
 
     @jax.jit
-    def largest(params: PyTree, batch: Batch) -> dict[str, Array]:
+    def largest(params: PyTree, opt_state: PyTree, batch: Batch) -> tuple[dict[str, Array], dict[str, Array], Array]:
         _, gradients = program.traced_gradient(params, batch, key)
-        return {path: _by_layer(path, jnp.abs(x), jnp.max) for path, x in trees.leaves(gradients).items()}
+        mean = optax.tree.scale(1 / jnp.maximum((batch.targets != IGNORE).sum(), 1), gradients)
+        whole = opt_state is not None and c.offload == "none"
+        new = program.updated(params, opt_state, mean, step) if whole else params
+        sizes, after = (
+            {path: _by_layer(path, jnp.abs(x), jnp.max) for path, x in trees.leaves(tree).items()}
+            for tree in (gradients, new)
+        )
+        return sizes, after, optax.tree.norm(mean)
 
     with jax.set_mesh(program.mesh):
-        sizes = jax.device_get(largest(params, program.put(program.share(batch))))
+        sizes, after, norm = jax.device_get(largest(params, opt_state, program.put(program.share(batch))))
     places = [
         (-layer, trees.first_match(BACKWARD, path), path)
         for path, size in sizes.items()
         for layer in _layers(path, np.asarray(~np.isfinite(size)), c.model.layers_at(path), n)
     ]
-    if not places:
-        path = max(sizes, key=lambda path: sizes[path].max())
-        return f"no activation or gradient is bad alone, but their norm is; the largest gradient is that of {path}"
-    layer, _, path = min(places)
-    return f"the forward pass is finite; the first gradient to go bad is that of {_called(path, -layer, n)}"
+    if places:
+        layer, _, path = min(places)
+        return f"the forward pass is finite; the first gradient to go bad is that of {_called(path, -layer, n)}"
+    with np.errstate(over="ignore"):
+        grown = [path for path, size in after.items() if not np.isfinite(np.square(size)).all()]
+    if np.isfinite(norm) and grown:
+        return f"loss and gradient are finite; the update makes {grown[0]} NaN, infinite, or too large to square"
+    path = max(sizes, key=lambda path: sizes[path].max())
+    return f"no activation or gradient is bad alone, but their norm is; the largest gradient is that of {path}"
 
 
 @functools.partial(jax.jit, static_argnums=0)

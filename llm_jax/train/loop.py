@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -19,10 +19,11 @@ from llm_jax.data.mixture import Mixture, open_folders
 from llm_jax.data.prepare import cached_sources
 from llm_jax.data.shards import Shards
 from llm_jax.infer.generate import generate, prompt_ids
+from llm_jax.ops.attention import heard
 from llm_jax.ops.sampling import Sampling
 from llm_jax.sharding import mesh_sizes
 from llm_jax.train import run
-from llm_jax.train.checkpoint import Checkpoints, Progress, Report
+from llm_jax.train.checkpoint import Checkpoints, NotFinite, Progress, Report
 from llm_jax.train.count import parameter_counts
 from llm_jax.train.diagnose import diagnose
 from llm_jax.train.evaluate import Evaluation, evaluate
@@ -51,7 +52,7 @@ def _said(result: Evaluation) -> str:
 
 
 class Diverged(ValueError):
-    """Loss or gradient was not finite for too many steps in a row."""
+    """Loss, gradient or update was not finite for too many steps in a row, or the state at hand is not."""
 
 
 def on(console: Console) -> Report:
@@ -107,6 +108,7 @@ def train(config: RunConfig, folder: str | Path, *, console: Console | None = No
         state = session.begin()
         existed = folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
+        ours = run.identity(folder)
         with run.owned(folder):
             processes.from_first(lambda: run.check_free(folder, config))  # still
             try:
@@ -114,7 +116,7 @@ def train(config: RunConfig, folder: str | Path, *, console: Console | None = No
                     run.create(folder, config, session.shards, command)
                 return session.go(state, Progress())
             except BaseException:
-                if processes.is_first() and not log.read(folder):
+                if processes.is_first() and run.identity(folder) == ours and not log.read(folder):
                     run.remove(folder, keep_folder=existed)
                 raise
 
@@ -156,6 +158,8 @@ def resume(
                     f"{folder} is finished at step {progress.step}; train further with --steps N above that"
                 )
             if processes.is_first():
+                if lost := log.missing(folder, progress.step):
+                    session.say(f"{folder}/{log.FILE} has no row of step {log.spans(lost)}; report.html lacks them too")
                 run.save_config(folder, config)
                 log.truncate(folder, progress.step)
             return session.go(state, progress)
@@ -261,33 +265,47 @@ class Session:
             start_step=progress.step,
             tensorboard=c.tensorboard,
         )
-        meter = Meter(c, rows, progress, self.loader.shares)
-        try:
-            with stop_signals() as stopping, self.checkpoints, rows:  # the last save too ends in peace
-                if not self.checkpoints.steps():  # what a run began from, it need not find again
-                    self.checkpoints.save(state, progress)
-                for batch in self.loader.batches(progress.step):
+        with run.held(self.folder) as moved:
+            try:
+                return self._steps(state, Meter(c, rows, progress, self.loader.shares), rows, moved)
+            except OSError as error:
+                self._check_moved(moved)
+                way = f"go on with: llm-jax resume {self.folder}" if self.checkpoints.steps() else "start again"
+                raise ValueError(f"{error}; {self._newest_checkpoint()}; mend this, then {way}") from error
+            finally:
+                if moved() is None:
+                    self._report()
+
+    def _steps(
+        self, state: TrainState, meter: Meter, rows: log.MetricsLog, moved: Callable[[], str | None]
+    ) -> Progress:
+        """One step after the other, with what is due between them; how far it came, and the last held-out loss."""
+        measured, last, asked = meter.progress.heldout_loss, False, False
+        with stop_signals() as stopping, self.checkpoints, rows:  # the last save too ends in peace
+            if not self.checkpoints.steps():  # what a run began from, it need not find again
+                self._save(state, meter.progress)
+            for batch in self.loader.batches(meter.step):
+                with heard(self.say):  # the first one, which is traced, says who attends
                     state, metrics = self.program.train_step(state, batch)
-                    meter.push(metrics)
-                    self._check(state, meter.progress)
-                    last = stopping(meter.step) or meter.step == c.steps
-                    if last or self._due(meter.step):
-                        self._pause(state, meter, rows, last)
-                    if last:
-                        break
-        except OSError as error:
-            way = f"go on with: llm-jax resume {self.folder}" if self.checkpoints.steps() else "start again"
-            raise ValueError(f"{error}; {self._newest_checkpoint()}; mend this, then {way}") from error
-        finally:
-            self._report()
-        return meter.progress
+                meter.push(metrics)
+                self._check(state, meter.progress)
+                asked = stopping(meter.step)
+                last = asked or meter.step == self.config.steps
+                if last or self._due(meter.step):
+                    self._check_moved(moved)
+                    found = self._pause(state, meter, rows, last)
+                    measured = measured if found is None else found
+                if last:
+                    break
+        stopped = asked and meter.step < self.config.steps
+        return dataclasses.replace(meter.progress, heldout_loss=measured, stopped=stopped)
 
     def _due(self, step: int) -> bool:
         c = self.config
         return any(step % every == 0 for every in (c.evaluate_every, c.checkpoint_every, c.sample_every))
 
-    def _pause(self, state: TrainState, meter: Meter, rows: log.MetricsLog, last: bool) -> None:
-        """Evaluates, writes samples and saves, each when it is due, and at the end of the run."""
+    def _pause(self, state: TrainState, meter: Meter, rows: log.MetricsLog, last: bool) -> float | None:
+        """Evaluates, generates samples and saves, each when it is due, and at the end of the run; the held-out loss."""
         c = self.config
         row, progress = meter.read(), meter.progress
         step, end = progress.step, progress.step == c.steps
@@ -305,9 +323,18 @@ class Session:
         # After a bad step the state is as before it, but may be what makes steps bad: such a one is not kept, except
         # where the run ends and this is where it has come to.
         if last or (due and not progress.skipped_in_a_row):
-            self.checkpoints.save(state, progress)
+            self._save(state, progress)
         self._report()
         meter.restart()
+        return progress.heldout_loss
+
+    def _save(self, state: TrainState, progress: Progress) -> None:
+        try:
+            self.checkpoints.save(state, progress)
+        except NotFinite as error:
+            raise Diverged(
+                f"{error}; {self._newest_checkpoint()}; start anew, from other weights or a new seed"
+            ) from None
 
     def evaluate(self, state: TrainState, limit: int | None = None) -> Evaluation:
         """Scores the first `limit` held-out batches."""
@@ -334,7 +361,7 @@ class Session:
     def _report(self) -> None:
         if not processes.is_first():
             return
-        with contextlib.suppress(OSError):  # a page less is no reason to stop, nor to hide one
+        with contextlib.suppress(OSError, ValueError):  # a page less is no reason to stop, nor to hide one
             write_report(self.folder)
 
     def _check(self, state: TrainState, progress: Progress) -> None:
@@ -345,14 +372,24 @@ class Session:
         loader = Loader(self.shards.split("train"), self.config.data)  # of all rows
         documents = loader.documents(step)
         origins = ", ".join(self.shards.split("train").origins(documents[:5])) + ", ..." * (len(documents) > 5)
-        reason = diagnose(self.program, state.params, loader.batch(step), step)
+        reason = diagnose(self.program, state.params, loader.batch(step), step, state.opt_state)
         self.checkpoints.wait()
         raise Diverged(
-            f"loss or gradient was not finite in {progress.skipped_in_a_row} steps in a row; at step {progress.step}, "
-            f"on documents {origins}: {reason}; {self._newest_checkpoint()}; "
+            f"loss, gradient or update was not finite in {progress.skipped_in_a_row} steps in a row; at step "
+            f"{progress.step}, on documents {origins}: {reason}; {self._newest_checkpoint()}; "
             f"start anew with less learning rate and init_from={self.folder}"
         )
 
+    def _check_moved(self, moved: Callable[[], str | None]) -> None:
+        """Raises `ValueError` where the folder is no longer where it was: a save would begin another one there."""
+        if (now := moved()) is not None:
+            with contextlib.suppress(OSError):
+                self.checkpoints.finish()
+            raise ValueError(
+                f"{self.folder} was moved or removed while its run trained; {self._newest_checkpoint()}, and nothing "
+                f"was written elsewhere; go on with: llm-jax resume {now}"
+            )
+
     def _newest_checkpoint(self) -> str:
-        steps = self.checkpoints.steps()
-        return f"the last good checkpoint is of step {steps[0]}" if steps else "there is no checkpoint yet"
+        step = self.checkpoints.newest()
+        return "there is no checkpoint yet" if step is None else f"the last good checkpoint is of step {step}"

@@ -21,6 +21,7 @@ from llm_jax.data.loader import Batch, as_told
 from llm_jax.model.transformer import Transformer
 from llm_jax.sharding import MeshConfig, batch_sharding, make_mesh, rows_here, shardings
 from llm_jax.train.balance import rebalance
+from llm_jax.train.batch import check_batch
 from llm_jax.train.layout import check, check_attention, order, ordered, split
 from llm_jax.train.offload import waiting
 from llm_jax.train.optimizer import make_optimizer, make_schedule
@@ -122,8 +123,19 @@ class Program:
 
         return of_waiting
 
+    def updated(self, params: PyTree, opt_state: PyTree, gradient: PyTree, step: int) -> PyTree:
+        """The parameters after the update of `step` by a mean gradient, whatever they come to; to be traced."""
+        optimizer = optax.with_extra_args_support(self._optimizer)
+        updates, _ = optimizer.update(gradient, opt_state, params, norm=optax.tree.norm(gradient))
+        rate = make_schedule(self.config.optimizer, self.config.steps)(step)
+        return optax.apply_updates(params, optax.tree.scale(rate, updates))
+
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """One optimizer step; `state` is donated. Compiles once, and says so by an error if it ever would again."""
+        """One optimizer step; `state` is donated. Compiles once, and says so by an error if it ever would again.
+
+        `batch` holds the `rows` of this process. Raises `ValueError` for one that `check_batch` refuses, and so do
+        `gradient` and `score`.
+        """
         with jax.set_mesh(self.mesh):
             return self._train_step(state, self.put(batch))
 
@@ -136,6 +148,7 @@ class Program:
     def score(self, params: PyTree, batch: Batch) -> Scored:
         """How well every target of `batch`, all rows of it, is predicted; arrays of NumPy, the same in each process."""
         with jax.set_mesh(self.mesh):
+            self._check(batch, self.config.data.batch_size)
             given = self.put(self.share(dataclasses.replace(batch, documents=None)))
             found = jax.device_get(self._score(params, given))
         if self.order is None:
@@ -159,6 +172,7 @@ class Program:
 
     def put(self, batch: Batch) -> Batch:
         """`batch`, the `rows` of this process, as global arrays on the mesh, the tokens of each row in `order`."""
+        self._check(batch, len(self.rows))
         batch = batch if self.order is None else ordered(batch, self.order)
         rows, layout = range(self.config.data.batch_size), batch_sharding(self.mesh)
 
@@ -170,6 +184,9 @@ class Program:
         return jax.tree.map(
             lambda x: jax.make_array_from_callback((len(rows), *x.shape[1:]), layout, functools.partial(part, x)), batch
         )
+
+    def _check(self, batch: Batch, rows: int) -> None:
+        check_batch(batch, self.config.model, rows, self.config.data.seq_len)
 
     @functools.cached_property
     def _optimizer(self) -> optax.GradientTransformation:

@@ -1,6 +1,6 @@
 """report.html: a run on one page, with nothing to load and no script, from what its folder holds."""
 
-import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -10,7 +10,7 @@ import numpy as np
 
 from llm_jax import log
 from llm_jax.config import plain
-from llm_jax.files import write_whole
+from llm_jax.files import read_json, write_whole
 from llm_jax.train.chart import ORANGE, Series, line_chart
 
 Rows = Sequence[Mapping[str, Any]]
@@ -26,6 +26,13 @@ NUMBERS = (
     "tokens_per_second",
 )
 NUMBERS += ("peak_fraction", "step_seconds", "skipped")
+# Of a source of a mixture: what a row has as `share/NAME`, the head of its column, how it is written.
+OF_SOURCES = {
+    "share": ("share of tokens", "{:.1%}"),
+    "heldout_loss": ("held-out loss", "{:.4f}"),
+    "bits_per_byte": ("bits per byte", "{:.4f}"),
+    "heldout_accuracy": ("answers right", "{:.2%}"),
+}
 SHOWN_SAMPLES = 12  # steps whose samples the page shows
 
 PAGE = """<!doctype html>
@@ -99,7 +106,8 @@ td:first-child { color: var(--soft); white-space: nowrap; }
 def write_report(folder: str | Path) -> Path:
     """Writes `folder`/report.html, all or nothing, from its config.json, environment.json and metrics.jsonl.
 
-    Any of the three may be absent: a run that has only begun gets a page with what there is.
+    Any of the three may be absent: a run that has only begun gets a page with what there is. Raises `ValueError`, and
+    leaves the page as it was, where one is damaged.
     """
     folder = Path(folder).resolve()
     config, environment = _load(folder / "config.json"), _load(folder / "environment.json")
@@ -110,8 +118,8 @@ def write_report(folder: str | Path) -> Path:
         "style": STYLE,
         "summary": _summary(rows, config, environment),
         "headline": _headline(numbers),
-        "charts": _charts(numbers) if rows else "",
-        "samples": _section("Samples", _samples([row for row in rows if row.get("samples")])),
+        "charts": (_charts(numbers) if rows else "") + _section("Sources", _sources(rows)),
+        "samples": _section("Samples", _samples([(row["step"], some) for row in rows if (some := _texts(row))])),
         "config": _section("Configuration", _tree("run", config)),
         "environment": _section("Environment", _tree("machine", environment, unfolded=True)),
     }
@@ -121,11 +129,18 @@ def write_report(folder: str | Path) -> Path:
 
 def columns(rows: Rows) -> Columns:
     """The steps and the values of each number in the rows of `log.read(folder)`; empty if there are none."""
-    having = {name: [row for row in rows if name in row] for name in NUMBERS}
+    having = {name: [row for row in rows if isinstance(row.get(name), int | float)] for name in NUMBERS}
     return {
-        name: (np.array([row["step"] for row in some], float), np.array([row[name] for row in some], float))
+        name: (np.array([row["step"] for row in some], float), np.array([_float(row[name]) for row in some], float))
         for name, some in having.items()
     }
+
+
+def _float(number: int | float) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
 def loss_chart(numbers: Columns, *, title: str = "Loss", width: int = 960, height: int = 360) -> str:
@@ -152,15 +167,16 @@ def smooth(steps: np.ndarray, values: np.ndarray, points: int = 600) -> tuple[np
 
 
 def _load(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_json(path, advice="restore it, or delete it for a page without") if path.exists() else {}
 
 
 def _summary(rows: Rows, config: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
-    total = f" of {config['steps']:,}" if "steps" in config else ""
+    steps = config.get("steps")
+    total = f" of {steps:,}" if isinstance(steps, int) else ""
     step = f"step {rows[-1]['step']:,}{total}" if rows else "no step yet"
     date, commit, command = (environment.get(name) for name in ("date", "commit", "command"))
-    line = " · ".join(_text(fact) for fact in (step, date, commit and f"commit {commit}") if fact)
-    return line + (f"<br><code>{_text(command)}</code>" if command else "")
+    line = " · ".join(_text(str(fact)) for fact in (step, date, commit and f"commit {commit}") if fact)
+    return line + (f"<br><code>{_text(str(command))}</code>" if command else "")
 
 
 def _headline(numbers: Columns) -> str:
@@ -190,7 +206,7 @@ def _facts(numbers: Columns) -> Iterator[tuple[str, str, str]]:
     if len(seconds := finite["step_seconds"]):
         yield "time", log.duration(seconds.sum()), "in training steps"
     if (skipped := finite["skipped"]).any():
-        yield "skipped steps", f"{skipped[-1]:,.0f}", "loss or gradient not finite"
+        yield "skipped steps", f"{skipped[-1]:,.0f}", "loss, gradient or update not finite"
 
 
 def _best(steps: np.ndarray, loss: np.ndarray) -> str:
@@ -214,15 +230,38 @@ def _small(column: tuple[np.ndarray, np.ndarray], title: str, unit: str, **axis:
     return f"<figure>{chart}</figure>"
 
 
-def _samples(rows: Rows) -> str:
+def _sources(rows: Rows) -> str:
+    """Of a mixture, the newest of each number of `OF_SOURCES`, a line a source."""
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        for key, number in row.items():
+            what, slash, source = key.partition("/")
+            if slash and what in OF_SOURCES and isinstance(number, int | float):
+                found.setdefault(source, {})[what] = OF_SOURCES[what][1].format(_float(number))
+    heads = [what for what in OF_SOURCES if any(what in numbers for numbers in found.values())]
+    lines = [["", *(OF_SOURCES[what][0] for what in heads)]]
+    lines += [[source, *(numbers.get(what, "") for what in heads)] for source, numbers in found.items()]
+    cells = ("".join(f"<td>{_text(cell)}</td>" for cell in line) for line in lines)
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in cells)}</table>" if found else ""
+
+
+def _texts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The prompts of a row, and what the model wrote after each."""
+    found = row.get("samples")
+    samples = [sample for sample in found if isinstance(sample, dict)] if isinstance(found, list) else []
+    pairs = [(sample.get("prompt"), sample.get("text")) for sample in samples]
+    return [(prompt, text) for prompt, text in pairs if isinstance(prompt, str) and isinstance(text, str)]
+
+
+def _samples(rows: Sequence[tuple[int, list[tuple[str, str]]]]) -> str:
     """What the model wrote, from the first step to the last, which stands open."""
     picked = sorted({round(index) for index in np.linspace(0, len(rows) - 1, SHOWN_SAMPLES)}) if rows else []
     parts = []
     for index in picked:
-        texts = [(sample["prompt"], sample["text"]) for sample in rows[index]["samples"]]
+        step, texts = rows[index]
         beginning = " ".join(texts[0][1].split())[:200]
         body = "".join(f"<pre><mark>{_text(prompt)}</mark>{_text(text)}</pre>" for prompt, text in texts)
-        parts.append(_fold(f"step {rows[index]['step']:,}", beginning, body, unfolded=index == len(rows) - 1))
+        parts.append(_fold(f"step {step:,}", beginning, body, unfolded=index == len(rows) - 1))
     left_out = f'<p class="note">{len(picked)} of {len(rows)} steps; all are in metrics.jsonl.</p>'
     return "".join(parts) + left_out * (len(picked) < len(rows))
 

@@ -16,7 +16,7 @@ import runpy
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +38,7 @@ from llm_jax.train.optimizer import OptimizerConfig
 from llm_jax.train.step import LossConfig
 from llm_jax.train.timetable import PipelineConfig
 
-ADVICE = "restore it, or start a new run"
+ADVICE = "restore it, or start a new run"  # about a damaged file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class RunConfig:
       checkpoint_every: steps between checkpoints.
       keep: how many of the last checkpoints stay, beside the best by held-out loss.
       sample_every, prompts: when to let the model write, and from what; an empty prompt starts a document.
-      patience: steps in a row with a loss or gradient that is not finite, before the run stops.
+      patience: steps in a row with a loss, gradient or update that is not finite, before the run stops.
       seed: of initial weights and dropout; `data.seed` is that of the order of rows.
       init_from: a run folder whose weights, and nothing else, this run starts from.
       tensorboard: write the metrics for TensorBoard too, into the run folder.
@@ -116,7 +116,8 @@ class RunConfig:
             raise ValueError(f"loss.chunk={self.loss.chunk} does not divide data.seq_len={self.data.seq_len}")
         if self.offload != "none" and self.optimizer.name == "adafactor":
             raise ValueError(
-                f"offload={self.offload} updates a layer at a time, and adafactor scales its update by all of them; "
+                f"offload={self.offload} updates a layer at a time, and adafactor's state, which is small, lies by "
+                "parameter; "
                 "use offload=none, or optimizer.name=adamw"
             )
         self._check_task()
@@ -171,7 +172,10 @@ def load_config(folder: str | Path) -> RunConfig:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no run (no config.json); {_way_to_a_run(Path(folder))}")
-    return from_dict(RunConfig, _read_json(path))
+    try:
+        return from_dict(RunConfig, read_json(path, advice=ADVICE))
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}; {ADVICE}") from None
 
 
 def _way_to_a_run(folder: Path) -> str:
@@ -213,6 +217,34 @@ def remove(folder: Path, *, keep_folder: bool) -> None:
         folder.mkdir(exist_ok=True)
 
 
+def identity(folder: Path) -> tuple[int, int] | None:
+    """What stays the same of a folder that is moved, and is another of any other; None where there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[Callable[[], str | None]]:
+    """Within it, the function that it gives says where `folder` was moved to; None while it is where it was."""
+    ours, opened = identity(folder), os.open(folder, os.O_RDONLY)
+
+    def moved() -> str | None:
+        if identity(folder) == ours:
+            return None
+        try:
+            return os.readlink(f"/proc/self/fd/{opened}")  # Linux alone says it
+        except OSError:
+            return "FOLDER, as it is called now"
+
+    try:
+        yield moved
+    finally:
+        os.close(opened)
+
+
 @contextlib.contextmanager
 def owned(folder: Path) -> Iterator[None]:
     """Keeps every other process from writing to the run in `folder`. Raises `ValueError` where one does.
@@ -251,12 +283,14 @@ def _absolute(name: str) -> str:
 
 
 def data_identity(data: Shards | Mixture) -> dict[str, Any]:
-    """What decides the batches, beside the config: of a mixture by the names of its sources."""
+    """What decides the batches, beside the config: of a mixture by the names of its sources, with their shares."""
     whole = {"tokenizer": data.tokenizer.fingerprint, "vocab_size": data.tokenizer.vocab_size}
     if isinstance(data, Shards):
         return whole | _content(data)
     named = zip(data.sources, data.shards, strict=True)
-    return whole | {"sources": {source.name: _content(shards) for source, shards in named}}
+    return whole | {
+        "sources": {source.name: {"share": str(source.share)} | _content(shards) for source, shards in named}
+    }
 
 
 def _content(shards: Shards) -> dict[str, Any]:
@@ -301,7 +335,7 @@ def begins(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> bool:
 
 def check_data(folder: Path, data: Shards | Mixture) -> None:
     """Raises `ValueError` unless `data` is what the run in `folder` began with, wherever it lies."""
-    changed = differences(_without_folders(_read_data(folder)), _without_folders(data_identity(data)))
+    changed = differences(without_folders(_read_data(folder)), without_folders(data_identity(data)))
     if changed:
         raise ValueError(
             f"{data.source} is not what {folder} has been trained on: {changed[0]}; restore it, "
@@ -320,9 +354,10 @@ def _read_data(folder: Path) -> dict[str, Any]:
     return there
 
 
-def _without_folders(identity: Mapping[str, Any]) -> dict[str, Any]:
+def without_folders(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What data.json says of content and weights, wherever the shards lie."""
     return {
-        name: _without_folders(value) if isinstance(value, Mapping) else value
+        name: without_folders(value) if isinstance(value, Mapping) else value
         for name, value in identity.items()
         if name != "folder" or isinstance(value, Mapping)
     }
@@ -372,10 +407,6 @@ def _commit() -> str | None:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git here, or an installed wheel
         return None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_json(path, advice=ADVICE)
 
 
 def _short(value: Any) -> str:

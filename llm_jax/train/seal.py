@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_jax.config import from_dict, to_dict
+from llm_jax.data.mixture import Mixture
 from llm_jax.data.shards import Shards
 from llm_jax.files import read_json
 from llm_jax.train import run
@@ -53,11 +54,11 @@ def seal(config: RunConfig, tokenizer: str, data: Mapping[str, Any] | None) -> S
     """
     found = {"config": to_dict(config), "tokenizer": tokenizer, "machine": run.machine()}
     if data is not None:
-        found["data"] = {name: value for name, value in data.items() if name != "folder"}
+        found["data"] = run.without_folders(data)
     return json.loads(json.dumps(found))
 
 
-def seal_of(config: RunConfig, shards: Shards) -> Seal:
+def seal_of(config: RunConfig, shards: Shards | Mixture) -> Seal:
     """The seal of a run of `config` on `shards`."""
     return seal(config, shards.tokenizer.fingerprint, run.data_identity(shards))
 
@@ -67,7 +68,7 @@ def seal_of_folder(folder: Path) -> Seal | None:
     if not run.is_run(folder):
         return None
     path = folder / "data.json"
-    data = read_json(path, advice="restore it, or start a new run") if path.exists() else None
+    data = read_json(path, advice=run.ADVICE) if path.exists() else None
     return seal(run.load_config(folder), run.load_tokenizer(folder).fingerprint, data)
 
 

@@ -56,7 +56,7 @@ class LossConfig:
     chunk: int | None = None
 
     def __post_init__(self) -> None:
-        if self.z_loss < 0 or not 0 <= self.label_smoothing < 1:
+        if not 0 <= self.z_loss < math.inf or not 0 <= self.label_smoothing < 1:
             raise ValueError(f"loss.z_loss must not be negative and loss.label_smoothing lie in [0, 1), got {self}")
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"loss.chunk={self.chunk} must be at least 1; none is no chunks")
@@ -183,9 +183,10 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """One optimizer step over a batch. `gradient` is what `make_gradient` gives, or a program has instead.
 
-    A loss or gradient that is not finite changes neither parameters nor optimizer state; the step still counts, so
-    that data and learning rate move on, and `metrics["skipped"]` is 1. `rebalance` changes the new parameters by the
-    load of the experts.
+    A loss or gradient that is not finite, or an update after which the norm of the parameters would not be, changes
+    neither parameters nor optimizer state; the step still counts, so that data and learning rate move on, and
+    `metrics["skipped"]` is 1. Of layers that wait on the host each is updated, or left as it was, by itself.
+    `rebalance` changes the new parameters by the load of the experts.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
@@ -201,14 +202,18 @@ def make_train_step(
         rate = schedule(state.step)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
-        def advance(params: PyTree, opt_state: PyTree, gradients: PyTree) -> tuple[PyTree, PyTree]:
-            updates, new_state = optimizer.update(mean(gradients), opt_state, params, norm=norm)
-            new_params = optax.apply_updates(params, optax.tree.scale(rate, updates))
-            # A choice of numbers, not of a branch: that would want float32 gradients whole in memory, before it.
-            choose = functools.partial(jnp.where, finite)
-            return jax.tree.map(choose, (new_params, new_state), (params, opt_state))
+        def advance(params: PyTree, opt_state: PyTree, gradients: PyTree) -> tuple[PyTree, PyTree, Bool[Array, ""]]:
+            def new(params: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree]:
+                updates, opt_state = optimizer.update(mean(gradients), opt_state, params, norm=norm)
+                return optax.apply_updates(params, optax.tree.scale(rate, updates)), opt_state
 
-        params, opt_state = advanced(advance, state.params, state.opt_state, gradients)
+            good = finite & jnp.isfinite(optax.tree.norm(new(params, opt_state)[0]))
+            # Computed again where it is kept: else every new parameter would wait in memory for the norm of the last.
+            old = jax.lax.optimization_barrier((params, opt_state))
+            # A choice of numbers, not of a branch: that would want float32 gradients whole in memory, before it.
+            return *jax.tree.map(functools.partial(jnp.where, good), new(*old), old), good
+
+        params, opt_state, finite = advanced(advance, state.params, state.opt_state, gradients)
         if rebalance is not None and load is not None:
             params = rebalance(params, jnp.where(finite, load, 0))  # an even load moves nothing
         metrics = {"loss": loss, **sums, "grad_norm": norm, "learning_rate": rate}
@@ -249,7 +254,7 @@ def rows_apart(c: ModelConfig, mesh: Mapping[str, int]) -> bool:
     Experts share a load, and noise is drawn for all rows. Beside fsdp the compiler for TPU would multiply in loops:
     fewer bytes, but more cycles than they save.
     """
-    return c.experts is None and c.dropout == 0 and 1 < mesh["data"] == math.prod(mesh.values())
+    return c.experts is None and c.dropout == c.attention.dropout == 0 and 1 < mesh["data"] == math.prod(mesh.values())
 
 
 def _on_copies(run: Callable[..., PyTree]) -> Callable[..., PyTree]:

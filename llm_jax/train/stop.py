@@ -54,7 +54,7 @@ def stop_signals() -> Iterator[Callable[[int], bool]]:
 @contextmanager
 def _interrupt_as_termination() -> Iterator[None]:
     """JAX has the handler of SIGTERM, behind Python's back, that tells the other processes; Ctrl-C goes there too."""
-    before = signal.signal(signal.SIGINT, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.signal(signal.SIGINT, lambda number, frame: signal.raise_signal(signal.SIGTERM))
     try:
         yield
     finally:

@@ -1,0 +1,252 @@
+"""This machine computes what it should: a config's train step jitted and eager, and its pieces against float64 NumPy.
+
+Compilers have faults, and those that matter are silent. Here each kind of device computes what a step is made of twice:
+compiled as one program, and operation by operation. Both are compared with NumPy in double precision, which shares no
+code with JAX; a step of the config, shrunk to test size, is compared between the two. Where only the compiled program
+is wrong, it is the compiler that is.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from llm_jax.ops.attention import Mask, Scores, attention
+from llm_jax.ops.gradient import linear, lookup
+from llm_jax.ops.loss import IGNORE, cross_entropy
+from llm_jax.ops.norm import layer_norm, rms_norm
+from llm_jax.runtime import JAXLIB, known_faults, open_faults
+from llm_jax.sharding import MeshConfig, make_mesh
+from llm_jax.train.program import Program
+from llm_jax.train.run import RunConfig
+from llm_jax.train.timetable import PipelineConfig
+from llm_jax.verify import GAPS, Answer, bounds_of, rows, shrunk
+
+STEPS = 2
+ROWS = 40_001  # a batch of this many tokens divides nowhere, and not long ago went wrong past 32,768
+BOUND = 1e-5  # of the largest value, in float32; ten times that where functions are approximated in hardware
+# Where a public report is of the very same computation.
+KNOWN = {"sums of rows": "jax#39103", "sum of a broadcast": "tensorflow#126812"}
+
+Draw = np.random.Generator
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A function of float32 arrays, its arguments, and what it should give, computed by NumPy in float64.
+
+    It is called so many times: some faults depend on how threads meet.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[np.ndarray, ...]
+    exact: np.ndarray
+    calls: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """How far a kind of device is from what it should compute, jitted and eager; None: not compared.
+
+    `report` is a public one that fits what is wrong.
+    """
+
+    device: str
+    what: str
+    jitted: float
+    eager: float | None
+    bound: float
+    report: str | None = None
+
+    @property
+    def right(self) -> bool:
+        """Whether both are within the bound; NaN is not."""
+        return all(gap <= self.bound for gap in (self.jitted, self.eager) if gap is not None)
+
+
+def one_of_each_kind() -> list[Any]:
+    """Return the first device of every kind that JAX has here, the host among them."""
+    found = list(jax.local_devices())
+    with contextlib.suppress(RuntimeError):  # where JAX_PLATFORMS leaves the host out
+        found += jax.local_devices(backend="cpu")
+    return list({device.device_kind: device for device in reversed(found)}.values())[::-1]
+
+
+def check(config: RunConfig) -> Iterator[Finding]:
+    """Yield a finding for every piece and for the train step of `config`, on one device of each kind."""
+    for device in one_of_each_kind():
+        with jax.default_device(device), jax.default_matmul_precision("highest"):
+            for what, make in PIECES.items():
+                yield compare(device, what, make(np.random.default_rng(0), config))
+            yield from step(device, config)
+
+
+def compare(device: Any, what: str, piece: Piece) -> Finding:
+    """Compute a piece on `device`, jitted and eager, and hold both to what it should give."""
+    given = jax.device_put(piece.arguments, device)
+    with jax.set_mesh(make_mesh(MeshConfig(), [device])):  # which says for what platform it is
+        together = jax.jit(piece.function)
+        jitted = max(gap(together(*given), piece.exact) for _ in range(piece.calls))
+        with jax.disable_jit():
+            eager = gap(piece.function(*given), piece.exact)
+    found = Finding(device.device_kind, what, jitted, eager, BOUND if device.platform == "cpu" else 10 * BOUND)
+    return found if found.right else dataclasses.replace(found, report=KNOWN.get(what))
+
+
+def gap(found: Any, exact: np.ndarray) -> float:
+    """The largest error, as a share of the largest value."""
+    return float(np.abs(np.asarray(found, np.float64) - exact).max() / np.abs(exact).max())
+
+
+def step(device: Any, config: RunConfig) -> Iterator[Finding]:
+    """Compare loss, gradient and the first steps of `config`, shrunk, between jitted and eager."""
+    program = Program.on_one_device(small(config), device)
+    start = jax.device_get(program.init())
+    jitted = answer(program, start)
+    with jax.disable_jit():
+        eager = answer(program, start)
+    names = {
+        "loss": "loss of the config",
+        "gradient": "gradient of the config",
+        "curve": f"{STEPS} steps of the config",
+    }
+    for name, bound in bounds_of(config).items():
+        yield Finding(device.device_kind, f"{names[name]}, beside eager", GAPS[name](jitted, eager), None, bound)
+
+
+def small(config: RunConfig) -> RunConfig:
+    """Return `config` as `verify` shrinks it, and still less deep: eager, every operation is a program of its own."""
+    one = dataclasses.replace(shrunk(config), pipeline=PipelineConfig(), accumulate=1)
+    c = one.model
+    layers = min(c.n_layers, 2 * len(c.layers) + c.n_layers - c.scanned)
+    data = dataclasses.replace(one.data, batch_size=4)
+    return dataclasses.replace(one, model=dataclasses.replace(c, n_layers=layers), data=data)
+
+
+def answer(program: Program, start: PyTree) -> Answer:
+    """Loss and gradient of a batch, and loss and gradient norm of the first steps."""
+    state = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), start, program.abstract_state)
+    (loss, _), gradient = jax.device_get(program.gradient(state.params, rows(program.config, STEPS)))
+    curve = []
+    for number in range(STEPS):
+        state, metrics = program.train_step(state, rows(program.config, number))
+        curve.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+    return Answer(float(loss), gradient, np.array(curve))
+
+
+def wide(*arrays: np.ndarray) -> list[np.ndarray]:
+    return [x.astype(np.float64) for x in arrays]
+
+
+def normal(draw: Draw, *shape: int) -> np.ndarray:
+    return draw.standard_normal(shape, np.float32)
+
+
+def sums_of_rows(draw: Draw, config: RunConfig) -> Piece:
+    x, turn = normal(draw, ROWS, 3), normal(draw, 3, 3)
+    y, t = wide(x, turn)
+    return Piece(jax.vmap(lambda row, t: jnp.sum((t @ row) ** 2), (0, None)), (x, turn), ((y @ t.T) ** 2).sum(1))
+
+
+def sum_of_a_broadcast(draw: Draw, config: RunConfig) -> Piece:
+    x = draw.integers(4, size=(1024, 1)).astype(np.float32)  # float32 holds their sum exactly, in any order
+    exact = np.asarray(2048 * x.astype(np.float64).sum())
+    return Piece(lambda x: jnp.broadcast_to(x, (2, 1024, 1024)).sum(), (x,), exact, calls=200)
+
+
+def sums_over_tokens(draw: Draw, config: RunConfig) -> Piece:
+    x = draw.random((ROWS, 33), np.float32)  # of one sign: sums that cancel have no digits
+    return Piece(lambda x: x.sum(0), (x,), x.astype(np.float64).sum(0))
+
+
+def matrix_product(draw: Draw, config: RunConfig) -> Piece:
+    x, w = normal(draw, 1, 1001, min(config.model.d_model, 512)), normal(draw, min(config.model.d_model, 512), 257)
+    y, v = wide(x, w)
+    return Piece(lambda x, w: linear("BLD,DF->BLF", x, w), (x, w), y @ v)
+
+
+def norm(draw: Draw, config: RunConfig) -> Piece:
+    c, eps = config.model, 1e-6
+    x, scale, bias = normal(draw, 1, 5001, min(c.d_model, 512)) + 1, *(normal(draw, min(c.d_model, 512)) for _ in "sb")
+    y, s, b = wide(x, scale, bias)
+    if c.norm == "layernorm":
+        y = y - y.mean(-1, keepdims=True)
+    unit = y / np.sqrt((y**2).mean(-1, keepdims=True) + eps)
+    if c.norm == "layernorm":
+        return Piece(lambda x, scale, bias: layer_norm(x, scale, bias, eps), (x, scale, bias), unit * s + b)
+    return Piece(lambda x, scale: rms_norm(x, scale, eps), (x, scale), unit * s)
+
+
+def softmax_attention(draw: Draw, config: RunConfig) -> Piece:
+    L, H = min(config.data.seq_len, 1100), min(config.model.H, 64)
+    q, k, v = normal(draw, 1, L, 1, 2, H), normal(draw, 1, L, 1, H), normal(draw, 1, L, 1, H)
+    a, b, c = wide(q, k, v)
+    scores = np.einsum("BLKGH,BSKH->BKGLS", a, b) / math.sqrt(H)
+    weights = np.exp(np.where(np.tri(L, dtype=bool), scores - scores.max(-1, keepdims=True), -np.inf))
+    exact = np.einsum("BKGLS,BSKH->BLKGH", weights / weights.sum(-1, keepdims=True), c)
+    return Piece(lambda q, k, v: attention(q, k, v, Mask(), Scores()), (q, k, v), exact)
+
+
+def loss_of_tokens(draw: Draw, config: RunConfig) -> Piece:
+    V = min(config.model.vocab_size, 4099)
+    logits, targets = 4 * normal(draw, 1003, V), draw.integers(V, size=1003).astype(np.int32)
+    targets[::7] = IGNORE
+    (y,) = wide(logits)
+    y -= y.max(-1, keepdims=True)
+    nll = np.log(np.exp(y).sum(-1)) - y[np.arange(len(y)), targets]
+    return Piece(lambda x, t: cross_entropy(x, t)[1], (logits, targets), np.where(targets == IGNORE, 0, nll))
+
+
+def gradient_of_a_table(draw: Draw, config: RunConfig) -> Piece:
+    V, D = min(config.model.vocab_size, 1031), min(config.model.d_model, 65)
+    ids, g = draw.integers(V, size=(1, ROWS)).astype(np.int32), draw.random((1, ROWS, D), np.float32)
+    exact = np.zeros((V, D))
+    np.add.at(exact, ids[0], g[0].astype(np.float64))
+    table = np.zeros((V, D), np.float32)
+    return Piece(lambda ids, g, t: jax.vjp(lambda t: lookup(t, ids), t)[1](g)[0], (ids, g, table), exact)
+
+
+PIECES: dict[str, Callable[[Draw, RunConfig], Piece]] = {
+    "sums of rows": sums_of_rows,
+    "sum of a broadcast": sum_of_a_broadcast,
+    "sums over tokens": sums_over_tokens,
+    "matrix product": matrix_product,
+    "norm": norm,
+    "softmax attention": softmax_attention,
+    "cross-entropy": loss_of_tokens,
+    "gradient of a table": gradient_of_a_table,
+}
+
+
+def about() -> list[str]:
+    """Say which versions compute here, and which faults of theirs are known, a line each."""
+    lines = [f"jax {jax.__version__}, jaxlib {JAXLIB}, against NumPy {np.__version__} in float64"]
+    still = {fault for device in one_of_each_kind() for fault in open_faults(device)}
+    for fault in known_faults():
+        word = "NOT GUARDED" if fault in still else "guarded"
+        lines.append(f"known of this jaxlib on a CPU: {fault.what} ({fault.reports}): {word}")
+    return lines
+
+
+HEAD = f"{'device':16} {'':36} {'jitted':>8} {'eager':>8} {'bound':>8}"
+
+
+def line(f: Finding) -> str:
+    """A finding on the screen."""
+    eager = "" if f.eager is None else f"{f.eager:.0e}"
+    word = "right" if f.right else "WRONG" + (f", as {f.report} says" if f.report else "")
+    return f"{f.device[:16]:16} {f.what:36} {f.jitted:8.0e} {eager:>8} {f.bound:8.0e}  {word}"
+
+
+def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
+    """Everything, for machines."""
+    still = {fault for device in one_of_each_kind() for fault in open_faults(device)}
+    known = [dataclasses.asdict(fault) | {"guarded": fault not in still} for fault in known_faults()]
+    found = [dataclasses.asdict(finding) | {"right": finding.right} for finding in findings]
+    return {"jax": jax.__version__, "jaxlib": JAXLIB, "known_faults": known, "findings": found}

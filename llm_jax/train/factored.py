@@ -1,0 +1,127 @@
+"""Adafactor's second moment: of a matrix the means over its rows and over its columns in place of all of it.
+
+Which axes of a parameter are its input and which its output is known by their letters. So a matrix of attention is one
+matrix, whatever its heads; layers and experts are never mixed; and the factors are split over devices like the
+parameter. (optax factors the two largest axes, wherever they are.)
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from llm_jax import tree as trees
+from llm_jax.sharding import MATRICES, TABLES, letters_of
+
+LEAST = 128  # what has fewer inputs or outputs is kept whole: there is little to save
+
+
+class FactoredState(NamedTuple):
+    """How many updates were made, and the moments by the paths of the parameters; one number where there is none.
+
+    Attributes:
+      v_row: means of squared gradients over the output of a matrix, by its input.
+      v_col: over the input, by the output.
+      v: of each number of what is not factored.
+    """
+
+    count: Int[Array, ""]
+    v_row: PyTree
+    v_col: PyTree
+    v: PyTree
+
+
+def sides(path: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The axes of the input and of the output of the parameter at `path`; None where it is no matrix.
+
+    Raises `ValueError` for another rank than its letters have.
+    """
+    pair = trees.first_match((*TABLES, *MATRICES), path)
+    if pair is None:
+        return None
+    letters = letters_of(path, shape)
+    if len(letters) != len(shape):
+        raise ValueError(f"{path} has shape {shape}, but its letters are {letters!r}; give it an axis for each")
+    rows, columns = (tuple(map(letters.index, side)) for side in pair)
+    return rows, columns
+
+
+def factors(path: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The same of a matrix that is large enough to be factored; None where the moment is kept whole."""
+    found = sides(path, shape)
+    large = found is not None and all(math.prod(shape[axis] for axis in side) >= LEAST for side in found)
+    return found if large else None
+
+
+def scale_by_factored_rms(decay: float = 0.8, floor: float = 1e-30, most: float = 1.0) -> optax.GradientTransformation:
+    """Divides a gradient by the root of its second moment, and an update of more than `most` RMS by the excess.
+
+    The moment of step t is a mean with the weight `1 - t**-decay` on what was, and of a factored one the product of its
+    two means over their mean; the RMS is that of one matrix of one layer (Shazeer and Stern 2018, arXiv:1804.04235,
+    algorithms 4 and 5).
+    """
+
+    def init(params: PyTree) -> FactoredState:
+        none = jnp.zeros(())
+
+        def moments(path: str, w: Array) -> tuple[Array, Array, Array]:
+            axes = factors(path, w.shape)
+            if axes is None:
+                return none, none, jnp.zeros_like(w)
+            row, column = (jnp.zeros(np.delete(w.shape, gone), w.dtype) for gone in reversed(axes))
+            return row, column, none
+
+        return FactoredState(jnp.zeros((), jnp.int32), *_apart(trees.map_with_path(moments, params), params, 3))
+
+    def update(gradients: PyTree, state: FactoredState, params: PyTree = None) -> tuple[PyTree, FactoredState]:
+        count = optax.safe_increment(state.count)
+        old = 1 - count.astype(jnp.float32) ** -decay
+
+        def one(path: str, g: Array, *moments: Array) -> tuple[Array, ...]:
+            axes, (row, column, whole) = factors(path, g.shape), moments
+            mean = functools.partial(_mixed, old, jnp.square(g) + floor)
+            if axes is None:
+                whole = mean(whole, ())
+                return _limited(g * jax.lax.rsqrt(whole), of_a_layer(path, g.shape), most), row, column, whole
+            rows, columns = axes
+            row, column = mean(row, columns), mean(column, rows)
+            by_row, by_column = jnp.expand_dims(row, columns), jnp.expand_dims(column, rows)
+            scale = jax.lax.rsqrt(by_row / by_row.mean(rows, keepdims=True)) * jax.lax.rsqrt(by_column)
+            return _limited(g * scale, (*rows, *columns), most), row, column, whole
+
+        found = jax.tree_util.tree_map_with_path(
+            lambda path, *leaves: one(trees.path_name(path), *leaves), gradients, state.v_row, state.v_col, state.v
+        )
+        updates, *moments = _apart(found, gradients, 4)
+        return updates, FactoredState(count, *moments)
+
+    return optax.GradientTransformation(init, update)
+
+
+def of_a_layer(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of what the parameter at `path` is in one layer, of experts in one of them."""
+    if (found := sides(path, shape)) is not None:
+        return found[0] + found[1]
+    stacked = len(shape) > 0 and letters_of(path, shape).startswith("N")
+    return tuple(range(stacked, len(shape)))
+
+
+def _mixed(old: Float[Array, ""], squares: Array, moment: Array, axes: tuple[int, ...]) -> Array:
+    return old * moment + (1 - old) * (squares.mean(axes) if axes else squares)
+
+
+def _limited(update: Array, axes: tuple[int, ...], most: float) -> Array:
+    """`update`, over its root mean square along `axes` where that is more than `most`."""
+    rms = jnp.sqrt(jnp.square(update).mean(axes, keepdims=True))
+    return update / jnp.maximum(1.0, rms / most)
+
+
+def _apart(found: PyTree, like: PyTree, number: int) -> list[PyTree]:
+    """A tree of tuples, each at a leaf of `like`, as a tuple of trees."""
+    tuples = jax.tree.structure(like).flatten_up_to(found)
+    return [jax.tree.unflatten(jax.tree.structure(like), [each[i] for each in tuples]) for i in range(number)]
