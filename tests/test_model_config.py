@@ -34,7 +34,10 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"n_kv_heads": 4}, "model.n_kv_heads=4 does not divide model.n_heads=6; use a divisor, as 3"),
     ({"n_kv_heads": 12}, "model.n_kv_heads=12 does not divide model.n_heads=6; use a divisor, as 6"),
-    ({"n_heads": 2**31 - 1, "n_kv_heads": 2**31 - 2, "head_dim": 2}, "use a divisor, as 1"),
+    (
+        {"n_heads": 2**31 - 1, "n_kv_heads": 2**31 - 2, "head_dim": 2},
+        "model.n_kv_heads=2147483646 does not divide model.n_heads=2147483647; use a divisor, as 1",
+    ),
     ({"n_layers": 10_001}, "model.n_layers=10001 is more than 10,000; use that or less"),
     ({"vocab_size": 2**31}, "model.vocab_size=2147483648 is more than int32 can count; use at most 2147483647"),
     ({"norm_eps": 1e-46}, "model.norm_eps=1e-46 is no float32; use 0, or a size from 1.2e-38 to 3.4e+38"),

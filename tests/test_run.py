@@ -135,7 +135,7 @@ def test_a_seed_beyond_32_bits_is_an_error(changes: dict[str, Any]):
 
 
 def test_a_folder_without_a_run_is_an_error_that_says_how_to_start_one(tmp_path: Path):
-    with pytest.raises(ValueError, match=f"holds no run .*; start one with: llm-jax train CONFIG --run {tmp_path}"):
+    with pytest.raises(ValueError, match=f"holds no run .*; start one with: llm-jax train quickstart --run {tmp_path}"):
         run.load_config(tmp_path)
 
 

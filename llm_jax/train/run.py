@@ -183,7 +183,7 @@ def _way_to_a_run(folder: Path) -> str:
     above = [parent for parent in list(folder.absolute().parents)[:2] if _looks_like_a_run(parent)]
     below = (path.parent for name in ("*/config.json", "*/*/config.json") for path in folder.glob(name))
     inside = sorted(itertools.islice(filter(_looks_like_a_run, below), 100))
-    beside = {path.parent.name: path.parent for path in folder.parent.glob("*/config.json")}
+    beside = {} if folder.exists() else {path.parent.name: path.parent for path in folder.parent.glob("*/config.json")}
     close = [beside[name] for name in difflib.get_close_matches(folder.name, beside, n=1)]
     if near := above or inside or close:
         return f"did you mean {', or '.join(map(str, near[:3]))}?"
