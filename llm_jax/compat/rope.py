@@ -54,7 +54,7 @@ def rope(
     theta: float = 1e4,
     fraction: float | None = None,
     old: tuple[str, str] = ("rope_theta", ""),
-    absent: Theirs | None = None,
+    absent: dict[str, Any] | None = None,
     scalings: Scalings = SCALINGS,
     original: int | None = None,
 ) -> Lens:
@@ -76,7 +76,9 @@ def rope(
 
     def write(c: ModelConfig) -> dict[str, Any]:
         part = {} if fraction is None else {"partial_rotary_factor": c.rotary.fraction}
-        outside = {} if original is None or c.rotary.original_len is None else {ORIGINAL: c.rotary.original_len}
+        outside: dict[str, Any] = (
+            {} if original is None or c.rotary.original_len is None else {ORIGINAL: c.rotary.original_len}
+        )
         if c.rotary.scaling == "dynamic":
             outside["max_position_embeddings"] = c.rotary.original_len
         return {"rope_parameters": _parameters(c.rotary, scalings) | part} | outside

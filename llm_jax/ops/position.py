@@ -150,18 +150,16 @@ def rotary(
     at position 4096 bfloat16 is off by whole turns.
     """
     frequencies = jnp.asarray(config.frequencies(x.shape[-1], length), jnp.float32)
-    half = frequencies.shape[-1]
-    frequencies = frequencies[None, None] if frequencies.ndim == 1 else frequencies[:, None]
-    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    half, of_rows = frequencies.shape[-1], frequencies.ndim == 2
+    angles = positions.astype(jnp.float32)[..., None] * (frequencies[:, None] if of_rows else frequencies[None, None])
     angles = angles.reshape(*angles.shape[:2], *(1,) * (x.ndim - 3), half)
     cos, sin = ((f(angles) * config.scale).astype(x.dtype) for f in (jnp.cos, jnp.sin))
-    rest = x[..., 2 * half :]
-    if config.pairs == "interleaved":
-        first, second = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
-        together = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
-        return jnp.concatenate([together.reshape(*x.shape[:-1], 2 * half), rest], axis=-1)
-    first, second = x[..., :half], x[..., half : 2 * half]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+    if config.pairs == "halves":
+        first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+        return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+    first, second, rest = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2], x[..., 2 * half :]
+    together = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([together.reshape(*x.shape[:-1], 2 * half), rest], axis=-1)
 
 
 def alibi_slopes(heads: int) -> Float[np.ndarray, " heads"]:
