@@ -65,6 +65,7 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
         arg("config", metavar="CONFIG", help="a recipe (llm-jax configs) or a Python file"),
         ASSIGNMENTS,
         arg("--run", metavar="DIR", help="the run folder; default: runs/CONFIG"),
+        arg("--from", dest="source_run", metavar="RUN", help="train on from its weights, with its model and tokenizer"),
         *PEERS,
         JSON,
     ),

@@ -25,11 +25,12 @@ def train(args: Namespace) -> None:
     """Start a run of CONFIG, a recipe or a Python file.
 
     Each key=value changes a field of the config. The run folder comes to hold all there is to know of the run:
-    config, tokenizer, checkpoints, metrics, report. Ctrl-C saves a checkpoint and stops.
+    config, tokenizer, checkpoints, metrics, report. Ctrl-C saves a checkpoint and stops. With --from the model, its
+    tokenizer and its weights are those of another run, imported or trained; data and training are CONFIG's.
 
       llm-jax train quickstart
       llm-jax train quickstart model.n_layers=8 optimizer.learning_rate=3e-4 --run runs/deeper
-      llm-jax train quickstart init_from=runs/deeper --run runs/again     its weights, and nothing else
+      llm-jax train quickstart --from runs/deeper --run runs/again        its model, tokenizer and weights
     """
     from llm_jax import processes
     from llm_jax.train import loop
@@ -235,7 +236,7 @@ def plan(args: Namespace) -> None:
 
 def _config(args: Namespace) -> "RunConfig":
     """The config of a recipe or a Python file, with the changes of the command line."""
-    from llm_jax.train import run
+    from llm_jax.train import run, start
 
     try:
         config = run.load_recipe(args.config)
@@ -244,6 +245,8 @@ def _config(args: Namespace) -> "RunConfig":
     except Exception as error:
         where = f"{args.config} fails: {type(error).__name__}: {error}"
         raise ValueError(f"{where}; mend it (--debug shows the line)") from error
+    if source := vars(args).get("source_run"):
+        return start.config_from(source, config, args.assignments, _say)
     return override(config, args.assignments)
 
 
@@ -325,7 +328,7 @@ def import_(args: Namespace) -> None:
 
       llm-jax import HuggingFaceTB/SmolLM2-135M --run runs/smollm2
       llm-jax generate runs/smollm2 --prompt 'The sky is'
-      llm-jax train essays.py init_from=runs/smollm2 data.tokenizer=runs/smollm2/tokenizer
+      llm-jax train essays.py --from runs/smollm2
     """
     from llm_jax.compat import huggingface
     from llm_jax.train import loop
@@ -355,7 +358,7 @@ def export(args: Namespace) -> None:
     program = trained.on_the_host(run.load_config(args.run))
     loop.own_process()
     params, step = trained.restore(args.run, program, args.checkpoint, report=_say)
-    family = huggingface.export_run(args.run, params, args.out, family=args.family, dtype=args.dtype)
+    family = huggingface.export_run(args.run, params, args.out, family=args.family, dtype=args.dtype, report=_say)
     if args.json:
         _print_json({"out": args.out, "family": family.name, "step": step})
     else:
