@@ -8,15 +8,15 @@ that a model does not have are passed over. A lens is a key of config.json, or a
 
 from llm_jax.compat.family import Family, table
 from llm_jax.compat.lenses import (
+    WHOLE_HEADS,
     Lens,
     key,
     known,
     layer_types,
     no_rope_layers,
-    rope,
-    rope_by_type,
     window,
 )
+from llm_jax.compat.rope import rope, rope_by_type
 
 # ---- tensors
 
@@ -174,6 +174,7 @@ GEMMA = (
     ),
     rms_norm(1e-6),
     TIED,
+    WHOLE_HEADS,
 )
 GEMMA_FIXED = {"norm": "rmsnorm_1p", "residual": "sandwich"}
 
@@ -186,7 +187,7 @@ FAMILIES = {
             architecture="LlamaForCausalLM",
             models="Llama 2, Llama 3, SmolLM, SmolLM2",
             tensors=BODY + NORMS_BEFORE,
-            lenses=(*LLAMA, *heads(), BIASES, rope(), UNTIED),
+            lenses=(*LLAMA, *heads(), BIASES, rope(), UNTIED, WHOLE_HEADS),
             fixed={},
         ),
         Family(
@@ -257,7 +258,7 @@ FAMILIES = {
                     lambda config, i: (i + 1) % config.get("sliding_window_pattern", 6) != 0,
                     ("sliding_window_pattern",),
                 ),
-                rope_by_type(),
+                rope_by_type(1e6, 1e4, "rope_local_base_freq"),
                 key("final_logit_softcapping", "logit_softcap", None),
             ),
             fixed={**GEMMA_FIXED, "attention.qk_norm": "head"},
@@ -301,7 +302,7 @@ FAMILIES = {
                 key("layer_norm_eps", "norm_eps", 1e-5),
                 key("use_parallel_residual", "residual", True, {True: "parallel", False: "pre"}),
                 key("attention_bias", "bias", True, {True: "all"}),
-                rope(fraction=0.25, old=("rotary_emb_base", "rotary_pct")),
+                rope(fraction=0.25, old=("rotary_emb_base", "rotary_pct", "rope_theta", "partial_rotary_factor")),
                 UNTIED,
             ),
             fixed={"norm": "layernorm", "gated": False},
@@ -318,7 +319,7 @@ FAMILIES = {
                 ACTIVATION,
                 rms_norm(1e-5),
                 window(None),
-                rope(fraction=1.0, old=("rope_theta", "partial_rotary_factor")),
+                rope(fraction=1.0, old=("rope_theta", "partial_rotary_factor"), kinds=("default", "longrope")),
                 UNTIED,
             ),
             fixed={},

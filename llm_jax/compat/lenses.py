@@ -49,7 +49,7 @@ def pattern(kinds: Sequence[str], window: int | None) -> Fields:
     return {"layers": period(kinds), "attention.window": window if any("local" in kind for kind in kinds) else None}
 
 
-def period(kinds: Sequence[str]) -> tuple[str, ...]:
+def period(kinds: Sequence[Any]) -> tuple[Any, ...]:
     """The shortest beginning of `kinds` that makes all of them, repeated."""
     sizes = range(1, len(kinds) + 1)
     size = next((n for n in sizes if all(kind == kinds[i % n] for i, kind in enumerate(kinds))), 0)
@@ -97,7 +97,10 @@ def layer_types(guess: Callable[[Theirs, int], bool], keys: tuple[str, ...], use
     def write(c: ModelConfig) -> dict[str, Any]:
         local = ["local" in kind for kind in kinds_of(c)]
         types = ["sliding_attention" if near else "full_attention" for near in local]
-        switch = {"use_sliding_window": any(local)} if use else {}
+        switch: dict[str, Any] = {"use_sliding_window": any(local)} if use else {}
+        cycle = period(local)
+        if "sliding_window_pattern" in keys and not cycle[-1] and all(cycle[:-1]):  # for who reads no layer_types
+            switch["sliding_window_pattern"] = len(cycle)
         return {"layer_types": types, "sliding_window": c.attention.window, **switch}
 
     return Lens(("layer_types", "sliding_window", *keys), read, write)
@@ -134,99 +137,16 @@ def no_rope_layers() -> Lens:
     return Lens((*keys, "max_window_layers"), read, write)  # the last one changes nothing in this family
 
 
-# ---- where tokens stand
-
-ORIGINAL = "original_max_position_embeddings"  # before they were scaled
-
-# Their name of a scaling -> ours, and of what it needs beside theta.
-SCALINGS: dict[str, tuple[str, dict[str, str]]] = {
-    "default": ("none", {}),
-    "linear": ("linear", {"factor": "factor"}),
-    "llama3": (
-        "llama3",
-        {
-            "factor": "factor",
-            ORIGINAL: "original_len",
-            "low_freq_factor": "low_turns",
-            "high_freq_factor": "high_turns",
-        },
-    ),
-    "yarn": (
-        "yarn",
-        {
-            "factor": "factor",
-            ORIGINAL: "original_len",
-            "beta_slow": "low_turns",
-            "beta_fast": "high_turns",
-            "attention_factor": "amplitude",
-        },
-    ),
-}
+def _check_whole_heads(c: ModelConfig) -> dict[str, Any]:
+    if c.d_model % c.n_heads:
+        raise ValueError(
+            f"model.d_model={c.d_model} is no multiple of model.n_heads={c.n_heads}, as transformers wants it"
+        )
+    return {}
 
 
-def rope(theta: float = 1e4, fraction: float | None = None, old: tuple[str, str] = ("rope_theta", "")) -> Lens:
-    """`rope_parameters`, or the `rope_theta` and `rope_scaling` of before; `fraction` where the family has one.
-
-    `old` are the names of theta and of the fraction outside of `rope_parameters`.
-    """
-
-    def read(config: Theirs) -> Fields:
-        outside = {"rope_theta": config.get(old[0], theta)}
-        if fraction is not None:
-            outside["partial_rotary_factor"] = config.get(old[1], fraction)
-        parameters = outside | (config.get("rope_scaling") or config.get("rope_parameters") or {})
-        return _rotary(parameters, config, fraction is not None)
-
-    def write(c: ModelConfig) -> dict[str, Any]:
-        part = {} if fraction is None else {"partial_rotary_factor": c.rotary.fraction}
-        return {"rope_parameters": _parameters(c.rotary) | part}
-
-    return Lens(("rope_parameters", "rope_scaling", ORIGINAL, *filter(None, old)), read, write)
-
-
-def rope_by_type() -> Lens:
-    """Gemma 3: local layers have a theta of their own, and are not scaled."""
-
-    def read(config: Theirs) -> Fields:
-        given = config.get("rope_parameters") or {}
-        for name in given:
-            known("rope_parameters for", KINDS, name)
-        full = {"rope_theta": config.get("rope_theta", 1e6)} | (given.get("full_attention") or {})
-        local = {"rope_theta": config.get("rope_local_base_freq", 1e4)} | (given.get("sliding_attention") or {})
-        near = _rotary(local, config)
-        if near["rotary.scaling"] != "none":
-            raise ValueError(
-                f"config.json scales the positions of sliding_attention by {near['rotary.scaling']}; known: default"
-            )
-        scaled = full | (config.get("rope_scaling") or {})
-        return _rotary(scaled, config) | {"rotary.local_theta": near["rotary.theta"]}
-
-    def write(c: ModelConfig) -> dict[str, Any]:
-        local = {"rope_type": "default", "rope_theta": c.rotary.local.theta}
-        return {"rope_parameters": {"full_attention": _parameters(c.rotary), "sliding_attention": local}}
-
-    return Lens(("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq"), read, write)
-
-
-def _rotary(parameters: Theirs, config: Theirs, partial: bool = False) -> Fields:
-    name = parameters.get("rope_type", parameters.get("type", "default"))
-    scaling, fields = known("rope_type", SCALINGS, name)
-    given = {key: value for key, value in parameters.items() if value is not None}
-    if ORIGINAL in fields:  # outside it goes before inside; where a config does not say, it means all there are
-        given[ORIGINAL] = config.get(ORIGINAL) or given.get(ORIGINAL) or config["max_position_embeddings"]
-    names = {"rope_theta": "theta", **fields} | ({"partial_rotary_factor": "fraction"} if partial else {})
-    strange = given.keys() - names.keys() - {"rope_type", "type"}
-    if strange:
-        raise ValueError(f"rope_type={name} comes with {', '.join(sorted(strange))}; known: {', '.join(names)}")
-    return {"rotary.scaling": scaling} | {f"rotary.{names[key]}": given[key] for key in given if key in names}
-
-
-def _parameters(rotary: Rotary) -> dict[str, Any]:
-    name, fields = next(
-        ((name, fields) for name, (ours, fields) in SCALINGS.items() if ours == rotary.scaling), ("default", {})
-    )
-    values = {theirs: getattr(rotary, ours) for theirs, ours in fields.items()}
-    return {"rope_type": name, "rope_theta": rotary.theta} | {k: v for k, v in values.items() if v is not None}
+# Of families whose config transformers refuses unless the heads divide the width, whatever their size.
+WHOLE_HEADS = Lens((), lambda config: {}, _check_whole_heads)
 
 
 def known(name: str, names: Mapping[Any, Any], value: Any) -> Any:

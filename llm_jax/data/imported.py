@@ -23,6 +23,7 @@ FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+TEMPLATES = "additional_chat_templates"  # a folder of more of them, such as those for tools
 
 # Byte-level encodings write a byte as a letter: itself where that can be seen, or one from U+0100 on, in order.
 VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -65,7 +66,8 @@ class ImportedTokenizer(Tokenizer):
         """Writes the tokenizer into `folder`, for `load`, its own files among it."""
         super().save(folder)
         for name, content in self.files.items():
-            (Path(folder) / name).write_bytes(content)
+            (path := Path(folder) / name).parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
 
     def _description(self) -> dict[str, Any]:
         marks = {"begin_of_text": self.begin_of_text, "end_of_text": self.end_of_text}
@@ -77,7 +79,8 @@ def files_in(folder: str | Path) -> dict[str, bytes]:
     paths = [Path(folder) / name for name in FILES]
     if not paths[0].is_file():
         raise ValueError(f"no tokenizer in {folder}: {paths[0].name} is missing; name the folder of one")
-    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+    paths += sorted((Path(folder) / TEMPLATES).glob("*.jinja"))
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if path.is_file()}
 
 
 def load_imported(folder: Path, name: str, description: Mapping[str, Any]) -> ImportedTokenizer:

@@ -27,13 +27,16 @@ from llm_jax.data import tokenizer
 from llm_jax.data.loader import DataConfig
 from llm_jax.data.shards import Shards
 from llm_jax.data.tokenizer import Tokenizer
-from llm_jax.files import locked, read_json, write_json
+from llm_jax.files import locked, read_json, write_json, write_whole
 from llm_jax.model.config import ModelConfig
 from llm_jax.recipes import recipes
 from llm_jax.sharding import MeshConfig
 from llm_jax.train.optimizer import OptimizerConfig
 from llm_jax.train.step import LossConfig
 from llm_jax.train.timetable import PipelineConfig
+
+# What came with a model that was imported: its config.json, and the tensors that were in another dtype than the rest.
+ORIGIN, ORIGIN_DTYPES = "huggingface.json", "huggingface_dtypes.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +169,9 @@ def create(folder: Path, config: RunConfig, shards: Shards, command: str) -> Non
     shards.tokenizer.save(folder / "tokenizer")
     write_json(folder / "data.json", data_identity(shards))
     write_json(folder / "environment.json", environment(command))
+    for path in (Path(config.init_from or folder) / name for name in (ORIGIN, ORIGIN_DTYPES)):
+        if config.init_from is not None and path.is_file():  # it may be exported as what it came as
+            write_whole(folder / path.name, path.read_bytes())
     save_config(folder, _with_absolute_paths(config))  # last: it makes the folder a run
 
 

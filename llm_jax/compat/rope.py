@@ -1,0 +1,142 @@
+"""Rotary positions in the words of config.json: `rope_parameters`, and the keys of before."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from llm_jax.compat.lenses import KINDS, Fields, Lens, Theirs, known
+from llm_jax.model.config import ModelConfig
+from llm_jax.ops.position import Rotary
+
+ORIGINAL = "original_max_position_embeddings"  # before they were scaled
+
+# Their name of a scaling -> ours, and of what it needs beside theta.
+SCALINGS: dict[str, tuple[str, dict[str, str]]] = {
+    "default": ("none", {}),
+    "linear": ("linear", {"factor": "factor"}),
+    "llama3": (
+        "llama3",
+        {
+            "factor": "factor",
+            ORIGINAL: "original_len",
+            "low_freq_factor": "low_turns",
+            "high_freq_factor": "high_turns",
+        },
+    ),
+    "yarn": (
+        "yarn",
+        {
+            "factor": "factor",
+            ORIGINAL: "original_len",
+            "beta_slow": "low_turns",
+            "beta_fast": "high_turns",
+            "attention_factor": "amplitude",
+        },
+    ),
+}
+
+# What transformers can't do without, of those above.
+NEEDED = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
+
+
+def rope(
+    theta: float = 1e4,
+    fraction: float | None = None,
+    old: tuple[str, ...] = ("rope_theta", ""),
+    absent: Theirs | None = None,
+    kinds: Sequence[str] | None = None,
+) -> Lens:
+    """`rope_parameters`, or the `rope_theta` and `rope_scaling` of before; `fraction` where the family has one.
+
+    `old` are the names of theta and of the fraction outside of `rope_parameters`, then others that say the same;
+    `absent` is what these are where a config has none; `kinds` the scalings that transformers has in this family, None:
+    all.
+    """
+
+    def read(config: Theirs) -> Fields:
+        outside = {"rope_theta": config.get(old[0], theta)}
+        if fraction is not None:
+            outside["partial_rotary_factor"] = config.get(old[1], fraction)
+        inside = config.get("rope_scaling") or config.get("rope_parameters") or absent or {}
+        parameters: dict[str, Any] = {**outside, **inside}
+        for name, now in zip(old[2:], ("rope_theta", "partial_rotary_factor"), strict=False):
+            if config.get(name, parameters[now]) != parameters[now]:
+                raise ValueError(
+                    f"config.json has {name}={config[name]}, but says {parameters[now]} elsewhere, and versions of "
+                    "transformers differ in which they take; set both to what the model has"
+                )
+        return _rotary(parameters, config, fraction is not None, kinds)
+
+    def write(c: ModelConfig) -> dict[str, Any]:
+        part = {} if fraction is None else {"partial_rotary_factor": c.rotary.fraction}
+        names = zip(old, (c.rotary.theta, c.rotary.fraction) * 2, strict=False)
+        before: dict[str, Any] = {name: value for name, value in names if name} | _scaling(c.rotary)
+        if c.rotary.scaling == "linear":  # the first kind there was: some of its readers take two keys and no more
+            before["rope_scaling"].pop("rope_type")
+        return {"rope_parameters": _parameters(c.rotary) | part} | before
+
+    return Lens(("rope_parameters", "rope_scaling", ORIGINAL, *filter(None, old)), read, write)
+
+
+def rope_by_type(theta: float, local_theta: float | None = None, old: str = "") -> Lens:
+    """Gemma 3, OLMo 3: local layers are not scaled, and may have a theta of their own; `old` is its name outside."""
+
+    def read(config: Theirs) -> Fields:
+        given = config.get("rope_parameters") or {}
+        for name in given:
+            known("rope_parameters for", KINDS, name)
+        full = {"rope_theta": config.get("rope_theta", theta)} | (given.get("full_attention") or {})
+        near_theta = config.get(old, local_theta or full["rope_theta"])
+        local = {"rope_theta": near_theta} | (given.get("sliding_attention") or {})
+        near = _rotary(local, config)
+        if near["rotary.scaling"] != "none":
+            raise ValueError(
+                f"config.json scales the positions of sliding_attention by {near['rotary.scaling']}; known: default"
+            )
+        scaled = full | (config.get("rope_scaling") or {})
+        return _rotary(scaled, config) | {"rotary.local_theta": near["rotary.theta"]}
+
+    def write(c: ModelConfig) -> dict[str, Any]:
+        local = {"rope_type": "default", "rope_theta": c.rotary.local.theta}
+        now = {"rope_parameters": {"full_attention": _parameters(c.rotary), "sliding_attention": local}}
+        before = {"rope_theta": c.rotary.theta} | ({old: c.rotary.local.theta} if old else {})
+        return now | before | _scaling(c.rotary)
+
+    return Lens(("rope_parameters", "rope_scaling", "rope_theta", *filter(None, [old])), read, write)
+
+
+def _rotary(parameters: Theirs, config: Theirs, partial: bool = False, kinds: Sequence[str] | None = None) -> Fields:
+    name = parameters.get("rope_type", parameters.get("type", "default"))
+    scalings = SCALINGS if kinds is None else {kind: SCALINGS[kind] for kind in kinds if kind in SCALINGS}
+    scaling, fields = known("rope_type", scalings, name)
+    given = {key: value for key, value in parameters.items() if value is not None}
+    if ORIGINAL in fields:  # outside it goes before inside; where a config does not say, it means all there are
+        given[ORIGINAL] = config.get(ORIGINAL) or given.get(ORIGINAL) or config["max_position_embeddings"]
+    if name == "yarn" and "factor" in parameters and "factor" not in given:  # null: as much longer as it was made
+        given["factor"] = config["max_position_embeddings"] / given[ORIGINAL]
+    if lacking := [key for key in ("rope_theta", *NEEDED.get(name, ())) if key not in given]:
+        what = "null" if lacking[0] in parameters else "none"
+        raise ValueError(f"config.json has rope_type={name} and {what} for {lacking[0]}; set what the model has")
+    names = {"rope_theta": "theta", **fields} | ({"partial_rotary_factor": "fraction"} if partial else {})
+    strange = given.keys() - names.keys() - {"rope_type", "type"}
+    if strange:
+        raise ValueError(f"rope_type={name} comes with {', '.join(sorted(strange))}; known: {', '.join(names)}")
+    return {"rotary.scaling": scaling} | {f"rotary.{names[key]}": given[key] for key in given if key in names}
+
+
+def _scaling(rotary: Rotary) -> dict[str, Any]:
+    """`rope_scaling`, which is read where `rope_parameters` is not, with both names of its kind; {} without one."""
+    scaled = {name: value for name, value in _parameters(rotary).items() if name != "rope_theta"}
+    kind = scaled["rope_type"]
+    return {} if kind == "default" else {"rope_scaling": {"type": kind} | scaled}
+
+
+def _parameters(rotary: Rotary) -> dict[str, Any]:
+    name, fields = next(
+        ((name, fields) for name, (ours, fields) in SCALINGS.items() if ours == rotary.scaling), ("default", {})
+    )
+    values = {theirs: getattr(rotary, ours) for theirs, ours in fields.items()}
+    return {"rope_type": name, "rope_theta": rotary.theta} | {k: v for k, v in values.items() if v is not None}
