@@ -61,7 +61,7 @@ def check_finite(model: ModelConfig) -> None:
         assert abs(number) < (2**31 if isinstance(number, int) else 3.4e38), number
     assert model.n_layers <= 4096
     for rotary in (model.rotary, model.rotary.local) if model.positions == "rotary" else ():
-        assert np.isfinite([*rotary.frequencies(model.H), rotary.scale]).all()
+        assert np.isfinite(np.append(np.ravel(rotary.frequencies(model.H)), rotary.scale)).all()
     assert from_dict(ModelConfig, json.loads(json.dumps(to_dict(model)))) == model
 
 

@@ -92,7 +92,7 @@ def test_an_imported_model_trains_on_with_two_words(tmp_path: Path, capsys: Any,
     there, a_run, again = save_model(tmp_path / "theirs", config_json("qwen3")), tmp_path / "run", tmp_path / "again"
     assert main(["import", str(there), "--run", str(a_run), "--tokenizer", "byte"]) == 0
     words = [f"data.uri={write_corpus(tmp_path / 'corpus')}", "data.heldout=0.2", "steps=1", "prompts="]
-    words += ["optimizer.warmup_steps=0", "evaluate_batches=1"]
+    words += ["optimizer.warmup_steps=0", "evaluate_batches=1", "data.batch_size=8"]
     assert main(["train", str(tmp_path / "recipe.py"), "--from", str(a_run), "--run", str(again), *words]) == 0
     assert f"restored from {a_run} at step 0: weights, nothing else" in capsys.readouterr().out
     assert json.loads((again / "huggingface.json").read_text())["model_type"] == "qwen3"

@@ -159,10 +159,10 @@ def _check_positions(config: ModelConfig) -> None:
     for rotary in (config.rotary, config.rotary.local):
         try:
             with np.errstate(all="ignore"):
-                frequencies = [*rotary.frequencies(config.H), rotary.scale]
+                numbers = np.append(np.ravel(rotary.frequencies(config.H)), rotary.scale)
         except (ArithmeticError, ValueError) as error:
             raise ValueError(f"config.json has positions that can't be computed: {rotary} ({error})") from None
-        if not all(0 < x < HUGE for x in frequencies):
+        if not ((numbers > 0) & (numbers < HUGE)).all():
             raise ValueError(f"config.json has positions that are not finite: {rotary}")
 
 

@@ -138,13 +138,10 @@ def describe(
 ) -> dict[str, Any]:
     """The config.json of a model that came with `origin`, or with {}."""
     ends = list(getattr(coder, "end_ids", (coder.end_of_text,)))
-    ids = {
-        "bos_token_id": coder.begin_of_text,
-        "eos_token_id": ends if len(ends) > 1 else ends[0],
-        "pad_token_id": None,
-    }
+    ids = dict.fromkeys(IDS) | {"bos_token_id": coder.begin_of_text, "eos_token_id": ends if ends[1:] else ends[0]}
     theirs = origin.get("eos_token_id")
-    if coder.end_of_text in (theirs if isinstance(theirs, list) else [theirs]):  # the tokenizer that it came with
+    came = coder.end_of_text in (theirs if isinstance(theirs, list) else [theirs])
+    if came and isinstance(coder, ImportedTokenizer):  # the one that the model came with
         ids |= {name: origin[name] for name in IDS if name in origin}
     lost = {*family.keys, "auto_map", "torch_dtype"}  # said anew; the code of a model does not come along
     kept = {name: value for name, value in origin.items() if name not in lost}

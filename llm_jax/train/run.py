@@ -241,8 +241,8 @@ def shards_folder(folder: Path) -> Path:
     """Where the token shards of the run in `folder` lay when it began. Raises `ValueError` where it never had any."""
     if not (folder / "data.json").exists():
         raise ValueError(
-            f"{folder} was imported: it has weights, and neither data nor an optimizer of its own. Train on from it "
-            f"with init_from={folder}; evaluate it on text of yours: llm-jax evaluate {folder} --data URI"
+            f"{folder} was imported: it has weights, and neither data nor an optimizer of its own. Train on from it: "
+            f"llm-jax train CONFIG --from {folder}; evaluate it on text of yours: llm-jax evaluate {folder} --data URI"
         )
     return Path(_read_json(folder / "data.json")["folder"])
 
