@@ -116,9 +116,8 @@ def test_a_model_goes_out_as_a_family_that_transformers_loads(changes: dict[str,
     assert choose(config, weights.shapes_of(count.shapes(config)), None).name == name
 
 
-@pytest.mark.parametrize("scaling", ["linear", "llama3", "yarn"])
-def test_a_turned_part_with_a_scaling_is_what_no_family_loads(scaling: str):
-    config = tiny(rotary=dataclasses.replace(SCALED[scaling], fraction=0.5))
+def test_a_turned_part_with_a_scaling_is_what_no_family_loads():
+    config = tiny(rotary=dataclasses.replace(SCALED["yarn"], fraction=0.5))
     with pytest.raises(ValueError, match=r"no family can say what this model is; .*rotary.fraction|rope_type="):
         choose(config, weights.shapes_of(count.shapes(config)), None)
 
@@ -251,11 +250,10 @@ def test_a_model_that_its_family_can_not_say_goes_out_as_another(original: Path,
 # ---- numbers that are none
 
 
-@pytest.mark.parametrize("bad", [np.nan, -np.inf])
-def test_weights_that_are_no_numbers_are_named_and_counted(bad: float, tmp_path: Path):
+def test_weights_that_are_no_numbers_are_named_and_counted(tmp_path: Path):
     there = save_model(tmp_path / "theirs", config_json("qwen3"), "bfloat16")
     tensors = {name: x.read() for name, x in safetensors.open_folder(there).items()}
-    tensors["model.layers.1.mlp.up_proj.weight"].reshape(-1)[[3, 77, 78]] = bad
+    tensors["model.layers.1.mlp.up_proj.weight"].reshape(-1)[[3, 77, 78]] = np.nan, np.inf, -np.inf
     library = pytest.importorskip("safetensors.numpy")
     library.save_file(tensors, there / "model.safetensors")
     says = r"model.safetensors: model.layers.1.mlp.up_proj.weight has 3 of 480 numbers that are NaN or infinite"
