@@ -16,7 +16,7 @@ from llm_jax.compat.huggingface import family_of
 from llm_jax.config import from_dict, to_dict
 from llm_jax.model.config import ModelConfig
 
-COUNT, PATH = 12_000, "there/config.json"
+COUNT, PATH = 6000, "there/config.json"
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 3, 7, 64, 1024, 2**31 - 1, 2**31, 2**63, 10**12, 10**30, -(10**12)),
     *(0.0, -0.0, 0.5, 1.0, -1.5, 24.0, 1e-45, 1e-320, 1e38, 1e39, 1e308, math.inf, -math.inf, math.nan),
