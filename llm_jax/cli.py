@@ -114,6 +114,7 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
         ASSIGNMENTS,
         arg("--run", metavar="DIR", help="the run folder; default: runs/CONFIG"),
         arg("--resume", action="store_true", help="go on with the run that is there already, if there is one"),
+        arg("--from", dest="source_run", metavar="RUN", help="train on from its weights, with its model and tokenizer"),
         *PEERS,
         JSON,
     ),

@@ -51,11 +51,12 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], where: str = "") -> 
     return cls(**{key: _coerce(value, hints[key], where + key) for key, value in values.items()})
 
 
-def override(config: Config, assignments: Sequence[str]) -> Config:
+def override(config: Config, assignments: Sequence[str], **fields: Any) -> Config:
     """`config` with each `"a.b=value"` applied, checked by type and by every `__post_init__`.
 
-    All assignments take effect together, so that two fields which must agree can change in one call. Raises
-    `ValueError` for a key that is unknown, and says which may be meant, or that is set twice.
+    `fields` take the place of whole fields before that. All take effect together, so that two fields which must agree
+    can change in one call. Raises `ValueError` for a key that is unknown, and says which may be meant, or that is set
+    twice.
     """
     known = {key.name: key for key in keys(type(config))}
     values: dict[str, Any] = {}
@@ -78,7 +79,7 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
             raise _mixed(key)
         if branch.setdefault(leaf, text) != text:
             raise ValueError(f"{key} is set twice, to {_short(branch[leaf])} and to {_short(text)}; keep one of them")
-    return _replace(config, values, "")
+    return _replace(config, values, "", fields)
 
 
 def checked(config: Config) -> Config:
@@ -127,12 +128,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
 
 
-def _replace(config: Any, values: Mapping[str, Any], where: str) -> Any:
+def _replace(config: Any, values: Mapping[str, Any], where: str, fields: Mapping[str, Any] | None = None) -> Any:
     hints = get_type_hints(type(config))
     _check_known(values, hints, where)
-    changes = {}
+    changes = dict(fields or {})
     for key, value in values.items():
-        old = getattr(config, key)
+        old = changes.get(key, getattr(config, key))
         if isinstance(value, Mapping) and dataclasses.is_dataclass(old):
             changes[key] = _replace(old, value, f"{where}{key}.")
         else:

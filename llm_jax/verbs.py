@@ -28,11 +28,12 @@ def train(args: Namespace) -> int:
 
     Each key=value changes a field of the config. The run folder comes to hold all there is to know of the run:
     config, tokenizer, checkpoints, metrics, report. Ctrl-C or SIGTERM saves a checkpoint and stops, with exit status
-    130 or 143. With --resume the same line serves to begin and, however often it is stopped, to go on.
+    130 or 143. With --resume the same line serves to begin and, however often it is stopped, to resume. With --from the
+    model, its tokenizer and its weights are those of another run, imported or trained; data and training are CONFIG's.
 
       llm-jax train quickstart
       llm-jax train quickstart model.n_layers=8 optimizer.learning_rate=3e-4 --run runs/deeper
-      llm-jax train quickstart init_from=runs/deeper --run runs/again     its weights, and nothing else
+      llm-jax train quickstart --from runs/deeper --run runs/again        its model, tokenizer and weights
     """
     from llm_jax import processes, runtime
     from llm_jax.train import loop, run
@@ -285,7 +286,7 @@ def plan(args: Namespace) -> None:
 
 def _config(args: Namespace) -> "RunConfig":
     """The config of a recipe or a Python file, with the changes of the command line."""
-    from llm_jax.train import run
+    from llm_jax.train import run, start
 
     try:
         config = run.load_recipe(args.config)
@@ -294,6 +295,8 @@ def _config(args: Namespace) -> "RunConfig":
     except Exception as error:
         where = f"{args.config} fails: {type(error).__name__}: {error}"
         raise ValueError(f"{where}; mend it (--debug shows the line)") from error
+    if source := vars(args).get("source_run"):
+        return start.config_from(source, config, args.assignments, _say)
     return override(config, args.assignments)
 
 
@@ -404,7 +407,7 @@ def import_(args: Namespace) -> None:
 
       llm-jax import HuggingFaceTB/SmolLM2-135M --run runs/smollm2
       llm-jax generate runs/smollm2 --prompt 'The sky is'
-      llm-jax train essays.py init_from=runs/smollm2 data.tokenizer=runs/smollm2/tokenizer
+      llm-jax train essays.py --from runs/smollm2
     """
     from llm_jax import runtime
     from llm_jax.compat import huggingface
@@ -434,7 +437,7 @@ def export(args: Namespace) -> None:
     program = trained.on_the_host(run.load_config(args.run))
     runtime.start()
     params, step = trained.restore(args.run, program, args.checkpoint, report=_say)
-    family = huggingface.export_run(args.run, params, args.out, family=args.family, dtype=args.dtype)
+    family = huggingface.export_run(args.run, params, args.out, family=args.family, dtype=args.dtype, report=_say)
     if args.json:
         _print_json({"out": args.out, "family": family.name, "step": step})
     else:

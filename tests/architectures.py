@@ -1,6 +1,7 @@
 """The families of models with every switch that they have turned on, and what the tests found about each.
 
-`python tests/architectures.py` writes the table of docs/architectures.md anew from `golden/architectures.json`.
+`python tests/architectures.py` writes the tables of docs/architectures.md anew, that of results from
+`golden/architectures.json`.
 """
 
 import json
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_jax.compat.families import FAMILIES
+from llm_jax.compat.missing import LACKS
 
 ROOT = Path(__file__).parents[1]
 PAGE, RESULTS = ROOT / "docs" / "architectures.md", ROOT / "tests" / "golden" / "architectures.json"
@@ -188,10 +190,21 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def lacking_table() -> str:
+    """The table of docs/architectures.md of families without a map."""
+    lines = ["| family | what it needs that llm-jax lacks |", "|---|---|"]
+    lines += [f"| `{name}` | {'; '.join(lacks)} |" for name, lacks in LACKS.items() if name not in FAMILIES]
+    return "\n".join(lines) + "\n"
+
+
 def write_table() -> None:
-    """Puts the table into the page."""
-    before, after = re.split(r"(?<=<!-- begin table -->\n).*?(?=<!-- end table -->)", PAGE.read_text(), flags=re.DOTALL)
-    PAGE.write_text(before + table() + after)
+    """Puts the tables into the page."""
+    text = PAGE.read_text()
+    for name, rows in (("table", table()), ("lacking", lacking_table())):
+        marks = rf"(?<=<!-- begin {name} -->\n).*?(?=<!-- end {name} -->)"
+        before, after = re.split(marks, text, flags=re.DOTALL)
+        text = before + rows + after
+    PAGE.write_text(text)
 
 
 if __name__ == "__main__":

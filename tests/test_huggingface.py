@@ -11,9 +11,11 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -146,20 +148,69 @@ def test_a_damaged_file_is_named(damage: Callable[[bytes], bytes], tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("{}", "lacks weight_map"), ("{", "is not JSON"), ("[]", r"is no object of JSON, but \[\]")]
+    ("text", "says"),
+    [
+        ("{}", "has no 'weight_map'"),
+        ("{", "is not JSON"),
+        ("[]", "holds a list, expected an object"),
+        ('{"weight_map": []}', "'weight_map' is a list, expected an object"),
+        ('{"weight_map": {"a": 3}}', "has a: 3 in its weight_map, which names no file"),
+        ('{"weight_map": {"a": "../b.safetensors"}}', "has a: ../b.safetensors in its weight_map"),
+    ],
 )
 def test_a_damaged_index_is_named(text: str, says: str, tmp_path: Path):
     (tmp_path / safetensors.INDEX).write_text(text)
-    with pytest.raises(ValueError, match=f"{safetensors.INDEX} {says}.* download it again"):
+    with pytest.raises(ValueError, match=f"{safetensors.INDEX}:? {says}"):
         safetensors.open_folder(tmp_path)
 
 
-def test_quantised_tensors_are_not_taken_for_numbers(tmp_path: Path):
-    header = json.dumps({"a": {"dtype": "I8", "shape": [2], "data_offsets": [0, 2]}}).encode()
+@pytest.mark.parametrize(
+    ("dtype", "size", "says"),
+    [
+        ("BOOL", 2, r"a is true or false; known: F32, BF16, F16. convert it .*a.float\(\)"),
+        ("F64", 16, r"a is float64; known: F32, BF16, F16. convert it .*a.float\(\)"),
+        ("I8", 2, "a is I8, as of a quantised model; known: F32, BF16, F16. save the model dequantised"),
+        ("F8_E4M3", 2, "a is F8_E4M3, as of a quantised model; .* save the model dequantised"),
+        ("F4", 1, "a is F4, as of a quantised model; .* save the model dequantised"),
+        ("I4", 1, "holds I4, which safetensors does not know; save the model dequantised"),
+    ],
+)
+def test_numbers_of_another_kind_are_named_with_the_way_out(dtype: str, size: int, says: str, tmp_path: Path):
+    header = json.dumps({"a": {"dtype": dtype, "shape": [2], "data_offsets": [0, size]}}).encode()
     path = tmp_path / "model.safetensors"
-    path.write_bytes(len(header).to_bytes(8, "little") + header + b"ab")
-    with pytest.raises(ValueError, match="holds I8 numbers; known: F32, BF16, F16"):
-        safetensors.open_file(path)["a"].read()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * size)
+    with pytest.raises(ValueError, match=f"model.safetensors:? {says}"):
+        safetensors.open_file(path)["a"].check()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        *(b"[]", b"3", b"{", b"\xff", b'{"a": 3}', b'{"a": []}', b'{"a": {"dtype": "F32"}}', b"[" * 5000),
+        b'{"a": {"dtype": 3, "shape": [2], "data_offsets": [0, 8]}}',
+        b'{"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}',
+        b'{"a": {"dtype": "F32", "shape": [18446744073709551615, 2], "data_offsets": [0, 8]}}',
+        b'{"a": {"dtype": "F32", "shape": ["2"], "data_offsets": [0, 8]}}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}',
+    ],
+)
+def test_a_header_of_another_shape_is_named_in_one_line(header: bytes, tmp_path: Path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
+    with pytest.raises(ValueError, match=r"model.safetensors is no safetensors file, or damaged"):
+        safetensors.open_file(path)
+
+
+def test_one_file_is_taken_whole_whatever_an_index_beside_it_says(llama: Path, tmp_path: Path, capsys: Any):
+    there = tmp_path / "theirs"
+    shutil.copytree(llama, there)
+    for index in ({"weight_map": {"old.weight": "model-00001-of-00002.safetensors"}}, []):
+        (there / safetensors.INDEX).write_text(json.dumps(index))
+        assert safetensors.open_folder(there).keys() == safetensors.open_folder(llama).keys()
+    assert main(["import", str(there), "--run", str(tmp_path / "run"), "--tokenizer", "byte"]) == 0
+    assert (
+        "has model.safetensors and model.safetensors.index.json: the first is taken, whole" in capsys.readouterr().err
+    )
 
 
 def test_a_model_in_shards_is_the_model_in_one_file(llama: Path, tmp_path: Path):
@@ -282,16 +333,16 @@ def test_training_goes_on_from_an_imported_run(imported: Path, tmp_path: Path):
 @pytest.mark.parametrize("words", [["resume"], ["evaluate"]])
 def test_what_an_imported_run_does_not_have_is_said(words: list[str], imported: Path, capsys: Any):
     assert main([*words, str(imported)]) == 2
-    says = rf"was imported: .* init_from={imported}; .* llm-jax evaluate {imported} --data URI"
+    says = rf"was imported: .* llm-jax train CONFIG --from {imported}; .* llm-jax evaluate {imported} --data URI"
     assert re.search(says, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda there: (there / "config.json").unlink(), "has no config.json; name the folder of a model"),
+        (lambda there: (there / "config.json").unlink(), "config.json is missing; name the folder of a model"),
         (lambda there: (there / "config.json").write_text("{"), "config.json is not JSON"),
-        (lambda there: (there / "config.json").write_text("[]"), r"config.json is no object of JSON, but \[\]"),
+        (lambda there: (there / "config.json").write_text("[]"), "config.json holds a list, expected an object"),
         (lambda there: (there / "config.json").write_text('{"model_type": "bert"}'), "a family without a map"),
         (lambda there: (there / "model.safetensors").unlink(), "has no model.safetensors"),
         (lambda there: None, "has no tokenizer.json. .* --tokenizer gpt2"),
@@ -334,7 +385,8 @@ def test_a_folder_that_holds_a_run_is_not_written_to(llama: Path, imported: Path
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--family", "lama"], "model_type=lama, a family without a map; did you mean 'llama'"),
+        (["--family", "lama"], "--family lama: a family without a map; did you mean 'llama'"),
+        (["--family", "gpt_oss"], "--family gpt_oss: a family without a map; it needs learned sinks"),
         (["--family", "qwen3"], "closest, qwen3, lacks model.attention.qk_norm=none"),
         (["--checkpoint", "7"], "no checkpoint of step 7"),
     ],
@@ -368,7 +420,8 @@ def test_the_verbs_say_what_they_made(llama: Path, tmp_path: Path, capsys: Any):
     assert main(["export", a_run, "--out", out, "--dtype", "bfloat16", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"out": out, "family": "llama", "step": 0}
     assert {tensor.dtype for tensor in safetensors.open_folder(Path(out)).values()} == {"BF16"}
-    assert sorted(os.listdir(out)) == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    files = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(os.listdir(out)) == files
 
 
 # ---- the hub
@@ -394,7 +447,11 @@ def test_a_name_is_downloaded_from_the_hub(llama: Path, monkeypatch: pytest.Monk
     assert name == "someone/llama"
     assert "*.safetensors" in options["allow_patterns"]
     assert not any("bin" in pattern for pattern in options["allow_patterns"])
-    assert options["ignore_patterns"] == ["*/*", "consolidated*"]  # the same weights, in another form
+    files = ["config.json", "a.safetensors", "additional_chat_templates/tools.jinja"]
+    other = ["original/a.safetensors", "onnx/config.json", "consolidated.00.safetensors", "pytorch_model.bin"]
+    wanted = lambda name: any(map(functools.partial(fnmatch, name), options["allow_patterns"]))  # noqa: E731
+    left = lambda name: any(map(functools.partial(fnmatch, name), options["ignore_patterns"]))  # noqa: E731
+    assert [name for name in files + other if wanted(name) and not left(name)] == files
 
 
 def test_a_hub_that_does_not_answer_is_said_with_the_way_out(monkeypatch: pytest.MonkeyPatch):
@@ -587,6 +644,30 @@ def test_an_end_that_is_no_id_is_refused_at_the_import(end: Any, tmp_path: Path)
 def test_a_tokenizer_that_does_not_fit_is_refused(more: dict[str, Any], vocab_size: int, says: str, tmp_path: Path):
     with pytest.raises(ValueError, match=says):
         opened(folder_of(byte_level(), tmp_path / "theirs", **more), vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "says"),
+    [
+        ("config.json", {"eos_token_id": "2"}, "config.json has eos_token_id=2; expected an id, or a list of ids"),
+        ("config.json", {"eos_token_id": []}, r"config.json has eos_token_id=\[\]; expected"),
+        ("config.json", {"eos_token_id": [2, None]}, r"config.json has eos_token_id=\[2, null\]; expected"),
+        ("config.json", {"eos_token_id": True}, "config.json has eos_token_id=true; expected"),
+        ("generation_config.json", {"eos_token_id": {"a": 1}}, "generation_config.json has eos_token_id=.*; expected"),
+        ("generation_config.json", [], "generation_config.json holds a list, expected an object"),
+        ("tokenizer_config.json", {"eos_token": 3}, "tokenizer_config.json has eos_token=3; expected a string"),
+        ("tokenizer_config.json", {"eos_token": {"content": [3]}}, "tokenizer_config.json has eos_token=.*; expected"),
+        ("tokenizer_config.json", "text", "tokenizer_config.json holds a string, expected an object"),
+        ("tokenizer.json", {"added_tokens": {}}, "tokenizer.json has added_tokens={}; expected a list"),
+        ("tokenizer.json", {"added_tokens": [3]}, "added_tokens holds an integer, expected an object"),
+        ("tokenizer.json", {"added_tokens": [{"content": "a", "id": "3"}]}, "added_tokens: 'id' is a string, expected"),
+    ],
+)
+def test_a_file_that_says_odd_things_of_tokens_is_named(file: str, values: Any, says: str, tmp_path: Path):
+    (tmp_path / file).write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/{file}.*{says.removeprefix(file)}") as error:
+        check_tokens(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_without_the_library_an_imported_tokenizer_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):

@@ -12,6 +12,7 @@ from llm_jax.compat.lenses import (
     SIZES,
     TIED,
     UNTIED,
+    WHOLE_HEADS,
     WIDTH,
     Lens,
     Theirs,
@@ -64,6 +65,7 @@ GEMMA = (
     rms_norm(1e-6),
     ATTENTION_BIAS,
     TIED,
+    WHOLE_HEADS,
 )
 GEMMA_SCALE = Lens(
     ("query_pre_attn_scalar",),
@@ -120,7 +122,7 @@ FAMILIES = {
             architecture="LlamaForCausalLM",
             models="Llama 2, Llama 3, SmolLM, SmolLM2",
             tensors=BODY + NORMS_BEFORE,
-            lenses=(*LLAMA, *heads(), BIASES, rope(), UNTIED),
+            lenses=(*LLAMA, *heads(), BIASES, rope(), UNTIED, WHOLE_HEADS),
             fixed={},
         ),
         Family(

@@ -52,7 +52,7 @@ GPTS = (
             key("layer_norm_eps", "norm_eps", 1e-5),
             key("use_parallel_residual", "residual", True, {True: "parallel", False: "pre"}),
             key("attention_bias", "bias", True, {True: "all"}),
-            rope(fraction=0.25, old=("rotary_emb_base", "rotary_pct")),
+            rope(fraction=0.25, old=("rotary_emb_base", "rotary_pct", "rope_theta", "partial_rotary_factor")),
             UNTIED,
         ),
         fixed={"norm": "layernorm", "gated": False},

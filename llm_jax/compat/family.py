@@ -5,23 +5,18 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
+from llm_jax.compat.config_json import HUGE, check_field, check_known, check_values, short
 from llm_jax.compat.layout import Layout
 from llm_jax.compat.lenses import Lens, Theirs, canonical
-from llm_jax.config import from_dict, nearest, to_dict
+from llm_jax.config import from_dict, to_dict
 from llm_jax.model.config import ModelConfig
 from llm_jax.sharding import LETTERS
 from llm_jax.tree import first_match
 
 Shapes = Mapping[str, tuple[int, ...]]  # of our parameters, by path
 Row = tuple[str, str, tuple[str, ...]]
-
-# What a config.json says beside what the model computes: ids of tokens, the rates of training, how to generate.
-SILENT = re.compile(
-    r"_.*|architectures|model_type|auto_map|transformers.*|unsloth.*|is_llama_config|(torch_)?dtype|.*_token_id|.*dropout(_prob)?"
-    r"|.*_pdrop|initializer_range|use_cache|cache_implementation|output_.*|return_dict.*|task_specific_params|summary_.*"
-    r"|id2label|label2id|problem_type|pretraining_tp|is_decoder|reorder_and_upcast_attn|n_ctx|router_(aux|jitter)_.*"
-    r"|hidden_act"  # where no lens reads it: Gemma's of old
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,32 +48,46 @@ class Family:
     lenses: tuple[Lens, ...]
     fixed: Mapping[str, Any]
 
-    def read(self, theirs: Theirs) -> ModelConfig:
-        """The model of a config.json. Raises `ValueError` for what it says that we don't know, or can't do."""
-        keys = {key for lens in self.lenses for key in lens.keys}
-        strange = [
-            name
-            for name, value in theirs.items()
-            if not (name in keys or SILENT.fullmatch(name) or value is None or value is False)
-        ]
-        if strange:
-            said = ", ".join(f"{name}={theirs[name]}" for name in strange)
-            raise ValueError(
-                f"config.json says {said}, which no {self.name} of llm-jax can do; {nearest(strange[0], keys)} "
-                "If it does not change what the model computes, delete it there"
-            )
-        fields = dict(self.fixed)
+    @property
+    def keys(self) -> set[str]:
+        """The keys of a config.json that say what the model is."""
+        return {name for lens in self.lenses for name in lens.keys}
+
+    def read(self, theirs: Theirs, where: str = "config.json") -> ModelConfig:
+        """The model of a config.json, which lies at `where`.
+
+        Raises `ValueError`, whatever the file holds, for what it says that we don't know, can't do, or can't be.
+        """
+        try:
+            check_known(theirs, self.keys, self.name)
+            check_values(theirs, self.keys)
+            fields, origins = self._fields(theirs)
+            config = _config(fields, origins, theirs)
+            _check_positions(config)
+            return config
+        except ValueError as error:
+            said = " ".join(str(error).split())[:1000]  # a key may hold anything, as line breaks
+            said = said.removeprefix("config.json") if said.startswith("config.json ") else f": {said}"
+            raise ValueError(where + said) from None
+
+    def _fields(self, theirs: Theirs) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
+        """What the lenses read: fields of `ModelConfig` by path, and of each the keys that it comes from."""
+        fields, origins = dict(self.fixed), {}
         for lens in self.lenses:
             try:
-                fields |= lens.ours(theirs)
+                read = lens.ours(theirs)
             except KeyError as error:
                 raise ValueError(f"config.json of a {self.name} lacks {error}; download it again") from None
-            except (ArithmeticError, AttributeError, TypeError) as error:
-                said = ", ".join(f"{name}={theirs[name]}" for name in lens.keys if name in theirs)
+            except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+                said = ", ".join(f"{name}={short(theirs[name])}" for name in lens.keys if name in theirs)
                 raise ValueError(
                     f"config.json of a {self.name} has {said}, which is no such value ({error}); download it again"
                 ) from None
-        return from_dict(ModelConfig, _grouped(fields), "model.")
+            for name, value in read.items():
+                check_field(name, value, [key for key in lens.keys if key in theirs])
+            fields |= read
+            origins |= dict.fromkeys(read, lens.keys)
+        return fields, origins
 
     def write(self, c: ModelConfig) -> dict[str, Any]:
         """The config.json of a model. `misfits` says where it falls short."""
@@ -130,6 +139,31 @@ def table(text: str) -> tuple[Row, ...]:
     """Rows of name, layout and leaves, as they are written below."""
     words = (line.split() for line in text.strip().splitlines())
     return tuple((name, layout, tuple(leaves)) for name, layout, *leaves in words)
+
+
+def _config(fields: Mapping[str, Any], origins: Mapping[str, tuple[str, ...]], theirs: Theirs) -> ModelConfig:
+    """The model of these fields. Raises `ValueError` with the keys that an unfit one comes from."""
+    try:
+        return from_dict(ModelConfig, _grouped(fields), "model.")
+    except ValueError as error:
+        named = [path for path in origins if re.search(rf"\b{re.escape(path)}\b", str(error))]
+        keys = dict.fromkeys(key for path in named for key in origins[path] if key in theirs)
+        said = ", ".join(f"{key}={short(theirs[key])}" for key in keys)
+        raise ValueError(f"config.json has {said}: {error}" if said else str(error)) from None
+
+
+def _check_positions(config: ModelConfig) -> None:
+    """Raise `ValueError` where the rotary embedding turns by angles that are no numbers."""
+    if config.positions != "rotary":
+        return
+    for rotary in (config.rotary, config.rotary.local):
+        try:
+            with np.errstate(all="ignore"):
+                numbers = np.append(np.ravel(rotary.frequencies(config.H)), rotary.scale)
+        except (ArithmeticError, ValueError) as error:
+            raise ValueError(f"config.json has positions that can't be computed: {rotary} ({error})") from None
+        if not ((numbers > 0) & (numbers < HUGE)).all():
+            raise ValueError(f"config.json has positions that are not finite: {rotary}")
 
 
 def _grouped(fields: Mapping[str, Any]) -> dict[str, Any]:

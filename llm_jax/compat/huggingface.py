@@ -4,6 +4,7 @@ What there is to say about a family stands in `families.py`; here it is applied.
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,26 +13,31 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from llm_jax.compat import weights
+from llm_jax.compat import safetensors, weights
+from llm_jax.compat.config_json import short
 from llm_jax.compat.families import FAMILIES
 from llm_jax.compat.family import Family, Shapes
+from llm_jax.compat.missing import lacking
 from llm_jax.compat.outside import optional, read_json
 from llm_jax.compat.tokenizers import ends_of, files_of
 from llm_jax.config import nearest
 from llm_jax.data.config import DataConfig
 from llm_jax.data.imported import ImportedTokenizer, files_in
 from llm_jax.data.tokenizer import Tokenizer, build
-from llm_jax.files import whole_folder, write_json
+from llm_jax.files import check_fields, whole_folder, write_json
 from llm_jax.model.config import ModelConfig
 from llm_jax.train import run
 from llm_jax.train.checkpoint import Checkpoints, Progress
 from llm_jax.train.count import parameter_counts
-from llm_jax.train.run import RunConfig
+from llm_jax.train.run import ORIGIN, ORIGIN_DTYPES, RunConfig
 from llm_jax.train.seal import seal
 from llm_jax.train.step import TrainState
 
-SOURCE = "huggingface.json"  # in an imported run: the config.json that it came with
 HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
+# What is downloaded: nothing pickled, and not the same weights in another form.
+WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+UNWANTED = ["consolidated*", *(f"*/{kind}" for kind in WANTED if kind != "*.jinja")]
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 Report = Callable[[str], object]
 
@@ -42,24 +48,33 @@ def import_run(
     """Makes a run, at step 0, of the model in a folder or of that name on the Hugging Face hub.
 
     `tokenizer` names one of ours in place of the model's own. The run appears whole or not at all, and takes the
-    memory of its weights twice as they are saved. Raises `ValueError` for what is not there, not known, or more than
-    we can do.
+    memory of its weights twice as they are saved. `report` gets a line for what is left out or passed over. Raises
+    `ValueError` for what is not there, not known, or more than we can do.
     """
     there, folder = fetch(source), Path(folder)
-    theirs = read_json(there / "config.json")
-    family = family_of(theirs)
-    model = dataclasses.replace(family.read(theirs), dtype=compute_dtype(theirs))
+    theirs = read_json(there / "config.json", {"model_type": str})
+    family = family_of(theirs, str(there / "config.json"))
+    model = family.read(theirs, str(there / "config.json"))
+    model = dataclasses.replace(model, dtype=compute_dtype(theirs))
     data = DataConfig(
         tokenizer=str(folder.absolute() / "tokenizer"), seq_len=min(model.max_seq_len, 1024), batch_size=1
     )
     config = RunConfig(model=model, data=data)
     run.check_free(folder, config)
+    if tokenizer is None:
+        check_tokens(there)
     coder = open_tokenizer(source, there, tokenizer, model)
+    stored = safetensors.open_folder(there)
+    weights.check_layers(model, stored)
     report(f"{source}: a {family.name} of {sum(parameter_counts(model).values()):,} parameters")
+    for line in (safetensors.passed_over(there), ignored(family, theirs)):
+        if line is not None:
+            report(line)
     params = weights.load(there, family, model)
     with whole_folder(folder, "import") as scratch:
         coder.save(scratch / "tokenizer")
-        write_json(scratch / SOURCE, theirs)
+        write_json(scratch / ORIGIN, theirs)
+        write_json(scratch / ORIGIN_DTYPES, weights.wider(stored))
         write_json(scratch / "environment.json", run.environment(command))
         with Checkpoints(scratch, seal=seal(config, coder.fingerprint, None)) as checkpoints:
             checkpoints.save(TrainState(jnp.zeros((), jnp.int32), params, opt_state={}), Progress())
@@ -67,13 +82,28 @@ def import_run(
     return config
 
 
+def ignored(family: Family, theirs: Mapping[str, Any]) -> str | None:
+    """The keys of a config.json that change nothing, as a line; None where it has none."""
+    used = {*family.keys, *IDS, "model_type", "dtype", "torch_dtype"}
+    names = sorted(name for name in theirs if name not in used)
+    return f"ignored, as they change nothing that a {family.name} computes: {', '.join(names)}" if names else None
+
+
 def export_run(
-    folder: str | Path, params: PyTree, out: str | Path, *, family: str | None = None, dtype: str | None = None
+    folder: str | Path,
+    params: PyTree,
+    out: str | Path,
+    *,
+    family: str | None = None,
+    dtype: str | None = None,
+    report: Report = print,
 ) -> Family:
     """Writes the model of the run in `folder`, with these weights, so that transformers loads it.
 
-    `family` is by default that of its import, or else the first that can say what the model is; `dtype` that of its
-    computation. `out` appears whole or not at all. Raises `ValueError` where no family can.
+    `family` is by default that of its import where it can say what the model is, or else the first that can; `dtype`
+    that of its computation. Of an imported model the ids, the wider dtype of some tensors, and keys that say nothing
+    about the model stay as they were. `out` appears whole or not at all. Raises `ValueError` where no family can, and
+    for weights that are not finite or don't fit the dtype.
     """
     folder, out = Path(folder), Path(out)
     if out.exists():
@@ -85,24 +115,46 @@ def export_run(
             f"{folder} sees the whole question at once (data.task.kind=translate), but every family of "
             "docs/architectures.md sees no token ahead, and would write something else; let llm-jax generate answer"
         )
-    if family is None and (folder / SOURCE).is_file():
-        family = read_json(folder / SOURCE)["model_type"]
-    chosen = choose(model, weights.shapes_of(params), family)
+    origin = read_json(folder / ORIGIN) if (folder / ORIGIN).is_file() else {}
+    chosen = choose(model, weights.shapes_of(params), family, origin.get("model_type"))
+    if chosen.name != origin.get("model_type"):
+        if origin and family is None:
+            report(f"a {chosen.name}, as transformers loads no such {origin.get('model_type')}")
+        origin = {}
+    elsewhere = folder / ORIGIN_DTYPES  # as they were: what --dtype is not there to change
+    kept = read_json(elsewhere) if origin and dtype is None and elsewhere.is_file() else {}
+    about = describe(chosen, model, coder, dtype or model.dtype, origin)
     begins = run.begins(folder, config, coder)
-    about = {
-        "architectures": [chosen.architecture],
-        "model_type": chosen.name,
-        "dtype": dtype or model.dtype,
-        "bos_token_id": coder.begin_of_text,
-        "eos_token_id": coder.end_of_text,
-        "pad_token_id": None,
-    }
+    files = {"generation_config.json": generation(about)} | dict(files_of(coder, model.max_seq_len, begins=begins))
     with whole_folder(out, "export") as scratch:
-        write_json(scratch / "config.json", about | chosen.write(model))
-        for name, content in files_of(coder, model.max_seq_len, begins=begins).items():
+        write_json(scratch / "config.json", about)
+        for name, content in files.items():
+            (scratch / name).parent.mkdir(exist_ok=True)
             (scratch / name).write_bytes(content)
-        weights.save(scratch / "model.safetensors", chosen, model, params, dtype or model.dtype)
+        weights.save(scratch / "model.safetensors", chosen, model, params, dtype or model.dtype, kept)
     return chosen
+
+
+def describe(
+    family: Family, model: ModelConfig, coder: Tokenizer, dtype: str, origin: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The config.json of a model that came with `origin`, or with {}."""
+    ends = list(getattr(coder, "end_ids", (coder.end_of_text,)))
+    ids = dict.fromkeys(IDS) | {"bos_token_id": coder.begin_of_text, "eos_token_id": ends if ends[1:] else ends[0]}
+    theirs = origin.get("eos_token_id")
+    came = coder.end_of_text in (theirs if isinstance(theirs, list) else [theirs])
+    if came and isinstance(coder, ImportedTokenizer):  # the one that the model came with
+        ids |= {name: origin[name] for name in IDS if name in origin}
+    lost = {*family.keys, "auto_map", "torch_dtype"}  # said anew; the code of a model does not come along
+    kept = {name: value for name, value in origin.items() if name not in lost}
+    about = {"architectures": [family.architecture], "model_type": family.name, "dtype": dtype, "torch_dtype": dtype}
+    return kept | about | ids | family.write(model)
+
+
+def generation(about: Mapping[str, Any]) -> bytes:
+    """The generation_config.json of a model that came without: which tokens begin and end a text."""
+    ids = {name: about[name] for name in IDS if about[name] is not None}
+    return (json.dumps({"_from_model_config": True} | ids, indent=2) + "\n").encode()
 
 
 def fetch(source: str) -> Path:
@@ -113,8 +165,7 @@ def fetch(source: str) -> Path:
         raise ValueError(f"{source} is no folder, nor a name on the Hugging Face hub, such as gpt2 or Qwen/Qwen3-0.6B")
     hub = optional("huggingface_hub")
     try:
-        files = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-        return Path(hub.snapshot_download(source, allow_patterns=files, ignore_patterns=["*/*", "consolidated*"]))
+        return Path(hub.snapshot_download(source, allow_patterns=WANTED, ignore_patterns=UNWANTED))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
@@ -123,20 +174,26 @@ def fetch(source: str) -> Path:
         ) from error
 
 
-def family_of(theirs: Mapping[str, Any]) -> Family:
-    """The family of a config.json. Raises `ValueError` for one that has no map."""
-    name = str(theirs.get("model_type"))
-    if name not in FAMILIES:
-        inside = "; of a model that does more than text, save the text model alone" * ("text_config" in theirs)
-        raise ValueError(
-            f"config.json has model_type={name}, a family without a map; {nearest(name, FAMILIES)}{inside}"
-        )
-    return FAMILIES[name]
+def family_of(theirs: Mapping[str, Any], where: str = "config.json") -> Family:
+    """The family of a config.json, which lies at `where`. Raises `ValueError` for one that has no map."""
+    name = " ".join(short(theirs.get("model_type")).split())
+    if name in FAMILIES:
+        return FAMILIES[name]
+    lacks = lacking(name)
+    why = f"it needs {lacks}, which llm-jax lacks" if lacks else f"known: {', '.join(sorted(FAMILIES))}"
+    inside = "; of a model that does more than text, save the text model alone" * ("text_config" in theirs)
+    raise ValueError(f"{where} has model_type={name}, a family without a map; {why}{inside}")
 
 
-def choose(model: ModelConfig, shapes: Shapes, name: str | None) -> Family:
-    """The family of that name, or the first that the model belongs to. Raises `ValueError` where it belongs to none."""
-    names = list(FAMILIES) if name is None else [family_of({"model_type": name}).name]
+def choose(model: ModelConfig, shapes: Shapes, name: str | None, origin: str | None = None) -> Family:
+    """The family `name`; without one `origin`, if the model belongs to it, or the first that it belongs to.
+
+    Raises `ValueError` where it belongs to none.
+    """
+    if name is not None and name not in FAMILIES:
+        needs = f"it needs {lacks}" if (lacks := lacking(name)) else nearest(name, FAMILIES)
+        raise ValueError(f"--family {name}: a family without a map; {needs}")
+    names = sorted(FAMILIES, key=lambda each: each != origin) if name is None else [name]
     misfits = {name: FAMILIES[name].misfits(model, shapes) for name in names}
     closest = min(misfits, key=lambda name: len(misfits[name]))
     if misfits[closest]:
@@ -175,3 +232,25 @@ def open_tokenizer(source: str, there: Path, name: str | None, model: ModelConfi
             "name another: --tokenizer gpt2, or a folder"
         )
     return coder
+
+
+def check_tokens(there: Path) -> None:
+    """Raise `ValueError` where a file of the model in `there` says of its special tokens what can't be."""
+    for path in (there / "config.json", there / "generation_config.json"):
+        ids = read_json(path).get("eos_token_id") if path.is_file() else None
+        if ids is not None and not (isinstance(ids, list) and ids and all(map(_is_id, ids))) and not _is_id(ids):
+            raise ValueError(f"{path} has eos_token_id={short(ids)}; expected an id, or a list of ids")
+    path = there / "tokenizer_config.json"
+    token = read_json(path).get("eos_token") if path.is_file() else None
+    if not isinstance(token.get("content") if isinstance(token, dict) else token or "", str):
+        raise ValueError(f"{path} has eos_token={short(token)}; expected a string")
+    path = there / "tokenizer.json"
+    added = read_json(path).get("added_tokens") if path.is_file() else None
+    if not isinstance(added, list | None):
+        raise ValueError(f"{path} has added_tokens={short(added)}; expected a list")
+    for each in added or []:
+        check_fields(each, {"content": str, "id": int}, f"{path}: added_tokens", advice="save the tokenizer again")
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and value >= 0

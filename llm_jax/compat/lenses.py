@@ -49,7 +49,7 @@ def pattern(kinds: Sequence[str], window: int | None) -> Fields:
     return {"layers": period(kinds), "attention.window": window if any("local" in kind for kind in kinds) else None}
 
 
-def period(kinds: Sequence[str]) -> tuple[str, ...]:
+def period(kinds: Sequence[Any]) -> tuple[Any, ...]:
     """The shortest beginning of `kinds` that makes all of them, repeated."""
     sizes = range(1, len(kinds) + 1)
     size = next((n for n in sizes if all(kind == kinds[i % n] for i, kind in enumerate(kinds))), 0)
@@ -97,7 +97,10 @@ def layer_types(guess: Callable[[Theirs, int], bool], keys: tuple[str, ...], use
     def write(c: ModelConfig) -> dict[str, Any]:
         local = ["local" in kind for kind in kinds_of(c)]
         types = ["sliding_attention" if near else "full_attention" for near in local]
-        switch = {"use_sliding_window": any(local)} if use else {}
+        switch: dict[str, Any] = {"use_sliding_window": any(local)} if use else {}
+        cycle = period(local)
+        if "sliding_window_pattern" in keys and not cycle[-1] and all(cycle[:-1]):  # for who reads no layer_types
+            switch["sliding_window_pattern"] = len(cycle)
         return {"layer_types": types, "sliding_window": c.attention.window, **switch}
 
     return Lens(("layer_types", "sliding_window", *keys), read, write)
@@ -259,6 +262,18 @@ def activation(absent: str = "silu", name: str = "hidden_act") -> Lens:
 
 def rms_norm(eps: float) -> Lens:
     return key("rms_norm_eps", "norm_eps", eps)
+
+
+def _check_whole_heads(c: ModelConfig) -> dict[str, Any]:
+    if c.d_model % c.n_heads:
+        raise ValueError(
+            f"model.d_model={c.d_model} is no multiple of model.n_heads={c.n_heads}, as transformers wants it"
+        )
+    return {}
+
+
+# Of families whose config transformers refuses unless the heads divide the width, whatever their size.
+WHOLE_HEADS = Lens((), lambda config: {}, _check_whole_heads)
 
 
 def known(name: str, names: Mapping[Any, Any], value: Any) -> Any:

@@ -1,10 +1,13 @@
 """What may not be there, or not be whole: libraries, and files that others wrote."""
 
 import importlib
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from llm_jax import files
+from llm_jax.files import Types
 
 
 def optional(name: str) -> ModuleType:
@@ -15,16 +18,6 @@ def optional(name: str) -> ModuleType:
         raise ValueError(f"this needs {name}; install it: pip install 'llm-jax[hf]'") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises `ValueError` where there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path.parent} has no {path.name}; name the folder of a model, with all of its files"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); download it again") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is no object of JSON, but {str(found)[:30]}; download it again")
-    return found
+def read_json(path: Path, fields: Mapping[str, Types] | None = None) -> dict[str, Any]:
+    """Return the object in a JSON file of a model, with these fields. Raises `ValueError` for anything else."""
+    return files.read_json(path, fields, advice="name the folder of a model, with all of its files")

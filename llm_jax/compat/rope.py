@@ -9,9 +9,8 @@ from llm_jax.ops.position import Rotary
 
 ORIGINAL = "original_max_position_embeddings"  # before they were scaled
 
-Scalings = Mapping[
-    str, tuple[str, dict[str, str]]
-]  # their name of a scaling -> ours, and the same of what it needs beside theta
+# Their name of a scaling -> ours, and the same of what it says beside theta.
+Scalings = Mapping[str, tuple[str, dict[str, str]]]
 SCALINGS: Scalings = {
     "default": ("none", {}),
     "linear": ("linear", {"factor": "factor"}),
@@ -47,21 +46,34 @@ SCALINGS: Scalings = {
     ),
 }
 # Phi-3 knows no other, and had two names for it.
-PHI3_SCALINGS = {"default": SCALINGS["default"]} | dict.fromkeys(("longrope", "su", "yarn"), SCALINGS["longrope"])
+PHI3_SCALINGS: Scalings = {
+    "default": SCALINGS["default"],
+    **dict.fromkeys(("longrope", "su", "yarn"), SCALINGS["longrope"]),
+}
+
+# What transformers can't do without, by our name.
+NEEDED = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+    "dynamic": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+}
 
 
 def rope(
     theta: float = 1e4,
     fraction: float | None = None,
-    old: tuple[str, str] = ("rope_theta", ""),
-    absent: dict[str, Any] | None = None,
+    old: tuple[str, ...] = ("rope_theta", ""),
+    absent: Theirs | None = None,
     scalings: Scalings = SCALINGS,
     original: int | None = None,
 ) -> Lens:
     """`rope_parameters`, or the `rope_theta` and `rope_scaling` of before; `fraction` where the family has one.
 
-    `old` are the names of theta and of the fraction outside of `rope_parameters`; `absent` is what these are where a
-    config has none. `original` is what the absence of `original_max_position_embeddings` means, where a family has that
+    `old` are the names of theta and of the fraction outside of `rope_parameters`, then others that say the same;
+    `absent` is what these are where a config has none; `scalings` those that transformers has in this family.
+    `original` is what the absence of `original_max_position_embeddings` means, where a family has that
     key outside and reads it there alone.
     """
 
@@ -69,19 +81,28 @@ def rope(
         outside = {"rope_theta": config.get(old[0], theta)}
         if fraction is not None:
             outside["partial_rotary_factor"] = config.get(old[1], fraction)
-        parameters = outside | (config.get("rope_scaling") or config.get("rope_parameters") or absent or {})
+        inside = config.get("rope_scaling") or config.get("rope_parameters") or absent or {}
+        parameters: dict[str, Any] = {**outside, **inside}
+        for name, now in zip(old[2:], ("rope_theta", "partial_rotary_factor"), strict=False):
+            if config.get(name, parameters[now]) != parameters[now]:
+                raise ValueError(
+                    f"config.json has {name}={config[name]}, but says {parameters[now]} elsewhere, and versions of "
+                    "transformers differ in which they take; set both to what the model has"
+                )
         if original is not None:
             config = {ORIGINAL: original, **config}
         return _rotary(parameters, config, fraction is not None, scalings)
 
     def write(c: ModelConfig) -> dict[str, Any]:
         part = {} if fraction is None else {"partial_rotary_factor": c.rotary.fraction}
-        outside: dict[str, Any] = (
-            {} if original is None or c.rotary.original_len is None else {ORIGINAL: c.rotary.original_len}
-        )
+        names = zip(old, (c.rotary.theta, c.rotary.fraction) * 2, strict=False)
+        before: dict[str, Any] = {name: value for name, value in names if name}
+        before |= _scaling(c.rotary, c.max_seq_len, scalings)
+        if original is not None and c.rotary.original_len is not None:
+            before[ORIGINAL] = c.rotary.original_len
         if c.rotary.scaling == "dynamic":
-            outside["max_position_embeddings"] = c.rotary.original_len
-        return {"rope_parameters": _parameters(c.rotary, scalings) | part} | outside
+            before["max_position_embeddings"] = c.rotary.original_len
+        return {"rope_parameters": _parameters(c.rotary, scalings) | part} | before
 
     return Lens(("rope_parameters", "rope_scaling", ORIGINAL, *filter(None, old)), read, write)
 
@@ -106,7 +127,9 @@ def rope_by_type(theta: float, local_theta: float | None = None, old: str = "") 
 
     def write(c: ModelConfig) -> dict[str, Any]:
         local = {"rope_type": "default", "rope_theta": c.rotary.local.theta}
-        return {"rope_parameters": {"full_attention": _parameters(c.rotary), "sliding_attention": local}}
+        now = {"rope_parameters": {"full_attention": _parameters(c.rotary), "sliding_attention": local}}
+        before = {"rope_theta": c.rotary.theta} | ({old: c.rotary.local.theta} if old else {})
+        return now | before | _scaling(c.rotary, c.max_seq_len)
 
     return Lens(("rope_parameters", "rope_scaling", "rope_theta", *filter(None, [old])), read, write)
 
@@ -117,17 +140,35 @@ def _rotary(parameters: Theirs, config: Theirs, partial: bool = False, scalings:
     given, longest = {key: value for key, value in parameters.items() if value is not None}, {}
     if ORIGINAL in fields:  # outside it goes before inside; where a config does not say, it means all there are
         given[ORIGINAL] = config.get(ORIGINAL) or given.get(ORIGINAL) or config["max_position_embeddings"]
-    if scaling == "longrope" and "factor" not in given:
+    null = scaling == "yarn" and "factor" in parameters  # which means: as much longer as it was made
+    if (null or scaling == "longrope") and "factor" not in given:
         given["factor"] = config["max_position_embeddings"] / given[ORIGINAL]
     if scaling == "dynamic":  # their longest text is what was trained on: the scaling is for what goes beyond
         trained = config["max_position_embeddings"]
         longest = {"rotary.original_len": trained, "max_seq_len": round(trained * given.get("factor", 1))}
+    if lacking := [key for key in ("rope_theta", *NEEDED.get(scaling, ())) if key not in given]:
+        what = "null" if lacking[0] in parameters else "none"
+        raise ValueError(f"config.json has rope_type={name} and {what} for {lacking[0]}; set what the model has")
     names = {"rope_theta": "theta", **fields} | ({"partial_rotary_factor": "fraction"} if partial else {})
     strange = given.keys() - names.keys() - {"rope_type", "type"}
     if strange:
         raise ValueError(f"rope_type={name} comes with {', '.join(sorted(strange))}; known: {', '.join(names)}")
     ours = {f"rotary.{names[key]}": given[key] for key in given if key in names}
     return {"rotary.scaling": scaling} | ours | longest
+
+
+def _scaling(rotary: Rotary, longest: int, scalings: Scalings = SCALINGS) -> dict[str, Any]:
+    """`rope_scaling`, which is read where `rope_parameters` is not, with both names of its kind; {} without one.
+
+    The oldest kinds have the keys that they began with: some of their readers count them.
+    """
+    scaled = {name: value for name, value in _parameters(rotary, scalings).items() if name != "rope_theta"}
+    kind = scaled.pop("rope_type")
+    if kind == "default":
+        return {}
+    if scalings is PHI3_SCALINGS and rotary.original_len and rotary.factor == longest / rotary.original_len:
+        return {"rope_scaling": {"type": kind} | {k: v for k, v in scaled.items() if k not in ("factor", ORIGINAL)}}
+    return {"rope_scaling": {"type": kind} | ({} if kind == "linear" else {"rope_type": kind}) | scaled}
 
 
 def _parameters(rotary: Rotary, scalings: Scalings = SCALINGS) -> dict[str, Any]:

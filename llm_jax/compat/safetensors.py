@@ -7,6 +7,7 @@ memory whole.
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,12 @@ import numpy as np
 from llm_jax.compat.outside import optional, read_json
 
 DTYPES = {"F32": np.dtype("float32"), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype("float16")}
+BFLOAT16_MOST = 3.38e38  # what rounds to a larger one is infinite
 CODES = {dtype.name: code for code, dtype in DTYPES.items()}
-INDEX = "model.safetensors.index.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DOWNLOAD = "download the model again, all of its .safetensors files"
+DEQUANTISE = "save the model dequantised, in bfloat16 or float32 (transformers: model.dequantize(), save_pretrained)"
+OTHER = {"BOOL": "true or false", "F64": "float64", "C64": "complex64"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,35 +38,50 @@ class Stored:
 
     def read(self) -> np.ndarray:
         """Its numbers. Raises `ValueError` for those that are of none of `DTYPES`."""
-        if self.dtype not in DTYPES:
-            raise ValueError(
-                f"{self.file} holds {self.dtype} numbers; known: {', '.join(DTYPES)}. Save the model in one of these, "
-                "dequantised, and import that"
-            )
+        self.check()
         with _opened(self.file) as file:  # anew for each: a mapping that stays holds all that was ever read
             return file.get_tensor(self.name)
+
+    def check(self) -> None:
+        """Raise `ValueError` for numbers that are of none of `DTYPES`, with the way to such ones."""
+        if self.dtype in DTYPES:
+            return
+        kind = OTHER.get(self.dtype, f"{self.dtype}, as of a quantised model")
+        way = f"convert it to one of these ({self.name}.float()), and save" if self.dtype in OTHER else DEQUANTISE
+        raise ValueError(f"{self.file}: {self.name} is {kind}; known: {', '.join(DTYPES)}. {way}, and import that")
 
 
 def open_folder(folder: Path) -> dict[str, Stored]:
     """Every tensor of the model in `folder`, by name, in one file or in shards.
 
-    Raises `ValueError` where there is no such file, a shard is missing, or one is damaged.
+    Where both are there the one file is taken, as transformers does. Raises `ValueError` where there is none, a shard
+    is missing, or one is damaged.
     """
-    names = ["model.safetensors"]
-    if (folder / INDEX).is_file():
-        files = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(files, dict):
-            raise ValueError(f"{folder / INDEX} lacks weight_map, the file of each tensor; download it again")
-        names = sorted(set(map(str, files.values())))
+    if (folder / WHOLE).is_file():
+        return open_file(folder / WHOLE)
+    if not (folder / INDEX).is_file():
+        if any(folder.glob("*.bin")):
+            raise ValueError(
+                f"{folder} has its weights in PyTorch's pickled .bin files only, which may run any code as they are "
+                "read; save it as safetensors (transformers: model.save_pretrained), and import that"
+            )
+        raise ValueError(f"{folder} has no {WHOLE}; {DOWNLOAD}")
+    shards = read_json(folder / INDEX, {"weight_map": dict})["weight_map"]
+    odd = [f"{name}: {file}" for name, file in shards.items() if not isinstance(file, str) or Path(file).name != file]
+    if odd:
+        raise ValueError(f"{folder / INDEX} has {odd[0]} in its weight_map, which names no file there; {DOWNLOAD}")
+    names = sorted(set(shards.values()))
     missing = [name for name in names if not (folder / name).is_file()]
-    if missing and any(folder.glob("*.bin")):
-        raise ValueError(
-            f"{folder} has its weights in PyTorch's pickled .bin files only, which may run any code as they are read; "
-            "save it as safetensors (transformers: model.save_pretrained), and import that"
-        )
     if missing:
-        raise ValueError(f"{folder} has no {', '.join(missing)}; download the model again, all of its files")
+        raise ValueError(f"{folder} has no {', '.join(missing[:3])}; {DOWNLOAD}")
     return {name: tensor for file in names for name, tensor in open_file(folder / file).items()}
+
+
+def passed_over(folder: Path) -> str | None:
+    """What `open_folder` leaves out, as a line; None where it takes all there is."""
+    if (folder / WHOLE).is_file() and (folder / INDEX).is_file():
+        return f"{folder} has {WHOLE} and {INDEX}: the first is taken, whole, as transformers does"
+    return None
 
 
 def open_file(path: Path) -> dict[str, Stored]:
@@ -78,18 +98,27 @@ def _opened(path: Path) -> Iterator[Any]:
         with library.safe_open(path, "np") as file:
             yield file
     except library.SafetensorError as error:
+        if dtype := re.search("unknown variant `(.*?)`", str(error)):
+            raise ValueError(f"{path} holds {dtype[1]}, which safetensors does not know; {DEQUANTISE}") from None
         raise ValueError(f"{path} is no safetensors file, or damaged ({error}); download it again") from None
 
 
 # The library's own writer wants every tensor in memory at once.
 def write_file(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, read: Callable[[str], np.ndarray]
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: str | Mapping[str, str],
+    read: Callable[[str], np.ndarray],
 ) -> None:
-    """Writes tensors of these names and shapes; `read` gives each as its turn comes."""
-    kind, header, end = DTYPES[CODES[dtype]], {}, 0
+    """Write tensors of these names and shapes; `read` gives each as its time comes. `dtype` is of all, or of each.
+
+    Raises `ValueError` with the name of a tensor that holds what is no number in its dtype.
+    """
+    codes = {name: CODES[dtype if isinstance(dtype, str) else dtype[name]] for name in shapes}
+    header, end = {}, 0
     for name, shape in shapes.items():
-        start, end = end, end + kind.itemsize * math.prod(shape)
-        header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [start, end]}
+        start, end = end, end + DTYPES[codes[name]].itemsize * math.prod(shape)
+        header[name] = {"dtype": codes[name], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     text += b" " * (-len(text) % 8)  # so that the first tensor begins at a whole word
     with path.open("wb") as file:
@@ -97,4 +126,33 @@ def write_file(
         for name, shape in shapes.items():
             tensor = read(name)
             assert tensor.shape == shape
-            tensor.astype(kind).tofile(file)
+            _cast(tensor, codes[name], name).tofile(file)
+
+
+def _cast(tensor: np.ndarray, code: str, name: str) -> np.ndarray:
+    """`tensor` in the dtype of that code. Raises `ValueError` unless all of its numbers stay finite."""
+    with np.errstate(over="ignore"):
+        cast = tensor.astype(DTYPES[code])
+    if lost := count_not_finite(cast):
+        check_finite(tensor, name)
+        most = float(np.abs(tensor).max())
+        dtype = "bfloat16" if code == "F16" and most < BFLOAT16_MOST else "float32"
+        raise ValueError(
+            f"{name} has {lost:,} of {tensor.size:,} numbers that {DTYPES[code].name} can't hold (up to {most:.3g}); "
+            f"use --dtype {dtype}"
+        )
+    return cast
+
+
+def check_finite(x: np.ndarray, name: str) -> None:
+    """Raise `ValueError` where `x` holds NaN or infinity."""
+    if count := count_not_finite(x):
+        raise ValueError(
+            f"{name} has {count:,} of {x.size:,} numbers that are NaN or infinite; use weights from before they were"
+        )
+
+
+def count_not_finite(x: np.ndarray, block: int = 1 << 22) -> int:
+    """How many numbers are NaN or infinite, counted a block at a time: in no more memory than a block takes."""
+    flat = x.reshape(-1)
+    return sum(int(np.count_nonzero(~np.isfinite(flat[i : i + block]))) for i in range(0, flat.size, block))

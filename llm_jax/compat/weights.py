@@ -26,8 +26,8 @@ BUFFERS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)(attn|attention)\.(masked_)?b
 def load(folder: Path, family: Family, config: ModelConfig) -> PyTree:
     """The parameters of the model in `folder`, float32, in the memory of the host: no accelerator need hold them.
 
-    Raises `ValueError` with the names of tensors that are missing, have no place, or have another shape, before it
-    reads any.
+    Raises `ValueError` with the names of tensors that are missing, have no place, have another shape, or are no
+    floating-point numbers, before it reads any; and for NaN or infinity in one.
     """
     abstract, cpu = shapes(config), jax.local_devices(backend="cpu")[0]
     tensors = list(family.tensors_of(config, shapes_of(abstract)))
@@ -41,6 +41,7 @@ def load(folder: Path, family: Family, config: ModelConfig) -> PyTree:
         x = _empty(shape.shape)
         for tensor, part, place in holders[path]:
             x[place] = tensor.layout.split(stored[tensor.name].read())[part]
+            safetensors.check_finite(x[place], f"{stored[tensor.name].file}: {tensor.name}")
         return jax.device_put(x, cpu)
 
     return trees.map_with_path(leaf, abstract)
@@ -53,15 +54,37 @@ def _empty(shape: tuple[int, ...]) -> np.ndarray:
     return room[start : start + 4 * math.prod(shape)].view(np.float32).reshape(shape)
 
 
-def save(path: Path, family: Family, config: ModelConfig, params: PyTree, dtype: str) -> None:
-    """Writes the parameters as the family's tensors, one behind the other."""
+def save(
+    path: Path, family: Family, config: ModelConfig, params: PyTree, dtype: str, kept: Mapping[str, str] | None = None
+) -> None:
+    """Write the parameters as the family's tensors, one after another; `kept` are those of another dtype, by name.
+
+    Raises `ValueError` with the name of a tensor whose numbers are not finite, or don't fit the dtype.
+    """
     leaves = {name: np.asarray(leaf) for name, leaf in trees.leaves(params).items()}
     tensors = {tensor.name: tensor for tensor in family.tensors_of(config, shapes_of(params))}
 
     def read(name: str) -> np.ndarray:
         return tensors[name].layout.join([leaves[path][place] for path, place in tensors[name].homes])
 
-    safetensors.write_file(path, {name: tensor.layout.shape for name, tensor in tensors.items()}, dtype, read)
+    dtypes = dict.fromkeys(tensors, dtype) | {name: kind for name, kind in (kept or {}).items() if name in tensors}
+    safetensors.write_file(path, {name: tensor.layout.shape for name, tensor in tensors.items()}, dtypes, read)
+
+
+def wider(stored: Mapping[str, Stored]) -> dict[str, str]:
+    """The tensors in float32 of a model that is mostly in fewer bits, such as its norms, by name."""
+    dtypes = [tensor.dtype for tensor in stored.values()]
+    if max(dtypes, key=dtypes.count) == "F32":
+        return {}
+    return {name: "float32" for name, tensor in stored.items() if tensor.dtype == "F32"}
+
+
+def check_layers(config: ModelConfig, stored: Mapping[str, Stored]) -> None:
+    """Raise `ValueError` for a model of more layers than there are tensors, before anything is made of that size."""
+    if config.n_layers > len(stored):
+        raise ValueError(
+            f"config.json has {config.n_layers:,} layers, but there are {len(stored):,} tensors; are both of one model?"
+        )
 
 
 def shapes_of(params: PyTree) -> Shapes:
@@ -99,6 +122,8 @@ def matched(
         raise ValueError(
             f"the tensors are not those of the {family.name} in config.json; {said}. Are both of one model?"
         )
+    for name in wanted:
+        found[name].check()
     return found
 
 

@@ -26,6 +26,7 @@ FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+TEMPLATES = "additional_chat_templates"  # a folder of more of them, such as those for tools
 
 # Byte-level encodings write a byte as a letter: itself where that can be seen, or one from U+0100 on, in order.
 VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -110,7 +111,8 @@ class ImportedTokenizer(Tokenizer):
         """Write the tokenizer into `folder`, for `load`, its own files among it."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
-            write_whole(Path(folder) / name, content)
+            (path := Path(folder) / name).parent.mkdir(exist_ok=True)
+            write_whole(path, content)
         super().save(folder)
 
     def _description(self) -> dict[str, Any]:
@@ -123,7 +125,8 @@ def files_in(folder: str | Path) -> dict[str, bytes]:
     paths = [Path(folder) / name for name in FILES]
     if not paths[0].is_file():
         raise ValueError(f"no tokenizer in {folder}: {paths[0].name} is missing; name the folder of one")
-    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+    paths += sorted((Path(folder) / TEMPLATES).glob("*.jinja"))
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if path.is_file()}
 
 
 def load_imported(folder: Path, name: str, description: Mapping[str, Any], ends: Any) -> ImportedTokenizer:

@@ -30,7 +30,7 @@ from llm_jax.data.config import DataConfig, format_uri
 from llm_jax.data.mixture import Mixture
 from llm_jax.data.shards import Shards
 from llm_jax.data.tokenizer import Tokenizer
-from llm_jax.files import check_fields, locked, read_json, write_json
+from llm_jax.files import check_fields, locked, read_json, write_json, write_whole
 from llm_jax.model.config import ModelConfig
 from llm_jax.recipes import recipes
 from llm_jax.sharding import MeshConfig
@@ -39,6 +39,8 @@ from llm_jax.train.step import LossConfig
 from llm_jax.train.timetable import PipelineConfig
 
 ADVICE = "restore it, or start a new run"  # about a damaged file
+# What came with a model that was imported: its config.json, and the tensors that were in another dtype than the rest.
+ORIGIN, ORIGIN_DTYPES = "huggingface.json", "huggingface_dtypes.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +208,9 @@ def create(folder: Path, config: RunConfig, shards: Shards | Mixture, command: s
     shards.tokenizer.save(folder / "tokenizer")
     write_json(folder / "data.json", data_identity(shards))
     write_json(folder / "environment.json", environment(command))
+    for path in (Path(config.init_from or folder) / name for name in (ORIGIN, ORIGIN_DTYPES)):
+        if config.init_from is not None and path.is_file():  # it may be exported as what it came as
+            write_whole(folder / path.name, path.read_bytes())
     save_config(folder, _with_absolute_paths(config))  # last: it makes the folder a run
 
 
@@ -312,8 +317,8 @@ def shards_folders(folder: Path, config: RunConfig) -> list[Path]:
     """
     if not (folder / "data.json").exists():
         raise ValueError(
-            f"{folder} was imported: it has weights, and neither data nor an optimizer of its own. Train on from it "
-            f"with init_from={folder}; evaluate it on text of yours: llm-jax evaluate {folder} --data URI"
+            f"{folder} was imported: it has weights, and neither data nor an optimizer of its own. Train on from it: "
+            f"llm-jax train CONFIG --from {folder}; evaluate it on text of yours: llm-jax evaluate {folder} --data URI"
         )
     there, names = _read_data(folder), [source.name for source in config.data.sources]
     sources = there.get("sources", {names[0]: there})

@@ -1,0 +1,35 @@
+"""A run that trains on from another one: which config it has."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from llm_jax.config import override, to_dict
+from llm_jax.train.run import RunConfig, differences, load_config
+
+
+def config_from(
+    folder: str | Path, recipe: RunConfig, assignments: Sequence[str], report: Callable[[str], object] = print
+) -> RunConfig:
+    """Return the config of a run with the model, tokenizer and weights of the run in `folder`, all else of `recipe`.
+
+    How the model is trained, `model.dropout` and `model.remat`, is the recipe's too. `assignments` change fields, those
+    of the model as well. `report` gets a line for what of the recipe's own model gives way, and one for what the
+    assignments change in that of `folder`. Raises `ValueError` where they name other weights.
+    """
+    if given := [text for text in assignments if text.startswith("init_from=")]:
+        raise ValueError(f"--from {folder} and {given[0]} both say where the weights come from; keep one of them")
+    theirs = load_config(folder).model
+    model = dataclasses.replace(theirs, dropout=recipe.model.dropout, remat=recipe.model.remat)
+    start = [f"init_from={folder}"]
+    if not any(text.startswith("data.tokenizer=") for text in assignments):
+        start.append(f"data.tokenizer={Path(folder) / 'tokenizer'}")
+    config = override(recipe, [*start, *assignments], model=model)
+    for owner, other, line in (
+        (recipe.model, model, f"the model is that of {folder}, in place of the recipe's"),
+        (config.model, model, f"the model of {folder} is changed by hand"),
+    ):
+        if changed := differences(to_dict(other), to_dict(owner), "model."):
+            more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
+            report(f"{line}: {'; '.join(changed[:3])}{more}")
+    return config

@@ -1,0 +1,315 @@
+"""What an export is to those who read it: transformers of now and of before, mlx-lm, and whoever had the original."""
+
+import dataclasses
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from architectures import CASES, config_json
+from grid import tiny
+from test_huggingface import byte_level, quiet, save_model
+from tiny_run import write_corpus
+
+from llm_jax import trained
+from llm_jax.cli import main
+from llm_jax.compat import safetensors, weights
+from llm_jax.compat.families import FAMILIES
+from llm_jax.compat.huggingface import choose, describe, export_run, family_of, import_run
+from llm_jax.config import override
+from llm_jax.data import shards
+from llm_jax.data.tokenizer import ByteTokenizer
+from llm_jax.model.config import ModelConfig
+from llm_jax.ops.position import Rotary
+from llm_jax.train import count, run
+
+SCALED = {
+    "none": Rotary(5e5),
+    "linear": Rotary(5e5, scaling="linear", factor=2.0),
+    "llama3": Rotary(5e5, scaling="llama3", factor=2.0, original_len=32, low_turns=1.0, high_turns=4.0),
+    "yarn": Rotary(5e5, scaling="yarn", factor=4.0, original_len=16),
+}
+ROTARY = [case for case in CASES if case != "gpt2"]
+
+
+def written(case: str, rotary: Rotary) -> tuple[ModelConfig, dict[str, Any]]:
+    """A model of the family of `case` with these positions, and the config.json of its export."""
+    family = family_of(config_json(case))
+    model = family.read(config_json(case))
+    rotary = dataclasses.replace(rotary, fraction=model.rotary.fraction, local_theta=model.rotary.local_theta)
+    model = dataclasses.replace(model, rotary=rotary)
+    return model, family.write(model)
+
+
+def before_rope_parameters(theirs: Mapping[str, Any], theta: str, fraction: str) -> Rotary:
+    """As transformers 4 reads positions, and all others that came before `rope_parameters`."""
+    rotary = Rotary(theirs.get(theta, 10_000.0), theirs.get(fraction, 1.0))
+    scaling = theirs.get("rope_scaling") or {}
+    kind = scaling.get("type", scaling.get("rope_type", "default"))
+    assert kind == scaling.get("rope_type", kind)
+    if kind == "default":
+        return rotary
+    if kind == "linear":
+        assert scaling.keys() <= {"type", "rope_type", "factor"}
+    names = {"low_freq_factor": "low_turns", "high_freq_factor": "high_turns", "factor": "factor"}
+    names |= {"original_max_position_embeddings": "original_len", "attention_factor": "amplitude"}
+    names |= {"beta_slow": "low_turns", "beta_fast": "high_turns"}
+    fields = {names[name]: value for name, value in scaling.items() if name in names}
+    return dataclasses.replace(rotary, scaling=kind, **fields)
+
+
+@pytest.mark.parametrize(
+    ("case", "scaling"),
+    [(case, scaling) for case in ROTARY for scaling in SCALED if case != "phi3" or scaling == "none"],
+)
+def test_who_does_not_know_rope_parameters_reads_the_same_positions(case: str, scaling: str):
+    model, theirs = written(case, SCALED[scaling])
+    now = theirs.pop("rope_parameters")
+    old = ("rotary_emb_base", "rotary_pct") if "neox" in case else ("rope_theta", "partial_rotary_factor")
+    assert before_rope_parameters(theirs, *old) == dataclasses.replace(model.rotary, local_theta=None)
+    if "neox" in case:  # 4.57 takes these where a file has them
+        assert before_rope_parameters(theirs, "rope_theta", "partial_rotary_factor") == model.rotary
+    if model.rotary.local_theta is not None:
+        assert theirs["rope_local_base_freq"] == model.rotary.local_theta
+        assert theirs["sliding_window_pattern"] == 6  # which mlx-lm reads, and not layer_types
+    family = family_of(config_json(case))
+    assert family.read(theirs) == family.read({"rope_parameters": now} | theirs)
+
+
+@pytest.mark.parametrize("scaling", SCALED)
+def test_a_llama_is_the_same_to_mlx(scaling: str):
+    """Its Llama reads rope_theta (10,000 without), rope_traditional (false), rope_scaling by type, then rope_type."""
+    model, theirs = written("llama llama3", SCALED[scaling])
+    assert not theirs.get("rope_traditional", False)
+    assert theirs.get("rope_theta", 10_000) == 5e5
+    found = theirs.get("rope_scaling")
+    if scaling == "none":
+        assert found is None
+    else:
+        assert found is not None
+        assert (found.get("type") or found.get("rope_type"), found["factor"]) == (scaling, model.rotary.factor)
+    if scaling in ("llama3", "yarn"):
+        assert found["original_max_position_embeddings"] == model.rotary.original_len
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "llama"),
+        ({"d_model": 25, "head_dim": 8}, "mistral"),
+        ({"d_model": 25, "head_dim": 8, "bias": "qkv"}, "qwen2"),
+        ({"rotary": Rotary(fraction=0.5)}, "phi3"),
+        ({"rotary": SCALED["yarn"]}, "llama"),
+    ],
+)
+def test_a_model_goes_out_as_a_family_that_transformers_loads(changes: dict[str, Any], name: str):
+    config = tiny(**changes)
+    assert choose(config, weights.shapes_of(count.shapes(config)), None).name == name
+
+
+def test_a_turned_part_with_a_scaling_is_what_no_family_loads():
+    config = tiny(rotary=dataclasses.replace(SCALED["yarn"], fraction=0.5))
+    with pytest.raises(ValueError, match=r"no family can say what this model is; .*rotary.fraction|rope_type="):
+        choose(config, weights.shapes_of(count.shapes(config)), None)
+
+
+EXPORTS = {
+    **{case: FAMILIES[case.split()[0]].read(config_json(case)) for case in CASES},
+    "odd width": tiny(d_model=25, head_dim=8),
+    "odd width, biases": tiny(d_model=25, head_dim=8, bias="qkv"),
+    "wide heads": tiny(head_dim=16),
+    "a turned part": tiny(rotary=Rotary(fraction=0.5)),
+    **{f"llama {scaling}": tiny(rotary=rotary) for scaling, rotary in SCALED.items()},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPORTS)
+def test_transformers_loads_every_export(name: str):
+    """The config as it goes out makes a model with just our tensors, and with our frequencies."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    model = EXPORTS[name]
+    shapes = weights.shapes_of(count.shapes(model))
+    family = choose(model, shapes, None)
+    theirs = json.loads(json.dumps(describe(family, model, ByteTokenizer(), "float32", {})))
+    config = transformers.AutoConfig.for_model(**theirs)
+    loaded = transformers.AutoModelForCausalLM.from_config(config)
+    assert type(loaded).__name__ == family.architecture
+    if model.experts is None:  # which transformers fuses
+        ours = {tensor.name: tensor.layout.shape for tensor in family.tensors_of(model, shapes)}
+        found = {name: tuple(x.shape) for name, x in loaded.named_parameters()}
+        if "embed_out.weight" in ours:  # the name of a NeoX's head on disk
+            found["embed_out.weight"] = found.pop("lm_head.weight")
+        assert found == ours
+    turns = [module for module in loaded.modules() if hasattr(module, "inv_freq")]
+    if model.rotary.local_theta is None and turns:
+        np.testing.assert_allclose(turns[0].inv_freq.numpy(), model.rotary.frequencies(model.H), rtol=1e-5)
+        assert turns[0].attention_scaling == pytest.approx(model.rotary.scale)
+    with torch.no_grad():
+        if model.experts is None:
+            assert torch.isfinite(loaded(torch.zeros((1, 4), dtype=torch.int64)).logits).all()
+
+
+# ---- what an export keeps
+
+ENDS = [1, 5, 7]
+ORIGINAL = {"eos_token_id": ENDS, "bos_token_id": 0, "pad_token_id": 3, "initializer_range": 0.013, "use_cache": True}
+ORIGINAL |= {"transformers_version": "4.44.0", "tokenizer_class": "X", "auto_map": {"AutoConfig": "x.X"}}
+TEMPLATES = {"additional_chat_templates/tools.jinja": "{{ tools }}", "chat_template.jinja": "{{ messages }}"}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in bfloat16 with norms in float32, and all that comes with one."""
+    folder = tmp_path_factory.mktemp("original") / "llama"
+    theirs = config_json("llama llama3") | ORIGINAL | {"vocab_size": 320}
+    save_model(folder, theirs, "bfloat16")
+    tensors = {name: x.read().astype(np.float32) for name, x in safetensors.open_folder(folder).items()}
+    norms = {name: "float32" if "norm" in name else "bfloat16" for name in tensors}
+    tensors["model.norm.weight"] += 1e-3  # which bfloat16 does not hold
+    shapes = {name: x.shape for name, x in tensors.items()}
+    safetensors.write_file(folder / "model.safetensors", shapes, norms, tensors.__getitem__)
+    for name, text in {**TEMPLATES, "tokenizer.json": byte_level()}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ENDS, "temperature": 0.6}))
+    return folder
+
+
+def exported(folder: Path, out: Path, **options: Any) -> dict[str, Any]:
+    params, _ = trained.restore(folder, trained.on_one_device(run.load_config(folder)), report=quiet)
+    export_run(folder, params, out, report=quiet, **options)
+    return json.loads((out / "config.json").read_text())
+
+
+def test_an_export_keeps_what_the_original_had(original: Path, tmp_path: Path):
+    pytest.importorskip("tokenizers")
+    said: list[str] = []
+    import_run(str(original), tmp_path / "run", report=said.append)
+    assert any(
+        re.search("ignored, .*: auto_map, initializer_range, tokenizer_class, .*use_cache", line) for line in said
+    )
+    about = exported(tmp_path / "run", tmp_path / "out")
+    kept = {name: value for name, value in ORIGINAL.items() if name != "auto_map"}  # its code does not come along
+    assert about.items() >= kept.items()
+    assert "auto_map" not in about
+    for name in (*TEMPLATES, "generation_config.json", "tokenizer.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (original / name).read_bytes()
+    before, after = safetensors.open_folder(original), safetensors.open_folder(tmp_path / "out")
+    assert {name: x.dtype for name, x in before.items()} == {name: x.dtype for name, x in after.items()}
+    assert all(before[name].read().tobytes() == after[name].read().tobytes() for name in before)
+    exported(tmp_path / "run", tmp_path / "half", dtype="float16")
+    assert {x.dtype for x in safetensors.open_folder(tmp_path / "half").values()} == {"F16"}
+
+
+def test_an_export_with_another_tokenizer_has_the_ids_of_that_one(original: Path, tmp_path: Path):
+    import_run(str(original), tmp_path / "run", tokenizer="byte", report=quiet)
+    about = exported(tmp_path / "run", tmp_path / "out")
+    assert (about["eos_token_id"], about["bos_token_id"], about["pad_token_id"]) == (256, 256, None)
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation == {"_from_model_config": True, "bos_token_id": 256, "eos_token_id": 256}
+
+
+def test_what_was_trained_from_an_import_goes_out_as_the_import_does(original: Path, tmp_path: Path):
+    import_run(str(original), tmp_path / "run", tokenizer="byte", report=quiet)
+    shards.prepare(
+        str(write_corpus(tmp_path / "corpus", documents=5)), tmp_path / "data", tokenizer="byte", heldout=0.0
+    )
+    config = override(run.load_config(tmp_path / "run"), [f"init_from={tmp_path / 'run'}"])
+    run.create(tmp_path / "again", config, shards.open_shards(tmp_path / "data"), "llm-jax train")
+    (tmp_path / "again" / "checkpoints").symlink_to(tmp_path / "run" / "checkpoints")
+    about = exported(tmp_path / "again", tmp_path / "out")
+    assert (about["model_type"], about["initializer_range"]) == ("llama", 0.013)
+    assert safetensors.open_folder(tmp_path / "out")["model.norm.weight"].dtype == "F32"
+
+
+def test_a_model_that_its_family_can_not_say_goes_out_as_another(original: Path, tmp_path: Path):
+    import_run(str(original), tmp_path / "run", tokenizer="byte", report=quiet)
+    config = run.load_config(tmp_path / "run")
+    params, _ = trained.restore(tmp_path / "run", trained.on_one_device(config), report=quiet)
+    for part in ("attention", "feedforward"):
+        params["layers"][part] = {name: x for name, x in params["layers"][part].items() if not name.startswith("b_")}
+    model = override(config.model, ["bias=none", "layers=local", "attention.window=4"])
+    run.save_config(tmp_path / "run", dataclasses.replace(config, model=model))
+    said: list[str] = []
+    assert export_run(tmp_path / "run", params, tmp_path / "out", report=said.append).name == "mistral"
+    assert said == ["a mistral, as transformers loads no such llama"]
+    with pytest.raises(ValueError, match=r"the closest, llama, lacks model.attention.window=4"):
+        export_run(tmp_path / "run", params, tmp_path / "other", family="llama")
+
+
+# ---- numbers that are none
+
+
+def test_weights_that_are_no_numbers_are_named_and_counted(tmp_path: Path):
+    there = save_model(tmp_path / "theirs", config_json("qwen3"), "bfloat16")
+    tensors = {name: x.read() for name, x in safetensors.open_folder(there).items()}
+    tensors["model.layers.1.mlp.up_proj.weight"].reshape(-1)[[3, 77, 78]] = np.nan, np.inf, -np.inf
+    library = pytest.importorskip("safetensors.numpy")
+    library.save_file(tensors, there / "model.safetensors")
+    says = r"model.safetensors: model.layers.1.mlp.up_proj.weight has 3 of 480 numbers that are NaN or infinite"
+    with pytest.raises(ValueError, match=says):
+        import_run(str(there), tmp_path / "run", tokenizer="byte", report=quiet)
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_weights_beyond_the_range_of_the_file_are_named(original: Path, tmp_path: Path):
+    import_run(str(original), tmp_path / "run", tokenizer="byte", report=quiet)
+    params, _ = trained.restore(
+        tmp_path / "run", trained.on_one_device(run.load_config(tmp_path / "run")), report=quiet
+    )
+    table = np.array(params["embedding"]["table"])
+    for number, dtype, says in (
+        (
+            7e4,
+            "float16",
+            r"model.embed_tokens.weight has 1 of 7,680 numbers that float16 can't hold .*--dtype bfloat16",
+        ),
+        (
+            3.4e38,
+            "bfloat16",
+            r"model.embed_tokens.weight has 1 of .* bfloat16 can't hold \(up to 3.4e\+38\); .*float32",
+        ),
+        (np.nan, "float32", r"model.embed_tokens.weight has 1 of 7,680 numbers that are NaN or infinite"),
+    ):
+        table[2, 3] = number
+        params["embedding"]["table"] = jax.numpy.asarray(table)
+        with pytest.raises(ValueError, match=says):
+            export_run(tmp_path / "run", params, tmp_path / "out", dtype=dtype, report=quiet)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+# ---- killed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["import", "export"])
+def test_what_a_killed_process_leaves_is_named_and_removed_by_the_next(verb: str, tmp_path: Path, capsys: Any):
+    """The process is killed while its folder fills; the same command then leaves nothing but what it makes."""
+    sizes = {"vocab_size": 4000, "n_embd": 512, "n_layer": 3, "n_head": 8, "n_positions": 256}
+    there = save_model(tmp_path / "theirs", {"model_type": "gpt2", "eos_token_id": 0, **sizes})
+    a_run, made = tmp_path / "runs" / "big", tmp_path / "made" / "big"
+    if verb == "export":
+        assert main(["import", str(there), "--run", str(a_run), "--tokenizer", "byte"]) == 0
+    words = ["import", str(there), "--run", str(made), "--tokenizer", "byte"]
+    words = words if verb == "import" else ["export", str(a_run), "--out", str(made)]
+    process = subprocess.Popen([sys.executable, "-m", "llm_jax", *words], stderr=subprocess.PIPE)
+    while not list(made.parent.glob(f".big.{verb}.*/whole/*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    [left] = made.parent.iterdir()
+    assert left.name.startswith(f".big.{verb}.")
+    assert main(words) == 0
+    assert [path.name for path in made.parent.iterdir()] == ["big"]
+    shutil.rmtree(tmp_path)
