@@ -12,6 +12,7 @@ import pytest
 from test_runtime import printed
 from tiny_run import tiny
 
+from llm_jax import check as checks
 from llm_jax import runtime
 from llm_jax.check import BOUND, PIECES, Finding, Piece, as_json, compare, line, one_of_each_kind
 from llm_jax.cli import main
