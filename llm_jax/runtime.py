@@ -78,7 +78,7 @@ def warning(device: Any) -> str | None:
     reports = ", ".join(fault.reports for fault in faults)
     return (
         f"jaxlib {JAXLIB} sums wrongly on a CPU now and then ({reports}), and nothing guards this process; import "
-        f"llm_jax before JAX computes anything, or add {FUSIONS}= to XLA_FLAGS"
+        f"llm_jax before JAX computes anything, and have {FUSIONS}= in XLA_FLAGS if you name that flag"
     )
 
 

@@ -12,8 +12,10 @@ import pytest
 from test_runtime import printed
 from tiny_run import tiny
 
+from llm_jax import check as checks
 from llm_jax import runtime
 from llm_jax.check import BOUND, PIECES, Finding, Piece, as_json, compare, line, one_of_each_kind
+from llm_jax.cli import main
 
 ROOT = Path(__file__).parents[1]
 TINY = tiny(Path("nowhere"))
@@ -53,6 +55,7 @@ print(*check.about(), sep="\\n")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not runtime.known_faults(), reason="this jaxlib has no known fault")
 def test_a_compiler_that_is_not_guarded_is_found_out():
     out, _ = printed(UNGUARDED, JAX_PLATFORMS="cpu", XLA_FLAGS=f"{runtime.FUSIONS}=reduce")
@@ -62,17 +65,25 @@ def test_a_compiler_that_is_not_guarded_is_found_out():
 
 
 @pytest.mark.slow
-def test_the_verb_passes_here_and_fails_by_its_status_where_sums_are_wrong():
-    def check(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "llm_jax", "check", "quickstart", "model.n_layers=2", "--json", *words]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-
-    right = check()
-    found = json.loads(right.stdout)["findings"]
-    assert right.returncode == 0, right.stderr
+def test_the_verb_passes_here_with_every_piece_and_a_step_of_the_config():
+    command = [sys.executable, "-m", "llm_jax", "check", "quickstart", "model.n_layers=2", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    found = json.loads(done.stdout)["findings"]
+    assert done.returncode == 0, done.stderr
     assert {finding["what"] for finding in found} > {*PIECES}
     assert all(finding["right"] for finding in found)
     assert any("gradient of the config" in finding["what"] for finding in found)
+
+
+def test_the_verb_fails_by_its_status_where_something_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(runtime, "start", lambda: None)
+    monkeypatch.setattr(checks, "check", lambda config: [Finding("cpu", "norm", 1.0, 0.0, BOUND)])
+    assert main(["check", "quickstart"]) == 2
+    said = capsys.readouterr()
+    assert "WRONG" in said.out
+    assert "wrong here: norm on cpu" in said.err
 
 
 def test_everything_is_there_for_machines():
