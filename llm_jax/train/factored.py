@@ -7,7 +7,7 @@ parameter. (optax factors the two largest axes, wherever they are.)
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +22,16 @@ LEAST = 128  # what has fewer inputs or outputs is kept whole: there is little t
 
 
 class FactoredState(NamedTuple):
-    """How many updates were made, and the moments by the paths of the parameters; one number where there is none.
+    """The moments, by the paths of the parameters; one number where there is none.
 
     Attributes:
+      step: how many updates were made.
       v_row: means of squared gradients over the output of a matrix, by its input.
       v_col: over the input, by the output.
       v: of each number of what is not factored.
     """
 
-    count: Int[Array, ""]
+    step: Int[Array, ""]
     v_row: PyTree
     v_col: PyTree
     v: PyTree
@@ -78,9 +79,9 @@ def scale_by_factored_rms(decay: float = 0.8, floor: float = 1e-30, most: float 
 
         return FactoredState(jnp.zeros((), jnp.int32), *_apart(trees.map_with_path(moments, params), params, 3))
 
-    def update(gradients: PyTree, state: FactoredState, params: PyTree = None) -> tuple[PyTree, FactoredState]:
-        count = optax.safe_increment(state.count)
-        old = 1 - count.astype(jnp.float32) ** -decay
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, FactoredState]:
+        step = state.step + 1
+        old = 1 - step.astype(jnp.float32) ** -decay
 
         def one(path: str, g: Array, *moments: Array) -> tuple[Array, ...]:
             axes, (row, column, whole) = factors(path, g.shape), moments
@@ -95,10 +96,10 @@ def scale_by_factored_rms(decay: float = 0.8, floor: float = 1e-30, most: float 
             return _limited(g * scale, (*rows, *columns), most), row, column, whole
 
         found = jax.tree_util.tree_map_with_path(
-            lambda path, *leaves: one(trees.path_name(path), *leaves), gradients, state.v_row, state.v_col, state.v
+            lambda path, *leaves: one(trees.path_name(path), *leaves), updates, state.v_row, state.v_col, state.v
         )
-        updates, *moments = _apart(found, gradients, 4)
-        return updates, FactoredState(count, *moments)
+        scaled, *moments = _apart(found, updates, 4)
+        return scaled, FactoredState(step, *moments)
 
     return optax.GradientTransformation(init, update)
 
