@@ -241,13 +241,13 @@ def test_what_a_config_leaves_out_is_what_transformers_takes():
     defaults |= {"exaone4": (32, None), "starcoder2": (2, None), "seed_oss": (8, 128), "arcee": (None, None)}
     defaults |= {"cwm": (8, 128), "granite": (None, None), "glm": (2, 128), "glm4": (2, 128), "ernie4_5": (2, 128)}
     defaults |= {"qwen3_moe": (4, None), "olmoe": (None, None)}
-    sizes = SIZES | {"num_attention_heads": 32, "hidden_size": 64}
+    sizes = SIZES | {"num_attention_heads": 32, "hidden_size": 128}
     absent = {name: size for name, size in sizes.items() if name != "num_key_value_heads"}
     for name, expected in defaults.items():
         read = FAMILIES[name].read(absent)
         assert (read.n_kv_heads, read.head_dim) == expected, name
         read = FAMILIES[name].read(sizes | {"num_key_value_heads": None, "head_dim": None})
-        assert (read.K, read.H) == (32, 2), name
+        assert (read.K, read.H) == (32, 4), name
 
 
 @pytest.mark.parametrize(
@@ -395,7 +395,7 @@ def shapes_of(config: ModelConfig) -> Shapes:
         ({"bias": "all"}, "llama"),
         ({"bias": "qkv"}, "qwen2"),
         ({"bias": "attention"}, "llama"),
-        ({"rotary": Rotary(pairs="interleaved")}, "ernie4_5"),
+        ({"rotary": Rotary(pairs="interleaved"), "bias": "all"}, "ernie4_5"),
         ({"rotary": Rotary(pairs="interleaved", fraction=0.5)}, "glm"),
         ({"residual_scale": 0.5}, "granite"),
         ({"logit_scale": 0.5}, "granite"),
