@@ -409,7 +409,7 @@ def shapes_of(config: ModelConfig) -> Shapes:
         ({"bias": "all"}, "llama"),
         ({"bias": "qkv"}, "qwen2"),
         ({"bias": "attention"}, "llama"),
-        ({"rotary": Rotary(pairs="interleaved")}, "ernie4_5"),
+        ({"rotary": Rotary(pairs="interleaved"), "bias": "all"}, "ernie4_5"),
         ({"rotary": Rotary(pairs="interleaved", fraction=0.5)}, "glm"),
         ({"residual_scale": 0.5}, "granite"),
         ({"logit_scale": 0.5}, "granite"),
