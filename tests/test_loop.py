@@ -238,6 +238,7 @@ def test_what_was_measured_last_is_returned_and_that_nothing_stopped_it(finished
     assert not progress.stopped
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_from_before_a_resume_stays_and_is_read(finished: Path, config, say, monkeypatch):
     original = Session.evaluate
     monkeypatch.setattr(Session, "evaluate", lambda *a: dataclasses.replace(original(*a), loss=9.0))
@@ -358,6 +359,7 @@ def skip_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(Program, "train_step", train_step)
 
 
+@pytest.mark.slow
 def test_updates_that_are_not_finite_stop_a_run_whose_checkpoints_all_are(config, tmp_path, say):
     huge = dataclasses.replace(config.optimizer, learning_rate=3e38, name="lion")
     message = r"in 2 steps in a row; .*: loss and gradient are finite; the update makes \S+ NaN, infinite, or too large"

@@ -66,7 +66,8 @@ def on_host(state: TrainState) -> set[str]:
 def test_a_state_that_waits_on_the_host_trains_as_on_the_device_and_goes_on_on_either(
     config: RunConfig, batches, tmp_path, words
 ):
-    plain, waiting = (on_two(override(config, [*words, *more])) for more in (["offload=none"], []))
+    waiting = override(config, words)
+    plain, waiting = on_two(override(waiting, ["offload=none"])), on_two(waiting)
     (found, losses), (expected, their_losses) = (trained(program, batches) for program in (waiting, plain))
     np.testing.assert_allclose(losses, their_losses, rtol=1e-6)
     for path, x in tree.leaves(expected).items():  # the compiler fuses otherwise, and rounds otherwise

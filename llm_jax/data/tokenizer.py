@@ -246,7 +246,7 @@ def build(spec: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
         return ByteTokenizer()
     if spec == "char":
         return CharTokenizer(functools.reduce(set[str].union, texts(), set()))
-    if kind == "train" and re.fullmatch("[0-9]{1,9}", size):
+    if kind == "train" and re.fullmatch("[0-9]{1,18}", size):
         return train(int(size), texts())
     if not os.path.isdir(spec):  # of a name that no file could have, too
         raise ValueError(f"unknown tokenizer {spec!r}, and no folder of that name; {nearest(spec, SPECS)}")
