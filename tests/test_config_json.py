@@ -64,7 +64,6 @@ EVERY = {
     "use_bfloat16": False,
     "initializer_range": 0.02,
     "use_cache": True,
-    "attention_dropout": 0.0,
 }
 NEOX = {
     "rotary_pct": 0.25,

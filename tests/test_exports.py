@@ -24,9 +24,11 @@ from llm_jax import trained
 from llm_jax.cli import main
 from llm_jax.compat import safetensors, weights
 from llm_jax.compat.families import FAMILIES
+from llm_jax.compat.family import Family
 from llm_jax.compat.huggingface import choose, describe, export_run, family_of, import_run
 from llm_jax.config import override
 from llm_jax.data import shards
+from llm_jax.data.prepare import prepare
 from llm_jax.data.tokenizer import ByteTokenizer
 from llm_jax.model.config import ModelConfig
 from llm_jax.ops.position import Rotary
@@ -38,22 +40,31 @@ SCALED = {
     "llama3": Rotary(5e5, scaling="llama3", factor=2.0, original_len=32, low_turns=1.0, high_turns=4.0),
     "yarn": Rotary(5e5, scaling="yarn", factor=4.0, original_len=16),
 }
-ROTARY = [case for case in CASES if case != "gpt2"]
+BY_LENGTH = {
+    "dynamic": Rotary(5e5, scaling="dynamic", factor=2.0, original_len=32),
+    "longrope": Rotary(5e5, scaling="longrope", factor=4.0, original_len=16, short_factors=(1.0,), long_factors=(1.0,)),
+}
+ROTARY = [case for case in CASES if case.split()[0] not in ("gpt2", "gpt_bigcode")]
+LENGTHS = (1, 16, 17, 33, 64)  # of texts, on both sides of every `original_len`
+OLD_NAMES = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}
 
 
-def written(case: str, rotary: Rotary) -> tuple[ModelConfig, dict[str, Any]]:
-    """A model of the family of `case` with these positions, and the config.json of its export."""
+def positions(case: str, scaling: str) -> tuple[Family, ModelConfig]:
+    """The family of `case`, and its model with this scaling, made for 64 positions."""
     family = family_of(config_json(case))
     model = family.read(config_json(case))
-    rotary = dataclasses.replace(rotary, fraction=model.rotary.fraction, local_theta=model.rotary.local_theta)
-    model = dataclasses.replace(model, rotary=rotary)
-    return model, family.write(model)
+    kept = {name: getattr(model.rotary, name) for name in ("fraction", "local_theta", "pairs")}
+    rotary = (SCALED | BY_LENGTH)[scaling]
+    if scaling == "longrope":
+        pairs = np.arange(1.0, 1 + model.rotary.turned(model.H) // 2)
+        kept |= {"short_factors": tuple(pairs), "long_factors": tuple(2 * pairs)}
+    return family, dataclasses.replace(model, rotary=dataclasses.replace(rotary, **kept), max_seq_len=64)
 
 
 def before_rope_parameters(theirs: Mapping[str, Any], theta: str, fraction: str) -> Rotary:
     """As transformers 4 reads positions, and all others that came before `rope_parameters`."""
     rotary = Rotary(theirs.get(theta, 10_000.0), theirs.get(fraction, 1.0))
-    scaling = theirs.get("rope_scaling") or {}
+    scaling, longest = theirs.get("rope_scaling") or {}, theirs["max_position_embeddings"]
     kind = scaling.get("type", scaling.get("rope_type", "default"))
     assert kind == scaling.get("rope_type", kind)
     if kind == "default":
@@ -61,34 +72,72 @@ def before_rope_parameters(theirs: Mapping[str, Any], theta: str, fraction: str)
     if kind == "linear":
         assert scaling.keys() <= {"type", "rope_type", "factor"}
     names = {"low_freq_factor": "low_turns", "high_freq_factor": "high_turns", "factor": "factor"}
-    names |= {"original_max_position_embeddings": "original_len", "attention_factor": "amplitude"}
-    names |= {"beta_slow": "low_turns", "beta_fast": "high_turns"}
+    names |= {"attention_factor": "amplitude", "beta_slow": "low_turns", "beta_fast": "high_turns"}
+    names |= {"short_factor": "short_factors", "long_factor": "long_factors"}
     fields = {names[name]: value for name, value in scaling.items() if name in names}
-    return dataclasses.replace(rotary, scaling=kind, **fields)
+    inside = scaling.get("original_max_position_embeddings", longest)
+    original = {"dynamic": longest, "longrope": theirs.get("original_max_position_embeddings", longest)}
+    if kind == "longrope" and "original_max_position_embeddings" in theirs:
+        fields["factor"] = longest / original[kind]
+    return dataclasses.replace(rotary, scaling=kind, original_len=original.get(kind, inside), **fields)
 
 
-@pytest.mark.parametrize(
-    ("case", "scaling"),
-    [(case, scaling) for case in ROTARY for scaling in SCALED if case != "phi3" or scaling == "none"],
-)
+def angles(rotary: Rotary, model: ModelConfig) -> np.ndarray:
+    """Of every pair a position, in texts of LENGTHS, and the amplitude."""
+    return np.array([[*np.ravel(rotary.frequencies(model.H, length)), rotary.scale] for length in LENGTHS])
+
+
+@pytest.mark.parametrize("scaling", [*SCALED, *BY_LENGTH])
+@pytest.mark.parametrize("case", ROTARY)
 def test_who_does_not_know_rope_parameters_reads_the_same_positions(case: str, scaling: str):
-    model, theirs = written(case, SCALED[scaling])
+    family, model = positions(case, scaling)
+    if family.name == "phi3" and scaling not in ("none", "longrope"):
+        with pytest.raises(ValueError, match="the closest, phi3, lacks"):
+            choose(model, {}, "phi3")
+        return
+    assert family.misfits(model, {}) == []
+    theirs = family.write(model)
     now = theirs.pop("rope_parameters")
-    old = ("rotary_emb_base", "rotary_pct") if "neox" in case else ("rope_theta", "partial_rotary_factor")
-    assert before_rope_parameters(theirs, *old) == dataclasses.replace(model.rotary, local_theta=None)
-    if "neox" in case:  # 4.57 takes these where a file has them
-        assert before_rope_parameters(theirs, "rope_theta", "partial_rotary_factor") == model.rotary
-    if model.rotary.local_theta is not None:
+    found = before_rope_parameters(theirs, *OLD_NAMES.get(family.name, ("rope_theta", "partial_rotary_factor")))
+    np.testing.assert_array_equal(angles(found, model), angles(model.rotary, model))
+    if family.name == "gpt_neox":  # 4.57 takes these where a file has them
+        assert before_rope_parameters(theirs, "rope_theta", "partial_rotary_factor") == found
+    if scaling == "linear":  # OLMo 2 counts them; others of 4.57 want the second name
+        named = {"rope_type"} if family.name in ("gemma3_text", "olmo3", "granite") else set()
+        assert theirs["rope_scaling"].keys() == {"type", "factor"} | named
+    if family.name == "phi3" and scaling == "longrope":
+        assert theirs["rope_scaling"].keys() == {"type", "short_factor", "long_factor"}
+    if family.name == "gemma3_text":
         assert theirs["rope_local_base_freq"] == model.rotary.local_theta
         assert theirs["sliding_window_pattern"] == 6  # which mlx-lm reads, and not layer_types
-    family = family_of(config_json(case))
+    elif model.rotary.local_theta is not None:  # OLMo 3, whose local layers go by the same theta
+        assert model.rotary.local_theta == theirs["rope_theta"]
     assert family.read(theirs) == family.read({"rope_parameters": now} | theirs)
 
 
-@pytest.mark.parametrize("scaling", SCALED)
+def test_positions_that_readers_of_before_would_take_for_others_are_refused():
+    _, model = positions("llama llama3", "longrope")
+    with pytest.raises(ValueError, match=r"factor=3.0 is not model.max_seq_len=64 / model.rotary.original_len=16"):
+        choose(override(model, ["rotary.factor=3.0"]), {}, "llama")
+    _, model = positions("olmo3", "yarn")
+    with pytest.raises(ValueError, match=r"local_theta=1000.0 is not model.rotary.theta=500000.0"):
+        choose(override(model, ["rotary.local_theta=1e3"]), {}, "olmo3")
+
+
+@pytest.mark.parametrize("change", ["factor=3.0", "amplitude=1.5"])
+def test_a_phi3_that_readers_of_before_would_take_for_another_is_one_they_refuse(change: str):
+    family, model = positions("phi3 long", "longrope")
+    model = override(model, [f"rotary.{change}"])
+    assert family.misfits(model, {}) == []
+    assert "type" not in family.write(model)["rope_scaling"]
+    assert len(family.write(model)["rope_scaling"]) != 3
+
+
+@pytest.mark.parametrize("scaling", [*SCALED, "longrope"])
 def test_a_llama_is_the_same_to_mlx(scaling: str):
     """Its Llama reads rope_theta (10,000 without), rope_traditional (false), rope_scaling by type, then rope_type."""
-    model, theirs = written("llama llama3", SCALED[scaling])
+    family, model = positions("llama llama3", scaling)
+    theirs = family.write(model)
     assert not theirs.get("rope_traditional", False)
     assert theirs.get("rope_theta", 10_000) == 5e5
     found = theirs.get("rope_scaling")
@@ -97,7 +146,7 @@ def test_a_llama_is_the_same_to_mlx(scaling: str):
     else:
         assert found is not None
         assert (found.get("type") or found.get("rope_type"), found["factor"]) == (scaling, model.rotary.factor)
-    if scaling in ("llama3", "yarn"):
+    if scaling in ("llama3", "yarn", "longrope"):
         assert found["original_max_position_embeddings"] == model.rotary.original_len
 
 
@@ -129,6 +178,8 @@ EXPORTS = {
     "wide heads": tiny(head_dim=16),
     "a turned part": tiny(rotary=Rotary(fraction=0.5)),
     **{f"llama {scaling}": tiny(rotary=rotary) for scaling, rotary in SCALED.items()},
+    "llama longrope": positions("llama llama3", "longrope")[1],
+    "cwm none": positions("cwm", "none")[1],
 }
 
 
@@ -152,7 +203,7 @@ def test_transformers_loads_every_export(name: str):
         assert found == ours
     turns = [module for module in loaded.modules() if hasattr(module, "inv_freq")]
     if model.rotary.local_theta is None and turns:
-        np.testing.assert_allclose(turns[0].inv_freq.numpy(), model.rotary.frequencies(model.H), rtol=1e-5)
+        np.testing.assert_allclose(turns[0].inv_freq.numpy(), np.ravel(model.rotary.frequencies(model.H)), rtol=1e-5)
         assert turns[0].attention_scaling == pytest.approx(model.rotary.scale)
     with torch.no_grad():
         if model.experts is None:
@@ -221,9 +272,7 @@ def test_an_export_with_another_tokenizer_has_the_ids_of_that_one(original: Path
 
 def test_what_was_trained_from_an_import_goes_out_as_the_import_does(original: Path, tmp_path: Path):
     import_run(str(original), tmp_path / "run", tokenizer="byte", report=quiet)
-    shards.prepare(
-        str(write_corpus(tmp_path / "corpus", documents=5)), tmp_path / "data", tokenizer="byte", heldout=0.0
-    )
+    prepare(str(write_corpus(tmp_path / "corpus", documents=5)), tmp_path / "data", tokenizer="byte", heldout=0.0)
     config = override(run.load_config(tmp_path / "run"), [f"init_from={tmp_path / 'run'}"])
     run.create(tmp_path / "again", config, shards.open_shards(tmp_path / "data"), "llm-jax train")
     (tmp_path / "again" / "checkpoints").symlink_to(tmp_path / "run" / "checkpoints")

@@ -262,7 +262,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes():
         ("llama llama3", {"clip_qkv": 0.0}, "says clip_qkv=0.0, which no llama of llm-jax"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "says attn_logit_softcapping=50.0, which no gemma3_text"),
         ("qwen3", {"quantization_config": {"bits": 4}}, "says quantization_config="),
-        ("qwen3", {"attention_bias": True}, "says attention_bias=true"),
+        ("qwen3", {"mlp_bias": True}, "says mlp_bias=true"),
         (
             "llama llama3",
             {"attention_bias": False},

@@ -30,7 +30,7 @@ from tiny_run import console, write_corpus
 from llm_jax import trained
 from llm_jax.cli import main
 from llm_jax.compat import huggingface, safetensors, weights
-from llm_jax.compat.huggingface import export_run, fetch, import_run, open_tokenizer
+from llm_jax.compat.huggingface import check_tokens, export_run, fetch, import_run, open_tokenizer
 from llm_jax.compat.layout import Layout
 from llm_jax.compat.tokenizers import ends_of, files_of, merges_of
 from llm_jax.config import override

@@ -66,7 +66,7 @@ def test_what_is_changed_by_hand_is_said(trained: Path, recipe: RunConfig):
     [
         (["init_from=runs/other"], "--from .* and init_from=runs/other both say where the weights come from; keep one"),
         (["data.seq_len=65"], "data.seq_len=65 exceeds model.max_seq_len=64"),
-        (["model.n_heds=3"], r"unknown config key 'model.n_heds'; did you mean 'n_heads'\?"),
+        (["model.n_heds=3"], r"unknown config key 'model.n_heds'; did you mean model.n_heads=3\?"),
     ],
 )
 def test_what_contradicts_the_run_is_refused(words: list[str], says: str, trained: Path, recipe: RunConfig):

@@ -302,7 +302,7 @@ FAMILIES = {
                     lambda config: {"logit_scale": 1 / config.get("logits_scaling", 1.0)},
                     lambda c: {"logits_scaling": 1 / c.logit_scale},
                 ),
-                rope(),
+                rope(counted=False),
                 UNTIED,
             ),
             fixed={},

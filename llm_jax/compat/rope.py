@@ -68,13 +68,14 @@ def rope(
     absent: Theirs | None = None,
     scalings: Scalings = SCALINGS,
     original: int | None = None,
+    counted: bool = True,
 ) -> Lens:
     """`rope_parameters`, or the `rope_theta` and `rope_scaling` of before; `fraction` where the family has one.
 
     `old` are the names of theta and of the fraction outside of `rope_parameters`, then others that say the same;
     `absent` is what these are where a config has none; `scalings` those that transformers has in this family.
     `original` is what the absence of `original_max_position_embeddings` means, where a family has that
-    key outside and reads it there alone.
+    key outside and reads it there alone. `counted`: see `_scaling`.
     """
 
     def read(config: Theirs) -> Fields:
@@ -97,11 +98,9 @@ def rope(
         part = {} if fraction is None else {"partial_rotary_factor": c.rotary.fraction}
         names = zip(old, (c.rotary.theta, c.rotary.fraction) * 2, strict=False)
         before: dict[str, Any] = {name: value for name, value in names if name}
-        before |= _scaling(c.rotary, c.max_seq_len, scalings)
-        if original is not None and c.rotary.original_len is not None:
-            before[ORIGINAL] = c.rotary.original_len
-        if c.rotary.scaling == "dynamic":
-            before["max_position_embeddings"] = c.rotary.original_len
+        if absent and c.rotary.scaling == "none":
+            before["rope_scaling"] = {"type": "default", "rope_type": "default"}  # which is not to say nothing
+        before |= _scaling(c.rotary, c.max_seq_len, scalings, counted=counted)
         return {"rope_parameters": _parameters(c.rotary, scalings) | part} | before
 
     return Lens(("rope_parameters", "rope_scaling", ORIGINAL, *filter(None, old)), read, write)
@@ -126,12 +125,17 @@ def rope_by_type(theta: float, local_theta: float | None = None, old: str = "") 
         return _rotary(scaled, config) | {"rotary.local_theta": near["rotary.theta"]}
 
     def write(c: ModelConfig) -> dict[str, Any]:
+        if not old and c.rotary.local.theta != c.rotary.theta:
+            raise ValueError(
+                f"model.rotary.local_theta={c.rotary.local.theta} is not model.rotary.theta={c.rotary.theta}, as in "
+                "such a family for transformers 4, which has one for all layers"
+            )
         local = {"rope_type": "default", "rope_theta": c.rotary.local.theta}
         now = {"rope_parameters": {"full_attention": _parameters(c.rotary), "sliding_attention": local}}
         before = {"rope_theta": c.rotary.theta} | ({old: c.rotary.local.theta} if old else {})
-        return now | before | _scaling(c.rotary, c.max_seq_len)
+        return now | before | _scaling(c.rotary, c.max_seq_len, SCALINGS, counted=False)
 
-    return Lens(("rope_parameters", "rope_scaling", "rope_theta", *filter(None, [old])), read, write)
+    return Lens(("rope_parameters", "rope_scaling", ORIGINAL, "rope_theta", *filter(None, [old])), read, write)
 
 
 def _rotary(parameters: Theirs, config: Theirs, partial: bool = False, scalings: Scalings = SCALINGS) -> Fields:
@@ -157,18 +161,38 @@ def _rotary(parameters: Theirs, config: Theirs, partial: bool = False, scalings:
     return {"rotary.scaling": scaling} | ours | longest
 
 
-def _scaling(rotary: Rotary, longest: int, scalings: Scalings = SCALINGS) -> dict[str, Any]:
+def _scaling(rotary: Rotary, longest: int, scalings: Scalings, *, counted: bool) -> dict[str, Any]:
     """`rope_scaling`, which is read where `rope_parameters` is not, with both names of its kind; {} without one.
 
-    The oldest kinds have the keys that they began with: some of their readers count them.
+    `counted`: the family is as old as `linear`, and readers of then want two keys and no more. Two kinds go by the
+    length of a text: `dynamic` by `max_position_embeddings`, and `longrope` by a key outside, whose share of all
+    positions is its factor. Raises `ValueError` for another factor. Phi-3, of which readers want three keys, is then
+    written without `type`, so that they refuse it.
     """
     scaled = {name: value for name, value in _parameters(rotary, scalings).items() if name != "rope_theta"}
     kind = scaled.pop("rope_type")
+    both = {"rope_scaling": {"type": kind, "rope_type": kind} | scaled}
     if kind == "default":
         return {}
-    if scalings is PHI3_SCALINGS and rotary.original_len and rotary.factor == longest / rotary.original_len:
-        return {"rope_scaling": {"type": kind} | {k: v for k, v in scaled.items() if k not in ("factor", ORIGINAL)}}
-    return {"rope_scaling": {"type": kind} | ({} if kind == "linear" else {"rope_type": kind}) | scaled}
+    if kind == "linear" and counted:
+        return {"rope_scaling": {"type": kind} | scaled}
+    if kind == "dynamic":
+        return both | {"max_position_embeddings": rotary.original_len}
+    if kind != "longrope":
+        return both
+    assert rotary.original_len is not None
+    outside, follows = {ORIGINAL: rotary.original_len}, rotary.factor == longest / rotary.original_len
+    if scalings is PHI3_SCALINGS and follows and rotary.amplitude is None:
+        lists = {name: scaled[name] for name in ("short_factor", "long_factor")}
+        return {"rope_scaling": {"type": kind} | lists} | outside
+    if scalings is PHI3_SCALINGS:
+        return {"rope_scaling": {"rope_type": kind} | scaled} | outside
+    if not follows:
+        raise ValueError(
+            f"model.rotary.factor={rotary.factor} is not model.max_seq_len={longest} / model.rotary.original_len="
+            f"{rotary.original_len}, which transformers 4 takes for it"
+        )
+    return both | outside
 
 
 def _parameters(rotary: Rotary, scalings: Scalings = SCALINGS) -> dict[str, Any]:
