@@ -299,7 +299,7 @@ def test_parameters_of_another_model_are_named():
 def test_a_bad_step_changes_nothing_and_the_rate_moves_on():
     step = TorchStep(run_of(tiny()), weights(tiny()), [1.0, 0.0])
     before = {path: parameter.clone() for path, parameter in parameters(step.twin).items()}
-    step.twin.config = dataclasses.replace(tiny(), embedding_scale=3e38)
+    step.twin.config = dataclasses.replace(tiny(), logit_scale=3e38)
     assert not step(rows())[0].isfinite()
     step.twin.config = tiny()
     step(rows())  # at the second rate, which is 0
