@@ -321,17 +321,16 @@ def test_the_code_on_the_page_runs():
 
 
 def family_gaps(family: str) -> tuple[float, float, float]:
-    """The largest of all its cases: logits, gradients, loss."""
-    worst = []
-    for theirs in (config_json(case) for case in CASES if case.split()[0] == family):
-        model = family_of(theirs).read(theirs)
-        model = dataclasses.replace(model, attention=dataclasses.replace(model.attention, dropout=0.0))
-        logits, gradients = gaps(model)
-        # Slower, and with an eps that gradients of pure rounding don't reach: docs/twin.md, "Where the curves part".
-        ours, twins = curves(run_of(model, learning_rate=1e-3, eps=1e-4))
-        worst.append((logits, max(gradients.values()), np.abs(ours - twins)[:, 0].max().item()))
-    logits, gradient, loss = (max(column) for column in zip(*worst, strict=True))
-    return logits, gradient, loss
+    """The largest of all its cases, logits and gradients; and of its first case the loss along a curve."""
+    models = [
+        family_of(config).read(config) for case in CASES if case.split()[0] == family for config in [config_json(case)]
+    ]
+    models = [dataclasses.replace(c, attention=dataclasses.replace(c.attention, dropout=0.0)) for c in models]
+    found = [gaps(model) for model in models]
+    # Slower, and with an eps that gradients of pure rounding don't reach: docs/twin.md, "Where the curves part".
+    ours, twins = curves(run_of(models[0], learning_rate=1e-3, eps=1e-4))
+    logits, gradient = (max(logits for logits, _ in found), max(max(each.values()) for _, each in found))
+    return logits, gradient, np.abs(ours - twins)[:, 0].max().item()
 
 
 if __name__ == "__main__":
