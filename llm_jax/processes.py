@@ -151,7 +151,11 @@ def watched(way_on: str) -> Iterator[None]:
 
 
 def _connect() -> Peers:
-    """Process 0 has a connection to each other process, and each of these one to it."""
+    """Process 0 has a connection to each other process, and each of these one to it.
+
+    All come here first: they may have prepared their data by themselves until now, which takes hours.
+    """
+    _state.client.wait_at_barrier(f"llm_jax/{next(_turns)}", DAY)
     key = network.run_key("watch", from_first(secrets.token_hex))
     host = _state.coordinator_address.rpartition(":")[0].strip("[]")
     if not is_first():

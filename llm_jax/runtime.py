@@ -6,6 +6,7 @@
 Nothing here imports JAX until `start`: flags and the environment count only until its backend starts.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import importlib.util
@@ -53,8 +54,9 @@ def guard(jaxlib: str = JAXLIB) -> None:
     the process, and those with faults know it.
     """
     flags = os.environ.get("XLA_FLAGS", "").strip()
-    if flags and not flags.startswith("-") and Path(flags).is_file():  # XLA takes the name of a file, too
-        flags = Path(flags).read_text(encoding="utf-8").strip()
+    if flags and not flags.startswith("-"):  # XLA takes the name of a file, too
+        with contextlib.suppress(OSError, ValueError):  # what is none is XLA's to refuse
+            flags = Path(flags).read_text(encoding="utf-8").strip()
     if known_faults(jaxlib) and FUSIONS not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {FUSIONS}=".lstrip()
 
@@ -123,8 +125,10 @@ def choose_platform() -> None:
     given = glob("/dev/accel*") or glob("/dev/vfio/[0-9]*")
     if (chips and given) or config.jax_platforms not in (None, "", "tpu,cpu"):  # the last is JAX's own choice
         return
-    cuda = any("cuda" in plugin.name for plugin in entry_points(group="jax_plugins"))
-    jax.config.update("jax_platforms", "cuda,cpu" if cuda else "cpu")
+    plugins = [plugin.name for plugin in entry_points(group="jax_plugins") if "tpu" not in plugin.name]
+    if any("cuda" not in name for name in plugins):  # JAX knows what these are called; leave it to find out
+        return
+    jax.config.update("jax_platforms", "cuda,cpu" if plugins else "cpu")
     if chips:
         print(
             "the TPU of this machine was not given to this container (no /dev/accel* and no /dev/vfio/*); "

@@ -105,7 +105,7 @@ class Topology:
         return name if self.slices == 1 else f"{self.slices} slices of {name}"
 
     def prepare(self) -> None:
-        """Sets the environment that JAX starts in. What the user has set stays."""
+        """Set the environment that JAX starts in. What the user has set stays, but for the number of CPU devices."""
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         if self.kind == "cpu":

@@ -38,22 +38,27 @@ def train(args: Namespace) -> int:
     from llm_jax import processes, runtime
     from llm_jax.train import loop, run
 
-    config = _config(args)
+    config = None if args.resume else _config(args)
     folder = Path(args.run or f"runs/{Path(args.config).stem}")
     runtime.start()
     with processes.joined(args.coordinator, args.processes, args.process):
         if args.resume and processes.from_first(lambda: run.is_run(folder)):
-            return _go_on(args, folder, config)
+            return _go_on(args, folder)
+        config = config or _config(args)
         progress = loop.train(config, folder, console=_console(args), command=args.command)
         return _say_what_next(args, folder, progress.step, config.steps)
 
 
-def _go_on(args: Namespace, folder: Path, config: "RunConfig") -> int:
-    """Resume the run in `folder`, which may be finished, and say where it is not what `config` says."""
+def _go_on(args: Namespace, folder: Path) -> int:
+    """Resume the run in `folder`, which may be finished, and say where it is not what the command line says.
+
+    A run that it came from by --from is not needed any more.
+    """
     from llm_jax.train import loop, run
 
     old = run.load_config(folder)
-    if changed := run.changes(folder, config):
+    whole = args.source_run is None or run.is_run(Path(args.source_run))
+    if changed := run.changes(folder, _config(args)) if whole else []:
         _say(f"{folder} goes on with its own config: {'; '.join(changed[:3])}")
     if (folder / "checkpoints" / str(old.steps)).is_dir():
         _say(f"{folder} is trained already; to train it again, choose another --run, or remove that folder")
@@ -294,7 +299,7 @@ def _config(args: Namespace) -> "RunConfig":
         raise
     except Exception as error:
         where = f"{args.config} fails: {type(error).__name__}: {error}"
-        raise ValueError(f"{where}; mend it (--debug shows the line)") from error
+        raise ValueError(f"{where}; fix it (--debug shows the line)") from error
     if source := vars(args).get("source_run"):
         return start.config_from(source, config, args.assignments, _say)
     return override(config, args.assignments)
@@ -434,8 +439,8 @@ def export(args: Namespace) -> None:
     from llm_jax.compat import huggingface
     from llm_jax.train import run
 
-    program = trained.on_the_host(run.load_config(args.run))
     runtime.start()
+    program = trained.on_the_host(run.load_config(args.run))
     params, step = trained.restore(args.run, program, args.checkpoint, report=_say)
     family = huggingface.export_run(args.run, params, args.out, family=args.family, dtype=args.dtype, report=_say)
     if args.json:

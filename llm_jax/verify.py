@@ -18,6 +18,7 @@ from llm_jax.config import override
 from llm_jax.data.loader import IGNORE, Batch, as_told
 from llm_jax.model.config import ModelConfig
 from llm_jax.ops.attention import ACROSS
+from llm_jax.ops.position import Rotary
 from llm_jax.sharding import MeshConfig
 from llm_jax.train.program import Program
 from llm_jax.train.run import RunConfig
@@ -208,6 +209,14 @@ def shrunk(config: RunConfig) -> RunConfig:
     )
 
 
+def _shorter(rotary: Rotary, pairs: int, L: int) -> dict[str, Any]:
+    """What changes of positions in a head of so many pairs, and rows of L tokens, beyond what they were made for."""
+    if rotary.scaling not in ("dynamic", "longrope"):
+        return {}
+    factors = {name: getattr(rotary, name)[:pairs] for name in ("short_factors", "long_factors")}
+    return {"original_len": L // 2, **factors}
+
+
 def small_model(c: ModelConfig, L: int) -> ModelConfig:
     """The same kind of model for rows of L tokens."""
     K, period, attention, experts = like(c.K, 8), len(c.layers), c.attention, c.experts
@@ -217,6 +226,7 @@ def small_model(c: ModelConfig, L: int) -> ModelConfig:
         attention = dataclasses.replace(attention, window=min(attention.window, 6), sinks=min(attention.sinks, 2))
     if attention.sparse is not None:
         attention = dataclasses.replace(attention, sparse=dataclasses.replace(attention.sparse, block=4))
+    rotary = dataclasses.replace(c.rotary, **_shorter(c.rotary, c.rotary.turned(like(c.H, 16)) // 2, L))
     if experts is not None:
         number = like(experts.number, 8)
         width = None if experts.d_ff is None else like(experts.d_ff, 32)
@@ -232,6 +242,7 @@ def small_model(c: ModelConfig, L: int) -> ModelConfig:
         d_ff=like(c.F, 32),
         max_seq_len=L,
         attention=attention,
+        rotary=rotary,
         experts=experts,
         dtype="float32",
         unroll=1,

@@ -277,3 +277,10 @@ def test_a_step_lowered_for_devices_that_are_given_lies_on_these(config: RunConf
         'sdy.mesh @mesh = <["pipeline"=1, "data"=1, "fsdp"=4, "expert"=1, "context"=1, "tensor"=2]'
         in program.lowered().as_text()
     )
+
+
+def test_dropout_of_the_pattern_that_nobody_can_do_is_refused_before_the_first_step(tmp_path: Path):
+    config = tiny(tmp_path)
+    for words in (["model.attention.implementation=flash"], ["mesh.context=2"]):
+        with pytest.raises(ValueError, match=r"model\.attention\.dropout=0\.1"):
+            Program.on(override(config, [*words, "model.attention.dropout=0.1"]))

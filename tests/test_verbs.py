@@ -111,6 +111,13 @@ def test_a_run_that_starts_from_the_weights_of_another_says_so(output: Any):
     assert re.search(r"restored from runs/tiny at step 4: weights, nothing else", said)
 
 
+def test_a_run_resumes_though_the_one_that_it_came_from_is_gone(place: Path, capsys: pytest.CaptureFixture[str]):
+    words = ("train", "tiny.py", "--run", "runs/tiny", "--from", "runs/gone")
+    assert main((*words, "--resume")) == 0
+    assert "trained already" in capsys.readouterr().err
+    assert main(words) == 2  # but none begins from it
+
+
 def test_evaluation_gives_each_number_within_its_interval(output: Any):
     found = json.loads(output("evaluate", "runs/tiny", "--json"))
     for name in ("loss", "perplexity", "bits_per_byte"):

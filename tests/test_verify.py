@@ -3,6 +3,7 @@
 `python tests/test_verify.py` writes the tables of docs/parallelism.md from `golden/verify.json`.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import pytest
 from tiny_run import tiny
 
 from llm_jax.config import override
+from llm_jax.ops.position import Rotary
 from llm_jax.recipes import recipes
 from llm_jax.train.program import Program
 from llm_jax.train.run import RunConfig, load_recipe
@@ -32,6 +34,7 @@ from llm_jax.verify import (
     like,
     line,
     shrunk,
+    small_model,
     verify,
 )
 
@@ -131,3 +134,15 @@ def test_the_verb_prints_what_it_found_and_refuses_axes_that_are_none(tmp_path: 
 
 if __name__ == "__main__":
     PAGE.write_text(PLACE.sub(lambda _: table(), PAGE.read_text()))
+
+
+def test_positions_that_go_by_length_are_shrunk_so_that_both_their_sides_run():
+    model = dataclasses.replace(
+        load_recipe("quickstart").model,
+        rotary=Rotary(
+            scaling="longrope", original_len=128, factor=2.0, short_factors=(1.0,) * 16, long_factors=(2.0,) * 16
+        ),
+    )
+    small = small_model(model, 32)
+    assert len(small.rotary.short_factors) == len(small.rotary.long_factors) == small.H // 2
+    assert small.rotary.original_len == 16 < small.max_seq_len

@@ -184,8 +184,9 @@ def stream(
     training; of a model that was imported and not trained here, its tokenizer's `begins` is the right value. A
     repetition penalty does not count that token. `special` reads special tokens in prompts. Prompts are the questions
     of a `task`, with its separator or without. A row depends on its prompt, its index among `prompts` and `seed`; at
-    temperature 0, on its prompt alone. Raises `ValueError` for a prompt that is empty or too long, for a classifier,
-    and where the weights give no numbers.
+    temperature 0, on its prompt alone, but where positions are scaled by how long a text may get (`dynamic`,
+    `longrope`): there on `max_tokens` too, once prompt and text may exceed `rotary.original_len`. Raises `ValueError`
+    for a prompt that is empty or too long, for a classifier, and where the weights give no numbers.
     """
     if config.n_classes is not None:
         raise ValueError("a classifier writes nothing; let it answer by infer/classify.py")

@@ -7,12 +7,12 @@ import math
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
 from llm_jax.data.loader import Batch
 from llm_jax.model.config import SOFTMAX, ModelConfig
 from llm_jax.model.transformer import Transformer
-from llm_jax.ops.attention import Mask, attention
+from llm_jax.ops.attention import Dropout, Mask, attention
 from llm_jax.ops.ring import zigzag_order
 from llm_jax.sharding import ROWS, row_parts
 from llm_jax.train.pipeline import Pipeline
@@ -128,17 +128,20 @@ def _check_stages(config: RunConfig, stages: int) -> None:
 
 
 def check_attention(config: RunConfig, mesh: Mesh) -> None:
-    """Raises `ValueError` where attention declines rows that are split: it is traced, which takes a while."""
-    if mesh.shape["context"] == 1:
+    """Raise `ValueError` where attention declines rows that are split, or dropout: it is traced, which takes time."""
+    parts, rate = mesh.shape["context"], config.model.attention.dropout
+    if parts == 1 and not rate:
         return
-    model = split(config.model, mesh.shape["context"])
+    model = config.model if parts == 1 else split(config.model, parts)
     shape = row_parts(mesh), config.data.seq_len, model.K
     q, k = (jax.ShapeDtypeStruct((*shape, *x, model.H), model.dtype) for x in ((model.G,), ()))
-    attend = functools.partial(
-        attention, mask=Mask(), scores=model.scores, implementation=model.attention.implementation
-    )
+    choice = {"scores": model.scores, "implementation": model.attention.implementation}
+
+    def attend(q: Array, k: Array) -> Array:
+        return attention(q, k, k, Mask(), dropout=Dropout(jax.random.key(0), rate) if rate else None, **choice)
+
     with jax.set_mesh(mesh):
-        jax.eval_shape(attend, q, k, k)
+        jax.eval_shape(attend, q, k)
 
 
 def _nearest(size: int, least: int) -> str:
