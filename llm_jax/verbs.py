@@ -61,7 +61,10 @@ def _go_on(args: Namespace, folder: Path) -> int:
     if changed := run.changes(folder, _config(args)) if whole else []:
         _say(f"{folder} goes on with its own config: {'; '.join(changed[:3])}")
     if (folder / "checkpoints" / str(old.steps)).is_dir():
-        _say(f"{folder} is trained already; to train it again, choose another --run, or remove that folder")
+        _say(
+            f"{folder} is trained already, to step {old.steps:,}; further: llm-jax resume {folder} --steps N; again: "
+            "choose another --run"
+        )
         return _say_what_next(args, folder, old.steps, old.steps)
     return _say_what_next(args, folder, loop.resume(folder, console=_console(args)).step, old.steps)
 
@@ -107,7 +110,7 @@ def _say_what_next(args: Namespace, folder: Path | str, step: int, steps: int) -
         last = {name: None if value != value else value for name, value in log.read(folder)[-1].items()}  # NaN: null
         _print_json({"run": str(folder), "steps": steps, **last})
     elif step < steps:
-        print(f"stopped at step {step:,} of {steps:,}; go on with: llm-jax resume {folder}")
+        print(f"stopped at step {step:,} of {steps:,}; resume with: llm-jax resume {folder}")
     else:
         print(f"done; read {folder}/report.html, or generate text: llm-jax generate {folder}")
     return status
@@ -129,6 +132,9 @@ def prepare(args: Namespace) -> None:
     manifest = preparing.prepare(args.uri, args.out, **options, report=_say)
     if args.json:
         _print_json(dataclasses.asdict(manifest))
+    else:
+        tokenizer = f"data.tokenizer={args.tokenizer} model.vocab_size={-(-manifest.vocab_size // 64) * 64}"
+        print(f"done; train on it with: llm-jax train CONFIG data.uri={args.out} {tokenizer}")
 
 
 def generate(args: Namespace) -> None:
@@ -423,7 +429,7 @@ def import_(args: Namespace) -> None:
     if args.json:
         _print_json({"run": args.run, "parameters": sum(parameter_counts(config.model).values())})
     else:
-        print(f"done; let it write: llm-jax generate {args.run}")
+        print(f"done; generate text: llm-jax generate {args.run}")
 
 
 def export(args: Namespace) -> None:

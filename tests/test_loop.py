@@ -483,5 +483,5 @@ def test_ctrl_c_saves_and_exits_cleanly_with_the_line_that_goes_on(config, tmp_p
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(60) == 0
     step = steps(folder)[0]
-    assert f"stopped at step {step:,} of 100,000; go on with: llm-jax resume {folder}" in output.read_text()
+    assert f"stopped at step {step:,} of 100,000; resume with: llm-jax resume {folder}" in output.read_text()
     assert len(rows(folder)) == step

@@ -58,7 +58,7 @@ def test_a_recipe_without_a_config_is_an_error_that_says_what_to_set(tmp_path: P
         ("steps=0", "steps=0 must be at least 1"),
         ("sample_every=0", "sample_every=0 must be at least 1"),
         ("accumulate=5", "accumulate=5 does not divide data.batch_size=16; use batch_size=20"),
-        ("data.seq_len=64", "data.seq_len=64 exceeds model.max_seq_len=32; set them equal"),
+        ("data.seq_len=64", "data.seq_len=64 exceeds model.max_seq_len=32; set data.seq_len=32, or"),
         ("loss.chunk=5", "loss.chunk=5 does not divide data.seq_len=32"),
     ],
 )

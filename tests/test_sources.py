@@ -266,7 +266,7 @@ def test_what_is_empty_is_named(tmp_path):
 @pytest.mark.parametrize(("data", "found"), [(b"a\0b", "a zero byte"), (b"\x89PNG\r\n", "the byte 0x89, not UTF-8")])
 def test_what_is_binary_is_named_with_the_byte(data: bytes, found: str, tmp_path):
     (tmp_path / "a.txt").write_bytes(data)
-    with pytest.raises(ValueError, match=rf"a.txt is not text: found {found}; choose by a pattern"):
+    with pytest.raises(ValueError, match=rf"a.txt is not text: found {found}; leave it out"):
         texts(tmp_path)
 
 

@@ -240,7 +240,10 @@ def test_data_that_cannot_train_leaves_nothing_behind(
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        (["steps=20", "optimizer.warmup_steps=20"], "warmup_steps=20 leaves nothing of steps=20; set it to 2"),
+        (
+            ["steps=20", "optimizer.warmup_steps=20"],
+            "warmup_steps=20 leaves nothing of steps=20; set optimizer.warmup_steps=2",
+        ),
         (["mesh.data=3"], "mesh .* takes 3 devices, but there are 8"),
     ],
 )
@@ -265,7 +268,7 @@ def test_a_run_that_is_stopped_ends_with_the_signals_status_and_goes_on_by_the_s
 
     monkeypatch.setattr(Program, "train_step", interrupted)
     assert main(words) == status
-    assert f"stopped at step 1 of 4; go on with: llm-jax resume runs/stopped-{number}" in capsys.readouterr().out
+    assert f"stopped at step 1 of 4; resume with: llm-jax resume runs/stopped-{number}" in capsys.readouterr().out
     for _ in range(2):  # to the end, and once more for nothing
         assert main([*words, "steps=4"]) == 0
         assert "done; read" in capsys.readouterr().out

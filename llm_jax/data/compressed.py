@@ -116,4 +116,7 @@ def _new(file: File, make: Callable[[], Any]) -> Any:
 
 
 def _not_text(file: File, found: str) -> ValueError:
-    return ValueError(f"{file} is not text: found {found}; choose by a pattern, such as 'folder/**/*.txt'")
+    return ValueError(
+        f"{file} is not text: found {found}; leave it out (a pattern such as 'folder/**/*.txt' chooses), or convert it "
+        "(iconv -t utf8)"
+    )

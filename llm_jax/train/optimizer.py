@@ -85,7 +85,9 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     peak, warmup = config.learning_rate, config.warmup_steps
     end = peak * config.final_fraction
     if warmup >= steps:
-        raise ValueError(f"optimizer.warmup_steps={warmup} leaves nothing of steps={steps}; set it to {steps // 10}")
+        raise ValueError(
+            f"optimizer.warmup_steps={warmup} leaves nothing of steps={steps}; set optimizer.warmup_steps={steps // 10}"
+        )
     last = max(1, steps - 1 - warmup)  # counted from the end of the warm-up
     decay = max(1, round(steps * config.decay_fraction))
     if config.schedule == "wsd" and warmup + decay > steps:

@@ -112,7 +112,8 @@ class RunConfig:
             )
         if self.data.seq_len > self.model.max_seq_len:
             raise ValueError(
-                f"data.seq_len={self.data.seq_len} exceeds model.max_seq_len={self.model.max_seq_len}; set them equal"
+                f"data.seq_len={self.data.seq_len} exceeds model.max_seq_len={self.model.max_seq_len}; set "
+                f"data.seq_len={self.model.max_seq_len}, or of a new model model.max_seq_len={self.data.seq_len}"
             )
         if self.loss.chunk is not None and self.data.seq_len % self.loss.chunk:
             raise ValueError(f"loss.chunk={self.loss.chunk} does not divide data.seq_len={self.data.seq_len}")
