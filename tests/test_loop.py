@@ -481,7 +481,7 @@ def test_ctrl_c_saves_and_exits_cleanly_with_the_line_that_goes_on(config, tmp_p
         assert process.poll() is None, output.read_text()
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGINT)
-    assert process.wait(60) == 0
+    assert process.wait(60) == 130
     step = steps(folder)[0]
     assert f"stopped at step {step:,} of 100,000; resume with: llm-jax resume {folder}" in output.read_text()
     assert len(rows(folder)) == step

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from llm_jax.data import tokenizer_json
-from llm_jax.data.tokenizer import MOST_IDS, NO_BYTES, Tokenizer
+from llm_jax.data.tokenizer import MOST_IDS, NO_BYTES, Tokenizer, library_said
 from llm_jax.files import write_whole
 
 # What says how the model reads and writes; the first is the tokenizer itself.
@@ -167,8 +167,8 @@ def _encoding(name: str, found: Mapping[str, Any]) -> Any:
         ) from error
     try:
         encoding = tokenizers.Tokenizer.from_str(json.dumps(found))
-    except Exception as error:  # the library raises no other
-        reason = " ".join(str(error).split())
+    except BaseException as error:
+        reason = library_said(error)
         raise ValueError(
             f"the tokenizer.json of {name} can't be read by tokenizers {tokenizers.__version__} ({reason}); "
             "update the library, or save the tokenizer again"
@@ -182,8 +182,8 @@ def _encoded(name: str, encoding: Any, text: str, *, alone: bool) -> Any:
     """Return what the library makes of a text, with what it puts around one that stands `alone`."""
     try:
         return encoding.encode(text, add_special_tokens=alone)
-    except Exception as error:  # the library raises no other
-        reason = " ".join(str(error).split())
+    except BaseException as error:
+        reason = library_said(error)
         raise ValueError(f"the tokenizer {name} can't read {text[:40]!r} ({reason}); use another text") from error
 
 

@@ -180,7 +180,10 @@ class BPETokenizer(Tokenizer):
         return np.array([self._encoding.encode_single_token(bytes([byte])) for byte in data], np.int32)
 
     def _encode_text(self, text: str) -> np.ndarray:
-        parts = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces(text)]
+        try:
+            parts = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces(text)]
+        except BaseException as error:
+            raise ValueError(f"the tokenizer {self.name} can't read {text[:40]!r} ({library_said(error)})") from error
         return np.concatenate(parts).astype(np.int32)
 
     def _description(self) -> dict[str, Any]:
@@ -340,6 +343,13 @@ def _digest(description: Mapping[str, Any], ranks: bytes) -> str:
 def _to_lines(ranks: Mapping[bytes, int]) -> bytes:
     ordered = sorted(ranks.items(), key=lambda item: item[1])
     return b"".join(b"%s %d\n" % (base64.b64encode(entry), rank) for entry, rank in ordered)
+
+
+def library_said(error: BaseException) -> str:
+    """Return in a line what a library in Rust raised, whose panics are no `Exception`. Raises any other error again."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+    return " ".join(str(error).split())
 
 
 def _from_lines(lines: bytes) -> dict[bytes, int]:
