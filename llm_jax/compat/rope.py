@@ -113,6 +113,11 @@ def rope_by_type(theta: float, local_theta: float | None = None, old: str = "") 
         given = config.get("rope_parameters") or {}
         for name in given:
             known("rope_parameters for", KINDS, name)
+        if local_theta is None and not given and config.get("rope_theta", theta) != theta:
+            raise ValueError(
+                f"config.json has rope_theta={config['rope_theta']} outside of rope_parameters, which transformers "
+                f"takes for full attention alone, and {theta} for the rest; say both in rope_parameters"
+            )
         full = {"rope_theta": config.get("rope_theta", theta)} | (given.get("full_attention") or {})
         near_theta = config.get(old, local_theta or full["rope_theta"])
         local = {"rope_theta": near_theta} | (given.get("sliding_attention") or {})

@@ -115,6 +115,7 @@ class RunConfig:
                 f"data.seq_len={self.data.seq_len} exceeds model.max_seq_len={self.model.max_seq_len}; set "
                 f"data.seq_len={self.model.max_seq_len}, or of a new model model.max_seq_len={self.data.seq_len}"
             )
+        self._check_scaling()
         if self.loss.chunk is not None and self.data.seq_len % self.loss.chunk:
             raise ValueError(f"loss.chunk={self.loss.chunk} does not divide data.seq_len={self.data.seq_len}")
         if self.offload != "none" and self.optimizer.name == "adafactor":
@@ -124,6 +125,17 @@ class RunConfig:
                 "use offload=none, or optimizer.name=adamw"
             )
         self._check_task()
+
+    def _check_scaling(self) -> None:
+        """Raise `ValueError` where the angles of a document would depend on those that it shares a row with."""
+        rotary, longest = self.model.rotary, self.data.seq_len
+        by_length = self.model.positions == "rotary" and rotary.scaling in ("dynamic", "longrope")
+        if by_length and self.data.packing == "documents" and longest > (rotary.original_len or longest):
+            raise ValueError(
+                f"model.rotary.scaling={rotary.scaling} goes by the length of a text, and data.packing=documents puts "
+                f"several into a row of data.seq_len={longest}; use data.seq_len={rotary.original_len}, which leaves "
+                "them on one side, or data.packing=windows"
+            )
 
     def _check_task(self) -> None:
         task, n_classes = self.data.task, self.model.n_classes
