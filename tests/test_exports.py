@@ -25,7 +25,7 @@ from llm_jax.cli import main
 from llm_jax.compat import safetensors, weights
 from llm_jax.compat.families import FAMILIES
 from llm_jax.compat.family import Family
-from llm_jax.compat.huggingface import choose, describe, export_run, family_of, import_run
+from llm_jax.compat.huggingface import choose, config_of, export_run, family_of, import_run
 from llm_jax.config import override
 from llm_jax.data import shards
 from llm_jax.data.prepare import prepare
@@ -191,7 +191,7 @@ def test_transformers_loads_every_export(name: str):
     model = EXPORTS[name]
     shapes = weights.shapes_of(count.shapes(model))
     family = choose(model, shapes, None)
-    theirs = json.loads(json.dumps(describe(family, model, ByteTokenizer(), "float32", {})))
+    theirs = json.loads(json.dumps(config_of(family, model, ByteTokenizer(), "float32", {})))
     config = transformers.AutoConfig.for_model(**theirs)
     loaded = transformers.AutoModelForCausalLM.from_config(config)
     assert type(loaded).__name__ == family.architecture
@@ -279,6 +279,21 @@ def test_what_was_trained_from_an_import_goes_out_as_the_import_does(original: P
     about = exported(tmp_path / "again", tmp_path / "out")
     assert (about["model_type"], about["initializer_range"]) == ("llama", 0.013)
     assert safetensors.open_folder(tmp_path / "out")["model.norm.weight"].dtype == "F32"
+
+
+@pytest.mark.parametrize(("case", "name"), [("gpt2", "attn_pdrop"), ("llama llama3", "attention_dropout")])
+def test_the_dropout_of_an_original_stays_its_own_unless_a_run_has_one(case: str, name: str, tmp_path: Path):
+    """An import trains without, whatever the original was trained with, and says again what that said, if it did."""
+    for rate in (0.1, 0.3, None):
+        said = {} if rate is None else {name: rate}
+        there = save_model(tmp_path / f"theirs {rate}", config_json(case) | said)
+        config = import_run(str(there), folder := tmp_path / f"run {rate}", tokenizer="byte", report=quiet)
+        assert (config.model.attention.dropout, run.load_config(folder)) == (0.0, config)
+        assert exported(folder, tmp_path / f"out {rate}").get(name) == rate
+    coder, family, model = ByteTokenizer(), family_of(config_json(case)), config.model
+    for rate, origin in ((0.2, {}), (0.2, {name: 0.1}), (0.0, {})):
+        rated = override(model, [f"attention.dropout={rate}"])
+        assert config_of(family, rated, coder, "float32", origin)[name] == rate
 
 
 def test_a_model_that_its_family_can_not_say_goes_out_as_another(original: Path, tmp_path: Path):

@@ -30,7 +30,7 @@ from tiny_run import console, write_corpus
 from llm_jax import trained
 from llm_jax.cli import main
 from llm_jax.compat import huggingface, safetensors, weights
-from llm_jax.compat.huggingface import check_tokens, export_run, fetch, import_run, open_tokenizer
+from llm_jax.compat.huggingface import export_run, fetch, import_run, open_tokenizer
 from llm_jax.compat.layout import Layout
 from llm_jax.compat.tokenizers import ends_of, files_of, merges_of
 from llm_jax.config import override
@@ -543,7 +543,7 @@ def test_an_imported_tokenizer_is_kept_as_it_is(tmp_path: Path):
     assert (again.fingerprint, again.name, again.begin_of_text) == (coder.fingerprint, "someone/theirs", 0)
     assert (again.begins, again.end_ids, again.special_tokens) == (True, (1, 5), {"<s>": 0, "</s>": 1})
     assert (again.encode(TEXT) == coder.encode(TEXT)).all()
-    for name, content in files_of(again, 10).items():
+    for name, content in files_of(again, 10, begins=True).items():
         assert content == (there / name).read_bytes()
     (tmp_path / "kept" / "tokenizer.json").write_text(with_byte_fallback(), encoding="utf-8")
     with pytest.raises(ValueError, match=r"is damaged: its tokenizer.json is another; import the model again"):
@@ -655,18 +655,26 @@ def test_a_tokenizer_that_does_not_fit_is_refused(more: dict[str, Any], vocab_si
         ("config.json", {"eos_token_id": True}, "config.json has eos_token_id=true; expected"),
         ("generation_config.json", {"eos_token_id": {"a": 1}}, "generation_config.json has eos_token_id=.*; expected"),
         ("generation_config.json", [], "generation_config.json holds a list, expected an object"),
-        ("tokenizer_config.json", {"eos_token": 3}, "tokenizer_config.json has eos_token=3; expected a string"),
-        ("tokenizer_config.json", {"eos_token": {"content": [3]}}, "tokenizer_config.json has eos_token=.*; expected"),
-        ("tokenizer_config.json", "text", "tokenizer_config.json holds a string, expected an object"),
-        ("tokenizer.json", {"added_tokens": {}}, "tokenizer.json has added_tokens={}; expected a list"),
-        ("tokenizer.json", {"added_tokens": [3]}, "added_tokens holds an integer, expected an object"),
+        (
+            "tokenizer_config.json",
+            {"eos_token": 3},
+            "the tokenizer_config.json of .* has eos_token=3, expected a string",
+        ),
+        ("tokenizer_config.json", {"eos_token": {"content": [3]}}, "has eos_token={'content'.*}, expected a string"),
+        ("tokenizer_config.json", "text", "the tokenizer_config.json of .* holds a string, expected an object"),
+        ("tokenizer.json", {"added_tokens": {}}, "the tokenizer.json of .*: 'added_tokens' is no list"),
+        ("tokenizer.json", {"added_tokens": [3]}, "a token of added_tokens holds an integer, expected an object"),
         ("tokenizer.json", {"added_tokens": [{"content": "a", "id": "3"}]}, "added_tokens: 'id' is a string, expected"),
     ],
 )
 def test_a_file_that_says_odd_things_of_tokens_is_named(file: str, values: Any, says: str, tmp_path: Path):
-    (tmp_path / file).write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=rf"^{tmp_path}/{file}.*{says.removeprefix(file)}") as error:
-        check_tokens(tmp_path)
+    described = {"model": {"type": "BPE", "vocab": {"a": 0}}}
+    for name, content in {"config.json": {}, "tokenizer.json": described, file: values}.items():
+        more = described if name == "tokenizer.json" else {}
+        (tmp_path / name).write_text(json.dumps({**content, **more} if isinstance(content, dict) else content))
+    with pytest.raises(ValueError, match=says) as error:
+        opened(tmp_path)
+    assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
 
 

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from tiny_run import write_corpus
 
 from llm_jax import trained
 from llm_jax.cli import main
-from llm_jax.compat.huggingface import import_run
+from llm_jax.compat.huggingface import export_run, import_run
+from llm_jax.compat.tokenizers import files_of
 from llm_jax.data import tokenizer
 from llm_jax.data.imported import ImportedTokenizer
 from llm_jax.infer.generate import prompt_ids
@@ -127,6 +129,46 @@ def test_where_nothing_begins_a_text_a_document_begins_with_the_named_token():
     assert not opened(gpt2_like(), tokenizer_config=ignored).begins
 
 
+@pytest.mark.parametrize("file", ["tokenizer_config", "special_tokens_map"])
+@pytest.mark.parametrize("token", [3, [], {}, {"content": [3]}, False])
+def test_a_beginning_that_is_no_text_is_refused(file: str, token: Any):
+    with pytest.raises(ValueError, match=rf"^the {file}.json of theirs has bos_token=.*, expected a string; "):
+        opened(gpt2_like(), **{file: {"bos_token": token}})
+
+
+POSTS = {
+    "bert": lambda p: p.BertProcessing((END, 1), ("<s>", 0)),
+    "roberta": lambda p: p.RobertaProcessing((END, 1), ("<s>", 0)),
+    "both": lambda p: p.TemplateProcessing(
+        single=f"{END} $A {END}", pair=f"{END} $A {END} $B {END}", special_tokens=[(END, 1)]
+    ),
+}
+
+
+@pytest.mark.parametrize("make", [*BEGINNINGS, *POSTS])
+def test_a_tokenizer_goes_out_with_the_beginning_of_its_training(make: Any):
+    """Nothing else about it changes: what follows a text, offsets, and all other entries of its files."""
+    library = pytest.importorskip("tokenizers")
+    theirs = byte_level(POSTS[make]) if make in POSTS else make()
+    coder = opened(theirs, tokenizer_config={"x": 3})
+    assert files_of(coder, 9, begins=coder.begins) == coder.files
+    files = files_of(coder, 9, begins=not coder.begins)
+    again = ImportedTokenizer("again", files, 1, begin_of_text=coder.begin_of_text)
+    assert (again.begins, again.begin_of_text) == (not coder.begins, coder.begin_of_text)
+    back = files_of(again, 9, begins=coder.begins)
+    found = [library.Tokenizer.from_str(each["tokenizer.json"].decode()) for each in (files, back)]
+    was, changed, restored = (
+        [*zip(encoding.ids, encoding.offsets, strict=True)]
+        for encoding in (each.encode("The cat") for each in (theirs, *found))
+    )
+    shorter, longer = sorted((was, changed), key=len)
+    assert longer == [(coder.begin_of_text, (0, 0)), *shorter]
+    assert restored == was
+    kept = [json.loads(each["tokenizer.json"]) | {"post_processor": None} for each in (coder.files, files)]
+    assert kept[0] == kept[1]
+    assert json.loads(files["tokenizer_config.json"]) == {"x": 3, "add_bos_token": not coder.begins}
+
+
 def test_two_tokens_before_a_text_are_refused():
     template = {"single": "<s> <s> $A", "special_tokens": [("<s>", 0)]}
     with pytest.raises(ValueError, match=r"puts 2 tokens before a text, and at most one can begin it here; change"):
@@ -208,7 +250,7 @@ def test_a_file_that_is_no_json_object_is_named_in_one_line(data: bytes):
     with pytest.raises(ValueError, match=r"^the tokenizer.json of x .*; download it again, or let transformers save"):
         ImportedTokenizer("x", {"tokenizer.json": data}, 1)
     good = opened(gpt2_like()).files["tokenizer.json"]
-    with pytest.raises(ValueError, match=r"^tokenizer_config.json .*; download it again"):
+    with pytest.raises(ValueError, match=r"^the tokenizer_config.json of x .*; download it again"):
         ImportedTokenizer("x", {"tokenizer.json": good, "tokenizer_config.json": data}, 1)
 
 
@@ -289,6 +331,36 @@ def test_a_prompt_that_spells_a_special_token_is_said_to_unless_it_is_read(gpt2:
     [ids] = prompt_ids(config, coder, [f"The{END}"], begin=False, special=True)
     assert ids[-1] == 1
     assert 1 not in prompt_ids(config, coder, [f"The{END}"], begin=False)[0]
+
+
+def test_a_run_trained_from_an_import_exports_the_beginning_it_was_trained_with(gpt2: Path, tmp_path: Path):
+    library = pytest.importorskip("tokenizers")
+    shutil.copytree(gpt2, tmp_path / "run")
+    params, _ = trained.restore(gpt2, trained.on_one_device(run.load_config(gpt2)), report=lambda _: None)
+    for name, ids in (("imported", []), ("trained", [0])):
+        export_run(tmp_path / "run", params, out := tmp_path / name, report=lambda _: None)
+        theirs = library.Tokenizer.from_file(str(out / "tokenizer.json"))
+        assert theirs.encode("The").ids == [*ids, *theirs.encode("The", add_special_tokens=False).ids]
+        (tmp_path / "run" / "data.json").touch()  # what a run has that was trained
+    original = (gpt2 / "tokenizer" / "tokenizer.json").read_bytes()
+    assert (tmp_path / "imported" / "tokenizer.json").read_bytes() == original
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "GPT2Tokenizer", "LlamaTokenizer", "Qwen2Tokenizer"])
+@pytest.mark.parametrize("make", [gpt2_like, llama3_like, llama2_like, qwen_like])
+def test_transformers_begins_a_text_as_an_export_says(make: Callable[[], Any], kind: str, tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    names = {"tokenizer_class": kind, "bos_token": "<s>", "eos_token": END}
+    coder = opened(make(), tokenizer_config=names | {"add_bos_token": True})
+    for begins in (True, False):
+        (folder := tmp_path / str(begins)).mkdir()
+        for name, content in files_of(coder, 9, begins=begins).items():
+            (folder / name).write_bytes(content)
+        (folder / "config.json").write_text('{"model_type": "llama"}')
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        alone = theirs("The", add_special_tokens=False)["input_ids"]
+        assert theirs("The")["input_ids"] == [*([coder.begin_of_text] if begins else []), *alone]
 
 
 PROMPTS = ["The cat", "mat", "  return", "naïve ß", "T"]

@@ -17,10 +17,13 @@ from llm_jax.train.run import DataConfig, RunConfig
 from llm_jax.train.start import config_from
 
 RECIPE = """
-from llm_jax.model.config import ModelConfig
+import dataclasses
+
+from llm_jax.model.config import AttentionConfig, ModelConfig
 from llm_jax.train.run import DataConfig, RunConfig
 
 model = ModelConfig(vocab_size=300, d_model=64, n_layers=3, n_heads=4, max_seq_len=16, dropout=0.1, remat="full")
+model = dataclasses.replace(model, attention=AttentionConfig(dropout=0.05))
 config = RunConfig(model, DataConfig(tokenizer="train:300", seq_len=16, batch_size=4), steps=7)
 """
 
@@ -28,7 +31,7 @@ config = RunConfig(model, DataConfig(tokenizer="train:300", seq_len=16, batch_si
 @pytest.fixture
 def trained(tmp_path: Path) -> Path:
     """A run folder, as far as its config goes."""
-    attention = AttentionConfig(window=5)
+    attention = AttentionConfig(window=5, dropout=0.2)
     model = tiny(vocab_size=257, max_seq_len=64, layers=("local", "global"), attention=attention)
     folder = tmp_path / "run"
     folder.mkdir()
@@ -46,12 +49,23 @@ def recipe(tmp_path: Path) -> RunConfig:
 def test_the_model_and_tokenizer_are_those_of_the_run_and_all_else_is_the_recipes(trained: Path, recipe: RunConfig):
     said: list[str] = []
     config = config_from(trained, recipe, ["data.seq_len=32", "steps=9"], said.append)
-    assert config.model == dataclasses.replace(run.load_config(trained).model, dropout=0.1, remat="full")
+    theirs = run.load_config(trained).model
+    attention = dataclasses.replace(theirs.attention, dropout=0.05)
+    assert config.model == dataclasses.replace(theirs, attention=attention, dropout=0.1, remat="full")
     assert (config.init_from, config.data.tokenizer) == (str(trained), str(trained / "tokenizer"))
     assert (config.data.batch_size, config.data.seq_len, config.steps) == (4, 32, 9)
     [line] = said
     differ = "model.vocab_size is 257 there, 300 here; .*; and [0-9]+ more"
     assert re.fullmatch(f"the model is that of {trained}, in place of the recipe's: {differ}", line)
+
+
+def test_a_model_without_softmax_takes_no_dropout_of_a_pattern(trained: Path, recipe: RunConfig):
+    theirs = run.load_config(trained)
+    run.save_config(
+        trained, dataclasses.replace(theirs, model=tiny(vocab_size=257, max_seq_len=64, layers=("linear",)))
+    )
+    config = config_from(trained, recipe, [], lambda line: None)
+    assert (config.model.attention.dropout, config.model.dropout) == (0.0, 0.1)
 
 
 def test_what_is_changed_by_hand_is_said(trained: Path, recipe: RunConfig):

@@ -17,6 +17,7 @@ from llm_jax.compat import safetensors, weights
 from llm_jax.compat.config_json import short
 from llm_jax.compat.families import FAMILIES
 from llm_jax.compat.family import Family, Shapes
+from llm_jax.compat.lenses import PATTERN_DROPOUT
 from llm_jax.compat.missing import lacking
 from llm_jax.compat.outside import optional, read_json
 from llm_jax.compat.tokenizers import ends_of, files_of
@@ -24,7 +25,7 @@ from llm_jax.config import nearest
 from llm_jax.data.config import DataConfig
 from llm_jax.data.imported import ImportedTokenizer, files_in
 from llm_jax.data.tokenizer import Tokenizer, build
-from llm_jax.files import check_fields, whole_folder, write_json
+from llm_jax.files import whole_folder, write_json
 from llm_jax.model.config import ModelConfig
 from llm_jax.train import run
 from llm_jax.train.checkpoint import Checkpoints, Progress
@@ -55,14 +56,13 @@ def import_run(
     theirs = read_json(there / "config.json", {"model_type": str})
     family = family_of(theirs, str(there / "config.json"))
     model = family.read(theirs, str(there / "config.json"))
-    model = dataclasses.replace(model, dtype=compute_dtype(theirs))
+    attention = dataclasses.replace(model.attention, dropout=0.0)  # how to train on is up to who does
+    model = dataclasses.replace(model, attention=attention, dtype=compute_dtype(theirs))
     data = DataConfig(
         tokenizer=str(folder.absolute() / "tokenizer"), seq_len=min(model.max_seq_len, 1024), batch_size=1
     )
     config = RunConfig(model=model, data=data)
     run.check_free(folder, config)
-    if tokenizer is None:
-        check_tokens(there)
     coder = open_tokenizer(source, there, tokenizer, model)
     stored = safetensors.open_folder(there)
     weights.check_layers(model, stored)
@@ -123,7 +123,7 @@ def export_run(
         origin = {}
     elsewhere = folder / ORIGIN_DTYPES  # as they were: what --dtype is not there to change
     kept = read_json(elsewhere) if origin and dtype is None and elsewhere.is_file() else {}
-    about = describe(chosen, model, coder, dtype or model.dtype, origin)
+    about = config_of(chosen, model, coder, dtype or model.dtype, origin)
     begins = run.begins(folder, config, coder)
     files = {"generation_config.json": generation(about)} | dict(files_of(coder, model.max_seq_len, begins=begins))
     with whole_folder(out, "export") as scratch:
@@ -135,20 +135,25 @@ def export_run(
     return chosen
 
 
-def describe(
+def config_of(
     family: Family, model: ModelConfig, coder: Tokenizer, dtype: str, origin: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The config.json of a model that came with `origin`, or with {}."""
-    ends = list(getattr(coder, "end_ids", (coder.end_of_text,)))
+    """Return the config.json of a model that came with `origin`, or with {}.
+
+    What `origin` says of attention's dropout, if anything, stays unless the model is trained with a rate of its own.
+    """
+    ends = list(coder.end_ids)
     ids = dict.fromkeys(IDS) | {"bos_token_id": coder.begin_of_text, "eos_token_id": ends if ends[1:] else ends[0]}
     theirs = origin.get("eos_token_id")
     came = coder.end_of_text in (theirs if isinstance(theirs, list) else [theirs])
     if came and isinstance(coder, ImportedTokenizer):  # the one that the model came with
         ids |= {name: origin[name] for name in IDS if name in origin}
-    lost = {*family.keys, "auto_map", "torch_dtype"}  # said anew; the code of a model does not come along
+    same = PATTERN_DROPOUT if origin and not model.attention.dropout else ()
+    ours = {name: value for name, value in family.write(model).items() if name not in same}
+    lost = {*family.keys, "auto_map", "torch_dtype"} - {*same}  # said anew; the code of a model does not come along
     kept = {name: value for name, value in origin.items() if name not in lost}
     about = {"architectures": [family.architecture], "model_type": family.name, "dtype": dtype, "torch_dtype": dtype}
-    return kept | about | ids | family.write(model)
+    return kept | about | ids | ours
 
 
 def generation(about: Mapping[str, Any]) -> bytes:
@@ -232,25 +237,3 @@ def open_tokenizer(source: str, there: Path, name: str | None, model: ModelConfi
             "name another: --tokenizer gpt2, or a folder"
         )
     return coder
-
-
-def check_tokens(there: Path) -> None:
-    """Raise `ValueError` where a file of the model in `there` says of its special tokens what can't be."""
-    for path in (there / "config.json", there / "generation_config.json"):
-        ids = read_json(path).get("eos_token_id") if path.is_file() else None
-        if ids is not None and not (isinstance(ids, list) and ids and all(map(_is_id, ids))) and not _is_id(ids):
-            raise ValueError(f"{path} has eos_token_id={short(ids)}; expected an id, or a list of ids")
-    path = there / "tokenizer_config.json"
-    token = read_json(path).get("eos_token") if path.is_file() else None
-    if not isinstance(token.get("content") if isinstance(token, dict) else token or "", str):
-        raise ValueError(f"{path} has eos_token={short(token)}; expected a string")
-    path = there / "tokenizer.json"
-    added = read_json(path).get("added_tokens") if path.is_file() else None
-    if not isinstance(added, list | None):
-        raise ValueError(f"{path} has added_tokens={short(added)}; expected a list")
-    for each in added or []:
-        check_fields(each, {"content": str, "id": int}, f"{path}: added_tokens", advice="save the tokenizer again")
-
-
-def _is_id(value: Any) -> bool:
-    return type(value) is int and value >= 0

@@ -218,8 +218,12 @@ def biases(table: Mapping[str, tuple[bool, ...]], **absent: bool) -> Lens:
     return Lens(tuple(absent), read, write)
 
 
+PATTERN_DROPOUT = ("attention_dropout", "attn_pdrop")
+
+
 def pattern_dropout(name: str, absent: float = 0.0) -> Lens:
-    """The share of attention's pattern that training drops; null is none."""
+    """The share of attention's pattern that training drops, by one of the names above; null is none."""
+    assert name in PATTERN_DROPOUT
     return Lens(
         (name,),
         lambda config: {"attention.dropout": config.get(name, absent) or 0.0},

@@ -6,21 +6,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llm_jax.compat.config_json import short
+from llm_jax.compat.outside import read_json
 from llm_jax.data import tokenizer_json
 from llm_jax.data.imported import BYTE_LETTERS, ImportedTokenizer, files_in, named_token
 from llm_jax.data.tokenizer import END_OF_TEXT, BPETokenizer, ByteTokenizer, Tokenizer
-from llm_jax.files import read_json
 
+A, B = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
+PLAIN = {"type": "TemplateProcessing", "single": [A], "pair": [A, B], "special_tokens": {}}  # puts no token
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
 
 
 def files_of(tokenizer: Tokenizer, max_len: int, *, begins: bool = False) -> Mapping[str, bytes]:
     """Return tokenizer files by name: those that an imported one came with, or tokenizer.json and its config.
 
-    `begins` has one of ours put begin-of-text before a text, as documents began where the model was trained.
+    `begins` has the tokenizer put begin-of-text before a text, as documents began where the model was trained. Of an
+    imported one that does otherwise the files change in this alone.
     """
     if isinstance(tokenizer, ImportedTokenizer):
-        return tokenizer.files
+        changed = {} if begins == tokenizer.begins else _begun(tokenizer, begins=begins)
+        return {**tokenizer.files, **changed}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END_OF_TEXT,
@@ -28,7 +33,7 @@ def files_of(tokenizer: Tokenizer, max_len: int, *, begins: bool = False) -> Map
         "model_max_length": max_len,
         "clean_up_tokenization_spaces": False,
     }
-    return {"tokenizer.json": _json(describe(tokenizer, begins=begins)), "tokenizer_config.json": _json(config)}
+    return {"tokenizer.json": _json(description_of(tokenizer, begins=begins)), "tokenizer_config.json": _json(config)}
 
 
 def ends_of(there: Path) -> tuple[int, ...]:
@@ -37,23 +42,22 @@ def ends_of(there: Path) -> tuple[int, ...]:
     All that config.json and generation_config.json name, in this order; where they name none, the tokenizer's
     eos_token. Raises `ValueError` for what is no id.
     """
-    found: list[Any] = []
-    for name in ("config.json", "generation_config.json"):
-        if (there / name).is_file():
-            ids = read_json(there / name, advice="download it again").get("eos_token_id")
-            found += ids if isinstance(ids, list) else [] if ids is None else [ids]
-    for token in found:
-        if type(token) is not int or token < 0:
-            raise ValueError(f"{there} has eos_token_id={token!r}, which is no id; set it in config.json")
+    found: list[int] = []
+    for path in (there / "config.json", there / "generation_config.json"):
+        ids = read_json(path).get("eos_token_id") if path.is_file() else None
+        listed = ids if isinstance(ids, list) else [ids]
+        if ids is not None and not (listed and all(type(token) is int and token >= 0 for token in listed)):
+            raise ValueError(f"{path} has eos_token_id={short(ids)}; expected an id, or a list of ids")
+        found += [] if ids is None else listed
     if not found:
         files = files_in(there)
         described = tokenizer_json.read(str(there), files["tokenizer.json"], tokenizer_json.MOST_IDS)
-        named = named_token(files, described, "eos_token")
+        named = named_token(str(there), files, described, "eos_token")
         found = [] if named is None else [named]
     return tuple(dict.fromkeys(found))
 
 
-def describe(tokenizer: Tokenizer, *, begins: bool) -> dict[str, Any]:
+def description_of(tokenizer: Tokenizer, *, begins: bool) -> dict[str, Any]:
     """Return the tokenizer.json of one of ours: a byte-pair encoding, of bytes and characters one without merges.
 
     Characters that a `char` tokenizer does not know, for which it raises, theirs passes over.
@@ -80,7 +84,7 @@ def describe(tokenizer: Tokenizer, *, begins: bool) -> dict[str, Any]:
         "added_tokens": [_special(text, token) for text, token in sorted(specials.items(), key=lambda item: item[1])],
         "normalizer": None,
         "pre_tokenizer": pre,
-        "post_processor": _begin(tokenizer.begin_of_text) if begins else None,
+        "post_processor": _beginning_with(PLAIN, END_OF_TEXT, tokenizer.begin_of_text) if begins else None,
         "decoder": decoder,
         "model": {
             "type": "BPE",
@@ -119,15 +123,65 @@ def spell(entry: bytes) -> str:
     return "".join(BYTE_LETTERS[byte] for byte in entry)
 
 
-def _begin(token: int) -> dict[str, Any]:
-    """The post-processor that puts END_OF_TEXT, which is `token`, before a text."""
-    mark, text = {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
-    return {
-        "type": "TemplateProcessing",
-        "single": [mark, text],
-        "pair": [mark, text, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {END_OF_TEXT: {"id": END_OF_TEXT, "ids": [token], "tokens": [END_OF_TEXT]}},
+def _begun(coder: ImportedTokenizer, *, begins: bool) -> dict[str, bytes]:
+    """Return the files of `coder` that say what begins a text, saying that `begin_of_text` does, or nothing."""
+    found = tokenizer_json.parse("tokenizer.json", coder.files["tokenizer.json"])
+    steps = [step for step in tokenizer_json.processors_of(found) if step["type"] != "Sequence"]
+    template = _without(next(map(_template, filter(_puts_tokens, steps)), PLAIN), coder.begin_of_text)
+    if begins:
+        added = {token["id"]: token["content"] for token in found.get("added_tokens") or []}
+        entries = tokenizer_json.vocabulary_of(found, "tokenizer.json")
+        texts = {token: text for text, token in entries.items()} | added
+        template = _beginning_with(template, texts[coder.begin_of_text], coder.begin_of_text)
+    kept = [step for step in steps if step["type"] == "ByteLevel"]
+    kept += [_offsets(step) for step in steps if step["type"] == "RobertaProcessing"]
+    steps = [*kept, template]
+    found["post_processor"] = {"type": "Sequence", "processors": steps} if steps[1:] else template
+    files = {"tokenizer.json": _json(found)}
+    if (name := "tokenizer_config.json") in coder.files:
+        # transformers 4 builds the processor of a Llama anew, from this; 5 does not read it
+        files[name] = _json(tokenizer_json.parse(name, coder.files[name]) | {"add_bos_token": begins})
+    return files
+
+
+def _puts_tokens(step: Mapping[str, Any]) -> bool:
+    return step["type"] != "ByteLevel"  # which moves offsets alone
+
+
+def _offsets(step: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what Roberta's post-processor does beside putting tokens."""
+    return BYTE_LEVEL | {name: step[name] for name in ("add_prefix_space", "trim_offsets")}
+
+
+def _template(step: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a post-processor as a template; of one of another kind, what it puts after a text."""
+    if step["type"] == "TemplateProcessing":
+        return step
+    text, token = step["sep"]  # Bert's and Roberta's, which are built alike
+    mark, described = {"SpecialToken": {"id": text, "type_id": 0}}, {"id": text, "ids": [token], "tokens": [text]}
+    return PLAIN | {"single": [A, mark], "pair": [A, mark, B, mark], "special_tokens": {text: described}}
+
+
+def _without(template: Mapping[str, Any], token: int) -> dict[str, Any]:
+    """Return a template that puts no `token` before a text."""
+    marks = [name for name, each in template["special_tokens"].items() if each["ids"] == [token]]
+    pieces = {
+        name: [
+            piece
+            for piece, following in zip(template[name], [*template[name][1:], {}], strict=True)
+            if not (piece.get("SpecialToken", {}).get("id") in marks and "Sequence" in following)
+        ]
+        for name in ("single", "pair")
     }
+    return {**template, **pieces}
+
+
+def _beginning_with(template: Mapping[str, Any], text: str, token: int) -> dict[str, Any]:
+    """Return a template that also puts `text`, which is `token`, before a text."""
+    mark, known = {"SpecialToken": {"id": text, "type_id": 0}}, template["special_tokens"]
+    pieces = {name: [mark, *template[name]] for name in ("single", "pair")}
+    described = {text: {"id": text, "ids": [token], "tokens": [text]}}
+    return {**template, **pieces, "special_tokens": {**known, **described}}
 
 
 def _special(text: str, token: int) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class ImportedTokenizer(Tokenizer):
                 "change the post_processor in its tokenizer.json"
             )
         if begin_of_text is None:
-            begin_of_text = before[0] if before else named_token(files, found, "bos_token")
+            begin_of_text = before[0] if before else named_token(name, files, found, "bos_token")
         added = self._encoding.get_added_tokens_decoder()
         super().__init__(
             name,
@@ -140,15 +140,18 @@ def load_imported(folder: Path, name: str, description: Mapping[str, Any], ends:
     return ImportedTokenizer(name, files, end, ids, end_ids=ends, begin_of_text=begin)
 
 
-def named_token(files: Mapping[str, bytes], found: Mapping[str, Any], role: str) -> int | None:
+def named_token(name: str, files: Mapping[str, bytes], found: Mapping[str, Any], role: str) -> int | None:
     """Return the id of the token that the files name for `role`, as eos_token; None where they name none they have.
 
-    `found` is their tokenizer.json.
+    `found` is their tokenizer.json. Raises `ValueError` where they name what is no text.
     """
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = tokenizer_json.parse(name, files[name]).get(role) if name in files else None
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        where = f"the {file} of {name}"
+        token = tokenizer_json.parse(where, files[file]).get(role) if file in files else None
         text = token.get("content") if isinstance(token, dict) else token
-        if isinstance(text, str):
+        if token is not None and not isinstance(text, str):
+            raise ValueError(f"{where} has {role}={token!r:.100}, expected a string; {tokenizer_json.SAVE_AGAIN}")
+        if text is not None:
             added = {token["content"]: token["id"] for token in found.get("added_tokens") or []}
             return (tokenizer_json.vocabulary_of(found, "tokenizer.json") | added).get(text)
     return None

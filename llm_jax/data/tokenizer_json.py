@@ -23,7 +23,7 @@ def read(name: str, data: bytes, most: int) -> dict[str, Any]:
     """
     where = f"the tokenizer.json of {name}"
     found = parse(where, data, {"model": dict})
-    added = found.get("added_tokens") or []
+    added = [] if found.get("added_tokens") is None else found["added_tokens"]
     if not isinstance(added, list):
         raise ValueError(f"{where}: 'added_tokens' is no list; {SAVE_AGAIN}")
     for token in added:
@@ -38,7 +38,7 @@ def read(name: str, data: bytes, most: int) -> dict[str, Any]:
             "or a folder"
         )
     _check_merges(where, found["model"])
-    for processor in _processors(found.get("post_processor")):
+    for processor in processors_of(found):
         _check_template(where, processor)
     kept = [token for token in added if token["id"] < most]
     return found if kept == added else found | {"added_tokens": kept}
@@ -97,13 +97,15 @@ def _check_merges(where: str, model: Mapping[str, Any]) -> None:
             raise ValueError(f"{where}: {merge!r} in model.merges lacks the prefix {prefix!r}; {SAVE_AGAIN}")
 
 
-def _processors(found: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield a post-processor, and those that it is a sequence of."""
-    if isinstance(found, dict):
-        yield found
-        processors = found.get("processors")
-        for processor in processors if isinstance(processors, list) else []:
-            yield from _processors(processor)
+def processors_of(found: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the post-processors of a tokenizer.json in order, of a sequence those that it is one of."""
+    todo = [found.get("post_processor")]
+    while todo:
+        processor = todo.pop(0)
+        if isinstance(processor, dict):
+            inside = processor.get("processors")
+            todo[:0] = inside if isinstance(inside, list) else []
+            yield processor
 
 
 def _check_template(where: str, processor: Mapping[str, Any]) -> None:

@@ -13,14 +13,18 @@ def config_from(
 ) -> RunConfig:
     """Return the config of a run with the model, tokenizer and weights of the run in `folder`, all else of `recipe`.
 
-    How the model is trained, `model.dropout` and `model.remat`, is the recipe's too. `assignments` change fields, those
-    of the model as well. `report` gets a line for what of the recipe's own model gives way, and one for what the
-    assignments change in that of `folder`. Raises `ValueError` where they name other weights.
+    How the model is trained is the recipe's too: `model.dropout`, `model.attention.dropout` and `model.remat`.
+    `assignments` change fields, those of the model as well. `report` gets a line for what of the recipe's own model
+    gives way, and one for what the assignments change in that of `folder`. Raises `ValueError` where they name other
+    weights.
     """
     if given := [text for text in assignments if text.startswith("init_from=")]:
         raise ValueError(f"--from {folder} and {given[0]} both say where the weights come from; keep one of them")
     theirs = load_config(folder).model
-    model = dataclasses.replace(theirs, dropout=recipe.model.dropout, remat=recipe.model.remat)
+    drops = any(layer.has("pattern") for layer in theirs.period)
+    rate = recipe.model.attention.dropout if drops else 0.0
+    attention = dataclasses.replace(theirs.attention, dropout=rate)
+    model = dataclasses.replace(theirs, attention=attention, dropout=recipe.model.dropout, remat=recipe.model.remat)
     start = [f"init_from={folder}"]
     if not any(text.startswith("data.tokenizer=") for text in assignments):
         start.append(f"data.tokenizer={Path(folder) / 'tokenizer'}")
