@@ -58,9 +58,10 @@ def import_run(
     model = family.read(theirs, str(there / "config.json"))
     attention = dataclasses.replace(model.attention, dropout=0.0)  # how to train on is up to who does
     model = dataclasses.replace(model, attention=attention, dtype=compute_dtype(theirs))
-    data = DataConfig(
-        tokenizer=str(folder.absolute() / "tokenizer"), seq_len=min(model.max_seq_len, 1024), batch_size=1
-    )
+    # Where angles go by the length of a row, it is one of what the model was made for: documents may share it.
+    longest = model.rotary.original_len if model.rotary.scaling in ("dynamic", "longrope") else None
+    seq_len = min(model.max_seq_len, 1024, longest or 1024)
+    data = DataConfig(tokenizer=str(folder.absolute() / "tokenizer"), seq_len=seq_len, batch_size=1)
     config = RunConfig(model=model, data=data)
     run.check_free(folder, config)
     coder = open_tokenizer(source, there, tokenizer, model)

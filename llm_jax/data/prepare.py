@@ -27,6 +27,7 @@ from llm_jax.files import whole_folder, write_json
 
 SETTINGS = ("tokenizer", "separator", "column", "end_of_text", "heldout", "heldout_by", "special")
 SHARD_TOKENS = 1 << 25
+READER = 2  # how text is read; raised where the same files become other documents, so that all are prepared anew
 
 Report = Callable[[str], object]
 Cuts = dict[str, str | None]
@@ -122,10 +123,7 @@ def cached(config: DataConfig, cache_dir: str | Path, report: Report = _silent) 
                 "reads the old one; prepare it again for the new one"
             )
         return given
-    key = settings | {"format": FORMAT, "content": _content(config.uri)}
-    for name in ("column", "special"):  # so that shards from before there was a choice are found
-        if not key[name]:
-            del key[name]
+    key = settings | {"format": FORMAT, "reader": READER, "content": _content(config.uri)}
     if Path(config.tokenizer).is_dir():
         key["tokenizer"] = load(config.tokenizer).fingerprint
     folder = Path(cache_dir) / _digest(key)
@@ -165,7 +163,8 @@ def cached_sources(config: DataConfig, cache_dir: str | Path, report: Report = _
 def _shared_tokenizer(spec: str, cuts: Mapping[str, Cuts], cache_dir: Path, report: Report) -> Path:
     """The folder of the tokenizer that `spec` makes of all sources, the keys of `cuts`, trained if not there."""
     contents = {uri: _content(uri) for uri in cuts}
-    key = {"tokenizer": spec, "format": FORMAT, "sources": [(contents[uri], cuts[uri]) for uri in cuts]}
+    read = [(contents[uri], cuts[uri]) for uri in cuts]
+    key = {"tokenizer": spec, "format": FORMAT, "reader": READER, "sources": read}
     folder = cache_dir / f"tokenizer-{_digest(key)}"
     if folder.exists():
         return folder
