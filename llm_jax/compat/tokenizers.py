@@ -42,7 +42,7 @@ def ends_of(there: Path) -> tuple[int, ...]:
     All that config.json and generation_config.json name, in this order; where they name none, the tokenizer's
     eos_token. Raises `ValueError` for what is no id.
     """
-    found: list[int] = []
+    found: list[Any] = []
     for path in (there / "config.json", there / "generation_config.json"):
         ids = read_json(path).get("eos_token_id") if path.is_file() else None
         listed = ids if isinstance(ids, list) else [ids]
