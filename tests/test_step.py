@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 from typing import Any
 
 import jax
@@ -187,6 +188,29 @@ def test_an_update_that_is_not_finite_changes_no_bit_and_is_counted():
         same = fingerprint((after.params, after.opt_state)) == fingerprint((before.params, before.opt_state))
         assert same == bool(skipped)
         assert int(after.step) == int(before.step) + 1
+
+
+def test_the_iteration_of_muon_runs_once_a_step_and_is_guarded():
+    """The loss has no matrix product, so that all there are in the program are of the update."""
+    rule = make_optimizer(dataclasses.replace(CONFIG, name="muon", clip=None))
+    params = {"layers": {"attention": {"w_q": jnp.arange(8.0).reshape(1, 4, 1, 1, 2)}}}
+
+    def loss_fn(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return sum(jnp.sin(x).sum() for x in jax.tree.leaves(params)), {}
+
+    def products(function: Any, *given: Any) -> int:
+        return len(re.findall(r" dot\(", jax.jit(function).lower(*given).compile().as_text()))
+
+    step = make_train_step(make_gradient(loss_fn), rule, SCHEDULE, hold=True)
+    alone = products(rule.update, params, rule.init(params), params)
+    assert alone > 0
+    assert products(step, state(params, rule), BATCH) == alone
+    for size, skipped in ((1.0, 0), (1e30, 1)):  # the norm of such parameters is not finite
+        before = state(optax.tree.scale(size, params), rule)
+        after, metrics = jax.jit(step)(before, BATCH)
+        assert int(metrics["skipped"]) == skipped
+        same = fingerprint((after.params, after.opt_state)) == fingerprint((before.params, before.opt_state))
+        assert same == bool(skipped)
 
 
 @pytest.mark.slow

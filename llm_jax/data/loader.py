@@ -85,10 +85,6 @@ class Loader:
         """How many epochs of each source lie before `step`."""
         return [seen / source.n_rows for seen, source in zip(self._seen(step), self._sources, strict=True)]
 
-    def epoch(self, step: int) -> float:
-        """How many epochs lie before `step`; of several sources, of the one that was seen most often."""
-        return max(self.epochs(step))
-
     def position(self, step: int) -> str:
         """Where in its data a run is at `step`, in words: its epoch, or that of each source."""
         if len(self._sources) == 1:
