@@ -21,7 +21,7 @@ from llm_jax.train.checkpoint import Checkpoints, Progress
 from llm_jax.train.loop import open_data
 from llm_jax.train.program import Program
 from llm_jax.train.run import RunConfig
-from llm_jax.train.step import LossConfig, TrainState
+from llm_jax.train.step import LossConfig, Scored, TrainState
 
 DATA = MeshConfig(data=8)
 FSDP = MeshConfig(data=1, fsdp=8)
@@ -277,3 +277,12 @@ def test_a_step_lowered_for_devices_that_are_given_lies_on_these(config: RunConf
         'sdy.mesh @mesh = <["pipeline"=1, "data"=1, "fsdp"=4, "expert"=1, "context"=1, "tensor"=2]'
         in program.lowered().as_text()
     )
+
+
+def test_a_batch_that_is_scored_is_checked_once(config: RunConfig, batches, monkeypatch):
+    checked: list[int] = []
+    monkeypatch.setattr("llm_jax.train.program.check_batch", lambda batch, model, rows, seq_len: checked.append(rows))
+    program = Program.on_one_device(config)
+    monkeypatch.setattr(Program, "_score", lambda *_: Scored(np.zeros((1, 1), np.float32), np.zeros((1, 1), bool)))
+    program.score({}, batches[0])
+    assert checked == [config.data.batch_size]

@@ -18,7 +18,6 @@ from llm_jax.data.loader import Batch
 from llm_jax.model.transformer import Transformer
 from llm_jax.ops.experts import Experts
 from llm_jax.ops.loss import IGNORE
-from llm_jax.train.balance import rebalance
 from llm_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from llm_jax.train.step import LossConfig, TrainState, cast, init_state, make_gradient, make_loss, make_train_step
 from llm_jax.tree import fingerprint, leaves
@@ -211,29 +210,6 @@ def test_the_iteration_of_muon_runs_once_a_step_and_is_guarded():
         assert int(metrics["skipped"]) == skipped
         same = fingerprint((after.params, after.opt_state)) == fingerprint((before.params, before.opt_state))
         assert same == bool(skipped)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("z_loss", "batch"),
-    [(0.0, BATCH), (0.1, BATCH.replace(targets=TOKENS))],
-    ids=["rows with few targets", "with a z-loss"],
-)
-def test_microbatches_of_a_mixture_of_experts_give_the_step_of_the_full_batch(z_loss: float, batch: Any):
-    """But for the balance loss, which is of the load of one microbatch; a z-loss, where all have as many targets."""
-    experts = Experts(number=4, d_ff=8, shared=1, balance="bias", router_z_loss=z_loss)
-    config = tiny(layers=("global+moe",), experts=experts)
-    loss_fn = make_loss(Transformer(config), LossConfig())
-    found = []
-    for accumulate in (1, 4):
-        gradient, follow = make_gradient(loss_fn, accumulate), functools.partial(rebalance, config)
-        step = jax.jit(make_train_step(gradient, SGD, SCHEDULE, rebalance=follow))
-        found.append(step(state(weights(config), SGD), batch))
-    (whole, metrics), (parts, their_metrics) = found
-    for name in metrics.keys() - {"balance_loss", *(["router_z"] if not z_loss else [])}:
-        np.testing.assert_allclose(their_metrics[name], metrics[name], rtol=1e-5, err_msg=name)
-    for path, x in leaves(whole.params).items():
-        np.testing.assert_allclose(leaves(parts.params)[path], x, rtol=1e-5, atol=1e-6, err_msg=path)
 
 
 def test_noise_depends_on_seed_and_step_and_each_microbatch_has_its_own():

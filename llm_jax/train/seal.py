@@ -112,19 +112,17 @@ def _plain(config: Mapping[str, Any], cls: Any = RunConfig) -> dict[str, Any]:
     for field in dataclasses.fields(cls):
         inner = next(filter(dataclasses.is_dataclass, (hints[field.name], *get_args(hints[field.name]))), None)
         if field.name not in config:
-            missing = field.default is dataclasses.MISSING
-            made = field.default_factory is not dataclasses.MISSING
-            if made or not missing:
-                filled |= json.loads(
-                    json.dumps({field.name: _json(field.default_factory() if made else field.default)})
-                )
+            if field.default is not dataclasses.MISSING:
+                filled[field.name] = _json(field.default)
+            elif field.default_factory is not dataclasses.MISSING:
+                filled[field.name] = _json(field.default_factory())
         elif inner is not None and isinstance(config[field.name], Mapping):
             filled[field.name] = _plain(config[field.name], inner)
     return filled
 
 
 def _json(value: Any) -> Any:
-    return to_dict(value) if dataclasses.is_dataclass(value) else value
+    return json.loads(json.dumps(to_dict(value) if dataclasses.is_dataclass(value) else value))
 
 
 def _key(phrase: str) -> str:

@@ -212,8 +212,8 @@ def make_train_step(
         given = state.params, state.opt_state, gradients
         held = new(*given)[0] if hold else None
 
-        def square(*given: PyTree) -> Float[Array, ""]:
-            return optax.tree.norm(new(*given)[0] if held is None else held, squared=True)
+        def square(params: PyTree, opt_state: PyTree, gradients: PyTree) -> Float[Array, ""]:
+            return optax.tree.norm(new(params, opt_state, gradients)[0] if held is None else held, squared=True)
 
         finite &= jnp.isfinite(summed(square, *given))
 
