@@ -88,17 +88,24 @@ def test_steps_with_a_following_bias_even_out_the_load_without_a_gradient_on_it(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("balance", ["loss", "bias"])
-def test_experts_in_microbatches_add_up_to_the_step_of_the_whole_batch(balance: str):
-    """Rows of unequal length, as those of two sources are. The balance loss is of the load of each microbatch alone."""
-    config = mixture(balance=balance, bias_rate=0.5, router_z_loss=0.0)
-    long = jnp.array(np.arange(8) < 1 + 2 * np.arange(4)[:, None])
+@pytest.mark.parametrize(
+    ("balance", "z_loss"), [("loss", 0.0), ("bias", 0.0), ("bias", 0.1)], ids=["balance loss", "bias", "z-loss"]
+)
+def test_experts_in_microbatches_add_up_to_the_step_of_the_whole_batch(balance: str, z_loss: float):
+    """Rows of unequal length, as those of two sources are; with a z-loss all have as many targets.
+
+    The balance loss is of the load of each microbatch alone.
+    """
+    config = mixture(balance=balance, bias_rate=0.5, router_z_loss=z_loss, shared=1)
+    long = jnp.array(np.arange(8) < 1 + 2 * np.arange(4)[:, None]) | (z_loss > 0)
     batch = dataclasses.replace(BATCH, targets=jnp.where(long, BATCH.targets, IGNORE), segments=long.astype(jnp.int32))
     loss, params, key = make_loss(Transformer(config), LossConfig()), weights(config), jax.random.key(0)
     (whole, sums), gradient = jax.jit(make_gradient(loss))(params, batch, key)
     (total, added), parts = jax.jit(make_gradient(loss, accumulate=2))(params, batch, key)
     np.testing.assert_allclose(added["nll"], sums["nll"], rtol=1e-6)
     np.testing.assert_array_equal(added["expert_load"], sums["expert_load"])
+    if z_loss:
+        np.testing.assert_allclose([total, added["router_z"]], [whole, sums["router_z"]], rtol=1e-5)
     if balance == "bias":
         moved = [leaves(rebalance(config, params, s["expert_load"])) for s in (sums, added)]
         for other, same in ((parts, gradient), moved):

@@ -1,7 +1,9 @@
 """Checkpoints: what is restored is what was saved, or it is passed over by name."""
 
 import dataclasses
+import itertools
 import logging
+import os
 import resource
 import shutil
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from llm_jax import tree
 from llm_jax.sharding import MeshConfig, make_mesh
+from llm_jax.train import run as run_files
 from llm_jax.train.checkpoint import Checkpoints, NotFinite, Progress
 from llm_jax.train.checksum import checksums
 from llm_jax.train.step import TrainState
@@ -176,6 +179,33 @@ def test_the_last_and_the_best_stay_and_the_best_is_known_again_after_a_stop(tmp
     save(tmp_path, 5, 6, losses={6: 2.1})
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps() == [6, 5, 2]
+
+
+def test_a_folder_is_known_again_where_numbers_of_files_change_unless_held(tmp_path: Path, monkeypatch):
+    """As on some network and FUSE stores. One that was moved is not cleared, and that is said."""
+    ours, held = run_files.identity, []
+    real_open, real_close = os.open, os.close
+    monkeypatch.setattr(os, "open", lambda *given, **more: held.append(real_open(*given, **more)) or held[-1])
+    monkeypatch.setattr(
+        os, "close", lambda opened: (held.remove(opened) if opened in held else None, real_close(opened))
+    )
+    numbers = itertools.count()
+    monkeypatch.setattr(run_files, "identity", lambda folder: ours(folder) if held else (0, next(numbers)))
+    said: list[str] = []
+    with Checkpoints(tmp_path, keep=1, say=said.append) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(state_of(step), Progress(step=step))
+        checkpoints.wait()
+        assert checkpoints.steps() == [3]
+        checkpoints.save(state_of(4), Progress(step=4))
+        checkpoints._orbax.wait_until_finished()
+        shutil.copytree(tmp_path / "checkpoints", tmp_path / "other")
+        (tmp_path / "checkpoints").rename(tmp_path / "moved")
+        (tmp_path / "other").rename(tmp_path / "checkpoints")
+        checkpoints.wait()
+        assert checkpoints.steps() == [4, 3]
+    assert len(said) == 1
+    assert "is not where step 4 was saved: older checkpoints are not cleared" in said[0]
 
 
 @pytest.mark.parametrize("losses", [{1: float("nan"), 2: 5.0}, {1: 5.0, 2: float("nan")}], ids=str)

@@ -272,8 +272,8 @@ def test_a_horizon_beyond_the_allowed_epochs_is_refused_with_the_numbers(kind: s
     with pytest.raises(ValueError, match=r"fill no batch of .*; lower data.batch_size"):
         Loader(stores[kind], config(kind, epochs=1e-6)).check_horizon(1)
     Loader(stores[kind], config(kind)).check_horizon(10**9)
-    assert ours.epoch(0) == 0
-    assert ours.epoch(n_rows) == 4
+    assert ours.epochs(0) == [0]
+    assert ours.epochs(n_rows) == [4]
 
 
 @pytest.mark.parametrize("kind", KINDS)

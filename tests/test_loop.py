@@ -419,7 +419,7 @@ def test_a_disk_that_is_full_at_the_first_checkpoint_advises_to_start_again(conf
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Checkpoints, "save", save)
-    message = "No space left on device; there is no checkpoint yet; mend this, then start again"
+    message = "No space left on device; there is no checkpoint yet; fix this, then start again"
     with pytest.raises(ValueError, match=message):
         train(config, tmp_path / "run", console=say)
     assert not (tmp_path / "run").exists()

@@ -114,7 +114,7 @@ def test_the_mixture_is_the_same_however_many_processes_read_it(processes: int, 
         assert jax.tree.all(jax.tree.map(np.array_equal, joined, whole.batch(step)))
 
 
-def test_no_microbatch_is_left_with_one_source(folder: Path, opened):
+def test_microbatches_are_not_dealt_one_source_each(folder: Path, opened):
     """Two sources that take rows in turn, and microbatches that take every second row."""
     c = config(folder, batch_size=8)
     halves = Mixture(

@@ -11,6 +11,7 @@ import optax
 import pytest
 from grid import tiny as tiny_model
 from grid import weights
+from jax.sharding import NamedSharding, PartitionSpec
 from tiny_run import tiny
 
 from llm_jax import topologies, tree
@@ -22,11 +23,11 @@ from llm_jax.sharding import MeshConfig, make_mesh
 from llm_jax.show import describe
 from llm_jax.train.checkpoint import Checkpoints, Progress
 from llm_jax.train.loop import open_data
-from llm_jax.train.offload import HOST, advanced
+from llm_jax.train.offload import HOST, advanced, waiting
 from llm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from llm_jax.train.program import Program
 from llm_jax.train.run import RunConfig
-from llm_jax.train.step import TrainState
+from llm_jax.train.step import TrainState, make_train_step
 
 MESH = MeshConfig(data=1, fsdp=2)
 
@@ -116,19 +117,46 @@ def test_layers_one_after_the_other_are_updated_as_all_at_once(name: Any):
         updates, opt_state = optimizer.update(gradients, opt_state, params, norm=norm)
         return optax.apply_updates(params, updates), opt_state
 
-    def told(*given: Any) -> tuple[Any, Any, jax.Array]:
-        return *advance(*given), jnp.array(True)
-
     at_once = jax.jit(advance)
     expected = at_once(*at_once(params, optimizer.init(params), gradients), gradients)
     on_device = jax.tree.map(lambda x: x.sharding, expected)
     away = jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(HOST)), params["layers"])
     given = params | {"layers": away}, optimizer.init(params), gradients
-    step = jax.jit(lambda *given: advanced(told, *given)[:2], out_shardings=on_device)
+    step = jax.jit(lambda *given: advanced(advance, *given), out_shardings=on_device)
     found = step(*step(*given), gradients)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for path, x in tree.leaves(expected).items():
         np.testing.assert_allclose(tree.leaves(found)[path], x, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+def test_a_layer_whose_update_overflows_keeps_all_others_as_they_were():
+    """One of three layers that wait: neither those before it, nor the embedding, nor the count of updates moves."""
+    over = optax.stateless(lambda g, _: jax.tree.map(lambda x: jnp.where(abs(x) > 100, x * 1e38 * 1e38, x), g))
+    rule = optax.chain(optax.trace(0.9), optax.scale_by_schedule(lambda _: -1.0), over)
+    params = {"embedding": jnp.ones(2), "layers": {"w_x": jnp.ones((3, 2)), "scale": jnp.ones((3, 2))}}
+
+    def slopes(params: Any, batch: Batch, key: jax.Array) -> tuple[tuple[jax.Array, dict[str, jax.Array]], Any]:
+        found = jax.tree.map(jnp.ones_like, params)
+        found["layers"]["w_x"] = found["layers"]["w_x"].at[1].set(batch.tokens[0, 0].astype(jnp.float32))
+        return (jnp.float32(1), {}), found
+
+    ids = jnp.ones((1, 4), jnp.int32)
+    state = TrainState(jnp.int32(0), params, rule.init(params))
+    here = NamedSharding(make_mesh(MeshConfig(), jax.devices()[:1]), PartitionSpec())
+    layout = jax.tree.map(lambda _: here, state)
+    layout = layout.replace(params=waiting(layout.params), opt_state=waiting(layout.opt_state))
+    state = jax.device_put(state, layout)
+    step = jax.jit(make_train_step(slopes, rule, optax.constant_schedule(0.1)), out_shardings=(layout, None))
+    for number, skipped in ((1, 0), (1000, 1)):
+        after, metrics = step(state, Batch(ids * number, ids))
+        assert on_host(after) == on_host(state) == {"params/layers/w_x", "opt_state/0/trace/layers/w_x"}
+        assert int(metrics["skipped"]) == skipped
+        moved = {
+            path
+            for path, x in tree.leaves(after).items()
+            if (np.asarray(x) != np.asarray(tree.leaves(state)[path])).any()
+        }
+        assert moved == ({"step"} if skipped else set(tree.leaves(state)))
 
 
 @pytest.mark.parametrize(

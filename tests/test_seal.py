@@ -71,6 +71,39 @@ def test_a_config_key_that_is_younger_than_the_checkpoint_has_its_default():
     assert changes(there, here | {"config": changed(here["config"], "model.rotary.theta")}) != []
 
 
+def test_a_key_that_this_version_lacks_is_a_difference_with_a_name(run: Path):
+    here = seal(load_config(run), "a", None)
+    there = json.loads(json.dumps(here))
+    there["config"]["model"]["later"] = 3
+    assert changes(there, here) == ["model.later is 3 there, none here"]
+    with Checkpoints(run, read_only=True) as checkpoints:
+        record = checkpoints._record(3)
+        record["seal"]["config"]["model"]["later"] = 3
+        checkpoints._record = lambda _: record  # as the checkpoint of another version has it
+        with pytest.raises(ValueError, match=r"model.later is 3 there, none here; put back"):
+            checkpoints.restore_params(trained.Program.on(load_config(run)).abstract_state.params, quiet)
+        assert "stopped" not in record["progress"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dropout": 0.0}, ""),
+        ({"dropout": 0.1}, "other dropout noise"),
+        ({"dropout": 0.0, "experts": {"balance": "loss", "balance_weight": 0.1}}, "the experts' losses"),
+        ({"dropout": 0.0, "experts": {"balance": "bias", "balance_weight": 0.1}}, ""),
+    ],
+    ids=str,
+)
+def test_other_microbatches_are_more_than_last_bits_where_they_draw_or_balance(changes: dict[str, Any], said: str):
+    here = seal(tiny(Path("corpus")), "a", None)
+    here["config"]["model"] |= changes
+    (phrase,) = moves(here | {"config": here["config"] | {"accumulate": 1}}, here)
+    assert phrase.startswith("accumulate is 1 there, 2 here")
+    assert ("not in its last bits alone" in phrase) == bool(said)
+    assert said in phrase
+
+
 @pytest.fixture(scope="module")
 def finished(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "run"

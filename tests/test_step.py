@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 from typing import Any
 
 import jax
@@ -17,7 +18,6 @@ from llm_jax.data.loader import Batch
 from llm_jax.model.transformer import Transformer
 from llm_jax.ops.experts import Experts
 from llm_jax.ops.loss import IGNORE
-from llm_jax.train.balance import rebalance
 from llm_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from llm_jax.train.step import LossConfig, TrainState, cast, init_state, make_gradient, make_loss, make_train_step
 from llm_jax.tree import fingerprint, leaves
@@ -189,27 +189,27 @@ def test_an_update_that_is_not_finite_changes_no_bit_and_is_counted():
         assert int(after.step) == int(before.step) + 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("z_loss", "batch"),
-    [(0.0, BATCH), (0.1, BATCH.replace(targets=TOKENS))],
-    ids=["rows with few targets", "with a z-loss"],
-)
-def test_microbatches_of_a_mixture_of_experts_give_the_step_of_the_full_batch(z_loss: float, batch: Any):
-    """But for the balance loss, which is of the load of one microbatch; a z-loss, where all have as many targets."""
-    experts = Experts(number=4, d_ff=8, shared=1, balance="bias", router_z_loss=z_loss)
-    config = tiny(layers=("global+moe",), experts=experts)
-    loss_fn = make_loss(Transformer(config), LossConfig())
-    found = []
-    for accumulate in (1, 4):
-        gradient, follow = make_gradient(loss_fn, accumulate), functools.partial(rebalance, config)
-        step = jax.jit(make_train_step(gradient, SGD, SCHEDULE, rebalance=follow))
-        found.append(step(state(weights(config), SGD), batch))
-    (whole, metrics), (parts, their_metrics) = found
-    for name in metrics.keys() - {"balance_loss", *(["router_z"] if not z_loss else [])}:
-        np.testing.assert_allclose(their_metrics[name], metrics[name], rtol=1e-5, err_msg=name)
-    for path, x in leaves(whole.params).items():
-        np.testing.assert_allclose(leaves(parts.params)[path], x, rtol=1e-5, atol=1e-6, err_msg=path)
+def test_the_iteration_of_muon_runs_once_a_step_and_is_guarded():
+    """The loss has no matrix product, so that all there are in the program are of the update."""
+    rule = make_optimizer(dataclasses.replace(CONFIG, name="muon", clip=None))
+    params = {"layers": {"attention": {"w_q": jnp.arange(8.0).reshape(1, 4, 1, 1, 2)}}}
+
+    def loss_fn(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return sum(jnp.sin(x).sum() for x in jax.tree.leaves(params)), {}
+
+    def products(function: Any, *given: Any) -> int:
+        return len(re.findall(r" dot\(", jax.jit(function).lower(*given).compile().as_text()))
+
+    step = make_train_step(make_gradient(loss_fn), rule, SCHEDULE, hold=True)
+    alone = products(rule.update, params, rule.init(params), params)
+    assert alone > 0
+    assert products(step, state(params, rule), BATCH) == alone
+    for size, skipped in ((1.0, 0), (1e30, 1)):  # the norm of such parameters is not finite
+        before = state(optax.tree.scale(size, params), rule)
+        after, metrics = jax.jit(step)(before, BATCH)
+        assert int(metrics["skipped"]) == skipped
+        same = fingerprint((after.params, after.opt_state)) == fingerprint((before.params, before.opt_state))
+        assert same == bool(skipped)
 
 
 def test_noise_depends_on_seed_and_step_and_each_microbatch_has_its_own():

@@ -85,10 +85,6 @@ class Loader:
         """How many epochs of each source lie before `step`."""
         return [seen / source.n_rows for seen, source in zip(self._seen(step), self._sources, strict=True)]
 
-    def epoch(self, step: int) -> float:
-        """How many epochs lie before `step`; of several sources, of the one that was seen most often."""
-        return max(self.epochs(step))
-
     def position(self, step: int) -> str:
         """Where in its data a run is at `step`, in words: its epoch, or that of each source."""
         if len(self._sources) == 1:
@@ -164,8 +160,8 @@ class Loader:
     def _places(self, step: int) -> Sequence[int]:
         """Which of the rows dealt to `step` each row of its batch is.
 
-        Sources take rows in turn, and so do microbatches: in another order at every step, no microbatch or device is
-        left with one source.
+        Sources take rows in turn, and so do microbatches: in another order at every step, each microbatch and device
+        has its share of every source on average. One of few rows may have a single source.
         """
         size = self._config.batch_size
         if len(self._sources) == 1:

@@ -9,6 +9,7 @@ every leaf, and one of itself. It keeps the seal of the run too, against which t
 """
 
 import dataclasses
+import functools
 import gc
 import json
 import logging
@@ -20,9 +21,9 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,7 @@ FOLDER = "checkpoints"
 UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 Report = Callable[[str], object]
+Read = TypeVar("Read")
 
 
 class NotFinite(ValueError):
@@ -76,16 +78,25 @@ class Checkpoints:
     every state, and held against what was saved with those that are read; by default the files in `folder` say it.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 2, *, read_only: bool = False, seal: Seal | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        keep: int = 2,
+        *,
+        read_only: bool = False,
+        seal: Seal | None = None,
+        say: Report = print,
+    ) -> None:
         self.folder = (Path(folder) / FOLDER).absolute()
         if read_only and not self.folder.is_dir():
             raise ValueError(f"{folder} holds no checkpoints (there is no {self.folder}); name the folder of a run")
-        self._keep, self._read_only, self._seal = keep, read_only, seal
+        self._keep, self._read_only, self._seal, self._say = keep, read_only, seal, say
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._reader = _lone_reader()
         self._heldout_losses = {step: self._heldout_loss(step) for step in processes.from_first(self.steps)}
         self._saving: int | None = None
-        self._saved_in: tuple[int, int] | None = None
+        self._saved_in = ExitStack()  # keeps the folder open: some stores number anew what nobody holds
+        self._moved: Callable[[], str | None] = lambda: None
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -97,6 +108,7 @@ class Checkpoints:
             if error is None:  # else it came first, and says more
                 raise
         finally:
+            self._saved_in.close()
             self._orbax.close()
             self._reader.close()
 
@@ -129,10 +141,11 @@ class Checkpoints:
             raise NotFinite(f"{bad} is not finite after step {progress.step}, and such a state is not saved")
         self._check_room(items, progress.step)
         self.folder.mkdir(exist_ok=True)
-        self._saving, self._saved_in = progress.step, run.identity(self.folder)
+        self._saving, self._moved = progress.step, self._saved_in.enter_context(run.held(self.folder))
         sums = {path: int(number) for path, number in jax.device_get(checksums(items)).items()}
         leaves = {path: [*_form(leaf), sums[path]] for path, leaf in trees.leaves(items).items()}
-        record = {"progress": dataclasses.asdict(progress), "leaves": leaves}
+        done = {name: value for name, value in dataclasses.asdict(progress).items() if name != "stopped"}
+        record = {"progress": done, "leaves": leaves}
         record = _sealed(record if self._seal is None else record | {"seal": self._seal})
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         with self._named_errors(progress.step):
@@ -151,11 +164,15 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when the last save is whole and those it replaces are gone. Raises `OSError` if it failed."""
-        if self._saving is None:
+        if (step := self._saving) is None:
             return
-        self.finish()
-        if run.identity(self.folder) != self._saved_in:
-            return  # it was moved, and what stands here now is not ours to clear
+        with self._saved_in.pop_all():
+            self.finish()
+            moved = self._moved()
+        if moved is not None:  # what stands here now is not ours to clear
+            if processes.is_first():
+                self._say(f"{self.folder} is not where step {step} was saved: older checkpoints are not cleared")
+            return
         # By what every process remembers, not by what it sees of the folder while the first one clears it.
         for step in set(sorted(self._heldout_losses, reverse=True)[self._keep :]) - {self.best()}:
             del self._heldout_losses[step]
@@ -220,19 +237,14 @@ class Checkpoints:
         """
         here = seals.seal_of_folder(self.folder.parent) if self._seal is None else self._seal
         for step in steps:
-            record, found, damage = None, {}, None
-            try:
-                with _hushed():
-                    record = self._record(step)
-                    if self._refusal(step, record, here, abstract) is None:
-                        found = self._read(step, abstract)
-            except Exception as error:
-                if not _is_damage(error):
-                    raise
-                damage = _line(error)
+            record, damage = _attempt(functools.partial(self._record, step))
+            refusal = None if record is None else self._refusal(step, record, here, abstract)
+            found: dict[str, PyTree] | None = {}
+            if damage is None and refusal is None:
+                found, damage = _attempt(functools.partial(self._read, step, abstract))
             damage = next(filter(None, processes.from_all(damage)), None)
-            if damage is None and record is not None:
-                if refusal := self._refusal(step, record, here, abstract):
+            if damage is None and record is not None and found is not None:
+                if refusal is not None:
                     raise ValueError(refusal)
                 damage = _changed(found, record["leaves"])
                 if damage is None:
@@ -248,15 +260,12 @@ class Checkpoints:
         if here is not None and "seal" in record and (found := seals.changes(record["seal"], here)):
             return (
                 f"{self.folder.parent} is no longer what its checkpoint of step {step} was made with: "
-                f"{'; '.join(found[:3])}; put back what was there"
+                f"{'; '.join(found[:3])}; put back what was there, or use the llm_jax that wrote it"
             )
         if misfit := _misfit(record["leaves"], abstract):
             weights_fit = misfit.startswith("opt_state/")
-            way = (
-                f"start a new run with init_from={self.folder.parent}"
-                if weights_fit
-                else ("use the config that it was trained with")
-            )
+            new = f"start a new run with init_from={self.folder.parent}"
+            way = new if weights_fit else "use the config that it was trained with"
             return f"the checkpoint of step {step} in {self.folder} is of another model or optimizer: {misfit}; {way}"
         return None
 
@@ -272,13 +281,8 @@ class Checkpoints:
         return _unsealed(self._reader.restore(self.folder / str(step), args=arguments).record)
 
     def _heldout_loss(self, step: int) -> float:
-        try:
-            with _hushed():
-                return _or_infinite(self._record(step)["progress"]["heldout_loss"])
-        except Exception as error:
-            if not _is_damage(error):
-                raise
-            return math.inf  # never the best; whoever restores it says so
+        record, _ = _attempt(functools.partial(self._record, step))  # if damaged never the best; a restore says so
+        return math.inf if record is None else _or_infinite(record["progress"]["heldout_loss"])
 
     def _set_aside(self, step: int) -> Path:
         """Renames a damaged checkpoint, so that it neither takes a place among the kept nor blocks its step."""
@@ -372,6 +376,17 @@ def _hushed() -> Iterator[None]:
     finally:
         sys.unraisablehook, sys.excepthook = hooks
         logging.disable(level)
+
+
+def _attempt(read: Callable[[], Read]) -> tuple[Read | None, str | None]:
+    """Return what `read` gives, or else a line on how the bytes that it read are damaged."""
+    try:
+        with _hushed():
+            return read(), None
+    except Exception as error:
+        if not _is_damage(error):
+            raise
+        return None, _line(error)
 
 
 def _is_damage(error: Exception) -> bool:

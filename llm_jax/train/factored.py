@@ -68,14 +68,12 @@ def scale_by_factored_rms(decay: float = 0.8, floor: float = 1e-30, most: float 
     """
 
     def init(params: PyTree) -> FactoredState:
-        none = jnp.zeros(())
-
         def moments(path: str, w: Array) -> tuple[Array, Array, Array]:
             axes = factors(path, w.shape)
             if axes is None:
-                return none, none, jnp.zeros_like(w)
+                return jnp.zeros(()), jnp.zeros(()), jnp.zeros_like(w)
             row, column = (jnp.zeros(np.delete(w.shape, gone), w.dtype) for gone in reversed(axes))
-            return row, column, none
+            return row, column, jnp.zeros(())  # each its own buffer, so that the state can be donated
 
         return FactoredState(jnp.zeros((), jnp.int32), *_apart(trees.map_with_path(moments, params), params, 3))
 

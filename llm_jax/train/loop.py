@@ -199,7 +199,7 @@ class Session:
             prompt_ids(config.model, shards.tokenizer, asked, config.data.end_of_text, config.data.special)
         except ValueError as error:
             raise ValueError(f"prompts={config.prompts}: {error}; or set prompts= for no samples") from error
-        checkpoints = Checkpoints(folder, config.keep, seal=seal_of(config, shards))
+        checkpoints = Checkpoints(folder, config.keep, seal=seal_of(config, shards), say=on(console))
         return cls(config, folder, console, shards, program, loader, checkpoints)
 
     def say(self, line: str) -> None:
@@ -271,7 +271,7 @@ class Session:
             except OSError as error:
                 self._check_moved(moved)
                 way = f"go on with: llm-jax resume {self.folder}" if self.checkpoints.steps() else "start again"
-                raise ValueError(f"{error}; {self._newest_checkpoint()}; mend this, then {way}") from error
+                raise ValueError(f"{error}; {self._newest_checkpoint()}; fix this, then {way}") from error
             finally:
                 if moved() is None:
                     self._report()
@@ -343,7 +343,7 @@ class Session:
         return evaluate(functools.partial(self.program.score, state.params), batches, store, self.config.data.task)
 
     def samples(self, state: TrainState, tokens: int = 80) -> list[dict[str, str]]:
-        """What the model writes behind each of the config's prompts; of several processes the first one lets it."""
+        """Generate a continuation of each of the config's prompts. Only the first process does; the others get `[]`."""
         c, params = self.config, processes.gathered(cast(state.params, self.config.model.dtype))
         if not processes.is_first():
             return []

@@ -12,14 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from llm_jax import tree as trees
 
 HOST = "pinned_host"
 STACK = "layers"  # in a tree of parameters, those with a leading N
-# (params, opt_state, gradients) -> (params, opt_state, whether they are new), of all parameters or of some.
-Advance = Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree, Bool[Array, ""]]]
+# (params, opt_state, gradients) -> (params, opt_state), of all parameters or of some.
+Advance = Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
 
 
 def waiting(layout: PyTree) -> PyTree:
@@ -68,26 +68,46 @@ def brought(params: PyTree, form: Callable[[PyTree], PyTree]) -> PyTree:
     return form(params | {STACK: {}}) | layers
 
 
-def advanced(
-    advance: Advance, params: PyTree, opt_state: PyTree, gradients: PyTree
-) -> tuple[PyTree, PyTree, Bool[Array, ""]]:
-    """`advance(params, opt_state, gradients)`; where some wait on the host, of one layer after another.
+def summed(
+    square: Callable[[PyTree, PyTree, PyTree], Float[Array, ""]], params: PyTree, opt_state: PyTree, gradients: PyTree
+) -> Float[Array, ""]:
+    """Compute `square(params, opt_state, gradients)`, a sum over parameters.
 
-    For an update rule that treats every layer by itself. The last result is whether all that was given is new.
+    Where some wait on the host, add it up one layer after another, and bring nothing back.
     """
-    if not any(map(waits, jax.tree.leaves((params, opt_state)))):
-        return advance(params, opt_state, gradients)
     given = params, opt_state, gradients
-    *rest, good = advance(*_in_each(lambda tree: tree | {STACK: {}}, given))
-    *stacks, slopes = _in_each(lambda tree: {STACK: tree[STACK]}, given)
+    if not any(map(waits, jax.tree.leaves(given))):
+        return square(*given)
+    rest, stacks = _split(given)
 
-    def one(i: Int[Array, ""], carry: tuple[tuple[PyTree, PyTree], Array]) -> tuple[tuple[PyTree, PyTree], Array]:
-        stacks, good = carry
-        *new, fine = advance(*_in_each(lambda tree: fetched(tree, i), (*stacks, slopes)))
-        return _in_each(lambda tree, layer: returned(tree, layer, i), stacks, tuple(new)), good & fine
+    def one(i: Int[Array, ""], total: Float[Array, ""]) -> Float[Array, ""]:
+        return total + square(*_in_each(lambda tree: fetched(tree, i), stacks))
 
-    layers, good = jax.lax.fori_loop(0, _height(params[STACK]), one, (tuple(stacks), good))
-    return *_in_each(operator.or_, tuple(rest), layers), good
+    return jax.lax.fori_loop(0, _height(params[STACK]), one, square(*rest))
+
+
+def advanced(advance: Advance, params: PyTree, opt_state: PyTree, gradients: PyTree) -> tuple[PyTree, PyTree]:
+    """Compute `advance(params, opt_state, gradients)`; where some wait on the host, one layer after another.
+
+    For an update rule that treats every layer by itself.
+    """
+    given = params, opt_state, gradients
+    if not any(map(waits, jax.tree.leaves(given))):
+        return advance(*given)
+    rest, (*stacks, slopes) = _split(given)
+
+    def one(i: Int[Array, ""], stacks: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+        new = advance(*_in_each(lambda tree: fetched(tree, i), (*stacks, slopes)))
+        return _in_each(lambda tree, layer: returned(tree, layer, i), stacks, new)
+
+    layers = jax.lax.fori_loop(0, _height(params[STACK]), one, tuple(stacks))
+    return _in_each(operator.or_, advance(*rest), layers)
+
+
+def _split(given: tuple[PyTree, ...]) -> tuple[tuple[PyTree, ...], tuple[PyTree, ...]]:
+    """`given` without the stacked layers, and with them alone."""
+    rest = _in_each(lambda tree: tree | {STACK: {}}, given)
+    return rest, _in_each(lambda tree: {STACK: tree[STACK]}, given)
 
 
 def _height(stack: PyTree) -> int:

@@ -149,7 +149,7 @@ class Program:
         """How well every target of `batch`, all rows of it, is predicted; arrays of NumPy, the same in each process."""
         with jax.set_mesh(self.mesh):
             self._check(batch, self.config.data.batch_size)
-            given = self.put(self.share(dataclasses.replace(batch, documents=None)))
+            given = self._spread(self.share(dataclasses.replace(batch, documents=None)))
             found = jax.device_get(self._score(params, given))
         if self.order is None:
             return found
@@ -173,6 +173,9 @@ class Program:
     def put(self, batch: Batch) -> Batch:
         """`batch`, the `rows` of this process, as global arrays on the mesh, the tokens of each row in `order`."""
         self._check(batch, len(self.rows))
+        return self._spread(batch)
+
+    def _spread(self, batch: Batch) -> Batch:
         batch = batch if self.order is None else ordered(batch, self.order)
         rows, layout = range(self.config.data.batch_size), batch_sharding(self.mesh)
 
@@ -215,6 +218,8 @@ class Program:
             make_schedule(c.optimizer, c.steps),
             seed=c.seed,
             rebalance=functools.partial(rebalance, c.model) if follow else None,
+            # Its iteration is expensive, and it has one moment less. With `offload` there is no room to hold.
+            hold=c.optimizer.name == "muon" and c.offload == "none",
         )
         replicated = NamedSharding(self.mesh, PartitionSpec())
         chex.clear_trace_counter()  # it counts by name, and every program of this process has a step of that name

@@ -247,7 +247,8 @@ def identity(folder: Path) -> tuple[int, int] | None:
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[Callable[[], str | None]]:
     """Within it, the function that it gives says where `folder` was moved to; None while it is where it was."""
-    ours, opened = identity(folder), os.open(folder, os.O_RDONLY)
+    opened = os.open(folder, os.O_RDONLY)  # first: some stores number anew what nobody holds
+    ours = identity(folder)
 
     def moved() -> str | None:
         if identity(folder) == ours:

@@ -4,12 +4,13 @@ The weights are checked bit by bit; but the same weights under another `rotary.t
 the record of a checkpoint holds the values, not a hash of them: a difference has a name.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
-from llm_jax.config import from_dict, to_dict
+from llm_jax.config import to_dict
 from llm_jax.data.mixture import Mixture
 from llm_jax.data.shards import Shards
 from llm_jax.files import read_json
@@ -83,15 +84,45 @@ def changes(there: Seal, here: Seal) -> list[str]:
 
 
 def moves(there: Seal, here: Seal) -> list[str]:
-    """In what a run is laid out or computed otherwise than before, which changes its last bits alone."""
+    """In what a run is laid out or computed otherwise than before.
+
+    It changes the last bits alone, except for `accumulate` where a microbatch has noise or a loss of its own: the
+    phrase says so.
+    """
     before, now = (_plain(found["config"]) for found in (there, here))
     layout = [phrase for phrase in run.differences(before, now) if _key(phrase).startswith(LAYOUT)]
+    own = _of_a_microbatch(now["model"])
+    layout = [phrase + own * (_key(phrase) == "accumulate=") for phrase in layout]
     return layout + run.differences(there["machine"], here["machine"])
 
 
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with the defaults of keys that are younger than it."""
-    return to_dict(from_dict(RunConfig, config))
+def _of_a_microbatch(model: Mapping[str, Any]) -> str:
+    """What is another number, beyond the last bits, in other microbatches; empty where nothing is."""
+    experts, found = model["experts"] or {}, []
+    if model["dropout"] or model["attention"]["dropout"]:
+        found.append("other dropout noise")
+    if (experts.get("balance") == "loss" and experts["balance_weight"]) or experts.get("router_z_loss"):
+        found.append("the experts' losses over other microbatches")
+    return f" (not in its last bits alone: {' and '.join(found)})" if found else ""
+
+
+def _plain(config: Mapping[str, Any], cls: Any = RunConfig) -> dict[str, Any]:
+    """Fill in the defaults of keys that are newer than `config`. Keys and values that `cls` lacks stay as they are."""
+    filled, hints = dict(config), get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        inner = next(filter(dataclasses.is_dataclass, (hints[field.name], *get_args(hints[field.name]))), None)
+        if field.name not in config:
+            if field.default is not dataclasses.MISSING:
+                filled[field.name] = _json(field.default)
+            elif field.default_factory is not dataclasses.MISSING:
+                filled[field.name] = _json(field.default_factory())
+        elif inner is not None and isinstance(config[field.name], Mapping):
+            filled[field.name] = _plain(config[field.name], inner)
+    return filled
+
+
+def _json(value: Any) -> Any:
+    return json.loads(json.dumps(to_dict(value) if dataclasses.is_dataclass(value) else value))
 
 
 def _key(phrase: str) -> str:

@@ -22,7 +22,7 @@ from llm_jax.model.feedforward import Utilisation
 from llm_jax.model.transformer import Transformer, forward, head_table
 from llm_jax.ops.loss import IGNORE, chunked_cross_entropy, cross_entropy, likeliest
 from llm_jax.train.balance import LOAD, expert_sums, utilisation
-from llm_jax.train.offload import advanced, brought
+from llm_jax.train.offload import advanced, brought, summed
 
 Metrics = dict[str, jax.Array]
 # (params, batch, key) -> (sum of the loss over counted tokens, {name: sum over counted tokens}).
@@ -180,13 +180,16 @@ def make_train_step(
     *,
     seed: int = 0,
     rebalance: Callable[[PyTree, Float[Array, "N E"]], PyTree] | None = None,
+    hold: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """One optimizer step over a batch. `gradient` is what `make_gradient` gives, or a program has instead.
 
     A loss or gradient that is not finite, or an update after which the norm of the parameters would not be, changes
     neither parameters nor optimizer state; the step still counts, so that data and learning rate move on, and
-    `metrics["skipped"]` is 1. Of layers that wait on the host each is updated, or left as it was, by itself.
-    `rebalance` changes the new parameters by the load of the experts.
+    `metrics["skipped"]` is 1. `rebalance` changes the new parameters by the load of the experts.
+
+    Whether they are finite is known only after the last of them. Until then none of the new parameters are held, and
+    the update is computed a second time; with `hold` they are held, for an update rule that costs more than memory.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
@@ -202,18 +205,27 @@ def make_train_step(
         rate = schedule(state.step)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
-        def advance(params: PyTree, opt_state: PyTree, gradients: PyTree) -> tuple[PyTree, PyTree, Bool[Array, ""]]:
-            def new(params: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree]:
-                updates, opt_state = optimizer.update(mean(gradients), opt_state, params, norm=norm)
-                return optax.apply_updates(params, optax.tree.scale(rate, updates)), opt_state
+        def new(params: PyTree, opt_state: PyTree, gradients: PyTree) -> tuple[PyTree, PyTree]:
+            updates, opt_state = optimizer.update(mean(gradients), opt_state, params, norm=norm)
+            return optax.apply_updates(params, optax.tree.scale(rate, updates)), opt_state
 
-            good = finite & jnp.isfinite(optax.tree.norm(new(params, opt_state)[0]))
+        given = state.params, state.opt_state, gradients
+        held = new(*given)[0] if hold else None
+
+        def square(params: PyTree, opt_state: PyTree, gradients: PyTree) -> Float[Array, ""]:
+            return optax.tree.norm(new(params, opt_state, gradients)[0] if held is None else held, squared=True)
+
+        finite &= jnp.isfinite(summed(square, *given))
+
+        def advance(params: PyTree, opt_state: PyTree, gradients: PyTree) -> tuple[PyTree, PyTree]:
             # Computed again where it is kept: else every new parameter would wait in memory for the norm of the last.
             old = jax.lax.optimization_barrier((params, opt_state))
+            fresh, moments = new(*old, gradients)
+            fresh = fresh if held is None else held
             # A choice of numbers, not of a branch: that would want float32 gradients whole in memory, before it.
-            return *jax.tree.map(functools.partial(jnp.where, good), new(*old), old), good
+            return jax.tree.map(functools.partial(jnp.where, finite), (fresh, moments), old)
 
-        params, opt_state, finite = advanced(advance, state.params, state.opt_state, gradients)
+        params, opt_state = advanced(advance, *given)
         if rebalance is not None and load is not None:
             params = rebalance(params, jnp.where(finite, load, 0))  # an even load moves nothing
         metrics = {"loss": loss, **sums, "grad_norm": norm, "learning_rate": rate}
