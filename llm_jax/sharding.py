@@ -197,7 +197,8 @@ def letters_of(path: str, shape: tuple[int, ...]) -> str:
     pair = trees.first_match((*TABLES, *MATRICES), path) if letters else None
     for folder, gone in (("v_row", 1), ("v_col", 0)) if pair is not None else ():
         if re.search(rf"(^|/){folder}/", path):
-            letters = "".join(letter for letter in letters if letter not in pair[gone])
+            mean = pair[gone] if pair is not None else ""
+            letters = "".join(letter for letter in letters if letter not in mean)
     return letters[1:] if letters.startswith("N") and len(letters) == len(shape) + 1 else letters
 
 

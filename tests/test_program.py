@@ -279,13 +279,13 @@ def test_a_step_lowered_for_devices_that_are_given_lies_on_these(config: RunConf
     )
 
 
-<<<<<<< HEAD
 def test_dropout_of_the_pattern_that_nobody_can_do_is_refused_before_the_first_step(tmp_path: Path):
     config = tiny(tmp_path)
     for words in (["model.attention.implementation=flash"], ["mesh.context=2"]):
         with pytest.raises(ValueError, match=r"model\.attention\.dropout=0\.1"):
             Program.on(override(config, [*words, "model.attention.dropout=0.1"]))
-=======
+
+
 def test_a_batch_that_is_scored_is_checked_once(config: RunConfig, batches, monkeypatch):
     checked: list[int] = []
     monkeypatch.setattr("llm_jax.train.program.check_batch", lambda batch, model, rows, seq_len: checked.append(rows))
@@ -293,4 +293,3 @@ def test_a_batch_that_is_scored_is_checked_once(config: RunConfig, batches, monk
     monkeypatch.setattr(Program, "_score", lambda *_: Scored(np.zeros((1, 1), np.float32), np.zeros((1, 1), bool)))
     program.score({}, batches[0])
     assert checked == [config.data.batch_size]
->>>>>>> f1
