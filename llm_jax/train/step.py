@@ -220,7 +220,7 @@ def make_train_step(
         def advance(params: PyTree, opt_state: PyTree, gradients: PyTree) -> tuple[PyTree, PyTree]:
             # Computed again where it is kept: else every new parameter would wait in memory for the norm of the last.
             old = jax.lax.optimization_barrier((params, opt_state))
-            fresh, moments = new(*old, gradients)
+            fresh, moments = new(old[0], old[1], gradients)
             fresh = fresh if held is None else held
             # A choice of numbers, not of a branch: that would want float32 gradients whole in memory, before it.
             return jax.tree.map(functools.partial(jnp.where, finite), (fresh, moments), old)
