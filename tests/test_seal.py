@@ -71,7 +71,7 @@ def test_a_config_key_that_is_younger_than_the_checkpoint_has_its_default():
     assert changes(there, here | {"config": changed(here["config"], "model.rotary.theta")}) != []
 
 
-def test_a_key_that_this_version_lacks_is_a_difference_with_a_name(run: Path):
+def test_a_key_that_this_version_lacks_is_a_difference_with_a_name(run: Path, monkeypatch):
     here = seal(load_config(run), "a", None)
     there = json.loads(json.dumps(here))
     there["config"]["model"]["later"] = 3
@@ -79,7 +79,7 @@ def test_a_key_that_this_version_lacks_is_a_difference_with_a_name(run: Path):
     with Checkpoints(run, read_only=True) as checkpoints:
         record = checkpoints._record(3)
         record["seal"]["config"]["model"]["later"] = 3
-        checkpoints._record = lambda _: record  # as the checkpoint of another version has it
+        monkeypatch.setattr(checkpoints, "_record", lambda _: record)  # as the checkpoint of another version has it
         with pytest.raises(ValueError, match=r"model.later is 3 there, none here; put back"):
             checkpoints.restore_params(trained.Program.on(load_config(run)).abstract_state.params, quiet)
         assert "stopped" not in record["progress"]
