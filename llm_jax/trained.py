@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from llm_jax.data.config import DataConfig
+from llm_jax.data.config import DataConfig, parse_uri
 from llm_jax.data.loader import IGNORE, Batch, heldout_rows
 from llm_jax.data.mixture import Mixture
 from llm_jax.data.prepare import cuts_of
@@ -88,13 +88,26 @@ def evaluate(
 
 
 def open_text(uri: str, folder: Path, config: RunConfig, report: Report, column: str | None = None) -> Shards | Mixture:
-    """The text at `uri` in the tokens of the run in `folder`. Raises `ValueError` for shards that have others."""
+    """The text at `uri` in the tokens of the run in `folder`. Raises `ValueError` for shards that have others.
+
+    Of several sources those that are prepared are taken as they are, and the others have nothing held out: all of both
+    is text to score. `column` is that of the sources that have rows.
+    """
+    sources = parse_uri(uri)
+    if is_prepared(uri) or len(sources) == 1:
+        return _open_one(uri, folder, config, report, column)
+    rows = dataclasses.replace(config, data=dataclasses.replace(config.data, column=column or config.data.column))
+    return Mixture(sources, [_open_one(source.uri, folder, rows, report) for source in sources])
+
+
+def _open_one(uri: str, folder: Path, config: RunConfig, report: Report, column: str | None = None) -> Shards:
     if not is_prepared(uri):
         data = dataclasses.replace(config.data, uri=uri, tokenizer=str(folder / "tokenizer"), heldout=0.0)
-        if len(data.sources) == 1:
-            data = dataclasses.replace(data, **cuts_of(data, uri))
+        data = dataclasses.replace(data, **cuts_of(data, uri))
         data = dataclasses.replace(data, column=column or data.column)
-        return open_data(dataclasses.replace(config, data=data), report)
+        found = open_data(dataclasses.replace(config, data=data), report)
+        assert isinstance(found, Shards)
+        return found
     shards, ours = open_shards(uri), run.load_tokenizer(folder)
     if shards.tokenizer.fingerprint != ours.fingerprint:
         raise ValueError(

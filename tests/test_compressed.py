@@ -61,8 +61,21 @@ def test_a_byte_that_differs_is_named(suffix: str, compress: Compress, tmp_path:
             read(path)
 
 
+@pytest.mark.parametrize(("suffix", "compress"), [CODECS[0], CODECS[2]], ids=[".gz", ".xz"])
+def test_zeros_that_a_format_allows_between_and_after_streams_are_skipped(
+    suffix: str, compress: Compress, tmp_path: Path
+):
+    path = tmp_path / f"a.txt{suffix}"
+    for size in (4, 5000):  # more than is read at once
+        path.write_bytes(compress(b"abc") + bytes(size) + compress(b"de") + bytes(size))
+        assert read(path) == "abcde"
+        path.write_bytes(compress(b"abc") + bytes(size) + b"something else")
+        with pytest.raises(ValueError, match=r"is (damaged|cut short): .*again"):
+            read(path)
+
+
 @codecs
-@pytest.mark.parametrize("more", [b"\0" * 64, b"something else", b"\x1f\x8b"], ids=["zeros", "text", "gzip"])
+@pytest.mark.parametrize("more", [bytes(64) + b"!", b"something else", b"\x1f\x8b"], ids=["zeros", "text", "gzip"])
 def test_what_follows_the_last_stream_is_named(suffix: str, compress: Compress, more: bytes, tmp_path: Path):
     path = tmp_path / f"a.txt{suffix}"
     path.write_bytes(compress(b"abc") + more)

@@ -114,14 +114,16 @@ def test_the_mixture_is_the_same_however_many_processes_read_it(processes: int, 
         assert jax.tree.all(jax.tree.map(np.array_equal, joined, whole.batch(step)))
 
 
-def test_microbatches_are_not_dealt_one_source_each(folder: Path, opened):
-    """Two sources that take rows in turn, and microbatches that take every second row."""
+def test_on_average_each_row_of_a_batch_is_of_each_source_by_its_share(folder: Path, opened):
+    """So is each microbatch and device, though two sources take rows in turn, and two microbatches as well."""
     c = config(folder, batch_size=8)
     halves = Mixture(
         [dataclasses.replace(source, share=Fraction(1, 2)) for source in c.sources[:2]], opened["documents"].shards[:2]
     )
     loader = Loader(halves.split("train"), c)
-    assert any(len(set(sources_of(loader.batch(step))[::2])) == 2 for step in range(4))
+    first = np.array([sources_of(loader.batch(step)) for step in range(400)]) == 0
+    assert (np.abs(first.mean(0) - 0.5) < 0.1).all()  # four standard deviations
+    assert (first.sum(1) == 4).all()
 
 
 def test_another_seed_is_another_order_of_the_same_counts(folder: Path, opened):
@@ -133,16 +135,16 @@ def test_another_seed_is_another_order_of_the_same_counts(folder: Path, opened):
 
 
 @pytest.mark.parametrize("kind", ["documents", "windows", "stream"])
-def test_shares_are_those_of_the_tokens_that_were_read(kind: str, folder: Path, opened):
+def test_token_shares_are_those_of_the_tokens_that_were_read(kind: str, folder: Path, opened):
     loader = Loader(opened[kind].split("train"), of_kind(folder, kind))
     counts = np.zeros(3)
     for step in range(2 * loader.steps_per_epoch):
-        assert list(loader.shares(step).values()) == pytest.approx((counts / max(counts.sum(), 1)).tolist())
+        assert list(loader.token_shares(step).values()) == pytest.approx((counts / max(counts.sum(), 1)).tolist())
         batch = loader.batch(step)
         read = np.full(batch.tokens.shape, True) if batch.segments is None else batch.segments != 0
         np.add.at(counts, sources_of(batch), read.sum(1))
-    assert list(loader.shares(0)) == ["a.jsonl", "b.jsonl", "c.jsonl"]
-    assert Loader(opened[kind].shards[0].split("train"), of_kind(folder, kind)).shares(7) == {}
+    assert list(loader.token_shares(0)) == ["a.jsonl", "b.jsonl", "c.jsonl"]
+    assert Loader(opened[kind].shards[0].split("train"), of_kind(folder, kind)).token_shares(7) == {}
 
 
 def test_a_source_seen_more_often_than_epochs_allow_is_named(folder: Path, opened):

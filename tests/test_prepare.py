@@ -1,5 +1,6 @@
 """Text that changes: before, while and after it is prepared."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from llm_jax.data import prepare as writing
 from llm_jax.data.config import DataConfig
 from llm_jax.data.prepare import cached, cached_sources, prepare
 from llm_jax.data.shards import open_shards
+from llm_jax.data.sources import fingerprint
 
 TEXT = "".join(f"line {number}\n\n" for number in range(60))
 
@@ -39,6 +41,44 @@ def test_text_that_changed_since_it_was_cached_is_prepared_again(corpus: Path, t
     assert cached(config(corpus), tmp_path / "cache") != first
     (corpus / "3.txt").write_text("text number 3")
     assert cached(config(corpus), tmp_path / "cache") == first
+
+
+def test_what_an_older_reader_prepared_is_not_taken_from_the_cache(tmp_path: Path, monkeypatch):
+    cache, rows = tmp_path / "cache", tmp_path / "a.jsonl"
+    rows.write_text("".join(json.dumps({"id": f"id {n}", "text": f"text {n}"}) + "\n" for n in range(20)))
+    wrong = config(rows, column="id")
+    key = {name: getattr(wrong, name) for name in writing.SETTINGS if name not in ("column", "special")}
+    old = cache / writing._digest(key | {"format": 1, "content": fingerprint(str(rows))})
+    prepare(str(rows), old, tokenizer="byte", heldout=0.2, column="id")
+    store = open_shards(cached(config(rows), cache)).split("train")
+    assert store.tokenizer.decode(store.read(0, store.n_tokens)).startswith("text ")
+
+    (tmp_path / "b.txt").write_text(TEXT)
+    mixture = config(f"{rows}:1,{tmp_path}/b.txt:1", tokenizer="char", separator="\n\n")
+    before = {*cached_sources(mixture, cache), *cache.glob("tokenizer-*")}
+    monkeypatch.setattr(writing, "READER", writing.READER + 1)
+    after = {*cached_sources(mixture, cache), *cache.glob("tokenizer-*")} - before
+    assert (len(before), len(after)) == (3, 3)
+
+
+def test_rows_that_an_older_reader_prepared_are_read_and_named(tmp_path: Path):
+    (tmp_path / "text").mkdir()
+    for name in ("a.jsonl", "b.csv", "text/c.txt", "text/d.json"):
+        rows = [json.dumps({"text": f"text {n}"}) for n in range(20)]
+        (tmp_path / name).write_text("\n".join(["text", *map(str, range(20))] if name == "b.csv" else rows))
+    for source, told in (("a.jsonl", True), ("b.csv", True), ("text/c.txt", False), ("text/d.json", True)):
+        out, lines = tmp_path / f"{Path(source).stem}-out", []
+        heldout: Any = {"heldout": 0.0}
+        prepare(f"{tmp_path}/{source}", out, tokenizer="byte", **heldout)
+        of_shards = config(out, **heldout)
+        assert cached(of_shards, tmp_path / "cache", lines.append) == out
+        assert lines == []
+        meta = json.loads((out / "meta.json").read_text())
+        del meta["column"], meta["content"]
+        (out / "meta.json").write_text(json.dumps(meta))
+        assert cached(of_shards, tmp_path / "cache", lines.append) == out
+        assert [line.partition(" was ")[0] for line in lines] == [str(out)] * told
+        assert all(f"an older reader, which may have read other text of the rows of {tmp_path}" in s for s in lines)
 
 
 def test_shards_whose_text_has_changed_say_so_and_are_read_as_they_are(corpus: Path, tmp_path: Path):

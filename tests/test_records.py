@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,24 @@ def test_no_object_is_read_without_an_end(monkeypatch, tmp_path: Path):
     (tmp_path / "a.json").write_text('{"data": [' + "1, " * 1_000_000)
     with pytest.raises(ValueError, match=r"line 1: no object ends within 1,000 characters; write one a line, found"):
         texts(tmp_path)
+
+
+def test_a_missing_brace_is_named_by_its_line_however_much_follows(monkeypatch, tmp_path: Path):
+    monkeypatch.setattr("llm_jax.data.rows.ROW_CHARS", 1000)
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"\n' + '{"text": "c"}\n' * 1000)
+    with pytest.raises(
+        ValueError, match=r"a.jsonl, line 2: not JSON \(Expecting ',' delimiter, line 3\), found '.*\"b\""
+    ):
+        texts(tmp_path)
+
+
+def test_a_row_cut_anywhere_by_blocks_is_no_fault():
+    row = '{"a":"\\ud83d\\ude00\\u00e9\\\\","n":[-Infinity,NaN,-1.5e-30,true,false,null,{}],"text":"x"}'
+    for text in (row, re.sub(r"([{},:\[\]])", " " * 40 + r"\1" + "\n" * 40, row)):
+        for size in (1, 2, 7):
+            blocks = (text[i : i + size] for i in range(0, len(text), size))
+            ((_, found),) = json_rows("a.json", blocks)
+            assert (found["a"], found["text"]) == ("\U0001f600\u00e9\\", "x")
 
 
 def test_numbers_of_any_length_stand_beside_text(tmp_path: Path):

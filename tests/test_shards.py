@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 from llm_jax.data import prepare as writing
-from llm_jax.data import shards, sources, tokenizer
+from llm_jax.data import shards, tokenizer
 from llm_jax.data.config import DataConfig, check_heldout
 from llm_jax.data.prepare import cached, prepare
 from llm_jax.data.shards import open_shards
@@ -154,16 +153,7 @@ def test_special_tokens_in_text_are_read_where_asked_and_else_said(tokenizer: st
         assert store.tokenizer.decode(store.read(0, int(store.offsets[1]) - 1)) == texts[0]
 
 
-def test_what_was_cached_before_text_was_read_by_column_is_prepared_anew(corpus: str, tmp_path: Path):
-    config = DataConfig(uri=corpus, tokenizer="byte", heldout=0.2)
-    names = ("tokenizer", "separator", "end_of_text", "heldout", "heldout_by")
-    key = {name: getattr(config, name) for name in names} | {"format": 1, "content": sources.fingerprint(corpus)}
-    old = tmp_path / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    prepare(corpus, old, tokenizer="byte", heldout=0.2)
-    assert cached(config, tmp_path) != old
-
-
-def test_shards_from_before_there_were_special_tokens_are_read(corpus: str, tmp_path: Path):
+def test_shards_with_and_without_special_tokens_are_apart(corpus: str, tmp_path: Path):
     config = DataConfig(uri=corpus, tokenizer="byte", heldout=0.2)
     folder = cached(config, tmp_path)
     assert folder != cached(dataclasses.replace(config, special=True), tmp_path)

@@ -57,6 +57,21 @@ def test_a_mixture_is_scored_by_source_and_other_mixtures_too(config: RunConfig,
     assert result.bytes == sum(path.stat().st_size for other in others for path in other.iterdir())
 
 
+def test_a_mixture_of_prepared_and_other_text_is_scored_whole(finished: Path, tmp_path: Path):
+    prepared, text = (write_corpus(tmp_path / name, documents=n, seed=n) for name, n in (("x", 20), ("y", 9)))
+    prepare(str(prepared), tmp_path / "out", tokenizer="byte", heldout=0.05, heldout_by="tail")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"story": "abc"}))
+    uri = f"{tmp_path}/out:1,{text}:2,{tmp_path}/rows.jsonl:1"
+    config = run.load_config(finished)
+    found = trained.open_text(uri, finished, config, lambda line: None, "story")
+    whole, _ = trained.all_text(found, config.data)
+    assert [part.documents.stop - part.documents.start for part in whole.parts] == [20, 9, 1]
+    assert [float(part.share) for part in whole.parts] == [0.25, 0.5, 0.25]
+    prepare(str(prepared), tmp_path / "other", tokenizer="char", heldout=0.05, heldout_by="tail")
+    with pytest.raises(ValueError, match=r"other is in the tokens of char, but .* knows those of byte"):
+        trained.open_text(uri.replace("/out:", "/other:"), finished, config, lambda line: None, "story")
+
+
 def test_any_text_is_scored_in_the_tokens_of_the_run(finished: Path, tmp_path: Path):
     corpus = write_corpus(tmp_path / "corpus", documents=7, seed=1)
     result, step = trained.evaluate(finished, str(corpus), "last", report=lambda line: None)

@@ -1,7 +1,7 @@
 """The bytes and the text of a file, whatever compresses it: .gz .bz2 .xz .zst.
 
-A file counts as whole where its last stream ends with it. What is cut short, damaged or followed by something else is a
-`ValueError` that names the file, for every compression alike.
+A file counts as whole where its last stream ends with it, or with zeros after it where the format allows them. What is
+cut short, damaged or followed by something else is a `ValueError` that names the file, for every compression alike.
 """
 
 import bz2
@@ -17,6 +17,7 @@ from typing import IO, Any
 from llm_jax.data.addresses import File, one_line, reading
 
 BLOCK = 1 << 20  # bytes
+PADDED = (".gz", ".xz")  # zeros may follow their streams, to fill a block (gzip's manual; the .xz format, 2.2)
 CHUNK = 1 << 12  # compressed bytes; zstd makes up to 128 MiB of them, the others less
 ZSTD_WINDOW = 1 << 31  # bytes, what `zstd --ultra --long=31` asks for
 
@@ -90,11 +91,13 @@ def _pieces(file: File) -> Iterator[bytes]:
 
 def _decompressed(file: File, make: Callable[[], Any]) -> Iterator[bytes]:
     """The content of all the streams in `file`; tools such as pigz and `cat` put one after the other."""
-    stream = _new(file, make)
+    stream, padded = _new(file, make), file.compression in PADDED
     for piece in _pieces(file):
         for start in range(0, len(piece), CHUNK):
             given = piece[start : start + CHUNK]
             while given:
+                if stream.eof and not (given := given.lstrip(b"\0") if padded else given):
+                    break
                 stream = _new(file, make) if stream.eof else stream
                 try:
                     made = stream.decompress(given)

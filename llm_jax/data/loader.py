@@ -104,7 +104,7 @@ class Loader:
             for share, source, epochs in found
         ]
 
-    def shares(self, step: int) -> dict[str, float]:
+    def token_shares(self, step: int) -> dict[str, float]:
         """Of the tokens before `step` the share of each source, by name; empty where there is only one."""
         if len(self._sources) == 1:
             return {}
@@ -160,8 +160,9 @@ class Loader:
     def _places(self, step: int) -> Sequence[int]:
         """Which of the rows dealt to `step` each row of its batch is.
 
-        Sources take rows in turn, and so do microbatches: in another order at every step, each microbatch and device
-        has its share of every source on average. One of few rows may have a single source.
+        Sources take rows in turn, and so do microbatches. In an order drawn at every step, each row of the batch is of
+        each source as often as its share says: so is, on average, each microbatch and what each device has, though in
+        a single step a small one may have rows of few sources.
         """
         size = self._config.batch_size
         if len(self._sources) == 1:

@@ -20,14 +20,14 @@ from llm_jax.data import sources
 from llm_jax.data.config import DataConfig, check_heldout, parse_uri
 from llm_jax.data.generated import GENERATED
 from llm_jax.data.pool import encode_all, watched
-from llm_jax.data.shards import FORMAT, SPLITS, Manifest, Split, is_prepared, read_manifest, sha256_of
+from llm_jax.data.shards import FORMAT, SPLITS, Manifest, Split, is_prepared, names_a_column, read_manifest, sha256_of
 from llm_jax.data.sources import Document
 from llm_jax.data.tokenizer import Tokenizer, build, load
 from llm_jax.files import whole_folder, write_json
 
 SETTINGS = ("tokenizer", "separator", "column", "end_of_text", "heldout", "heldout_by", "special")
 SHARD_TOKENS = 1 << 25
-READER = 2  # how text is read; raised where the same files become other documents, so that all are prepared anew
+READER = 2  # how text is read; raise it when the documents of a source change
 
 Report = Callable[[str], object]
 Cuts = dict[str, str | None]
@@ -108,9 +108,9 @@ def prepare(
 def cached(config: DataConfig, cache_dir: str | Path, report: Report = _silent) -> Path:
     """The folder of the shards that `config`, of one source, asks for, prepared into `cache_dir` if not there.
 
-    The folder's name is a digest of content and settings: text that changed is prepared again. A `uri` that is itself a
-    folder of shards is the answer, whatever became of its text, which is reported; raises `ValueError` if it was
-    prepared with other settings.
+    The folder's name is a digest of content, settings and reader: text that changed, or would be read otherwise today,
+    is prepared again. A `uri` that is itself a folder of shards is the answer, whatever became of its text or its
+    reader, which is reported; raises `ValueError` if it was prepared with other settings.
     """
     settings: dict[str, Any] = {name: getattr(config, name) for name in SETTINGS}
     given = Path(config.uri)
@@ -121,6 +121,11 @@ def cached(config: DataConfig, cache_dir: str | Path, report: Report = _silent) 
             report(
                 f"{given} is what {manifest.source} was when it was prepared, and that text has changed since: the run "
                 "reads the old one; prepare it again for the new one"
+            )
+        if not names_a_column(given) and sources.names_rows(manifest.source):
+            report(
+                f"{given} was prepared by an older reader, which may have read other text of the rows of "
+                f"{manifest.source}; if it holds rows, prepare it again"
             )
         return given
     key = settings | {"format": FORMAT, "reader": READER, "content": _content(config.uri)}
@@ -163,8 +168,12 @@ def cached_sources(config: DataConfig, cache_dir: str | Path, report: Report = _
 def _shared_tokenizer(spec: str, cuts: Mapping[str, Cuts], cache_dir: Path, report: Report) -> Path:
     """The folder of the tokenizer that `spec` makes of all sources, the keys of `cuts`, trained if not there."""
     contents = {uri: _content(uri) for uri in cuts}
-    read = [(contents[uri], cuts[uri]) for uri in cuts]
-    key = {"tokenizer": spec, "format": FORMAT, "reader": READER, "sources": read}
+    key = {
+        "tokenizer": spec,
+        "format": FORMAT,
+        "reader": READER,
+        "sources": [(contents[uri], cuts[uri]) for uri in cuts],
+    }
     folder = cache_dir / f"tokenizer-{_digest(key)}"
     if folder.exists():
         return folder

@@ -16,6 +16,7 @@ from typing import Any
 from llm_jax.data.addresses import brief
 
 ROW_CHARS = 1 << 26  # a longer row is no row but a file of another shape, and memory ends somewhere
+TOKEN_CHARS = 16  # more than any name or escape has in JSON, such as -Infinity
 BLANKS = re.compile(r"[ \t\n\r]*")
 # No number is ever text, so their values don't matter: float takes integers of any length.
 DECODER = json.JSONDecoder(parse_int=float)
@@ -80,6 +81,9 @@ class _JsonText:
             except RecursionError:
                 raise self.error("nested too deeply") from None
             except json.JSONDecodeError as error:  # of what is not all there yet, or of what is no JSON
+                if not _may_be_cut(error):
+                    line = self.line + self._text.count("\n", self._at, error.pos)
+                    raise self.error(f"not JSON ({error.msg}, line {line})") from None
                 if len(self._text) - self._at > ROW_CHARS:
                     raise self.error(f"no object ends within {ROW_CHARS:,} characters; write one a line") from None
                 if not self._read_on():
@@ -109,6 +113,11 @@ class _JsonText:
                 break
         self._text, self._at = "".join([rest, *read]), 0
         return bool(read)
+
+
+def _may_be_cut(error: json.JSONDecodeError) -> bool:
+    """Whether the fault may be only that its text ends there: inside of a string, or of any other token."""
+    return error.msg.startswith("Unterminated string") or error.pos > len(error.doc) - TOKEN_CHARS
 
 
 def csv_rows(name: str, blocks: Iterator[str]) -> Iterator[Row]:

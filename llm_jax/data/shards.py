@@ -190,6 +190,11 @@ def is_prepared(uri: str) -> bool:
     return (Path(uri) / "meta.json").is_file()
 
 
+def names_a_column(folder: Path) -> bool:
+    """Whether the manifest in `folder` says which column was read, be it none; those of version 0.1.0 don't."""
+    return "column" in read_json(folder / "meta.json", advice=ADVICE)
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest in `folder`. Raises `ValueError`, one line, where there is none, or one of another shape."""
     path = folder / "meta.json"

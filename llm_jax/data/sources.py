@@ -18,13 +18,13 @@ from dataclasses import dataclass
 
 from fsspec.implementations.local import LocalFileSystem
 
-from llm_jax.data.addresses import BUILTIN, File, brief, files_at, reading
+from llm_jax.data.addresses import BUILTIN, RECORDS, TABLES, File, brief, files_at, reading, suffix_of
 from llm_jax.data.compressed import read_text
 from llm_jax.data.generated import GENERATED
 from llm_jax.data.records import Tally, text_column, texts
 from llm_jax.data.tokenizer import END_OF_TEXT
 
-__all__ = ["BUILTIN", "Document", "documents", "fingerprint", "holds_records", "last_written"]
+__all__ = ["BUILTIN", "Document", "documents", "fingerprint", "holds_records", "last_written", "names_rows"]
 
 # What tells that a file at an address is another: not all stores put it into their key.
 CHANGES = ("size", "ETag", "Content-MD5", "Digest", "Last-Modified")
@@ -109,6 +109,16 @@ def last_written(uri: str) -> float:
 def holds_records(uri: str) -> bool:
     """Whether `uri` names records, such as JSON lines, which no separator cuts."""
     return uri in GENERATED or any(file.holds_records for file in files_at(uri))
+
+
+def names_rows(uri: str) -> bool:
+    """Whether `uri` names rows of a file format, by its name or by what is on this machine; no store is asked."""
+    if suffix_of(uri) in (*RECORDS, *TABLES):
+        return True
+    try:
+        return "://" not in uri and uri not in GENERATED and holds_records(uri)
+    except (ValueError, OSError):
+        return False
 
 
 def _tally(uri: str, files: Sequence[File], column: str | None, report: Callable[[str], object]) -> Tally:

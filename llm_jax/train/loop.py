@@ -267,7 +267,7 @@ class Session:
         )
         with run.held(self.folder) as moved:
             try:
-                return self._steps(state, Meter(c, rows, progress, self.loader.shares), rows, moved)
+                return self._steps(state, Meter(c, rows, progress, self.loader.token_shares), rows, moved)
             except OSError as error:
                 self._check_moved(moved)
                 way = f"go on with: llm-jax resume {self.folder}" if self.checkpoints.steps() else "start again"

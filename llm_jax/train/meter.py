@@ -22,8 +22,8 @@ WINDOW = 10  # steps over which speed is measured: a CPU that runs a step while 
 class Meter:
     """Reads metrics one step late: the device never waits for a number that is only printed.
 
-    `step` counts the steps dispatched, `progress` what is known of those that are done. `shares` gives, of all tokens
-    before a step, the share of each source of a mixture; a row has them as `share/NAME`.
+    `step` counts the steps dispatched, `progress` what is known of those that are done. `token_shares` gives, of all
+    tokens before a step, the share of each source of a mixture; a row has them as `share/NAME`.
     """
 
     def __init__(
@@ -31,10 +31,10 @@ class Meter:
         config: RunConfig,
         rows: MetricsLog,
         progress: Progress,
-        shares: Callable[[int], dict[str, float]] = lambda step: {},
+        token_shares: Callable[[int], dict[str, float]] = lambda step: {},
     ) -> None:
         self.step, self.progress = progress.step, progress
-        self._rows, self._shares = rows, shares
+        self._rows, self._token_shares = rows, token_shares
         self._flops, self._peak = flops_per_token(config.model, config.data.seq_len), peak_flops()
         self._pending: Metrics | None = None
         self._clock = deque[tuple[float, int]](maxlen=WINDOW + 1)  # when steps ended, and tokens until then
@@ -59,7 +59,7 @@ class Meter:
             skipped_in_a_row=skipped * (self.progress.skipped_in_a_row + 1),
         )
         self._clock.append((time.perf_counter(), self.progress.tokens))
-        row |= {f"share/{name}": share for name, share in self._shares(self.step).items()}
+        row |= {f"share/{name}": share for name, share in self._token_shares(self.step).items()}
         return row | {"tokens": self.progress.tokens, "skipped": self.progress.skipped} | self._speed()
 
     def write(self, row: Row) -> None:
