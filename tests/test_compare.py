@@ -187,15 +187,19 @@ def test_jax_and_pytorch_train_alike(tmp_path: Path):
 def test_ctrl_c_leaves_no_process_behind(tmp_path: Path):
     pytest.importorskip("torch")
     process = start(tmp_path, "--no-compile", "--steps", "100000", steps=100000)
-    assert process.stderr is not None
-    assert any("PyTorch: compiles" in line for line in process.stderr)
-    os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert (process.returncode, err.strip().splitlines()[-1]) == (130, "llm-jax: error: interrupted")
-    deadline = time.monotonic() + 10  # what has ended is still there until the system has noticed
-    while there(process.pid) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not there(process.pid)
+    try:
+        assert process.stderr is not None
+        assert any("PyTorch: compiles" in line for line in process.stderr)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert (process.returncode, err.strip().splitlines()[-1]) == (130, "llm-jax: error: interrupted")
+        deadline = time.monotonic() + 10  # what has ended is still there until the system has noticed
+        while there(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not there(process.pid)
+    finally:
+        if there(process.pid):  # a test that fails leaves nothing running either
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def there(group: int) -> bool:

@@ -12,6 +12,7 @@ is a walk by path, and gradients compare leaf by leaf. Dropout is left out: no t
 import dataclasses
 import math
 
+import jax
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, PyTree
@@ -178,11 +179,12 @@ def parameters(twin: Twin) -> dict[str, nn.Parameter]:
 
 def load(twin: Twin, params: PyTree) -> None:
     """Puts our parameters, as `init` makes them, into the twin. Raises `ValueError` for a leaf without its like."""
-    ours, theirs = leaves(unstack(twin.config, params)), parameters(twin)
+    # Of arrays in NumPy, whose slices are views: JAX would compile one program a shape.
+    ours, theirs = leaves(unstack(twin.config, jax.tree.map(np.asarray, params))), parameters(twin)
     here, there = ({path: tuple(leaf.shape) for path, leaf in side.items()} for side in (ours, theirs))
     if apart := sorted({path for path, _ in here.items() ^ there.items()}):
         told = "; ".join(f"{path} is {here.get(path)} here, {there.get(path)} in the twin" for path in apart)
         raise ValueError(f"{told}; build the twin from the config of these parameters")
     with torch.no_grad():
         for path, parameter in theirs.items():
-            parameter.copy_(torch.tensor(np.asarray(ours[path])))
+            parameter.copy_(torch.tensor(ours[path]))
