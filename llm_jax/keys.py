@@ -104,9 +104,9 @@ def _keys(cls: Any, where: str) -> Iterator[Key]:
         name, kind = where + field.name, hints[field.name]
         default = field.default_factory() if callable(field.default_factory) else field.default
         group = _group(kind)
-        meaning, choices = said.get(field.name, ""), get_args(kind) if get_origin(kind) is Literal else ()
-        if not all(re.search(rf"\b{choice}\b", meaning) for choice in choices):
-            meaning += f" One of {', '.join(choices)}."
+        meaning, few = said.get(field.name, ""), choices(kind)
+        if not all(re.search(rf"\b{choice}\b", meaning) for choice in few):
+            meaning += f" One of {', '.join(few)}."
         yield Key(name, kind, default, meaning, group)
         if group is not None:
             yield from _keys(group, f"{name}.")
@@ -114,17 +114,25 @@ def _keys(cls: Any, where: str) -> Iterator[Key]:
 
 def _group(kind: Any) -> Any:
     """The dataclass in an annotation; None where there is none."""
-    kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+    return next((kind for kind in _kinds(kind) if dataclasses.is_dataclass(kind)), None)
+
+
+def choices(kind: Any) -> tuple[Any, ...]:
+    """The few values that an annotation lists, None apart; empty where it lists none."""
+    return tuple(choice for each in _kinds(kind) if get_origin(each) is Literal for choice in get_args(each))
+
+
+def _kinds(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
 def meanings(cls: Any) -> dict[str, str]:
-    """What the docstring of `cls` says of each field, in one line; fields that are explained together share it."""
+    """What the docstring of `cls` says of each field, in one line."""
     _, _, listed = inspect.cleandoc(cls.__doc__ or "").partition("\nAttributes:\n")
     found = {}
     for entry in re.split(r"^ {2}(?=\w)", listed, flags=re.MULTILINE)[1:]:
-        names, _, meaning = entry.partition(":")
-        found |= dict.fromkeys(names.split(", "), " ".join(meaning.split()))
+        name, _, meaning = entry.partition(":")
+        found[name] = " ".join(meaning.split())
     return found
 
 

@@ -58,10 +58,12 @@ class RunConfig:
         optimizer, or the whole state, weights too.
       steps: optimizer steps, each over `data.batch_size` rows.
       accumulate: microbatches a step; each device holds the activations of one.
-      evaluate_every, evaluate_batches: when to score held-out text, and how many batches of it.
+      evaluate_every: steps between evaluations on held-out text.
+      evaluate_batches: how many batches of held-out text an evaluation scores.
       checkpoint_every: steps between checkpoints.
       keep: how many of the last checkpoints stay, beside the best by held-out loss.
-      sample_every, prompts: when to let the model write, and from what; an empty prompt starts a document.
+      sample_every: steps between samples, a text from each of `prompts`.
+      prompts: what samples begin with; an empty prompt starts a document.
       patience: steps in a row with a loss, gradient or update that is not finite, before the run stops.
       seed: of initial weights and dropout; `data.seed` is that of the order of rows.
       init_from: a run folder whose weights, and nothing else, this run starts from.
