@@ -63,7 +63,8 @@ def override(config: Config, assignments: Sequence[str], **fields: Any) -> Confi
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
-            raise ValueError(f"expected key=value, got {_short(assignment)}; for example model.n_layers=8")
+            example = "model.n_layers=8, without blanks"
+            raise ValueError(f"expected key=value, got {_short(assignment)}; for example {example}")
         *groups, leaf = key.split(".")
         below_a_value = any(key.startswith(f"{name}.") for name, at in known.items() if at.group is None)
         if key not in known and not below_a_value:

@@ -9,7 +9,7 @@ import functools
 import inspect
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 REQUIRED = dataclasses.MISSING  # the default of a key that has none
@@ -69,6 +69,40 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "mesh.expert": ("ep", "expert_parallel"),
     "mesh.fsdp": ("zero", "zero3", "shard", "sharding"),
     "loss.label_smoothing": ("smoothing",),
+}
+# The same of the options of a verb; RUN is the word that follows it.
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "RUN": ("run", "model", "model_path", "model_name_or_path", "ckpt_dir", "run_dir"),
+    "--run": ("out_dir", "output_dir", "run_dir", "run_name", "save_dir", "logdir"),
+    "--from": ("finetune", "pretrained", "from_pretrained"),
+    "--out": ("output", "output_dir", "out_dir", "save_dir"),
+    "--data": ("dataset", "text", "input", "file", "data_path", "eval_data"),
+    "--column": ("text_column", "text_field", "text_key", "field"),
+    "--checkpoint": ("ckpt", "step", "revision"),
+    "--tokenizer": ("tok", "tokeniser", "tokenizer_name", "tokenizer_path", "encoding"),
+    "--vocab": ("vocab_size", "vocabulary_size"),
+    "--heldout": ("val", "val_split", "validation_split", "test_size"),
+    "--prompt": ("text", "input", "start", "prefix", "p"),
+    "--max-tokens": (
+        "max_new_tokens",
+        "max_length",
+        "length",
+        "num_tokens",
+        "new_tokens",
+        "n_predict",
+        "n",
+    ),
+    "--samples": ("num_samples", "n_samples", "num_return_sequences", "num_sequences", "n"),
+    "--temperature": ("temp", "t", "do_sample", "sample"),
+    "--temperature 0": ("greedy", "no_sample", "no_do_sample", "argmax", "deterministic"),
+    "--top-k": ("k",),
+    "--top-p": ("p", "nucleus"),
+    "--repetition-penalty": ("repeat_penalty",),
+    "--stop": ("stop_sequence", "stop_sequences", "stop_strings", "stop_token", "eos"),
+    "--seed": ("random_seed", "rng_seed", "manual_seed", "s"),
+    "--begin": ("bos", "add_bos", "add_bos_token"),
+    "--steps": ("max_steps", "max_iters", "total_steps"),
+    "--dtype": ("torch_dtype", "precision"),
 }
 MOST = 3  # suggestions
 
@@ -167,6 +201,16 @@ def suggestions(name: str, cls: Any) -> list[str]:
         found = [key for key in found if key.rpartition(".")[0] == group] or found[:1]
         found = found or difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     return found[:MOST]
+
+
+def options_meant(name: str, known: Collection[str]) -> list[str]:
+    """Which of the options `known` are meant by `name`, by spelling or by what others call them."""
+    bare = _bare(name)
+    return [
+        option
+        for option, others in OPTIONS.items()
+        if option.split()[0] in known and bare in (_bare(option), *map(_bare, others))
+    ]
 
 
 def _bare(name: str) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 from jaxtyping import PyTree
 from rich.console import Console
 
@@ -153,10 +152,6 @@ def resume(
         session = Session.open(config, folder, console, open_run_data(folder, old, on(console)))
         with processes.watched(_way_on(folder)):
             state, progress = session.restore(old)
-            if progress.step >= config.steps:
-                raise ValueError(
-                    f"{folder} is finished at step {progress.step}; train further with --steps N above that"
-                )
             if processes.is_first():
                 if lost := log.missing(folder, progress.step):
                     session.say(f"{folder}/{log.FILE} has no row of step {log.spans(lost)}; report.html lacks them too")
@@ -230,17 +225,19 @@ class Session:
         if restored is None:
             self.say(f"{self.folder} has no checkpoint yet: it begins again")
             return self.begin(), Progress()
-        step = restored[1].step
+        if (step := restored[1].step) >= c.steps:
+            raise ValueError(f"{self.folder} is finished at step {step}; train further with --steps N above that")
         self.say(
             f"resumed {self.folder} at step {step} of {c.steps}: weights, optimizer, schedule and data position "
             f"({self.loader.position(step)}) restored"
         )
         there = self.checkpoints.sealed(step) or seal(old, "", None) | {"machine": run.first_machine(self.folder)}
         if c.steps != (steps := there["config"]["steps"]):
-            before, now = (np.asarray(make_schedule(c.optimizer, total)(step)) for total in (steps, c.steps))
+            now, before = (float(make_schedule(c.optimizer, total)(step)) for total in (c.steps, steps))
+            rates = "" if now == before else ", and here the learning rate is {} instead of {}"
             self.say(
-                f"steps {steps} -> {c.steps}: the {c.optimizer.schedule} schedule stretches, "
-                f"and here the learning rate is {now:.3g} instead of {before:.3g}"
+                f"steps {steps} -> {c.steps}: the {c.optimizer.schedule} schedule stretches"
+                + (rates and rates.format(*log.apart(now, before)))
             )
         for change in moves(there, seal(c, "", None)):
             self.say(f"not the same bits as without the stop: {change}")
@@ -267,7 +264,10 @@ class Session:
         )
         with run.held(self.folder) as moved:
             try:
-                return self._steps(state, Meter(c, rows, progress, self.loader.token_shares), rows, moved)
+                progress = self._steps(state, Meter(c, rows, progress, self.loader.token_shares), rows, moved)
+                if (best := self.checkpoints.best()) is not None:
+                    self.say(f"the best checkpoint is of step {best:,}: generate and evaluate take it")
+                return progress
             except OSError as error:
                 self._check_moved(moved)
                 way = f"go on with: llm-jax resume {self.folder}" if self.checkpoints.steps() else "start again"

@@ -392,7 +392,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], where: str = 
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found += differences(a, b, f"{where}{key}.")
         elif a != b:
-            found.append(f"{where}{key} is {_short(a)} there, {_short(b)} here")
+            found.append(f"{where}{key} is {_short(a, b)} there, {_short(b, a)} here")
     return found
 
 
@@ -430,7 +430,8 @@ def _commit() -> str | None:
         return None
 
 
-def _short(value: Any) -> str:
-    """Of a long value, such as a digest, the beginning."""
+def _short(value: Any, other: Any) -> str:
+    """Of a long value, such as a digest, as much of the beginning as tells it from `other`."""
     text = plain(value)
-    return text if len(text) < 40 else f"{text[:12]}..."
+    alike = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, plain(other), strict=False))))
+    return text if len(text) < 40 else f"{text[: max(12, alike + 1)]}..."
