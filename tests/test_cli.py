@@ -8,6 +8,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,8 +58,8 @@ def test_changes_of_the_config_may_stand_anywhere():
 
 
 def test_every_option_that_is_meant_by_other_names_is_one_of_a_verb():
-    [verbs] = parser()._subparsers._group_actions  # pyright: ignore[reportOptionalMemberAccess]
-    actions = [action for each in (verbs.choices or {}).values() for action in each._actions]
+    verbs: Any = parser()._actions[-1].choices
+    actions = [action for each in verbs.values() for action in each._actions]
     known = {name for action in actions for name in (*action.option_strings, action.metavar)}
     assert {option.split()[0] for option in OPTIONS} <= known
 

@@ -233,7 +233,7 @@ class Session:
         )
         there = self.checkpoints.sealed(step) or seal(old, "", None) | {"machine": run.first_machine(self.folder)}
         if c.steps != (steps := there["config"]["steps"]):
-            now, before = (float(make_schedule(c.optimizer, total)(step)) for total in (c.steps, steps))
+            now, before = (np.float32(make_schedule(c.optimizer, total)(step)).item() for total in (c.steps, steps))
             rates = "" if now == before else ", and here the learning rate is {} instead of {}"
             self.say(
                 f"steps {steps} -> {c.steps}: the {c.optimizer.schedule} schedule stretches"
