@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 from jaxtyping import PyTree
 from rich.console import Console
 
@@ -233,7 +234,7 @@ class Session:
         )
         there = self.checkpoints.sealed(step) or seal(old, "", None) | {"machine": run.first_machine(self.folder)}
         if c.steps != (steps := there["config"]["steps"]):
-            now, before = (np.float32(make_schedule(c.optimizer, total)(step)).item() for total in (c.steps, steps))
+            now, before = (np.asarray(make_schedule(c.optimizer, total)(step)).item() for total in (c.steps, steps))
             rates = "" if now == before else ", and here the learning rate is {} instead of {}"
             self.say(
                 f"steps {steps} -> {c.steps}: the {c.optimizer.schedule} schedule stretches"
