@@ -75,7 +75,8 @@ class Parser(ArgumentParser):
         known = [name for name in self._option_string_actions if name.startswith("--")]
         positional = [str(action.metavar) for action in self._actions if not action.option_strings]
         if meant := options_meant(option, [*known, *positional]):
-            return f"{verb} has no option {option}; did you mean {', or '.join(meant)}?"
+            found = [name if name.startswith("-") else f"{name}, a word without dashes" for name in meant]
+            return f"{verb} has no option {option}; did you mean {', or '.join(found)}?"
         if close := difflib.get_close_matches(option, known, n=1, cutoff=0.8):
             return f"{verb} has no option {option}; did you mean {close[0]}?"
         if not any(action.dest == "config" for action in self._actions):

@@ -70,8 +70,11 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "mesh.fsdp": ("zero", "zero3", "shard", "sharding"),
     "loss.label_smoothing": ("smoothing",),
 }
-# The same of the options of a verb; RUN is the word that follows it.
+# The same of the options of a verb, and of the words that follow it.
 OPTIONS: dict[str, tuple[str, ...]] = {
+    "CONFIG": ("config", "config_file", "recipe"),
+    "URI": ("uri", "data", "dataset", "input", "path"),
+    "TEXT": ("text", "input", "prompt"),
     "RUN": ("run", "model", "model_path", "model_name_or_path", "ckpt_dir", "run_dir"),
     "--run": ("out_dir", "output_dir", "run_dir", "run_name", "save_dir", "logdir"),
     "--from": ("finetune", "pretrained", "from_pretrained"),
