@@ -221,7 +221,10 @@ class Session:
         return load_weights(source, self.program, self.say)
 
     def restore(self, old: RunConfig) -> tuple[TrainState, Progress]:
-        """The state to go on from. Says what was restored, and what is not as it was under `old`."""
+        """The state to go on from. Says what was restored, and what is not as it was under `old`.
+
+        Raises `ValueError` where no step is left.
+        """
         c, restored = self.config, self.checkpoints.restore(self.program.abstract_state, self.say)
         if restored is None:
             self.say(f"{self.folder} has no checkpoint yet: it begins again")
@@ -235,11 +238,10 @@ class Session:
         there = self.checkpoints.sealed(step) or seal(old, "", None) | {"machine": run.first_machine(self.folder)}
         if c.steps != (steps := there["config"]["steps"]):
             now, before = (np.asarray(make_schedule(c.optimizer, total)(step)).item() for total in (c.steps, steps))
-            rates = "" if now == before else ", and here the learning rate is {} instead of {}"
-            self.say(
-                f"steps {steps} -> {c.steps}: the {c.optimizer.schedule} schedule stretches"
-                + (rates and rates.format(*log.apart(now, before)))
-            )
+            line = f"steps {steps} -> {c.steps}: the {c.optimizer.schedule} schedule stretches"
+            if now != before:
+                line += ", and here the learning rate is {} instead of {}".format(*log.apart(now, before))
+            self.say(line)
         for change in moves(there, seal(c, "", None)):
             self.say(f"not the same bits as without the stop: {change}")
         return restored
