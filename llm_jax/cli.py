@@ -19,7 +19,7 @@ from typing import Any
 
 from llm_jax import __version__, runtime, verbs
 from llm_jax.config import nearest, read_number
-from llm_jax.keys import suggestions
+from llm_jax.keys import options_meant, suggestions
 
 ABOUT = "A language-model library in JAX that you can read in an evening and train on a pod."
 BEGIN = """begin with:      llm-jax train quickstart
@@ -29,9 +29,16 @@ read of a verb:  llm-jax help VERB
 The exit status is 0, 2 for what you can fix, 130 or 143 where a run was stopped and saved by Ctrl-C or SIGTERM.
 docs/cli.md tells the rest."""
 
+AS_OPTIONS = re.compile(r"\bdata\.(column|separator)=")  # keys that some verbs have as options
+
 
 class Parser(ArgumentParser):
-    """argparse with its errors on one line, and with `key=value` words anywhere among the options."""
+    """argparse with its errors on one line, `key=value` words anywhere among the options, and no option twice."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register("action", None, Once)
+        self.given: dict[str, Any] = {}
 
     def error(self, message: str) -> Any:
         if choice := re.match(r".*invalid choice: '(.*)' \(choose from (.*)\)", message):
@@ -40,6 +47,9 @@ class Parser(ArgumentParser):
         self.exit(2, f"llm-jax: error: {_line(message.removeprefix('argument '))}; see {self.prog} --help\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore  (has overloads there)
+        self.given.clear()
+        if any(action.dest == "assignments" for action in self._actions):
+            self._check_blanks(list(args or ()))
         known, left = super().parse_known_args(args, namespace)
         if "assignments" in known:
             late = [word for word in left if "=" in word and not word.startswith("-")]
@@ -49,6 +59,13 @@ class Parser(ArgumentParser):
             self.error(self._unknown(left[0], list(args or ())))
         return known, left
 
+    def _check_blanks(self, words: list[str]) -> None:
+        """Refuse `steps = 20`, three words, and `steps =20`, two."""
+        for i, word in enumerate(words[1:], 1):
+            if word.startswith("="):
+                meant = shlex.quote("".join(words[i - 1 : i + 1 + (word == "=")]))
+                self.error(f"a key and its value are one word, without blanks around the =; write {meant}")
+
     def _unknown(self, word: str, words: list[str]) -> str:
         """What is wrong with `word`, which this verb does not take, and what is meant by it."""
         verb = self.prog.rpartition(" ")[2]
@@ -56,6 +73,10 @@ class Parser(ArgumentParser):
         if not word.startswith("-"):
             return f"{verb} takes no {word!r}" + " (its config is that of the run)" * bool(equals)
         known = [name for name in self._option_string_actions if name.startswith("--")]
+        positional = [str(action.metavar) for action in self._actions if not action.option_strings]
+        if meant := options_meant(option, [*known, *positional]):
+            found = [name if name.startswith("-") else f"{name}, a word without dashes" for name in meant]
+            return f"{verb} has no option {option}; did you mean {', or '.join(found)}?"
         if close := difflib.get_close_matches(option, known, n=1, cutoff=0.8):
             return f"{verb} has no option {option}; did you mean {close[0]}?"
         if not any(action.dest == "config" for action in self._actions):
@@ -67,6 +88,17 @@ class Parser(ArgumentParser):
         keys = suggestions(option.strip("-").replace("-", "_"), RunConfig)
         meant = ", or ".join(f"{key}={value}" for key in keys) or "such as model.n_layers=8"
         return f"{verb} has no option {option}; a config is changed by key=value, without dashes: {meant}"
+
+
+class Once(argparse.Action):
+    """Store the value of an option, or of a word. An option given twice is an error: one value would be lost."""
+
+    def __call__(self, parser: Any, namespace: Namespace, values: Any, option_string: str | None = None) -> None:
+        if option_string and self.dest in parser.given:
+            both = f"{parser.given[self.dest]!r} and {values!r}"
+            parser.error(f"{option_string} is given twice, {both}; keep one of them")
+        parser.given[self.dest] = values
+        setattr(namespace, self.dest, values)
 
 
 def _number(text: str, *, kind: type) -> int | float:
@@ -296,7 +328,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = _message(error)
         if message is None:
             raise
-        return _failed(message, args.debug)
+        as_typed = AS_OPTIONS.sub(lambda key: f"--{key[1]} " if key[1] in args else key[0], message)
+        return _failed(as_typed, args.debug)
     else:
         return status or 0
     return 0

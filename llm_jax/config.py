@@ -16,7 +16,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from llm_jax.keys import keys, suggestions
+from llm_jax.keys import choices, keys, suggestions
 
 Config = TypeVar("Config")
 
@@ -63,7 +63,8 @@ def override(config: Config, assignments: Sequence[str], **fields: Any) -> Confi
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
-            raise ValueError(f"expected key=value, got {_short(assignment)}; for example model.n_layers=8")
+            example = "model.n_layers=8, without blanks"
+            raise ValueError(f"expected key=value, got {_short(assignment)}; for example {example}")
         *groups, leaf = key.split(".")
         below_a_value = any(key.startswith(f"{name}.") for name, at in known.items() if at.group is None)
         if key not in known and not below_a_value:
@@ -93,7 +94,7 @@ def check_choices(config: Any, where: str) -> None:
         value = getattr(config, name)
         if dataclasses.is_dataclass(value):
             check_choices(value, f"{where}{name}.")
-        elif get_origin(kind) is Literal and value not in get_args(kind):
+        elif (few := choices(kind)) and value not in (*few, *(None for each in get_args(kind) if each is type(None))):
             raise _wrong_type(value, (kind,), where + name)
 
 
@@ -251,6 +252,9 @@ def read_number(text: str, kind: type) -> int | float:
 def _wrong_type(value: Any, kinds: Sequence[Any], where: str) -> ValueError:
     got = f"a group of values ({_short(', '.join(value))[1:-1]})" if isinstance(value, Mapping) else _short(value)
     say = next((way for kind in kinds if kind in (int, float) and (way := _in_ascii(value, kind))), "")
+    few = [str(choice) for kind in kinds for choice in choices(kind)]
+    if isinstance(value, str) and (close := difflib.get_close_matches(value[:100].lower(), few, n=1)):
+        say = f"; did you mean {where}={close[0]}?"
     return ValueError(f"{where} takes {' or '.join(_describe(kind, where) for kind in kinds)}, got {got}{say}")
 
 

@@ -9,7 +9,7 @@ import functools
 import inspect
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 REQUIRED = dataclasses.MISSING  # the default of a key that has none
@@ -70,6 +70,43 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "mesh.fsdp": ("zero", "zero3", "shard", "sharding"),
     "loss.label_smoothing": ("smoothing",),
 }
+# The same of the options of a verb, and of the words that follow it.
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "CONFIG": ("config", "config_file", "recipe"),
+    "URI": ("uri", "data", "dataset", "input", "path"),
+    "TEXT": ("text", "input", "prompt"),
+    "RUN": ("run", "model", "model_path", "model_name_or_path", "ckpt_dir", "run_dir"),
+    "--run": ("out_dir", "output_dir", "run_dir", "run_name", "save_dir", "logdir"),
+    "--from": ("finetune", "pretrained", "from_pretrained"),
+    "--out": ("output", "output_dir", "out_dir", "save_dir"),
+    "--data": ("dataset", "text", "input", "file", "data_path", "eval_data"),
+    "--column": ("text_column", "text_field", "text_key", "field"),
+    "--checkpoint": ("ckpt", "step", "revision"),
+    "--tokenizer": ("tok", "tokeniser", "tokenizer_name", "tokenizer_path", "encoding"),
+    "--vocab": ("vocab_size", "vocabulary_size"),
+    "--heldout": ("val", "val_split", "validation_split", "test_size"),
+    "--prompt": ("text", "input", "start", "prefix", "p"),
+    "--max-tokens": (
+        "max_new_tokens",
+        "max_length",
+        "length",
+        "num_tokens",
+        "new_tokens",
+        "n_predict",
+        "n",
+    ),
+    "--samples": ("num_samples", "n_samples", "num_return_sequences", "num_sequences", "n"),
+    "--temperature": ("temp", "t", "do_sample", "sample"),
+    "--temperature 0": ("greedy", "no_sample", "no_do_sample", "argmax", "deterministic"),
+    "--top-k": ("k",),
+    "--top-p": ("p", "nucleus"),
+    "--repetition-penalty": ("repeat_penalty",),
+    "--stop": ("stop_sequence", "stop_sequences", "stop_strings", "stop_token", "eos"),
+    "--seed": ("random_seed", "rng_seed", "manual_seed", "s"),
+    "--begin": ("bos", "add_bos", "add_bos_token"),
+    "--steps": ("max_steps", "max_iters", "total_steps"),
+    "--dtype": ("torch_dtype", "precision"),
+}
 MOST = 3  # suggestions
 
 
@@ -104,9 +141,9 @@ def _keys(cls: Any, where: str) -> Iterator[Key]:
         name, kind = where + field.name, hints[field.name]
         default = field.default_factory() if callable(field.default_factory) else field.default
         group = _group(kind)
-        meaning, choices = said.get(field.name, ""), get_args(kind) if get_origin(kind) is Literal else ()
-        if not all(re.search(rf"\b{choice}\b", meaning) for choice in choices):
-            meaning += f" One of {', '.join(choices)}."
+        meaning, few = said.get(field.name, ""), choices(kind)
+        if not all(re.search(rf"\b{choice}\b", meaning) for choice in few):
+            meaning += f" One of {', '.join(few)}."
         yield Key(name, kind, default, meaning, group)
         if group is not None:
             yield from _keys(group, f"{name}.")
@@ -114,17 +151,25 @@ def _keys(cls: Any, where: str) -> Iterator[Key]:
 
 def _group(kind: Any) -> Any:
     """The dataclass in an annotation; None where there is none."""
-    kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+    return next((kind for kind in _kinds(kind) if dataclasses.is_dataclass(kind)), None)
+
+
+def choices(kind: Any) -> tuple[Any, ...]:
+    """The few values that an annotation lists, None apart; empty where it lists none."""
+    return tuple(choice for each in _kinds(kind) if get_origin(each) is Literal for choice in get_args(each))
+
+
+def _kinds(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
 def meanings(cls: Any) -> dict[str, str]:
-    """What the docstring of `cls` says of each field, in one line; fields that are explained together share it."""
+    """What the docstring of `cls` says of each field, in one line."""
     _, _, listed = inspect.cleandoc(cls.__doc__ or "").partition("\nAttributes:\n")
     found = {}
     for entry in re.split(r"^ {2}(?=\w)", listed, flags=re.MULTILINE)[1:]:
-        names, _, meaning = entry.partition(":")
-        found |= dict.fromkeys(names.split(", "), " ".join(meaning.split()))
+        name, _, meaning = entry.partition(":")
+        found[name] = " ".join(meaning.split())
     return found
 
 
@@ -159,6 +204,16 @@ def suggestions(name: str, cls: Any) -> list[str]:
         found = [key for key in found if key.rpartition(".")[0] == group] or found[:1]
         found = found or difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     return found[:MOST]
+
+
+def options_meant(name: str, known: Collection[str]) -> list[str]:
+    """Which of the options `known` are meant by `name`, by spelling or by what others call them."""
+    bare = _bare(name)
+    return [
+        option
+        for option, others in OPTIONS.items()
+        if option.split()[0] in known and bare in (_bare(option), *map(_bare, others))
+    ]
 
 
 def _bare(name: str) -> str:

@@ -40,6 +40,12 @@ def quantity(count: int | float) -> str:
     return f"{float(digits) * 10**whole:.{max(0, 2 - whole)}f}{' kMBT'[thousands]}"
 
 
+def apart(a: float, b: float, form: str = "g", digits: int = 3) -> tuple[str, str]:
+    """Two numbers that differ, with as few digits as show it, at least `digits`."""
+    pairs = ((f"{a:.{n}{form}}", f"{b:.{n}{form}}") for n in range(digits, 20))
+    return next((x, y) for x, y in pairs if x != y)
+
+
 def visible(text: str) -> str:
     """`text` with its control characters as symbols: raw bytes from a young model steer terminals."""
     pictured = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda match: chr(0x2400 + ord(match[0])), text)

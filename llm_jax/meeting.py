@@ -16,6 +16,12 @@ from jax._src.clusters import ClusterEnv
 from llm_jax import peers
 
 FIND = 120  # seconds that the processes have to find each other
+# What schedulers number, here and where JAX looks for itself.
+NUMBERS = (
+    *(f"SLURM_{name}" for name in ("STEP_NUM_TASKS", "JOB_ID", "NTASKS", "PROCID", "LOCALID")),
+    *(f"OMPI_COMM_WORLD_{name}" for name in ("SIZE", "RANK", "LOCAL_RANK")),
+    *("JOB_COMPLETION_INDEX", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID", "TPU_WORKER_ID", "JAX_COORDINATOR_PORT"),
+)
 
 
 class Address(NamedTuple):
@@ -39,6 +45,8 @@ def address_of(coordinator: str | None, processes: int | None, process: int | No
     """Where to meet: by the options, else as the scheduler says; None for a process that is alone."""
     address = _given(coordinator, processes, process)
     terminal = sys.stdin is not None and sys.stdin.isatty()
+    if address is None:
+        _check_numbers(os.environ)
     if address is None and started_as_one_of_several(os.environ, tpu_vm=running_in_cloud_tpu_vm, terminal=terminal):
         return _found(os.environ)
     return address
@@ -50,11 +58,21 @@ def started_as_one_of_several(environ: Mapping[str, str], *, tpu_vm: bool, termi
     Only then does JAX look for them. An interactive shell inside an allocation has the variables of the allocation, but
     is a step of one task; whoever types on one machine of a TPU slice means that machine.
     """
-    slurm = int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in environ
+    slurm = int(environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1 and "SLURM_PROCID" in environ
     kubernetes = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environ.keys()
-    slices = int(environ.get("MEGASCALE_NUM_SLICES", 1)) > 1 or "," in environ.get("TPU_WORKER_HOSTNAMES", "")
+    slices = int(environ.get("MEGASCALE_NUM_SLICES") or 1) > 1 or "," in environ.get("TPU_WORKER_HOSTNAMES", "")
     metadata = "TPU_SKIP_MDS_QUERY" not in environ and "TPU_WORKER_HOSTNAMES" not in environ
     return slurm or (kubernetes and not tpu_vm) or (tpu_vm and not terminal and (slices or metadata))
+
+
+def _check_numbers(environ: Mapping[str, str]) -> None:
+    """Raise `ValueError` for a variable of a scheduler that is no number, as all of `NUMBERS` are."""
+    for name in NUMBERS:
+        if not re.fullmatch("[0-9]{0,18}", value := environ.get(name, "")):
+            raise ValueError(
+                f"{name}={value!r} in the environment is no number, and a scheduler numbers processes there; unset it, "
+                "or start all of them by the scheduler"
+            )
 
 
 def _given(coordinator: str | None, processes: int | None, process: int | None) -> Address | None:

@@ -82,6 +82,8 @@ def evaluate(
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, end_of_text=begin))
         shards = open_text(uri, Path(folder), config, report, column)
         store, batches = all_text(shards, config.data)
+    what = f"what {folder} held out" if uri is None else f"all of {uri}"
+    report(f"scoring {what}: {store.offsets[-1]:,} tokens of {store.n_documents:,} documents")
     program = on_all_devices(config)
     params, step = restore(folder, program, checkpoint, report=report)
     return measure(functools.partial(program.score, params), batches, store, config.data.task), step

@@ -215,14 +215,15 @@ def evaluate(args: Namespace) -> None:
     options = {"column": args.column, "begin": args.begin}
     result, step = trained.evaluate(args.run, args.data, args.checkpoint, **options, report=_say)
     found = {"run": args.run, "step": step, **dataclasses.asdict(result)}
-    found["perplexity_interval"] = [math.exp(min(loss, 700)) for loss in result.loss_interval]
+    interval = result.loss_interval
+    found["perplexity_interval"] = None if interval is None else [math.exp(min(loss, 700)) for loss in interval]
     if args.json:
         _print_json(found)
         return
     for name, digits in (("loss", 4), ("perplexity", 2), ("bits_per_byte", 4), ("accuracy", 4)):
         if found[name] is not None:
-            value, low, high = (f"{x:.{digits}f}" for x in (found[name], *found[f"{name}_interval"]))
-            print(f"{name.replace('_', ' '):14} {value:>9}   {low} to {high}")
+            value, *ends = (f"{x:.{digits}f}" for x in (found[name], *(found[f"{name}_interval"] or ())))
+            print(f"{name.replace('_', ' '):14} {value:>9}   {' to '.join(ends) or '–'}")
     for name, source in result.sources.items():
         bits = "" if source.bits_per_byte is None else f", {source.bits_per_byte:.4f} bits per byte"
         print(f"  {name}: loss {source.loss:.4f}{bits}")

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llm_jax import __version__, verbs
 from llm_jax.cli import main, parser
+from llm_jax.keys import OPTIONS
 
 VERBS = ["train", "resume", "prepare", "generate", "evaluate", "show", "compare", "import", "export", "configs"]
 VERBS += ["tokenize"]
@@ -48,8 +50,18 @@ def test_no_words_at_all_are_a_call_for_help(capsys: pytest.CaptureFixture[str])
 
 
 def test_changes_of_the_config_may_stand_anywhere():
-    args = parser().parse_args(["train", "quickstart", "a=1", "--run", "r", "b=2", "--debug", "c=3"])
-    assert (args.config, args.assignments, args.run) == ("quickstart", ["a=1", "b=2", "c=3"], "r")
+    words, reads = ["train", "quickstart", "a=1", "--run", "r", "b=2", "--debug", "c=3"], parser()
+    for args in (reads.parse_args(words), reads.parse_args(words)):
+        assert (args.config, args.assignments, args.run) == ("quickstart", ["a=1", "b=2", "c=3"], "r")
+    args = reads.parse_args(["generate", "r", "--prompt", "a", "--prompt", "b", "--stop", "c", "--stop", "d"])
+    assert (args.prompt, args.stop) == (["a", "b"], ["c", "d"])
+
+
+def test_every_option_that_is_meant_by_other_names_is_one_of_a_verb():
+    verbs: Any = parser()._actions[-1].choices
+    actions = [action for each in verbs.values() for action in each._actions]
+    known = {name for action in actions for name in (*action.option_strings, action.metavar)}
+    assert {option.split()[0] for option in OPTIONS} <= known
 
 
 @pytest.mark.parametrize(
@@ -70,6 +82,22 @@ def test_changes_of_the_config_may_stand_anywhere():
         ("train x --zzz", "without dashes: such as model.n_layers=8; see"),
         ("generate runs/x --top-k many", "--top-k: takes a whole number, got 'many'; see"),
         ("generate runs/x --max-tokens 1_000", "--max-tokens: takes a whole number, got '1_000'; write 1000; see"),
+        ("generate runs/x --max_new_tokens 5", r"no option --max_new_tokens; did you mean --max-tokens\?; see"),
+        ("generate runs/x --max-length=5", r"no option --max-length; did you mean --max-tokens\?; see"),
+        ("generate runs/x --num-return-sequences 5", r"did you mean --samples\?; see"),
+        ("generate runs/x --do-sample", r"did you mean --temperature\?; see"),
+        ("generate runs/x --greedy", r"did you mean --temperature 0\?; see"),
+        ("generate runs/x -n 5", r"no option -n; did you mean --max-tokens, or --samples\?; see"),
+        ("generate --model runs/x", r"no option --model; did you mean RUN, a word without dashes\?; see"),
+        ("train --config quickstart", r"did you mean CONFIG, a word without dashes\?; see"),
+        ("evaluate runs/x --dataset text.txt", r"did you mean --data\?; see"),
+        ("train x --output_dir runs/y", r"did you mean --run\?; see"),
+        ("train x steps = 20", "error: a key and its value are one word, .*; write steps=20; see llm-jax train --help"),
+        ("train x steps =20 --run y", "; write steps=20; see"),
+        ("train x --run y prompts = a;b", "; write 'prompts=a;b'; see"),
+        ("show steps = 20", "; write steps=20; see"),
+        ("train x --run a --json --run b", "--run is given twice, 'a' and 'b'; keep one of them; see"),
+        ("generate runs/x --top-k=5 --top-k 6", "--top-k is given twice, 5 and 6; keep one of them; see"),
         ("generate runs/x --temperature nan", "--temperature: takes a number, got 'nan'; see"),
     ],
 )
@@ -89,6 +117,7 @@ def test_words_that_make_no_sense_are_named(words: str, says: str, capsys: pytes
         ("train {recipe} seed=1 seed=2", "seed is set twice, to '1' and to '2'; keep one"),
         ("train {recipe} steps=many", "steps takes a whole number, got 'many'"),
         ("train {recipe} steps", "expected key=value, got 'steps'"),
+        ("train {recipe} steps= 20", "expected key=value, got '20'; for example model.n_layers=8, without blanks"),
         ("train {recipe} model.n_heads=3", "model.n_heads=3 does not divide model.d_model=16; .*d_model=15 or 18"),
         ("show {recipe} accumulate=3", "accumulate=3 does not divide data.batch_size=16"),
         ("show {broken}", "fails: NameError: name 'widht' is not defined"),

@@ -13,7 +13,7 @@ from llm_jax.data.loader import IGNORE, Batch
 from llm_jax.data.shards import TokenStore
 from llm_jax.data.task import TaskConfig
 from llm_jax.data.tokenizer import Tokenizer
-from llm_jax.train.evaluate import Evaluation, evaluate, resampled, target_lengths
+from llm_jax.train.evaluate import Evaluation, _summary, evaluate, resampled, target_lengths
 from llm_jax.train.step import Scored
 
 
@@ -78,7 +78,8 @@ def test_means_are_over_all_tokens_and_bytes_however_batches_cut_the_documents(c
     assert result.bytes == size
     assert result.documents == len(corpus)
     np.testing.assert_allclose(result.loss, math.fsum(nats) / len(nats), rtol=1e-6)
-    assert (result.bits_per_byte is None) == (result.bits_per_byte_interval is None) == (size == 0)
+    assert (result.bits_per_byte is None) == (size == 0)
+    assert (result.bits_per_byte_interval is None) == (size == 0 or len(corpus) == 1)
     if result.bits_per_byte is not None:
         np.testing.assert_allclose(result.bits_per_byte, math.fsum(nats) / math.log(2) / size, rtol=1e-6)
     np.testing.assert_allclose(result.perplexity, math.exp(result.loss))
@@ -92,23 +93,30 @@ def test_an_answer_is_right_if_each_of_its_tokens_is_the_likeliest(corpus: Docum
     assert result.accuracy is not None
     right = [all(nats < math.log(2) for nats, _ in document) for document in corpus]
     np.testing.assert_allclose(result.accuracy, np.mean(right))
-    low, high = result.accuracy_interval or (1.0, 0.0)
+    low, high = result.accuracy_interval or (result.accuracy, result.accuracy)
     assert 0 <= low <= result.accuracy <= high <= 1
 
 
 @settings(max_examples=25)
 @given(documents)
 def test_an_interval_lies_within_the_best_and_the_worst_document(corpus: Documents):
-    low, high = evaluated(corpus).loss_interval
     means = [np.mean([nats for nats, _ in document]) for document in corpus]
+    low, high = evaluated(corpus).loss_interval or (means[0], means[0])
     assert min(means) - 1e-5 <= low <= high <= max(means) + 1e-5
 
 
 @settings(max_examples=25)
 @given(documents)
 def test_documents_of_one_loss_leave_no_doubt(corpus: Documents):
-    result = evaluated([[(2.5, token) for _, token in document] for document in corpus])
-    np.testing.assert_allclose(result.loss_interval, (2.5, 2.5), rtol=1e-12)
+    result = evaluated([[(2.5, token) for _, token in document] for document in [*corpus, *corpus]])
+    np.testing.assert_allclose(result.loss_interval or (), (2.5, 2.5), rtol=1e-12)
+
+
+def test_one_document_says_nothing_of_others():
+    result = evaluated([[(2.5, 1), (1.0, 2)]], task=TaskConfig("translate"))
+    assert (result.loss_interval, result.bits_per_byte_interval, result.accuracy_interval) == (None, None, None)
+    result = _summary([np.ones((5, 4)), np.ones((1, 4))], [0.5, 0.5], False)  # of the second source
+    assert (result.loss, result.documents, result.loss_interval) == (1.0, 6, None)
 
 
 @settings(max_examples=25)
@@ -137,7 +145,7 @@ def test_four_times_the_documents_halve_the_interval():
     losses = draw.normal(3, 0.5, size=1600).tolist()
 
     def width(n: int) -> float:
-        low, high = evaluated([[(loss, 1)] for loss in losses[:n]], rows=1600).loss_interval
+        low, high = evaluated([[(loss, 1)] for loss in losses[:n]], rows=1600).loss_interval or (0.0, 0.0)
         return high - low
 
     np.testing.assert_allclose(width(400) / width(1600), 2, rtol=0.15)
@@ -145,8 +153,7 @@ def test_four_times_the_documents_halve_the_interval():
 
 def test_a_long_document_counts_as_one_however_many_tokens_it_has():
     """Tokens of a document are no independent draws: one document of 1000 tokens is one observation."""
-    low, high = evaluated([[(1.0, 1)] * 100, [(3.0, 1)] * 100], rows=400).loss_interval
-    assert (low, high) == (1.0, 3.0)
+    assert evaluated([[(1.0, 1)] * 100, [(3.0, 1)] * 100], rows=400).loss_interval == (1.0, 3.0)
 
 
 def test_nothing_to_score_is_an_error():

@@ -320,6 +320,48 @@ def test_a_config_that_we_can_not_follow_says_which_key_and_what_is_known(case: 
         family_of(config_json(case)).read(config_json(case) | change)
 
 
+WINDOWS = ["sliding_attention", "full_attention", "full_attention"]
+NO_WINDOW = "has layers of sliding_attention and no window for them .*; make all full_attention there"
+REFUSED = [  # by transformers too
+    ("qwen2 yarn", {"use_sliding_window": False, "layer_types": WINDOWS}, NO_WINDOW),
+    ("qwen3", {"use_sliding_window": False, "sliding_window": 4, "layer_types": WINDOWS}, NO_WINDOW),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": None, "layer_types": WINDOWS}, NO_WINDOW),
+    ("olmo3", {"sliding_window": None, "layer_types": [*WINDOWS, *WINDOWS]}, NO_WINDOW),
+    ("qwen3", {"use_sliding_window": None}, "has use_sliding_window=null; expected true or false"),
+    ("seed_oss", {"attention_bias": None}, "has attention_bias=null; expected true or false"),
+    ("seed_oss", {"mlp_bias": 1}, "has mlp_bias=1; expected true or false"),
+    ("llama llama3", {"layer_types": ["full_attention"]}, "has 1 layer_types for 3 layers; give one for each"),
+    ("mistral yarn", {"layer_types": []}, "has 0 layer_types for 3 layers; give one for each"),
+]
+
+
+@pytest.mark.parametrize(("case", "change", "says"), REFUSED)
+def test_a_config_that_contradicts_itself_is_refused(case: str, change: dict[str, Any], says: str):
+    theirs = config_json(case) | change
+    with pytest.raises(ValueError, match=says):
+        family_of(theirs).read(theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "change", "says"), REFUSED)
+def test_such_a_config_is_refused_by_transformers_too(case: str, change: dict[str, Any], says: str):
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+
+    def compute() -> None:
+        config = transformers.AutoConfig.for_model(**config_json(case) | change)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        model(torch.zeros((1, 4), dtype=torch.long), use_cache=False)
+
+    with pytest.raises(Exception, match=r"`sliding_window`|expected bool|must be equal to the number of"):
+        compute()
+
+
+def test_a_window_that_is_off_is_none_in_any_layer():
+    changes = {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 1, "layer_types": None}
+    theirs = config_json("qwen3") | changes
+    assert FAMILIES["qwen3"].read(theirs).layers == ("global",)
+
+
 def test_a_config_without_its_sizes_names_the_key():
     with pytest.raises(ValueError, match=r"config.json of a llama lacks 'hidden_size'"):
         FAMILIES["llama"].read({"vocab_size": 8})

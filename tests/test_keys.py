@@ -1,11 +1,13 @@
 """Every key has a meaning, and whoever types another name for it is told the one that works."""
 
 import dataclasses
+from collections import Counter
 
 import pytest
 
 from llm_jax.config import override, plain
-from llm_jax.keys import REQUIRED, SYNONYMS, keys, meanings, suggestions, value_at
+from llm_jax.keys import REQUIRED, SYNONYMS, choices, keys, meanings, suggestions, value_at
+from llm_jax.ops.attention import ACROSS, IMPLEMENTATIONS
 from llm_jax.train.run import RunConfig, load_recipe
 
 KEYS = {key.name: key for key in keys(RunConfig)}
@@ -19,6 +21,22 @@ def test_a_docstring_explains_no_field_that_is_not_there():
     classes = {RunConfig} | {key.group for key in KEYS.values() if key.group is not None}
     unknown = {cls.__name__: meanings(cls).keys() - {f.name for f in dataclasses.fields(cls)} for cls in classes}
     assert {name: found for name, found in unknown.items() if found} == {}
+
+
+def test_no_two_keys_of_a_group_share_a_meaning():
+    said = Counter((name.rpartition(".")[0], key.meaning) for name, key in KEYS.items())
+    assert [pair for pair, times in said.items() if times > 1] == []
+
+
+def test_enumerated_values_are_listed_and_a_misspelt_one_is_answered():
+    config = load_recipe("quickstart")
+    few = {name: choices(key.kind) for name, key in KEYS.items() if choices(key.kind)}
+    assert few["model.attention.implementation"] == (*IMPLEMENTATIONS, *ACROSS)
+    for name, values in few.items():
+        assert all(value in KEYS[name].meaning for value in values), name
+        for value in values:
+            with pytest.raises(ValueError, match=rf"{name} takes one .* got '{value}x'; did you mean {name}=\w+\?$"):
+                override(config, [f"{name}={value}x"])
 
 
 def test_every_other_name_leads_to_a_key():

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -30,6 +30,16 @@ def written(folder: Path, rows: list[tuple[int, dict]], **options) -> Path:
 def piped() -> tuple[Console, io.StringIO]:
     text = io.StringIO()
     return Console(file=text, width=80), text
+
+
+@given(st.floats(1e-6, 1e6), st.floats(1e-6, 1e6), st.sampled_from([("g", 3), ("f", 2)]))
+@example(0.005, 0.0050000001, ("g", 3))
+@example(2.0, 2.0001, ("f", 2))
+def test_numbers_that_differ_are_said_with_the_digits_that_show_it(a: float, b: float, how: tuple[str, int]):
+    assume(f"{a:.19f}" != f"{b:.19f}")
+    x, y = log.apart(a, b, *how)
+    assert x != y
+    assert (float(x), float(y)) == pytest.approx((a, b), rel=1e-2, abs=1e-2)
 
 
 def test_a_killed_process_loses_no_row(tmp_path: Path):

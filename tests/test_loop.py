@@ -201,9 +201,22 @@ def test_resume_says_what_it_restores_and_that_the_schedule_stretches(finished: 
     assert json.loads((finished / "config.json").read_text())["steps"] == 10
 
 
+@pytest.mark.parametrize(
+    ("rates", "says"),
+    [((0.005, 0.005), "\n"), ((0.005, 0.0050001), ", and here the learning rate is 0.0050001 instead of 0.005\n")],
+)
+def test_rates_that_differ_look_different(rates, says: str, finished: Path, say, monkeypatch):
+    before_step(monkeypatch, fail_at(8, RuntimeError("stop here")))
+    monkeypatch.setattr(loop, "make_schedule", lambda _, total: lambda step: rates[total - 8])
+    with pytest.raises(RuntimeError, match="stop here"):
+        resume(finished, steps=9, console=say)
+    assert f"steps 8 -> 9: the cosine schedule stretches{says}" in said(say)
+
+
 def test_resume_of_a_finished_run_is_an_error_that_names_steps(finished: Path, say):
     with pytest.raises(ValueError, match="is finished at step 8; train further with --steps N above that"):
         resume(finished, console=say)
+    assert said(say) == ""
 
 
 def test_resume_passes_over_a_damaged_checkpoint_and_saves_its_step_again(finished: Path, config, say):

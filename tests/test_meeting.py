@@ -97,6 +97,14 @@ def test_a_step_of_slurm_gives_every_process_its_place(tmp_path: Path, monkeypat
     assert meeting.address_of(None, None, None) == Address("r1n01:61441", 16, 9, [1])
 
 
+@pytest.mark.parametrize("name", meeting.NUMBERS)
+def test_a_variable_of_a_scheduler_that_is_no_number_is_named(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(name, "x")
+    with pytest.raises(ValueError, match=rf"^{name}='x' in the environment is no number, .*; unset it, or start all"):
+        meeting.address_of(None, None, None)
+    assert meeting.address_of("node0:8476", 2, 1) == Address("node0:8476", 2, 1, None)
+
+
 def test_a_pod_without_the_package_by_which_pods_meet_says_which(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")

@@ -18,6 +18,7 @@ from llm_jax.data.loader import IGNORE, Batch, Loader, heldout_rows
 from llm_jax.data.mixture import Deal, Mixture, open_folders
 from llm_jax.data.prepare import cached_sources, prepare
 from llm_jax.data.shards import Shards
+from llm_jax.log import quantity
 from llm_jax.train.evaluate import evaluate
 from llm_jax.train.step import Scored
 
@@ -156,7 +157,18 @@ def test_a_source_seen_more_often_than_epochs_allow_is_named(folder: Path, opene
     message = rf"{allowed + 1} steps .* epochs of {smallest.n_rows} rows of b.jsonl, .* use steps={allowed}"
     with pytest.raises(ValueError, match=message):
         loader.check_horizon(allowed + 1)
-    assert f"of {smallest.n_rows:,} rows in all" in loader.said(allowed)[1]
+    assert f"tokens in {smallest.n_rows:,} rows" in loader.said(allowed)[1]
+
+
+@pytest.mark.parametrize("kind", ["documents", "windows"])
+def test_a_run_says_how_often_it_sees_its_data_and_how_many_tokens(kind: str, folder: Path, opened):
+    loader = Loader(opened[kind].shards[0].split("train"), of_kind(folder, kind, batch_size=1))
+    steps = loader.steps_per_epoch
+    seen = sum(int((loader.batch(step).targets != IGNORE).sum()) for step in range(steps))
+    assert loader.said(steps) == [
+        f"data: 1.00 epochs of {seen:,} tokens in {steps} rows, {quantity(seen)} tokens in all"
+    ]
+    assert loader.said(3 * steps)[0].endswith(f", {quantity(3 * seen)} tokens in all")
 
 
 def test_a_document_knows_its_source(folder: Path, opened):
@@ -186,7 +198,7 @@ def test_held_out_text_is_scored_once_and_each_source_weighs_its_share(folder: P
     assert [source.loss for source in result.sources.values()] == pytest.approx([1, 2, 4])
     assert result.numbers()["heldout_loss/c.jsonl"] == pytest.approx(4)
     assert result.tokens == sum(source.tokens for source in result.sources.values())
-    low, high = result.loss_interval
+    low, high = result.loss_interval or (0.0, 0.0)
     assert low == pytest.approx(result.loss) == pytest.approx(high)  # no doubt within a source, hence none
 
 

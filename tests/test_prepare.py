@@ -43,6 +43,15 @@ def test_text_that_changed_since_it_was_cached_is_prepared_again(corpus: Path, t
     assert cached(config(corpus), tmp_path / "cache") == first
 
 
+def test_what_is_said_of_preparing_is_what_is_done(corpus: Path, tmp_path: Path):
+    told: list[str] = []
+    prepare(str(corpus), tmp_path / "a", tokenizer="char", heldout=0.2, report=told.append)
+    assert [line.split(": ")[0] for line in told] == [f"building the tokenizer char from {corpus}", "train", "heldout"]
+    told.clear()
+    prepare(str(corpus), tmp_path / "b", tokenizer="byte", heldout=0.0, report=told.append)
+    assert told == ["tokenizer byte", "tokenized: 290 tokens of 20 documents"]
+
+
 def test_what_an_older_reader_prepared_is_not_taken_from_the_cache(tmp_path: Path, monkeypatch):
     cache, rows = tmp_path / "cache", tmp_path / "a.jsonl"
     rows.write_text("".join(json.dumps({"id": f"id {n}", "text": f"text {n}"}) + "\n" for n in range(20)))

@@ -235,6 +235,10 @@ def test_differences_name_every_leaf_that_differs_on_either_side():
         "f is none there, true here",
     ]
     assert run.differences(there, there) == []
+    long = list(range(20))
+    assert run.differences({"a": [*long, 3]}, {"a": [*long, 4]}) == [
+        f"a is {','.join(map(str, long))},3... there, {','.join(map(str, long))},4... here"
+    ]
 
 
 def test_an_environment_without_git_has_no_commit(monkeypatch: pytest.MonkeyPatch):

@@ -68,6 +68,13 @@ def test_a_model_without_softmax_takes_no_dropout_of_a_pattern(trained: Path, re
     assert (config.model.attention.dropout, config.model.dropout) == (0.0, 0.1)
 
 
+@pytest.mark.parametrize("spec", ["byte", "{run}/tokenizer", "{elsewhere}"])
+def test_the_runs_own_tokenizer_may_be_named(spec: str, trained: Path, recipe: RunConfig, tmp_path: Path):
+    ByteTokenizer().save(tmp_path / "elsewhere")
+    spec = spec.format(run=trained, elsewhere=tmp_path / "elsewhere")
+    assert config_from(trained, recipe, [f"data.tokenizer={spec}"], lambda line: None).data.tokenizer == spec
+
+
 def test_what_is_changed_by_hand_is_said(trained: Path, recipe: RunConfig):
     said: list[str] = []
     config = config_from(trained, recipe, ["model.max_seq_len=128", "data.seq_len=128"], said.append)
@@ -79,6 +86,9 @@ def test_what_is_changed_by_hand_is_said(trained: Path, recipe: RunConfig):
     ("words", "says"),
     [
         (["init_from=runs/other"], "--from .* and init_from=runs/other both say where the weights come from; keep one"),
+        (["data.tokenizer=train:300"], "--from .*/run reads the tokens of .*/run: leave out data.tokenizer=train:300$"),
+        (["data.tokenizer=char"], "leave out data.tokenizer=char$"),
+        (["data.tokenizer=bite"], "unknown tokenizer 'bite'.*did you mean 'byte'"),
         (["data.seq_len=65"], "data.seq_len=65 exceeds model.max_seq_len=64"),
         (["model.n_heds=3"], r"unknown config key 'model.n_heds'; did you mean model.n_heads=3\?"),
     ],

@@ -276,6 +276,9 @@ def test_a_tokenizer_keeps_the_fingerprint_that_it_had_when_it_was_saved():
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"no tokenizer in .*: encoding.json is missing"):
         tokenizer.build(str(tmp_path), list)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=rf"of Hugging Face, .*: llm-jax import {tmp_path} --run DIR, then name DIR"):
+        tokenizer.build(str(tmp_path), list)
 
 
 @pytest.mark.parametrize(

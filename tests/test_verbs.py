@@ -18,6 +18,7 @@ from llm_jax import runtime, trained
 from llm_jax.cli import main
 from llm_jax.recipes import recipe_docstring, recipes
 from llm_jax.train import loop, run
+from llm_jax.train.checkpoint import Checkpoints
 from llm_jax.train.program import Program
 
 WORDS = ["a", "little", "model", "reads", "the", "words", "of", "a", "short", "text", "and", "writes", "some"]
@@ -93,7 +94,10 @@ def test_a_run_is_a_folder_named_after_its_config_and_says_where_to_go_next(plac
 
 
 def test_resume_goes_on_to_a_new_total(place: Path, output: Any):
-    assert "done; read runs/longer/report.html" in output("train", "tiny.py", "--run", "runs/longer", "prompts=")
+    said = output("train", "tiny.py", "--run", "runs/longer", "prompts=")
+    assert "done; read runs/longer/report.html" in said
+    with Checkpoints(place / "runs/longer", read_only=True) as checkpoints:
+        assert f"the best checkpoint is of step {checkpoints.best()}: generate and evaluate take it\n" in said
     assert "llm-jax generate runs/longer" in output("resume", "runs/longer", "--steps", "6")
     assert (place / "runs/longer/checkpoints/6").is_dir()
 
@@ -135,6 +139,19 @@ def test_another_text_is_scored_whole(place: Path, output: Any):
     assert (found["documents"], found["bytes"]) == (2, 31)
 
 
+def test_text_that_is_one_document_has_no_interval(place: Path, capsys: pytest.CaptureFixture[str]):
+    (place / "one.txt").write_text("ein Text")
+    words = ["evaluate", "runs/tiny", "--data", str(place / "one.txt")]
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert re.search(r"^loss +\d+\.\d{4}   –$", out, re.MULTILINE)
+    assert f"scoring all of {place}/one.txt: 9 tokens of 1 documents\n" in err
+    assert "train" not in err
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [found[f"{name}_interval"] for name in ("loss", "perplexity", "bits_per_byte")] == [None] * 3
+
+
 @pytest.mark.parametrize("which", ["best", "last", "4"])
 def test_the_newest_good_weights_stand_in_for_damaged_ones_unless_a_step_was_asked_for(which: str, place: Path):
     copy, told = shutil.copytree(place / "runs/tiny", place / f"runs/damaged-{which}"), []
@@ -152,6 +169,24 @@ def test_records_are_scored_though_the_run_cut_its_text_at_a_separator(place: Pa
     (place / "other.jsonl").write_text('{"text": "so ein anderer Text"}\n{"text": "noch einer"}\n')
     found = json.loads(output("evaluate", "runs/tiny", "--data", str(place / "other.jsonl"), "--json"))
     assert (found["documents"], found["bytes"]) == (2, 29)
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        ("evaluate runs/tiny --data rows.jsonl", "--column NAME"),
+        ("prepare rows.jsonl --out rows --tokenizer byte", "--column NAME"),
+        ("tokenize --train rows.jsonl --out rows", "--column NAME"),
+        ("train tiny.py data.uri=rows.jsonl data.separator=none --run rows", "data.column=NAME"),
+        ("prepare other.txt --out rows --tokenizer byte", "--separator $'\\n\\n'"),
+    ],
+)
+def test_advice_names_what_the_verb_takes(words: str, advice: str, place: Path, error: Any):
+    (place / "rows.jsonl").write_text('{"txt": "one"}\n{"txt": "two"}\n')
+    (place / "other.txt").write_text("so ein anderer Text")
+    said = error(*words.split())
+    assert advice in said
+    assert said.count("data.") == advice.count("data.")
 
 
 def test_prepared_shards_are_scored_whole_if_they_are_in_the_tokens_of_the_run(place: Path, output: Any, error: Any):

@@ -19,6 +19,7 @@ from llm_jax.compat.lenses import (
     activation,
     biases,
     exaone_layers,
+    flag,
     heads,
     key,
     known,
@@ -52,9 +53,13 @@ def every_fourth(config: Theirs, i: int) -> bool:
     return (i + 1) % 4 != 0
 
 
-# What Qwen lets see a window only: the layers from `max_window_layers` on.
+# What Qwen lets see a window only, where there is one: the layers from `max_window_layers` on.
 QWEN_LAYERS = layer_types(
-    lambda config, i: bool(config.get("use_sliding_window")) and i >= config.get("max_window_layers", 28),
+    lambda config, i: (
+        flag(config, "use_sliding_window")
+        and config.get("sliding_window", 4096) is not None
+        and i >= config.get("max_window_layers", 28)
+    ),
     ("use_sliding_window", "max_window_layers"),
     use=True,
 )

@@ -64,6 +64,8 @@ class Family:
             fields, origins = self._fields(theirs)
             config = _config(fields, origins, theirs)
             _check_positions(config)
+            if (kinds := theirs.get("layer_types")) is not None and len(kinds) != (n := config.n_layers):  # read or not
+                raise ValueError(f"config.json has {len(kinds)} layer_types for {n} layers; give one for each")
             return config
         except ValueError as error:
             said = " ".join(str(error).split())[:1000]  # a key may hold anything, as line breaks

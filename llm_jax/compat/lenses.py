@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from llm_jax.compat.config_json import short
 from llm_jax.model.config import ModelConfig
 from llm_jax.ops.experts import Experts
 from llm_jax.ops.position import Rotary
@@ -45,8 +46,14 @@ KINDS = {"full_attention": "global", "sliding_attention": "local"}
 
 
 def pattern(kinds: Sequence[str], window: int | None) -> Fields:
-    """The fields of layers of these kinds; `window` is that of those that have one."""
-    return {"layers": period(kinds), "attention.window": window if any("local" in kind for kind in kinds) else None}
+    """The fields of layers of these kinds; `window` is that of those that have one. Raises `ValueError` without it."""
+    local = any("local" in kind for kind in kinds)
+    if local and window is None:
+        raise ValueError(
+            "config.json has layers of sliding_attention and no window for them (sliding_window is null, or "
+            "use_sliding_window is false), which transformers does not compute either; make all full_attention there"
+        )
+    return {"layers": period(kinds), "attention.window": window if local else None}
 
 
 def period(kinds: Sequence[Any]) -> tuple[Any, ...]:
@@ -63,6 +70,14 @@ def of_each_layer(config: Theirs, name: str) -> Sequence[Any] | None:
         raise ValueError(
             f"config.json has {len(said)} {name} for num_hidden_layers={n_layers}; give one for each layer there"
         )
+    return said
+
+
+def flag(config: Theirs, name: str, absent: bool = False) -> bool:
+    """What a key that is true or false says. Raises `ValueError` for any other value, as transformers does."""
+    said = config.get(name, absent)
+    if not isinstance(said, bool):
+        raise ValueError(f"config.json has {name}={short(said)}; expected true or false")
     return said
 
 
@@ -92,7 +107,8 @@ def layer_types(guess: Callable[[Theirs, int], bool], keys: tuple[str, ...], use
         if types is None:
             layers = range(config["num_hidden_layers"])
             types = ["sliding_attention" if guess(config, i) else "full_attention" for i in layers]
-        return pattern([known("layer_types", KINDS, name) for name in types], config.get("sliding_window", 4096))
+        size = None if use and not flag(config, "use_sliding_window") else config.get("sliding_window", 4096)
+        return pattern([known("layer_types", KINDS, name) for name in types], size)
 
     def write(c: ModelConfig) -> dict[str, Any]:
         local = ["local" in kind for kind in kinds_of(c)]
@@ -112,7 +128,7 @@ def no_rope_layers() -> Lens:
     def read(config: Theirs) -> Fields:
         every, layers = config.get("no_rope_layer_interval", 4), range(config["num_hidden_layers"])
         turned = of_each_layer(config, "no_rope_layers") or [(i + 1) % every for i in layers]
-        sliding = config.get("sliding_window") if config.get("use_sliding_window") else None
+        sliding = config.get("sliding_window") if flag(config, "use_sliding_window") else None
         types = of_each_layer(config, "layer_types")
         if types is None:
             types = ["full_attention" if turns or sliding is None else "sliding_attention" for turns in turned]
@@ -161,7 +177,7 @@ def sparse_layers(chosen: Lens) -> Lens:
 
     def read(config: Theirs) -> Fields:
         dense, every = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step", 1)
-        sliding = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+        sliding = config.get("sliding_window", 4096) if flag(config, "use_sliding_window") else None
         mixer = "global" if sliding is None else "local"
         layers = range(config["num_hidden_layers"])
         sparse = [i not in dense and (i + 1) % every == 0 for i in layers]
@@ -209,7 +225,7 @@ def biases(table: Mapping[str, tuple[bool, ...]], **absent: bool) -> Lens:
     """Keys that together say which linear maps have biases; what the absence of each means."""
 
     def read(config: Theirs) -> Fields:
-        said = tuple(bool(config.get(name, value)) for name, value in absent.items())
+        said = tuple(flag(config, name, value) for name, value in absent.items())
         return {"bias": known(", ".join(absent), {values: name for name, values in table.items()}, said)}
 
     def write(c: ModelConfig) -> dict[str, Any]:

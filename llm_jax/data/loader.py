@@ -19,6 +19,7 @@ from llm_jax.data.mixture import Deal
 from llm_jax.data.packing import Plan
 from llm_jax.data.shards import SPLITS, Part, TokenStore
 from llm_jax.data.task import IGNORE, Task, resolve
+from llm_jax.log import apart, quantity
 
 __all__ = ["IGNORE", "Batch", "DataConfig", "Loader", "heldout_rows"]
 
@@ -95,12 +96,12 @@ class Loader:
         )
 
     def said(self, steps: int) -> list[str]:
-        """A line for each of several sources: its share of the rows, and how often `steps` show it."""
-        if len(self._sources) == 1:
-            return []
-        found = zip(self._deal.shares, self._sources, self.epochs(steps), strict=True)
+        """A line for each source: how often `steps` show it, in tokens too, and of several its share of the rows."""
+        several, found = len(self._sources) > 1, zip(self._deal.shares, self._sources, self.epochs(steps), strict=True)
         return [
-            f"{source.name}: {float(share):.1%} of the rows, {epochs:.2f} epochs of {source.n_rows:,} rows in all"
+            (f"{source.name}: {float(share):.1%} of the rows, " if several else "data: ")
+            + f"{epochs:.2f} epochs of {source.n_tokens:,} tokens in {source.n_rows:,} rows, "
+            f"{quantity(epochs * source.n_tokens)} tokens in all"
             for share, source, epochs in found
         ]
 
@@ -127,8 +128,9 @@ class Loader:
                 "allow more epochs"
             )
         if steps > allowed:
+            more, _ = apart(self.epochs(steps)[first], epochs, "f", 2)
             raise ValueError(
-                f"{steps} steps of {batch_size} rows are {self.epochs(steps)[first]:.2f} epochs of {n_rows} rows{of}, "
+                f"{steps} steps of {batch_size} rows are {more} epochs of {n_rows} rows{of}, "
                 f"but epochs={epochs:g} allows {allowed}; use steps={allowed}, more epochs or more text"
             )
 
@@ -191,6 +193,11 @@ class _Rows:
     def n_rows(self) -> int:
         return self.plan.n_rows
 
+    @property
+    def n_tokens(self) -> int:
+        """The tokens of an epoch."""
+        return int(self.plan.sizes.sum())
+
     def spans(self, number: int) -> list[tuple[int, int]]:
         """Where in the store the tokens of the row `number` stand, counted over all epochs."""
         epoch, row = divmod(number, self.n_rows)
@@ -200,7 +207,7 @@ class _Rows:
     def tokens(self, number: int) -> int:
         """How many tokens the rows before `number` hold."""
         epoch, row = divmod(number, self.n_rows)
-        return epoch * int(self.plan.sizes.sum()) + int(self._tokens_before(epoch)[row])
+        return epoch * self.n_tokens + int(self._tokens_before(epoch)[row])
 
     def _count_tokens(self, epoch: int) -> Int64[np.ndarray, " n"]:
         return np.append(0, np.cumsum(self.plan.sizes[self.order(epoch)[0]]))

@@ -72,11 +72,12 @@ def prepare(
     read = functools.partial(sources.documents, uri, separator, column, report)
     content = sources.fingerprint(uri)
     with _new_folder(Path(out)) as folder:
-        report(f"building the tokenizer {tokenizer} for {uri}")
+        report(f"building the tokenizer {tokenizer} from {uri}" if _learns(tokenizer) else f"tokenizer {tokenizer}")
         encoder = build(tokenizer, lambda: (document.text for document in read()))
         encoder.save(folder / "tokenizer")
         side = _by_hash(heldout) if heldout_by == "hash" else _by_tail(heldout, read())
-        writers = {name: _SplitWriter(folder, name, encoder, end_of_text, report) for name in SPLITS}
+        said = dict(zip(SPLITS, SPLITS if heldout else ("tokenized", ""), strict=True))
+        writers = {name: _SplitWriter(folder, name, encoder, end_of_text, report, said[name]) for name in SPLITS}
         documents, again = itertools.tee(read())
         again = again if special else watched(again, encoder, report)
         encoded = encode_all(folder / "tokenizer", (document.text for document in again), special=special)
@@ -153,7 +154,7 @@ def cached_sources(config: DataConfig, cache_dir: str | Path, report: Report = _
         return [cached(config, cache_dir, report)]
     cuts = {uri: cuts_of(config, uri) for uri in uris}
     given, spec = [uri for uri in uris if is_prepared(uri)], config.tokenizer
-    if re.fullmatch(r"char|train:\d+", spec) and len(given) < len(uris):
+    if _learns(spec) and len(given) < len(uris):
         if given:
             raise ValueError(
                 f"{given[0]} has a tokenizer already, which {spec} would not be; set "
@@ -163,6 +164,11 @@ def cached_sources(config: DataConfig, cache_dir: str | Path, report: Report = _
     return [
         cached(dataclasses.replace(config, uri=uri, tokenizer=spec, **cuts[uri]), cache_dir, report) for uri in uris
     ]
+
+
+def _learns(spec: str) -> bool:
+    """Whether a tokenizer is made of the text, and not taken as it is."""
+    return re.fullmatch(r"char|train:\d+", spec) is not None
 
 
 def _shared_tokenizer(spec: str, cuts: Mapping[str, Cuts], cache_dir: Path, report: Report) -> Path:
@@ -177,7 +183,7 @@ def _shared_tokenizer(spec: str, cuts: Mapping[str, Cuts], cache_dir: Path, repo
     folder = cache_dir / f"tokenizer-{_digest(key)}"
     if folder.exists():
         return folder
-    report(f"building the tokenizer {spec} for {', '.join(cuts)}")
+    report(f"building the tokenizer {spec} from {', '.join(cuts)}")
     readers = (sources.documents(uri, cut["separator"], cut["column"]) for uri, cut in cuts.items())
     texts = (document.text for documents in readers for document in documents)
     tokenizer = build(spec, lambda: texts)
@@ -233,10 +239,12 @@ def _digest(key: Mapping[str, Any]) -> str:
 
 
 class _SplitWriter:
-    """Write one split. Holds one shard of tokens, and two numbers a document."""
+    """Write one split, which is `said` so. Holds one shard of tokens, and two numbers a document."""
 
-    def __init__(self, folder: Path, name: str, encoder: Tokenizer, end_of_text: bool, report: Report) -> None:
-        self._folder, self._name, self._report = folder, name, report
+    def __init__(
+        self, folder: Path, name: str, encoder: Tokenizer, end_of_text: bool, report: Report, said: str
+    ) -> None:
+        self._folder, self._name, self._report, self._said = folder, name, report, said
         self._dtype = np.uint16 if encoder.vocab_size <= 1 << 16 else np.uint32
         self._end = np.array([encoder.end_of_text] if end_of_text else [], self._dtype)
         self._offsets, self._bytes = array("q", [0]), array("q")
@@ -266,7 +274,8 @@ class _SplitWriter:
             file.writelines(f"{origin}\n" for origin in self._origins)
         if self._tokens:
             self._save(f"{len(self._files):05d}", np.concatenate(self._tokens))
-        self._report(f"{self._name}: {self._offsets[-1]:,} tokens of {len(self._bytes):,} documents")
+        if self._said:
+            self._report(f"{self._said}: {self._offsets[-1]:,} tokens of {len(self._bytes):,} documents")
         self._tokens, self._origins, self._flushed = [], [], self._offsets[-1]
 
     def _save(self, what: str, values: np.ndarray) -> None:
@@ -318,8 +327,8 @@ def _check_sides(manifest: Manifest) -> None:
     if not train or (manifest.heldout and not heldout):
         raise ValueError(
             f"heldout={manifest.heldout:g} by {manifest.heldout_by} leaves {train} documents to train on and "
-            f"{heldout} held out; cut the text into more with a separator, such as --separator $'\\n\\n' "
-            r"(in a config data.separator=$'\n\n'), or change heldout"
+            f"{heldout} held out; cut the text into more with a separator, such as data.separator=$'\\n\\n', or change "
+            "heldout"
         )
 
 

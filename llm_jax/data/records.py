@@ -114,10 +114,10 @@ def _refuse(uri: str, seen: Mapping[str, str], asked: str | None) -> NoReturn:
     if chat:
         raise ValueError(
             f"{brief(uri)} holds chats ({chat[0]!r} of {shown}), which can't be trained on yet; name a column of text "
-            "if there is one (data.column=NAME, --column NAME)"
+            "if there is one: data.column=NAME"
         )
     inner = [name for name in names if seen[name] == OBJECTS]
-    move = "name the one to train on (data.column=NAME, --column NAME)"
+    move = "name the one that is text: data.column=NAME"
     if len(inner) == 1 and inner[0].isidentifier() and STRING not in seen.values():
         move = f"if {inner[0]!r} lists the rows, write them one a line: jq -c '.{inner[0]}[]' FILE > rows.jsonl"
     raise ValueError(f"{brief(uri)} has no 'text' or 'content' in its first rows but {shown}; {move}")

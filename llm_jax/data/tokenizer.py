@@ -273,6 +273,11 @@ def train(vocab_size: int, texts: Iterable[str]) -> BPETokenizer:
 def load(folder: str | Path) -> Tokenizer:
     """Return the tokenizer that `save` wrote. Raises `ValueError`, one line, where there is none, or a damaged one."""
     folder = Path(folder)
+    if (folder / "tokenizer.json").is_file() and not (folder / "encoding.json").exists():
+        raise ValueError(
+            f"{folder} holds a tokenizer of Hugging Face, which comes with its model: llm-jax import {folder} "
+            "--run DIR, then name DIR/tokenizer"
+        )
     for file in ("encoding.json", "ranks.tiktoken"):
         if not (folder / file).is_file():
             raise ValueError(f"no tokenizer in {folder}: {file} is missing; name the folder of one")

@@ -46,6 +46,8 @@ KEEPABLE = tuple(
 SOFTMAX = ("global", "local", "sparse", "nope")
 MIXERS = (*SOFTMAX, "linear", "delta")
 
+Implementation = Literal["reference", "chunked", "flash", "splash", "cudnn", "tokamax", "ring", "zigzag", "ulysses"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
@@ -74,7 +76,7 @@ class AttentionConfig:
       softcap: scores are squeezed into (-softcap, softcap) by tanh; None: they are not.
       dropout: the share of the pattern that is zeroed in training; `reference` and `chunked` hold one.
       convolution: tokens that the short convolution of `delta` layers spans.
-      implementation: one of `ops/attention.py`. None: the fastest that accepts; `zigzag` where devices share a row.
+      implementation: of `ops/attention.py`. None: the fastest that accepts; `zigzag` where devices share a row.
     """
 
     window: int | None = None
@@ -85,7 +87,7 @@ class AttentionConfig:
     softcap: float | None = None
     dropout: float = 0.0
     convolution: int = 4
-    implementation: str | None = None
+    implementation: Implementation | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("window", 1), ("sinks", 0), ("convolution", 1)):
@@ -193,10 +195,11 @@ class ModelConfig:
             )
         self._check_widths()
         self._check_layers()
+        alone = () if "," in self.remat else REMAT
         for name in self.kept:
             if name not in KEEPABLE:
                 raise ValueError(
-                    f"model.remat={self.remat!r} can't keep {name!r}; {nearest(name, KEEPABLE)} "
+                    f"model.remat={self.remat!r} can't keep {name!r}; {nearest(name, (*KEEPABLE, *alone))} "
                     f"Or use {', '.join(REMAT)}"
                 )
 

@@ -27,9 +27,10 @@ class Rotary:
         `short_factors[i]` up to it (Ding et al. 2024, arXiv:2402.13753).
       factor: how many times longer the rows are than in training, for `scaling`.
       original_len: positions in training, for `yarn`, `llama3`, `dynamic` and `longrope`.
-      low_turns, high_turns: for `yarn` and `llama3`: turns over `original_len` at which pairs are slowed in full, and
-        not at all.
-      short_factors, long_factors: for `longrope`: how much slower each pair rotates, up to `original_len` and beyond.
+      low_turns: for `yarn` and `llama3`: turns over `original_len` up to which pairs are slowed in full.
+      high_turns: for `yarn` and `llama3`: turns over `original_len` from which on pairs are not slowed at all.
+      short_factors: for `longrope`: how much slower each pair rotates in texts up to `original_len`.
+      long_factors: for `longrope`: how much slower each pair rotates in longer texts.
       amplitude: of the rotated queries and keys; None: 1, for `yarn` `0.1 ln(factor) + 1`, for `longrope`
         `sqrt(1 + ln(factor) / ln(original_len))`.
       local_theta: of local layers, which are never scaled (Gemma 3); None: as all others.

@@ -23,8 +23,8 @@ class Evaluation:
     """Means over all scored tokens, with 95 % intervals from a bootstrap over documents.
 
     `loss` is in nats a token. `bits_per_byte` counts the UTF-8 bytes of the scored text, as `text_bytes` defines them,
-    so that models with different tokenizers compare; where no target has any, as of classes, it is None. What was
-    measured on one document says nothing of others: its intervals are points.
+    so that models with different tokenizers compare; where no target has any, as of classes, it is None. One document
+    says nothing of others: where there is no more than one, of a mixture in any source, the intervals are None.
 
     `accuracy`, of a task, is the share of documents of which every target is the likeliest. For an answer in tokens
     this is exact match with what the model writes at temperature 0: as long as it has written what it should have, it
@@ -36,7 +36,7 @@ class Evaluation:
     """
 
     loss: float
-    loss_interval: tuple[float, float]
+    loss_interval: tuple[float, float] | None
     perplexity: float
     bits_per_byte: float | None
     bits_per_byte_interval: tuple[float, float] | None
@@ -127,17 +127,18 @@ Sums = Sequence[Float[np.ndarray, "_ 4"]]  # of every source, a row for each of 
 
 
 def _summary(sums: Sums, shares: Sequence[float], asked: bool) -> Evaluation:
-    low, high = np.quantile(resampled(sums, shares), (0.025, 0.975), axis=0).tolist()
     loss, bits, accuracy = _ratios(sums, shares)
-    written = any(own[:, 2].any() for own in sums)
+    written, drawn = any(own[:, 2].any() for own in sums), min(map(len, sums)) > 1
+    bounds = np.quantile(resampled(sums, shares), (0.025, 0.975), axis=0).T.tolist() if drawn else []
+    intervals = [(low, high) for low, high in bounds] or [None] * 3
     return Evaluation(
         loss=loss,
-        loss_interval=(low[0], high[0]),
+        loss_interval=intervals[0],
         perplexity=math.exp(min(loss, 700)),
         bits_per_byte=bits if written else None,
-        bits_per_byte_interval=(low[1], high[1]) if written else None,
+        bits_per_byte_interval=intervals[1] if written else None,
         accuracy=accuracy if asked else None,
-        accuracy_interval=(low[2], high[2]) if asked else None,
+        accuracy_interval=intervals[2] if asked else None,
         tokens=round(sum(own[:, 1].sum() for own in sums)),
         bytes=round(sum(own[:, 2].sum() for own in sums)),
         documents=sum(map(len, sums)),

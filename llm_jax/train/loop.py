@@ -153,10 +153,6 @@ def resume(
         session = Session.open(config, folder, console, open_run_data(folder, old, on(console)))
         with processes.watched(_way_on(folder)):
             state, progress = session.restore(old)
-            if progress.step >= config.steps:
-                raise ValueError(
-                    f"{folder} is finished at step {progress.step}; train further with --steps N above that"
-                )
             if processes.is_first():
                 if lost := log.missing(folder, progress.step):
                     session.say(f"{folder}/{log.FILE} has no row of step {log.spans(lost)}; report.html lacks them too")
@@ -225,23 +221,27 @@ class Session:
         return load_weights(source, self.program, self.say)
 
     def restore(self, old: RunConfig) -> tuple[TrainState, Progress]:
-        """The state to go on from. Says what was restored, and what is not as it was under `old`."""
+        """The state to go on from. Says what was restored, and what is not as it was under `old`.
+
+        Raises `ValueError` where no step is left.
+        """
         c, restored = self.config, self.checkpoints.restore(self.program.abstract_state, self.say)
         if restored is None:
             self.say(f"{self.folder} has no checkpoint yet: it begins again")
             return self.begin(), Progress()
-        step = restored[1].step
+        if (step := restored[1].step) >= c.steps:
+            raise ValueError(f"{self.folder} is finished at step {step}; train further with --steps N above that")
         self.say(
             f"resumed {self.folder} at step {step} of {c.steps}: weights, optimizer, schedule and data position "
             f"({self.loader.position(step)}) restored"
         )
         there = self.checkpoints.sealed(step) or seal(old, "", None) | {"machine": run.first_machine(self.folder)}
         if c.steps != (steps := there["config"]["steps"]):
-            before, now = (np.asarray(make_schedule(c.optimizer, total)(step)) for total in (steps, c.steps))
-            self.say(
-                f"steps {steps} -> {c.steps}: the {c.optimizer.schedule} schedule stretches, "
-                f"and here the learning rate is {now:.3g} instead of {before:.3g}"
-            )
+            now, before = (np.asarray(make_schedule(c.optimizer, total)(step)).item() for total in (c.steps, steps))
+            line = f"steps {steps} -> {c.steps}: the {c.optimizer.schedule} schedule stretches"
+            if now != before:
+                line += ", and here the learning rate is {} instead of {}".format(*log.apart(now, before))
+            self.say(line)
         for change in moves(there, seal(c, "", None)):
             self.say(f"not the same bits as without the stop: {change}")
         return restored
@@ -267,7 +267,10 @@ class Session:
         )
         with run.held(self.folder) as moved:
             try:
-                return self._steps(state, Meter(c, rows, progress, self.loader.token_shares), rows, moved)
+                progress = self._steps(state, Meter(c, rows, progress, self.loader.token_shares), rows, moved)
+                if (best := self.checkpoints.best()) is not None:
+                    self.say(f"the best checkpoint is of step {best:,}: generate and evaluate take it")
+                return progress
             except OSError as error:
                 self._check_moved(moved)
                 way = f"go on with: llm-jax resume {self.folder}" if self.checkpoints.steps() else "start again"

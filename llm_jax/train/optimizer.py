@@ -46,7 +46,9 @@ class OptimizerConfig:
       final_fraction: of the peak, at the last step.
       decay_fraction: of the run, in which `wsd` falls.
       clip: the largest global norm of the gradient; None: no clipping.
-      b1, b2, eps: of AdamW, b1 and b2 of Lion. Adafactor has none of them, Muon's matrices a momentum of 0.95.
+      b1: decay of the mean of gradients, of AdamW and Lion. Adafactor has none, Muon's matrices a momentum of 0.95.
+      b2: decay of the mean of squared gradients of AdamW; of Lion that of its momentum.
+      eps: added by AdamW to the root of the mean square, so that none divides by 0.
       weight_decay: how fast matrices and token tables shrink: by `learning_rate * weight_decay` of themselves a step.
     """
 

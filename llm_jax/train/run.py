@@ -58,10 +58,12 @@ class RunConfig:
         optimizer, or the whole state, weights too.
       steps: optimizer steps, each over `data.batch_size` rows.
       accumulate: microbatches a step; each device holds the activations of one.
-      evaluate_every, evaluate_batches: when to score held-out text, and how many batches of it.
+      evaluate_every: steps between evaluations on held-out text.
+      evaluate_batches: how many batches of held-out text an evaluation scores.
       checkpoint_every: steps between checkpoints.
       keep: how many of the last checkpoints stay, beside the best by held-out loss.
-      sample_every, prompts: when to let the model write, and from what; an empty prompt starts a document.
+      sample_every: steps between samples, a text from each of `prompts`.
+      prompts: what samples begin with; an empty prompt starts a document.
       patience: steps in a row with a loss, gradient or update that is not finite, before the run stops.
       seed: of initial weights and dropout; `data.seed` is that of the order of rows.
       init_from: a run folder whose weights, and nothing else, this run starts from.
@@ -390,7 +392,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], where: str = 
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found += differences(a, b, f"{where}{key}.")
         elif a != b:
-            found.append(f"{where}{key} is {_short(a)} there, {_short(b)} here")
+            found.append(f"{where}{key} is {_short(a, b)} there, {_short(b, a)} here")
     return found
 
 
@@ -428,7 +430,8 @@ def _commit() -> str | None:
         return None
 
 
-def _short(value: Any) -> str:
-    """Of a long value, such as a digest, the beginning."""
+def _short(value: Any, other: Any) -> str:
+    """Of a long value, such as a digest, as much of the beginning as tells it from `other`."""
     text = plain(value)
-    return text if len(text) < 40 else f"{text[:12]}..."
+    alike = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, plain(other), strict=False))))
+    return text if len(text) < 40 else f"{text[: max(12, alike + 1)]}..."
