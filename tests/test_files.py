@@ -4,10 +4,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from tiny_run import largest_file
 
-from llm_jax.files import locked, read_json, whole_folder, write_json, write_whole
+from llm_jax.compat import safetensors
+from llm_jax.data.prepare import prepare
+from llm_jax.files import locked, read_json, whole_folder, write_json, write_whole, written
 
 # Opens a folder of ours, says so, and waits for its end.
 FILLS = """
@@ -56,6 +61,44 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         write_whole(path, "new")
     assert path.read_text() == "old"
     assert names(tmp_path) == ["report.html"]
+
+
+def test_a_file_that_is_cut_by_a_few_bytes_is_never_taken_for_whole(tmp_path):
+    """NumPy hands the end of an array to a buffer, and hears nothing of what becomes of it."""
+    (tmp_path / "text.txt").write_text("abcd " * 4000)
+    x, out = np.arange(10_000, dtype=np.float32).reshape(100, 100), tmp_path / "shards"
+    writes: dict[str, Any] = {
+        "model.safetensors": lambda path: safetensors.write_file(path, {"x": x.shape}, "float32", lambda _: x.T),
+        "whole": lambda path: write_whole(path, x.tobytes()),
+    }
+    for name, write in writes.items():
+        for most in (39_000, 36_000, 5):
+            with largest_file(most), pytest.raises(OSError, match="File too large") as raised:
+                write(tmp_path / name)
+            assert raised.value.filename == str(tmp_path / name)
+    for most in (39_000, 3_000, 5):
+        with largest_file(most), pytest.raises(ValueError, match=f"cannot write {out}: File too large; fix that"):
+            prepare(str(tmp_path / "text.txt"), out, tokenizer="byte", heldout=0.0)
+        assert not list(tmp_path.glob("*shards*"))
+    prepare(str(tmp_path / "text.txt"), out, tokenizer="byte", heldout=0.0)
+    writes["model.safetensors"](tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(safetensors.open_file(tmp_path / "model.safetensors")["x"].read(), x.T)
+
+
+def test_a_folder_that_can_not_be_filled_is_named_as_it_would_be_called(tmp_path):
+    def named(*error: Any) -> str:
+        with pytest.raises(OSError, match="full") as raised, whole_folder(tmp_path / "shards", "prepare") as folder:
+            raise OSError(*(each.format(folder) if isinstance(each, str) else each for each in error))
+        return raised.value.filename or str(raised.value)
+
+    shards = str(tmp_path / "shards")
+    assert named(28, "full") == shards
+    assert named(28, "full", "{}/tokens") == f"{shards}/tokens"
+    assert named(28, "full", "/elsewhere") == "/elsewhere"
+    assert named("the disk of {} is full") == f"the disk of {shards} is full"
+    with pytest.raises(OSError, match="No such file") as raised, written(tmp_path / "none" / "a"):
+        pass
+    assert raised.value.filename == str(tmp_path / "none" / "a")
 
 
 def test_the_next_write_removes_what_a_killed_one_left(tmp_path):

@@ -78,6 +78,11 @@ def test_a_config_comes_back_from_its_folder(shards: Shards, tmp_path: Path):
     assert json.loads((tmp_path / "a" / "run" / "environment.json").read_text())["command"] == "llm-jax train tiny"
 
 
+def test_a_path_that_no_checkpoint_could_be_written_to_is_refused_before_the_first_step(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"run.* is no path in UTF-8, which checkpoints need; choose another --run"):
+        run.check_free(tmp_path / "run\udcff", CONFIG)
+
+
 def test_a_folder_that_holds_a_run_is_refused_by_what_differs(shards: Shards, tmp_path: Path):
     run.check_free(tmp_path, CONFIG)
     run.create(tmp_path, CONFIG, shards, "")

@@ -1,9 +1,12 @@
 """The smallest run that has everything: packed documents, accumulation, dropout, epochs that end inside a batch."""
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import random
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,17 @@ def tiny(corpus: Path, **changes: Any) -> RunConfig:
         prompts=(),
     )
     return dataclasses.replace(config, **changes)
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file grows beyond `size` bytes, as on a disk that is full by then."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def console() -> Console:

@@ -15,6 +15,7 @@ import platform
 import runpy
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -154,7 +155,8 @@ def load_recipe(name: str) -> RunConfig:
     path = recipes().get(name, Path(name))
     if path.suffix != ".py" or not path.is_file():
         raise ValueError(f"no recipe or Python file is called {name!r}; {nearest(name, recipes())}")
-    config = runpy.run_path(str(path)).get("config")
+    with contextlib.redirect_stdout(sys.stderr):  # what is asked for is no recipe's to print
+        config = runpy.run_path(str(path)).get("config")
     if not isinstance(config, RunConfig):
         raise ValueError(f"{path} must set `config = RunConfig(...)`; got {type(config).__name__}")
     return checked(config)
@@ -166,7 +168,16 @@ def is_run(folder: Path) -> bool:
 
 
 def check_free(folder: Path, config: RunConfig) -> None:
-    """Raises `ValueError` unless `folder` is empty or yet to be made: what a run or a user has there stays."""
+    """Raises `ValueError` unless `folder` is empty or yet to be made: what a run or a user has there stays.
+
+    And where its path is not UTF-8: the library that writes checkpoints would say so only after some steps.
+    """
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{folder.absolute()} is no path in UTF-8, which checkpoints need; choose another --run"
+        ) from None
     if is_run(folder):
         changed = changes(folder, config)
         other = f" of another config ({'; '.join(changed[:3])})" if changed else ""
