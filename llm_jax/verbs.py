@@ -107,8 +107,11 @@ def _say_what_next(args: Namespace, folder: Path | str, step: int, steps: int) -
     if not processes.is_first():
         return status
     if args.json:
-        last = {name: None if value != value else value for name, value in log.read(folder)[-1].items()}  # NaN: null
-        _print_json({"run": str(folder), "steps": steps, **last})
+        rows = log.read(folder)  # none where that file was deleted
+        last = (
+            {name: None if value != value else value for name, value in rows[-1].items()} if rows else {}
+        )  # NaN: null
+        _print_json({"run": str(folder), "steps": steps, "step": step} | last)
     elif step < steps:
         print(f"stopped at step {step:,} of {steps:,}; resume with: llm-jax resume {folder}")
     else:
@@ -303,7 +306,7 @@ def _config(args: Namespace) -> "RunConfig":
         config = run.load_recipe(args.config)
     except ValueError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         where = f"{args.config} fails: {type(error).__name__}: {error}"
         raise ValueError(f"{where}; fix it (--debug shows the line)") from error
     if source := vars(args).get("source_run"):
@@ -554,4 +557,9 @@ def _say(line: str) -> None:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # a terminal of ASCII, or the name of a file that is not UTF-8
+        text = json.dumps(value, indent=2)
+    print(text)

@@ -104,6 +104,9 @@ def test_train_and_resume_print_one_json_object_where_it_is_asked_for(output: An
     assert end["tokens"] > 0
     assert end["heldout_loss"] > 0
     assert json.loads(output("resume", "runs/machine", "--steps", "6", "--json"))["step"] == 6
+    Path("runs/machine/metrics.jsonl").unlink()  # what is gone is nothing that a script waits for
+    end = json.loads(output("train", "tiny.py", "--run", "runs/machine", "--resume", "--json"))
+    assert end == {"run": "runs/machine", "steps": 6, "step": 6}
 
 
 def test_a_run_that_starts_from_the_weights_of_another_says_so(output: Any):
