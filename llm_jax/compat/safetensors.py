@@ -127,7 +127,7 @@ def write_file(
         for name, shape in shapes.items():
             tensor = read(name)
             assert tensor.shape == shape
-            file.write(_cast(tensor, codes[name], name).reshape(-1).view(np.uint8))
+            file.write(_cast(tensor, codes[name], name).reshape(-1).view(np.uint8).data)
 
 
 def _cast(tensor: np.ndarray, code: str, name: str) -> np.ndarray:
