@@ -15,6 +15,7 @@ import filelock
 Types = type | tuple[type, ...]
 
 STALE_SECONDS = 60.0  # no write of ours takes so long; a part that is older belongs to a killed process
+ABANDONED_SECONDS = 86_400.0  # whoever fills a folder writes to it more often, should a store not know of locks
 NAMES = {
     dict: "an object",
     list: "a list",
@@ -98,14 +99,16 @@ def whole_folder(folder: Path, purpose: str) -> Iterator[Path]:
     """Give a folder to fill, which takes the name `folder` at the end of the block, and is removed if that fails.
 
     Until then it is a sibling whose name says what it is for, as `.llama.import.x3k2/`; what a killed process left of
-    the same purpose is removed first. Raises `OSError` where `folder` exists by then, or can't be made or filled: it
-    names what is in the way as it would be called in `folder`.
+    the same purpose is removed first, under another name if it is a day old: a cache may never ask for that one again.
+    Raises `OSError` where `folder` exists by then, or can't be made or filled: it names what is in the way as it would
+    be called in `folder`.
     """
     parent = folder.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{folder.name}.{purpose}."
-    for stale in parent.glob(f"{_literal(prefix)}*"):
-        _remove_abandoned(stale)
+    for stale in parent.glob(f".*.{purpose}.*"):
+        if stale.name.startswith(prefix) or _age(stale / "whole") > ABANDONED_SECONDS:
+            _remove_abandoned(stale)
     with _named(folder):
         scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     try:
@@ -161,10 +164,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _age(path: Path) -> float:
-    """Seconds since `path` was written; 0 where it is gone."""
+    """Seconds since `path` was written; 0 where it is gone, or not ours to see."""
     try:
         return time.time() - path.stat().st_mtime
-    except FileNotFoundError:
+    except OSError:
         return 0.0
 
 

@@ -143,6 +143,24 @@ def test_the_next_folder_removes_what_a_killed_process_left(tmp_path, another_pr
     assert names(tmp_path / "shards") == ["tokens"]
 
 
+def test_what_was_left_under_a_name_that_nobody_asks_for_again_is_removed_after_a_day(tmp_path, another_process):
+    """The folders of a cache are named by their content: of a text that has changed since the old name is lost."""
+    alive = another_process(f"whole_folder(Path({str(tmp_path)!r}) / 'alive', 'prepare')")
+    for name in (".old.prepare.a", ".new.prepare.b", ".old.import.c", ".none.prepare.d"):
+        (tmp_path / name / "whole").mkdir(parents=True)
+        (tmp_path / name / "lock").touch()
+    (tmp_path / ".none.prepare.d" / "whole").rmdir()
+    (tmp_path / ".file.prepare.e").touch()
+    for path in tmp_path.rglob("*"):
+        if "new" not in str(path):
+            os.utime(path, (0, 0))
+    before = names(tmp_path)
+    with whole_folder(tmp_path / "shards", "prepare"):
+        pass
+    assert [name for name in before if name not in names(tmp_path)] == [".old.prepare.a"]
+    assert alive.poll() is None
+
+
 def test_one_process_owns_a_folder_until_it_ends(tmp_path, another_process):
     owner = another_process(f"locked(Path({str(tmp_path)!r}))")
     with pytest.raises(BlockingIOError), locked(tmp_path):

@@ -5,13 +5,13 @@ import dataclasses
 import hashlib
 import io
 import random
-import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from rich.console import Console
 
 from llm_jax import log
@@ -55,6 +55,7 @@ def tiny(corpus: Path, **changes: Any) -> RunConfig:
 @contextlib.contextmanager
 def largest_file(size: int) -> Iterator[None]:
     """No file grows beyond `size` bytes, as on a disk that is full by then."""
+    resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import runpy
 import shutil
 import subprocess
@@ -42,6 +43,8 @@ from llm_jax.train.timetable import PipelineConfig
 ADVICE = "restore it, or start a new run"  # about a damaged file
 # What came with a model that was imported: its config.json, and the tensors that were in another dtype than the rest.
 ORIGIN, ORIGIN_DTYPES = "huggingface.json", "huggingface_dtypes.json"
+# What `create` lays out before config.json makes a run of it, the first first.
+BEGUN = ("environment.json", "data.json", "tokenizer", ORIGIN, ORIGIN_DTYPES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +173,8 @@ def is_run(folder: Path) -> bool:
 def check_free(folder: Path, config: RunConfig) -> None:
     """Raises `ValueError` unless `folder` is empty or yet to be made: what a run or a user has there stays.
 
-    And where its path is not UTF-8: the library that writes checkpoints would say so only after some steps.
+    What a process left that was killed as it began a run there, `create` removes. Raises too where the path is not
+    UTF-8: the library that writes checkpoints would say so only after some steps.
     """
     try:
         str(folder.absolute()).encode()
@@ -184,8 +188,16 @@ def check_free(folder: Path, config: RunConfig) -> None:
         raise ValueError(
             f"{folder} already holds a run{other}; go on with it: llm-jax resume {folder}, or choose another --run"
         )
-    if folder.exists() and (not folder.is_dir() or any(path.name != ".lock" for path in folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or _begun(folder) is None):
         raise ValueError(f"{folder} is not empty, and a run begins in a folder of its own; choose another --run")
+
+
+def _begun(folder: Path) -> list[Path] | None:
+    """What is in `folder`, if it is only what `create` writes before it is through; None where it is anything else."""
+    found = [path for path in folder.iterdir() if path.name != ".lock"]
+    names = {path.name for path in found if not re.fullmatch(r"\..+\.json\.\d+\.part", path.name)}
+    ours = names <= {*BEGUN} and (not names or BEGUN[0] in names)
+    return found if ours else None
 
 
 def changes(folder: Path, config: RunConfig) -> list[str]:
@@ -229,9 +241,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 def create(folder: Path, config: RunConfig, shards: Shards | Mixture, command: str) -> None:
     """Lays out the folder of a run that begins. Paths in its config are absolute: it goes on from any place."""
     folder.mkdir(parents=True, exist_ok=True)
-    shards.tokenizer.save(folder / "tokenizer")
-    write_json(folder / "data.json", data_identity(shards))
+    for path in _begun(folder) or ():  # of a process that was killed
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_json(folder / "environment.json", environment(command))
+    write_json(folder / "data.json", data_identity(shards))
+    shards.tokenizer.save(folder / "tokenizer")
     for path in (Path(config.init_from or folder) / name for name in (ORIGIN, ORIGIN_DTYPES)):
         if config.init_from is not None and path.is_file():  # it may be exported as what it came as
             write_whole(folder / path.name, path.read_bytes())
