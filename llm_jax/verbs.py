@@ -107,11 +107,8 @@ def _say_what_next(args: Namespace, folder: Path | str, step: int, steps: int) -
     if not processes.is_first():
         return status
     if args.json:
-        rows = log.read(folder)  # none where that file was deleted
-        last = (
-            {name: None if value != value else value for name, value in rows[-1].items()} if rows else {}
-        )  # NaN: null
-        _print_json({"run": str(folder), "steps": steps, "step": step} | last)
+        last = [{"step": step}, *log.read(folder)][-1]  # a user may have deleted the rows
+        _print_json({"run": str(folder), "steps": steps, **last})
     elif step < steps:
         print(f"stopped at step {step:,} of {steps:,}; resume with: llm-jax resume {folder}")
     else:
@@ -557,9 +554,19 @@ def _say(line: str) -> None:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False)
+    value = _strict(value)
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:  # a terminal of ASCII, or the name of a file that is not UTF-8
         text = json.dumps(value, indent=2)
     print(text)
+
+
+def _strict(value: Any) -> Any:
+    """`value` as JSON has it, in which NaN and the infinities are null, as they are in metrics.jsonl."""
+    if isinstance(value, dict):
+        return {name: _strict(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
