@@ -26,7 +26,7 @@ NAMES = {
 }
 
 
-def write_whole(path: Path, content: str | bytes | memoryview) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write `path` so that whoever reads it, even after a crash, finds the old content or the new.
 
     What a killed process left of an earlier write is removed.

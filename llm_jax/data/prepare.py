@@ -273,7 +273,7 @@ class _SplitWriter:
     def _save(self, what: str, values: np.ndarray) -> None:
         file, content = f"{self._name}_{what}.npy", io.BytesIO()
         np.save(content, values)
-        write_whole(self._folder / file, content.getbuffer())
+        write_whole(self._folder / file, content.getvalue())
         self._files[file] = sha256_of(self._folder / file)
 
 
