@@ -335,11 +335,13 @@ def compare(args: Namespace) -> None:
     folder = Path(args.out or f"compare/{name}")
     runtime.start()
     result = compare.compare(config, args.steps, _say, compiled=args.compiled, command=args.command)
+    if not args.json:
+        print(compare.table(result))  # before the page: a disk may have no room for that
     compare.write(result, folder, name)
     if args.json:
         _print_json(compare.as_json(result))
     else:
-        print(f"{compare.table(result)}\nread {folder}/compare.html")
+        print(f"read {folder}/compare.html")
 
 
 def verify(args: Namespace) -> None:
