@@ -52,7 +52,11 @@ def import_run(
     memory of its weights twice as they are saved. `report` gets a line for what is left out or passed over. Raises
     `ValueError` for what is not there, not known, or more than we can do.
     """
-    there, folder = fetch(source), Path(folder)
+    folder = Path(folder)
+    if folder.exists():  # said before anything is downloaded
+        holds = "already holds a run" if run.is_run(folder) else "exists"
+        raise ValueError(f"{folder} {holds}, and an import makes a folder of its own; choose another --run")
+    there = fetch(source)
     theirs = read_json(there / "config.json", {"model_type": str})
     family = family_of(theirs, str(there / "config.json"))
     model = family.read(theirs, str(there / "config.json"))
