@@ -8,13 +8,14 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import filelock
 
 Types = type | tuple[type, ...]
 
 STALE_SECONDS = 60.0  # no write of ours takes so long; a part that is older belongs to a killed process
+ABANDONED_SECONDS = 86_400.0  # whoever fills a folder writes to it more often, should a store not know of locks
 NAMES = {
     dict: "an object",
     list: "a list",
@@ -35,13 +36,23 @@ def write_whole(path: Path, content: str | bytes) -> None:
             part.unlink(missing_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(part, "wb") as file:
+        with _named(path), written(part) as file:
             file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def written(path: Path) -> Iterator[BinaryIO]:
+    """Give a new file to write; after the block all of it is on the disk. Raises `OSError`, with its name, if not.
+
+    NumPy's own ways to write one (`tofile`, and `save` to a file) miss a disk that is full by the last few kilobytes.
+    """
+    with _named(path), open(path, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -88,16 +99,20 @@ def whole_folder(folder: Path, purpose: str) -> Iterator[Path]:
     """Give a folder to fill, which takes the name `folder` at the end of the block, and is removed if that fails.
 
     Until then it is a sibling whose name says what it is for, as `.llama.import.x3k2/`; what a killed process left of
-    the same purpose is removed first. Raises `OSError` where `folder` exists by then.
+    the same purpose is removed first, under another name if it is a day old: a cache may never ask for that one again.
+    Raises `OSError` where `folder` exists by then, or can't be made or filled: it names what is in the way as it would
+    be called in `folder`.
     """
     parent = folder.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{folder.name}.{purpose}."
-    for stale in parent.glob(f"{_literal(prefix)}*"):
-        _remove_abandoned(stale)
-    scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    for stale in parent.glob(f".*.{purpose}.*"):
+        if stale.name.startswith(prefix) or _age(stale / "whole") > ABANDONED_SECONDS:
+            _remove_abandoned(stale)
+    with _named(folder):
+        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     try:
-        with filelock.FileLock(scratch / "lock"):
+        with _named(folder, scratch / "whole"), filelock.FileLock(scratch / "lock"):
             (filling := scratch / "whole").mkdir()
             yield filling
             if folder.is_symlink() or folder.exists():  # a rename replaces an empty folder without a word
@@ -105,6 +120,24 @@ def whole_folder(folder: Path, purpose: str) -> Iterator[Path]:
             os.rename(filling, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _named(path: Path, scratch: Path | None = None) -> Iterator[None]:
+    """Let an `OSError` name `path`, whose file has another name yet.
+
+    With `scratch`, which is to become `path`, only one that names nothing, or names a file there.
+    """
+    try:
+        yield
+    except OSError as error:
+        if scratch is None or (error.filename is None and error.strerror is not None):
+            error.filename = str(path)
+        elif error.filename is None:  # a text and no more
+            error.args = tuple(str(each).replace(str(scratch), str(path)) for each in error.args)
+        else:
+            error.filename = str(error.filename).replace(str(scratch), str(path))
+        raise
 
 
 def _remove_abandoned(scratch: Path) -> None:
@@ -131,10 +164,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _age(path: Path) -> float:
-    """Seconds since `path` was written; 0 where it is gone."""
+    """Seconds since `path` was written; 0 where it is gone, or not ours to see."""
     try:
         return time.time() - path.stat().st_mtime
-    except FileNotFoundError:
+    except OSError:
         return 0.0
 
 

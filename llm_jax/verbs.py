@@ -107,7 +107,7 @@ def _say_what_next(args: Namespace, folder: Path | str, step: int, steps: int) -
     if not processes.is_first():
         return status
     if args.json:
-        last = {name: None if value != value else value for name, value in log.read(folder)[-1].items()}  # NaN: null
+        last = [{"step": step}, *log.read(folder)][-1]  # a user may have deleted the rows
         _print_json({"run": str(folder), "steps": steps, **last})
     elif step < steps:
         print(f"stopped at step {step:,} of {steps:,}; resume with: llm-jax resume {folder}")
@@ -304,7 +304,7 @@ def _config(args: Namespace) -> "RunConfig":
         config = run.load_recipe(args.config)
     except ValueError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         where = f"{args.config} fails: {type(error).__name__}: {error}"
         raise ValueError(f"{where}; fix it (--debug shows the line)") from error
     if source := vars(args).get("source_run"):
@@ -336,11 +336,13 @@ def compare(args: Namespace) -> None:
     folder = Path(args.out or f"compare/{name}")
     runtime.start()
     result = compare.compare(config, args.steps, _say, compiled=args.compiled, command=args.command)
+    if not args.json:
+        print(compare.table(result))  # before the page: a disk may have no room for that
     compare.write(result, folder, name)
     if args.json:
         _print_json(compare.as_json(result))
     else:
-        print(f"{compare.table(result)}\nread {folder}/compare.html")
+        print(f"read {folder}/compare.html")
 
 
 def verify(args: Namespace) -> None:
@@ -555,4 +557,19 @@ def _say(line: str) -> None:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    value = _strict(value)
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # a terminal of ASCII, or the name of a file that is not UTF-8
+        text = json.dumps(value, indent=2)
+    print(text)
+
+
+def _strict(value: Any) -> Any:
+    """`value` as JSON has it, in which NaN and the infinities are null, as they are in metrics.jsonl."""
+    if isinstance(value, dict):
+        return {name: _strict(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,6 +1,7 @@
 """What a user types is understood, and what goes wrong is said on one line."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -222,6 +223,30 @@ def test_every_key_of_a_recipe_is_shown_as_it_is_typed_with_its_meaning(
     assert found["steps"]["default"] == 1000
     assert all(key["meaning"] for key in found.values())
     assert [name for name in found if f"{name}=" not in out] == []
+
+
+def test_what_a_recipe_prints_is_no_part_of_the_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "recipe.py").write_text("print('loaded')" + RECIPE)
+    for words in (["show"], ["show", "--config"], ["configs"]):
+        assert main([*words, str(tmp_path / "recipe.py"), "--json"]) == 0
+        out, err = capsys.readouterr()
+        assert isinstance(json.loads(out), dict)
+        assert err == "loaded\n"
+
+
+@pytest.mark.parametrize("status", ["", "0", "3", "'no'"])
+def test_a_recipe_that_ends_the_process_is_no_success(status: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "recipe.py").write_text(f"raise SystemExit({status})")
+    error = said(capsys, main(["show", str(tmp_path / "recipe.py"), "--json"]))
+    assert "recipe.py fails: SystemExit" in error
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_an_object_is_printed_whatever_the_letters_of_the_output(encoding: str, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out := io.TextIOWrapper(io.BytesIO(), encoding))
+        assert main(["tokenize", "naïve 🐈", "--json"]) == 0
+    assert json.loads(out.buffer.getvalue().decode(encoding))["text"] == "naïve 🐈"
 
 
 def run(program: str, *words: str, **options: object) -> subprocess.CompletedProcess[str]:

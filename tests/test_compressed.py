@@ -5,12 +5,16 @@ import gzip
 import lzma
 import random
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
 import pytest
+from tiny_run import largest_file
 
+from llm_jax.data.addresses import File
+from llm_jax.data.compressed import open_seekable
 from llm_jax.data.sources import documents
 
 TEXT = "".join(random.Random(0).choices("abcdé🐈 \n", k=20_000))
@@ -107,3 +111,14 @@ def test_zstandard_without_its_package_is_named(monkeypatch, tmp_path: Path):
     (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
     with pytest.raises(ValueError, match=r"cannot read .*a.jsonl.zst: zstd needs a package; pip install zstandard"):
         read(tmp_path)
+
+
+def test_a_disk_that_can_not_hold_the_copy_of_a_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(b"a" * 50_000))
+    file = File(fsspec.filesystem("file"), str(tmp_path / "a.parquet.gz"), "a.parquet.gz")
+    says = f"^{tmp_path} can't hold a copy of {file}, decompressed .File too large.; make room there, or"
+    with largest_file(40_000), pytest.raises(ValueError, match=says), open_seekable(file):
+        pass
+    with open_seekable(file) as copy:
+        assert copy.read() == b"a" * 50_000

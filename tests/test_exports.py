@@ -25,7 +25,7 @@ from llm_jax.cli import main
 from llm_jax.compat import safetensors, weights
 from llm_jax.compat.families import FAMILIES
 from llm_jax.compat.family import Family
-from llm_jax.compat.huggingface import choose, config_of, export_run, family_of, import_run
+from llm_jax.compat.huggingface import IDS, choose, config_of, export_run, family_of, import_run
 from llm_jax.config import override
 from llm_jax.data import shards
 from llm_jax.data.prepare import prepare
@@ -260,6 +260,21 @@ def test_an_export_keeps_what_the_original_had(original: Path, tmp_path: Path):
     assert all(before[name].read().tobytes() == after[name].read().tobytes() for name in before)
     exported(tmp_path / "run", tmp_path / "half", dtype="float16")
     assert {x.dtype for x in safetensors.open_folder(tmp_path / "half").values()} == {"F16"}
+
+
+def test_ids_stay_as_they_were_though_the_end_is_named_elsewhere(original: Path, tmp_path: Path):
+    pytest.importorskip("tokenizers")
+    shutil.copytree(original, tmp_path / "theirs")
+    theirs = json.loads((original / "config.json").read_text())
+    theirs = {name: value for name, value in theirs.items() if name != "eos_token_id"} | {"bos_token_id": 6}
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(theirs))
+    import_run(str(tmp_path / "theirs"), tmp_path / "run", report=quiet)
+    about = exported(tmp_path / "run", tmp_path / "out")
+    assert {name: about[name] for name in IDS} == {"bos_token_id": 6, "eos_token_id": ENDS, "pad_token_id": 3}
+    run.load_tokenizer(tmp_path / "run").save(tmp_path / "coder")  # another model's, for all that is known
+    import_run(str(tmp_path / "theirs"), tmp_path / "other", tokenizer=str(tmp_path / "coder"), report=quiet)
+    about = exported(tmp_path / "other", tmp_path / "other out")
+    assert {name: about[name] for name in IDS} == {"bos_token_id": 0, "eos_token_id": ENDS, "pad_token_id": None}
 
 
 def test_an_export_with_another_tokenizer_has_the_ids_of_that_one(original: Path, tmp_path: Path):

@@ -4,10 +4,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from tiny_run import largest_file
 
-from llm_jax.files import locked, read_json, whole_folder, write_json, write_whole
+from llm_jax.compat import safetensors
+from llm_jax.data.prepare import prepare
+from llm_jax.files import locked, read_json, whole_folder, write_json, write_whole, written
 
 # Opens a folder of ours, says so, and waits for its end.
 FILLS = """
@@ -58,6 +63,44 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert names(tmp_path) == ["report.html"]
 
 
+def test_a_file_that_is_cut_by_a_few_bytes_is_never_taken_for_whole(tmp_path):
+    """NumPy hands the end of an array to a buffer, and hears nothing of what becomes of it."""
+    (tmp_path / "text.txt").write_text("abcd " * 4000)
+    x, out = np.arange(10_000, dtype=np.float32).reshape(100, 100), tmp_path / "shards"
+    writes: dict[str, Any] = {
+        "model.safetensors": lambda path: safetensors.write_file(path, {"x": x.shape}, "float32", lambda _: x.T),
+        "whole": lambda path: write_whole(path, x.tobytes()),
+    }
+    for name, write in writes.items():
+        for most in (39_000, 36_000, 5):
+            with largest_file(most), pytest.raises(OSError, match="File too large") as raised:
+                write(tmp_path / name)
+            assert raised.value.filename == str(tmp_path / name)
+    for most in (39_000, 3_000, 5):
+        with largest_file(most), pytest.raises(ValueError, match=f"cannot write {out}: File too large; fix that"):
+            prepare(str(tmp_path / "text.txt"), out, tokenizer="byte", heldout=0.0)
+        assert not list(tmp_path.glob("*shards*"))
+    prepare(str(tmp_path / "text.txt"), out, tokenizer="byte", heldout=0.0)
+    writes["model.safetensors"](tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(safetensors.open_file(tmp_path / "model.safetensors")["x"].read(), x.T)
+
+
+def test_a_folder_that_can_not_be_filled_is_named_as_it_would_be_called(tmp_path):
+    def named(*error: Any) -> str:
+        with pytest.raises(OSError, match="full") as raised, whole_folder(tmp_path / "shards", "prepare") as folder:
+            raise OSError(*(each.format(folder) if isinstance(each, str) else each for each in error))
+        return raised.value.filename or str(raised.value)
+
+    shards = str(tmp_path / "shards")
+    assert named(28, "full") == shards
+    assert named(28, "full", "{}/tokens") == f"{shards}/tokens"
+    assert named(28, "full", "/elsewhere") == "/elsewhere"
+    assert named("the disk of {} is full") == f"the disk of {shards} is full"
+    with pytest.raises(OSError, match="No such file") as raised, written(tmp_path / "none" / "a"):
+        pass
+    assert raised.value.filename == str(tmp_path / "none" / "a")
+
+
 def test_the_next_write_removes_what_a_killed_one_left(tmp_path):
     (killed := tmp_path / ".report.html.123.part").write_text("half")
     (other := tmp_path / ".config.json.123.part").write_text("half")
@@ -98,6 +141,24 @@ def test_the_next_folder_removes_what_a_killed_process_left(tmp_path, another_pr
     assert alive.poll() is None
     assert len(names(tmp_path)) == 2
     assert names(tmp_path / "shards") == ["tokens"]
+
+
+def test_what_was_left_under_a_name_that_nobody_asks_for_again_is_removed_after_a_day(tmp_path, another_process):
+    """The folders of a cache are named by their content: of a text that has changed since the old name is lost."""
+    alive = another_process(f"whole_folder(Path({str(tmp_path)!r}) / 'alive', 'prepare')")
+    for name in (".old.prepare.a", ".new.prepare.b", ".old.import.c", ".none.prepare.d"):
+        (tmp_path / name / "whole").mkdir(parents=True)
+        (tmp_path / name / "lock").touch()
+    (tmp_path / ".none.prepare.d" / "whole").rmdir()
+    (tmp_path / ".file.prepare.e").touch()
+    for path in tmp_path.rglob("*"):
+        if "new" not in str(path):
+            os.utime(path, (0, 0))
+    before = names(tmp_path)
+    with whole_folder(tmp_path / "shards", "prepare"):
+        pass
+    assert [name for name in before if name not in names(tmp_path)] == [".old.prepare.a"]
+    assert alive.poll() is None
 
 
 def test_one_process_owns_a_folder_until_it_ends(tmp_path, another_process):

@@ -375,6 +375,16 @@ def test_a_folder_that_could_not_be_filled_is_gone(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_import_into_a_folder_that_is_there_is_refused_before_anything_is_read(tmp_path: Path, capsys: Any):
+    """The model may be a download of hours."""
+    for name, holds in (("empty", "exists"), ("notes.txt", "exists"), ("config.json", "already holds a run")):
+        (folder := tmp_path / f"for {name}").mkdir()
+        if name != "empty":
+            (folder / name).write_text("{}")
+        assert main(["import", str(tmp_path / "nowhere"), "--run", str(folder)]) == 2
+        assert f"{folder} {holds}, and an import makes a folder of its own" in capsys.readouterr().err
+
+
 def test_a_folder_that_holds_a_run_is_not_written_to(llama: Path, imported: Path, capsys: Any):
     assert main(["import", str(llama), "--run", str(imported), "--tokenizer", "byte"]) == 2
     assert "already holds a run" in capsys.readouterr().err

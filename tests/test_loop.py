@@ -469,7 +469,7 @@ def test_a_full_disk_is_one_line_with_the_last_good_checkpoint(config, tmp_path,
     original = loop.log.MetricsLog.write
     monkeypatch.setattr(loop.log.MetricsLog, "write", write)
     folder = tmp_path / "run"
-    message = "No space left on device; the last good checkpoint is of step 4; .* llm-jax resume"
+    message = f"^{folder}: No space left on device; the last good checkpoint is of step 4; .* llm-jax resume"
     with pytest.raises(ValueError, match=message) as error:
         train(config, folder, console=say)
     assert "\n" not in str(error.value)

@@ -1,5 +1,6 @@
 """A run's config, and its folder: never overwritten, never half of one, known by its data."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -11,10 +12,12 @@ import pytest
 from tiny_run import tiny, write_corpus
 
 from llm_jax.config import override
+from llm_jax.data import tokenizer
 from llm_jax.data.loader import DataConfig
 from llm_jax.data.mixture import open_folders
 from llm_jax.data.prepare import prepare
 from llm_jax.data.shards import Shards, open_shards
+from llm_jax.files import write_whole
 from llm_jax.recipes import recipe_docstring, recipes
 from llm_jax.train import run
 from llm_jax.train.run import RunConfig
@@ -78,6 +81,11 @@ def test_a_config_comes_back_from_its_folder(shards: Shards, tmp_path: Path):
     assert json.loads((tmp_path / "a" / "run" / "environment.json").read_text())["command"] == "llm-jax train tiny"
 
 
+def test_a_path_that_no_checkpoint_could_be_written_to_is_refused_before_the_first_step(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"run.* is no path in UTF-8, which checkpoints need; choose another --run"):
+        run.check_free(tmp_path / "run\udcff", CONFIG)
+
+
 def test_a_folder_that_holds_a_run_is_refused_by_what_differs(shards: Shards, tmp_path: Path):
     run.check_free(tmp_path, CONFIG)
     run.create(tmp_path, CONFIG, shards, "")
@@ -95,6 +103,35 @@ def test_a_folder_that_holds_anything_else_is_refused_too(name: str, tmp_path: P
         run.check_free(tmp_path, CONFIG)
     with pytest.raises(ValueError, match=f"{__file__} is not empty"):
         run.check_free(Path(__file__), CONFIG)
+
+
+@pytest.mark.parametrize("killed_at", range(8))
+def test_a_run_begins_where_a_process_was_killed_as_it_began_one(
+    killed_at: int, shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever was written by then; else the line of a scheduler, train --resume, would fail for ever."""
+    writes = iter(range(killed_at))
+
+    def killed(path: Path, content: Any) -> None:
+        if next(writes, None) is None:
+            (path.parent / f".{path.name}.77.part").write_text("half")
+            raise KeyboardInterrupt
+        write_whole(path, content)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        for module in (run, tokenizer):
+            patch.setattr(module, "write_whole", killed)
+            patch.setattr(module, "write_json", lambda path, values: killed(path, json.dumps(values)))
+        (tmp_path / "source").mkdir()
+        (tmp_path / "source" / run.ORIGIN).write_text("{}")
+        run.create(tmp_path / "run", dataclasses.replace(CONFIG, init_from=str(tmp_path / "source")), shards, "")
+    if killed_at < 6:
+        run.check_free(tmp_path / "run", CONFIG)
+        run.create(tmp_path / "run", CONFIG, shards, "again")
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left - {run.ORIGIN} == {"config.json", "data.json", "environment.json", "tokenizer"}
+    assert (run.ORIGIN in left) == (killed_at >= 6)
+    assert sorted(path.name for path in (tmp_path / "run/tokenizer").iterdir()) == ["encoding.json", "ranks.tiktoken"]
 
 
 @pytest.mark.parametrize("there_before", [False, True])

@@ -229,7 +229,6 @@ def test_an_existing_folder_is_left_alone(corpus: str, tmp_path: Path):
             OSError(errno.ENOSPC, "No space left on device"),
             r"No space left on device \([\d,]+ bytes free without it\); make",
         ),
-        (OSError("700 requested and 512 written"), r"no space left \([\d,]+ bytes free without it\); make"),  # NumPy's
         (OSError(errno.EROFS, "Read-only file system"), "Read-only file system; fix that, or name another folder$"),
     ],
 )

@@ -19,6 +19,7 @@ from llm_jax.cli import main
 from llm_jax.recipes import recipe_docstring, recipes
 from llm_jax.train import loop, run
 from llm_jax.train.checkpoint import Checkpoints
+from llm_jax.train.evaluate import Evaluation
 from llm_jax.train.program import Program
 
 WORDS = ["a", "little", "model", "reads", "the", "words", "of", "a", "short", "text", "and", "writes", "some"]
@@ -108,6 +109,9 @@ def test_train_and_resume_print_one_json_object_where_it_is_asked_for(output: An
     assert end["tokens"] > 0
     assert end["heldout_loss"] > 0
     assert json.loads(output("resume", "runs/machine", "--steps", "6", "--json"))["step"] == 6
+    Path("runs/machine/metrics.jsonl").unlink()  # what is gone is nothing that a script waits for
+    end = json.loads(output("train", "tiny.py", "--run", "runs/machine", "--resume", "--json"))
+    assert end == {"run": "runs/machine", "steps": 6, "step": 6}
 
 
 def test_a_run_that_starts_from_the_weights_of_another_says_so(output: Any):
@@ -131,6 +135,17 @@ def test_evaluation_gives_each_number_within_its_interval(output: Any):
     assert found["documents"] > 20
     printed = output("evaluate", "runs/tiny")
     assert f"bits per byte {found['bits_per_byte']:10.4f}" in printed
+
+
+def test_what_is_no_number_is_null_in_an_object(output: Any, monkeypatch: pytest.MonkeyPatch):
+    """As of weights that overflow: strict JSON has no NaN, and a parser that is refuses all of it."""
+    lost, far = (math.nan, math.nan), (-math.inf, math.inf)
+    found = Evaluation(math.nan, lost, math.inf, math.nan, far, None, None, 3, 5, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(trained, "evaluate", lambda *_, **__: (found, 4))
+        said = json.loads(output("evaluate", "runs/tiny", "--json"), parse_constant=pytest.fail)
+    assert (said["loss"], said["perplexity"], said["bits_per_byte"], said["tokens"]) == (None, None, None, 3)
+    assert (said["loss_interval"], said["bits_per_byte_interval"]) == ([None, None], [None, None])
 
 
 def test_another_text_is_scored_whole(place: Path, output: Any):

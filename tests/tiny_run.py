@@ -1,14 +1,17 @@
 """The smallest run that has everything: packed documents, accumulation, dropout, epochs that end inside a batch."""
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from rich.console import Console
 
 from llm_jax import log
@@ -47,6 +50,18 @@ def tiny(corpus: Path, **changes: Any) -> RunConfig:
         prompts=(),
     )
     return dataclasses.replace(config, **changes)
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file grows beyond `size` bytes, as on a disk that is full by then."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def console() -> Console:

@@ -52,7 +52,11 @@ def import_run(
     memory of its weights twice as they are saved. `report` gets a line for what is left out or passed over. Raises
     `ValueError` for what is not there, not known, or more than we can do.
     """
-    there, folder = fetch(source), Path(folder)
+    folder = Path(folder)
+    if folder.exists():  # said before anything is downloaded
+        holds = "already holds a run" if run.is_run(folder) else "exists"
+        raise ValueError(f"{folder} {holds}, and an import makes a folder of its own; choose another --run")
+    there = fetch(source)
     theirs = read_json(there / "config.json", {"model_type": str})
     family = family_of(theirs, str(there / "config.json"))
     model = family.read(theirs, str(there / "config.json"))
@@ -74,7 +78,9 @@ def import_run(
     params = weights.load(there, family, model)
     with whole_folder(folder, "import") as scratch:
         coder.save(scratch / "tokenizer")
-        write_json(scratch / ORIGIN, theirs)
+        # The ids of tokens are those of the model's own tokenizer.
+        known = theirs if tokenizer is None else {name: theirs[name] for name in theirs if name not in IDS}
+        write_json(scratch / ORIGIN, known)
         write_json(scratch / ORIGIN_DTYPES, weights.wider(stored))
         write_json(scratch / "environment.json", run.environment(command))
         with Checkpoints(scratch, seal=seal(config, coder.fingerprint, None)) as checkpoints:
@@ -145,10 +151,11 @@ def config_of(
     """
     ends = list(coder.end_ids)
     ids = dict.fromkeys(IDS) | {"bos_token_id": coder.begin_of_text, "eos_token_id": ends if ends[1:] else ends[0]}
-    theirs = origin.get("eos_token_id")
-    came = coder.end_of_text in (theirs if isinstance(theirs, list) else [theirs])
+    theirs = origin.get("eos_token_id")  # some name it in generation_config.json alone
+    came = theirs is None or coder.end_of_text in (theirs if isinstance(theirs, list) else [theirs])
     if came and isinstance(coder, ImportedTokenizer):  # the one that the model came with
-        ids |= {name: origin[name] for name in IDS if name in origin}
+        unsaid = {"eos_token_id"} if theirs is None else set()
+        ids |= {name: origin[name] for name in IDS if name in origin and name not in unsaid}
     same = PATTERN_DROPOUT if origin and not model.attention.dropout else ()
     ours = {name: value for name, value in family.write(model).items() if name not in same}
     lost = {*family.keys, "auto_map", "torch_dtype"} - {*same}  # said anew; the code of a model does not come along

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.compat.outside import optional, read_json
+from llm_jax.files import written
 
 DTYPES = {"F32": np.dtype("float32"), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype("float16")}
 BFLOAT16_MOST = 3.38e38  # what rounds to a larger one is infinite
@@ -121,12 +122,12 @@ def write_file(
         header[name] = {"dtype": codes[name], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     text += b" " * (-len(text) % 8)  # so that the first tensor begins at a whole word
-    with path.open("wb") as file:
+    with written(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
             tensor = read(name)
             assert tensor.shape == shape
-            _cast(tensor, codes[name], name).tofile(file)
+            file.write(_cast(tensor, codes[name], name).reshape(-1).view(np.uint8).data)
 
 
 def _cast(tensor: np.ndarray, code: str, name: str) -> np.ndarray:

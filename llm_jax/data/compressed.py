@@ -71,12 +71,23 @@ def open_seekable(file: File) -> Iterator[IO[bytes]]:
     """The content of `file` for a reader that moves about in it: of a compressed one, a copy on the disk."""
     if file.compression is not None:
         with tempfile.TemporaryFile() as copy:
-            copy.writelines(read_bytes(file))
-            copy.seek(0)
+            _fill(copy, file)
             yield copy
         return
     with file.open() as raw:
         yield raw
+
+
+def _fill(copy: IO[bytes], file: File) -> None:
+    """Write the content of `file` to `copy`, to be read from its start. Raises `ValueError` where the disk is full."""
+    try:
+        copy.writelines(read_bytes(file))
+        copy.seek(0)  # writes what is left in the buffer
+    except OSError as error:
+        raise ValueError(
+            f"{tempfile.gettempdir()} can't hold a copy of {file}, decompressed ({error.strerror}); make room there, "
+            "or name a folder on another disk (TMPDIR=FOLDER)"
+        ) from error
 
 
 def _pieces(file: File) -> Iterator[bytes]:

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import io
 import itertools
 import json
 import re
@@ -23,7 +24,7 @@ from llm_jax.data.pool import encode_all, watched
 from llm_jax.data.shards import FORMAT, SPLITS, Manifest, Split, is_prepared, names_a_column, read_manifest, sha256_of
 from llm_jax.data.sources import Document
 from llm_jax.data.tokenizer import Tokenizer, build, load
-from llm_jax.files import whole_folder, write_json
+from llm_jax.files import whole_folder, write_json, write_whole
 
 SETTINGS = ("tokenizer", "separator", "column", "end_of_text", "heldout", "heldout_by", "special")
 SHARD_TOKENS = 1 << 25
@@ -279,8 +280,9 @@ class _SplitWriter:
         self._tokens, self._origins, self._flushed = [], [], self._offsets[-1]
 
     def _save(self, what: str, values: np.ndarray) -> None:
-        file = f"{self._name}_{what}.npy"
-        np.save(self._folder / file, values)
+        file, content = f"{self._name}_{what}.npy", io.BytesIO()
+        np.save(content, values)
+        write_whole(self._folder / file, content.getvalue())
         self._files[file] = sha256_of(self._folder / file)
 
 
@@ -293,12 +295,13 @@ def _new_folder(out: Path) -> Iterator[Path]:
         with whole_folder(out, "prepare") as folder:
             yield folder
     except OSError as error:  # what goes wrong in reading is a ValueError
-        if error.errno not in (errno.ENOSPC, None):  # None: NumPy, of a file that came out too short
-            raise ValueError(f"cannot write {out}: {error.strerror}; fix that, or name another folder") from error
+        reason = error.strerror or error
+        if error.errno != errno.ENOSPC:
+            raise ValueError(f"cannot write {out}: {reason}; fix that, or name another folder") from error
         free = shutil.disk_usage(next(parent for parent in out.absolute().parents if parent.exists())).free
         raise ValueError(
-            f"cannot write {out}: {error.strerror or 'no space left'} ({free:,} bytes free without it); make "
-            "room, or name a folder on another disk"
+            f"cannot write {out}: {reason} ({free:,} bytes free without it); make room, or name a folder on another "
+            "disk"
         ) from error
 
 

@@ -297,7 +297,10 @@ class Checkpoints:
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
         free = shutil.disk_usage(self.folder.parent).free
         if free < size:
-            raise OSError(f"the checkpoint of step {step} takes {size:,} bytes, but the disk has {free:,} left")
+            where = self.folder.parent
+            raise OSError(
+                f"the checkpoint of step {step} takes {size:,} bytes, but the disk of {where} has {free:,} left"
+            )
 
     @contextmanager
     def _named_errors(self, step: int) -> Iterator[None]:

@@ -274,7 +274,9 @@ class Session:
             except OSError as error:
                 self._check_moved(moved)
                 way = f"go on with: llm-jax resume {self.folder}" if self.checkpoints.steps() else "start again"
-                raise ValueError(f"{error}; {self._newest_checkpoint()}; fix this, then {way}") from error
+                # What is written to an open file names none.
+                said = f"{error.filename or self.folder}: {error.strerror}" if error.strerror else error
+                raise ValueError(f"{said}; {self._newest_checkpoint()}; fix this, then {way}") from error
             finally:
                 if moved() is None:
                     self._report()

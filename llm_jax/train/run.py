@@ -12,9 +12,11 @@ import itertools
 import json
 import os
 import platform
+import re
 import runpy
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -41,6 +43,8 @@ from llm_jax.train.timetable import PipelineConfig
 ADVICE = "restore it, or start a new run"  # about a damaged file
 # What came with a model that was imported: its config.json, and the tensors that were in another dtype than the rest.
 ORIGIN, ORIGIN_DTYPES = "huggingface.json", "huggingface_dtypes.json"
+# What `create` lays out before config.json makes a run of it, the first first.
+BEGUN = ("environment.json", "data.json", "tokenizer", ORIGIN, ORIGIN_DTYPES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +160,8 @@ def load_recipe(name: str) -> RunConfig:
     path = recipes().get(name, Path(name))
     if path.suffix != ".py" or not path.is_file():
         raise ValueError(f"no recipe or Python file is called {name!r}; {nearest(name, recipes())}")
-    config = runpy.run_path(str(path)).get("config")
+    with contextlib.redirect_stdout(sys.stderr):  # what is asked for is no recipe's to print
+        config = runpy.run_path(str(path)).get("config")
     if not isinstance(config, RunConfig):
         raise ValueError(f"{path} must set `config = RunConfig(...)`; got {type(config).__name__}")
     return checked(config)
@@ -168,15 +173,33 @@ def is_run(folder: Path) -> bool:
 
 
 def check_free(folder: Path, config: RunConfig) -> None:
-    """Raises `ValueError` unless `folder` is empty or yet to be made: what a run or a user has there stays."""
+    """Raises `ValueError` unless `folder` is empty or yet to be made: what a run or a user has there stays.
+
+    What a process left that was killed as it began a run there, `create` removes. Raises too where the path is not
+    UTF-8: the library that writes checkpoints would say so only after some steps.
+    """
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{folder.absolute()} is no path in UTF-8, which checkpoints need; choose another --run"
+        ) from None
     if is_run(folder):
         changed = changes(folder, config)
         other = f" of another config ({'; '.join(changed[:3])})" if changed else ""
         raise ValueError(
             f"{folder} already holds a run{other}; go on with it: llm-jax resume {folder}, or choose another --run"
         )
-    if folder.exists() and (not folder.is_dir() or any(path.name != ".lock" for path in folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or _begun(folder) is None):
         raise ValueError(f"{folder} is not empty, and a run begins in a folder of its own; choose another --run")
+
+
+def _begun(folder: Path) -> list[Path] | None:
+    """What is in `folder`, if it is only what `create` writes before it is through; None where it is anything else."""
+    found = [path for path in folder.iterdir() if path.name != ".lock"]
+    names = {path.name for path in found if not re.fullmatch(r"\..+\.json\.\d+\.part", path.name)}
+    ours = names <= {*BEGUN} and (not names or BEGUN[0] in names)
+    return found if ours else None
 
 
 def changes(folder: Path, config: RunConfig) -> list[str]:
@@ -220,9 +243,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 def create(folder: Path, config: RunConfig, shards: Shards | Mixture, command: str) -> None:
     """Lays out the folder of a run that begins. Paths in its config are absolute: it goes on from any place."""
     folder.mkdir(parents=True, exist_ok=True)
-    shards.tokenizer.save(folder / "tokenizer")
-    write_json(folder / "data.json", data_identity(shards))
+    for path in _begun(folder) or ():  # of a process that was killed
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_json(folder / "environment.json", environment(command))
+    write_json(folder / "data.json", data_identity(shards))
+    shards.tokenizer.save(folder / "tokenizer")
     for path in (Path(config.init_from or folder) / name for name in (ORIGIN, ORIGIN_DTYPES)):
         if config.init_from is not None and path.is_file():  # it may be exported as what it came as
             write_whole(folder / path.name, path.read_bytes())
