@@ -5,6 +5,7 @@ Programs that tests start in processes of their own inherit the environment, not
 """
 
 import functools
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -38,6 +39,10 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 # A shell's background job ignores Ctrl-C, and so does what it starts: tests that send it would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Tracing makes objects by the million, and most of them die by themselves: a collector that looks less often takes a
+# sixth off the time of all tests.
+gc.freeze()
+gc.set_threshold(500_000, 50, 100)
 
 
 def standard(function: Callable) -> Callable:

@@ -101,6 +101,7 @@ def test_a_greedy_batch_gives_each_prompt_what_the_full_forward_gives_it_alone()
     assert len(set(together)) == len(together)  # or the comparison would say little
 
 
+@pytest.mark.slow
 def test_angles_go_by_the_length_a_row_may_reach_whatever_its_neighbours():
     """Up to 8 tokens longrope takes one list, beyond them the other: here 3 + 4 tokens, and 7 + 4."""
     lists = {"short_factors": (1.0, 1.5), "long_factors": (4.0, 9.0)}

@@ -321,6 +321,7 @@ def test_an_imported_run_writes_is_measured_and_shown(imported: Path, tmp_path: 
     assert json.loads(capsys.readouterr().out)["sizes"]["D"] == 24
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_imported_run(imported: Path, tmp_path: Path):
     corpus = write_corpus(tmp_path / "corpus")
     config = override(run.load_config(imported), [f"data.uri={corpus}", f"init_from={imported}", "steps=2", "prompts="])

@@ -146,6 +146,7 @@ def test_a_disk_that_is_full_at_the_first_file_leaves_nothing(config, tmp_path, 
     assert not list((tmp_path / "empty").iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_of_relative_paths_goes_on_from_another_folder(config, tmp_path, say, monkeypatch):
     monkeypatch.chdir(Path(config.data.uri).parent)
     data = dataclasses.replace(config.data, uri=Path(config.data.uri).name)

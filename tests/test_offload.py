@@ -58,7 +58,7 @@ def on_host(state: TrainState) -> set[str]:
 @pytest.mark.parametrize(
     "words",
     [
-        ("offload=state",),
+        pytest.param(("offload=state",), marks=pytest.mark.slow),
         pytest.param(("offload=optimizer", "optimizer.name=lion"), marks=pytest.mark.slow),
         pytest.param(("offload=optimizer", "optimizer.name=muon", "model.dtype=bfloat16"), marks=pytest.mark.slow),
     ],

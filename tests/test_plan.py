@@ -245,6 +245,7 @@ def test_every_topology_that_an_error_names_is_one():
         assert topologies.parse(chip.example).kind == kind
 
 
+@pytest.mark.slow
 def test_a_search_compiles_within_its_budget_and_names_the_fastest_that_fits(config, folder):
     found = search.search(config, CPU, 2, folder=folder, report=lambda _: None)
     assert found.tried[0].choice.changes == ()

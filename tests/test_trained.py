@@ -22,6 +22,7 @@ def finished(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
+@pytest.mark.slow
 def test_held_out_text_of_a_changed_corpus_is_not_scored(finished: Path, tmp_path: Path):
     kept = {name: (finished / name).read_text() for name in ("data.json", "config.json")}
     config = json.loads(kept["config.json"])
