@@ -73,7 +73,8 @@ class Parser(ArgumentParser):
         if not word.startswith("-"):
             return f"{verb} takes no {word!r}" + " (its config is that of the run)" * bool(equals)
         known = [name for name in self._option_string_actions if name.startswith("--")]
-        positional = [str(action.metavar) for action in self._actions if not action.option_strings]
+        words_of = [str(action.metavar) for action in self._actions if not action.option_strings]
+        positional = [name for metavar in words_of for name in metavar.split("|")]
         if meant := options_meant(option, [*known, *positional]):
             found = [name if name.startswith("-") else f"{name}, a word without dashes" for name in meant]
             return f"{verb} has no option {option}; did you mean {', or '.join(found)}?"

@@ -16,7 +16,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from llm_jax.keys import choices, keys, suggestions
+from llm_jax.keys import choices, keys, kinds, suggestions
 
 Config = TypeVar("Config")
 
@@ -94,8 +94,8 @@ def check_choices(config: Any, where: str) -> None:
         value = getattr(config, name)
         if dataclasses.is_dataclass(value):
             check_choices(value, f"{where}{name}.")
-        elif (few := choices(kind)) and value not in (*few, *(None for each in get_args(kind) if each is type(None))):
-            raise _wrong_type(value, (kind,), where + name)
+        elif (few := choices(kind)) and value not in few and not (value is None and type(None) in kinds(kind)):
+            raise _wrong_type(value, kinds(kind), where + name)
 
 
 def check_ranges(config: Any, where: str) -> None:

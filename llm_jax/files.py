@@ -15,7 +15,7 @@ import filelock
 Types = type | tuple[type, ...]
 
 STALE_SECONDS = 60.0  # no write of ours takes so long; a part that is older belongs to a killed process
-ABANDONED_SECONDS = 86_400.0  # whoever fills a folder writes to it more often, should a store not know of locks
+ABANDONED_SECONDS = 86_400.0  # whoever fills a folder adds a file more often, should a store not know of locks
 NAMES = {
     dict: "an object",
     list: "a list",
@@ -36,7 +36,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
             part.unlink(missing_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with _named(path), written(part) as file:
+        with _named(path, part), written(part) as file:
             file.write(content.encode() if isinstance(content, str) else content)
         os.replace(part, path)
     finally:
@@ -49,7 +49,7 @@ def written(path: Path) -> Iterator[BinaryIO]:
 
     NumPy's own ways to write one (`tofile`, and `save` to a file) miss a disk that is full by the last few kilobytes.
     """
-    with _named(path), open(path, "wb") as file:
+    with _named(path, path), open(path, "wb") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -109,8 +109,11 @@ def whole_folder(folder: Path, purpose: str) -> Iterator[Path]:
     for stale in parent.glob(f".*.{purpose}.*"):
         if stale.name.startswith(prefix) or _age(stale / "whole") > ABANDONED_SECONDS:
             _remove_abandoned(stale)
-    with _named(folder):
+    try:
         scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    except OSError as error:
+        error.filename = str(folder)  # in place of a name drawn at random
+        raise
     try:
         with _named(folder, scratch / "whole"), filelock.FileLock(scratch / "lock"):
             (filling := scratch / "whole").mkdir()
@@ -123,20 +126,17 @@ def whole_folder(folder: Path, purpose: str) -> Iterator[Path]:
 
 
 @contextmanager
-def _named(path: Path, scratch: Path | None = None) -> Iterator[None]:
-    """Let an `OSError` name `path`, whose file has another name yet.
-
-    With `scratch`, which is to become `path`, only one that names nothing, or names a file there.
-    """
+def _named(path: Path, scratch: Path) -> Iterator[None]:
+    """Let an `OSError` that names nothing, or something in `scratch`, name `path`, which that is to become."""
     try:
         yield
     except OSError as error:
-        if scratch is None or (error.filename is None and error.strerror is not None):
-            error.filename = str(path)
-        elif error.filename is None:  # a text and no more
-            error.args = tuple(str(each).replace(str(scratch), str(path)) for each in error.args)
-        else:
+        if error.filename is not None:
             error.filename = str(error.filename).replace(str(scratch), str(path))
+        elif error.strerror is not None:
+            error.filename = str(path)
+        else:  # a text and no more
+            error.args = tuple(str(each).replace(str(scratch), str(path)) for each in error.args)
         raise
 
 

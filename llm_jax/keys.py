@@ -76,7 +76,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "URI": ("uri", "data", "dataset", "input", "path"),
     "TEXT": ("text", "input", "prompt"),
     "RUN": ("run", "model", "model_path", "model_name_or_path", "ckpt_dir", "run_dir"),
-    "--run": ("out_dir", "output_dir", "run_dir", "run_name", "save_dir", "logdir"),
+    "--run": ("out", "output", "out_dir", "output_dir", "run_dir", "run_name", "save_dir", "logdir"),
     "--from": ("finetune", "pretrained", "from_pretrained"),
     "--out": ("output", "output_dir", "out_dir", "save_dir"),
     "--data": ("dataset", "text", "input", "file", "data_path", "eval_data"),
@@ -95,8 +95,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
         "n_predict",
         "n",
     ),
-    "--samples": ("num_samples", "n_samples", "num_return_sequences", "num_sequences", "n"),
-    "--temperature": ("temp", "t", "do_sample", "sample"),
+    "--samples": ("sample", "num_samples", "n_samples", "num_return_sequences", "num_sequences", "n"),
+    "--temperature": ("temp", "t", "do_sample"),
     "--temperature 0": ("greedy", "no_sample", "no_do_sample", "argmax", "deterministic"),
     "--top-k": ("k",),
     "--top-p": ("p", "nucleus"),
@@ -151,15 +151,16 @@ def _keys(cls: Any, where: str) -> Iterator[Key]:
 
 def _group(kind: Any) -> Any:
     """The dataclass in an annotation; None where there is none."""
-    return next((kind for kind in _kinds(kind) if dataclasses.is_dataclass(kind)), None)
+    return next((kind for kind in kinds(kind) if dataclasses.is_dataclass(kind)), None)
 
 
 def choices(kind: Any) -> tuple[Any, ...]:
     """The few values that an annotation lists, None apart; empty where it lists none."""
-    return tuple(choice for each in _kinds(kind) if get_origin(each) is Literal for choice in get_args(each))
+    return tuple(choice for each in kinds(kind) if get_origin(each) is Literal for choice in get_args(each))
 
 
-def _kinds(kind: Any) -> tuple[Any, ...]:
+def kinds(kind: Any) -> tuple[Any, ...]:
+    """What a value of an annotation may be: the members of a union, or the annotation itself."""
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 

@@ -223,7 +223,7 @@ def evaluate(args: Namespace) -> None:
     for name, digits in (("loss", 4), ("perplexity", 2), ("bits_per_byte", 4), ("accuracy", 4)):
         if found[name] is not None:
             value, *ends = (f"{x:.{digits}f}" for x in (found[name], *(found[f"{name}_interval"] or ())))
-            print(f"{name.replace('_', ' '):14} {value:>9}   {' to '.join(ends) or '–'}")
+            print(f"{name.replace('_', ' '):14} {value:>9}   {' to '.join(ends) or '-'}")
     for name, source in result.sources.items():
         bits = "" if source.bits_per_byte is None else f", {source.bits_per_byte:.4f} bits per byte"
         print(f"  {name}: loss {source.loss:.4f}{bits}")

@@ -39,6 +39,13 @@ def test_enumerated_values_are_listed_and_a_misspelt_one_is_answered():
                 override(config, [f"{name}={value}x"])
 
 
+def test_a_misspelt_value_in_a_recipe_is_answered_too():
+    model = load_recipe("quickstart").model
+    attention = dataclasses.replace(model.attention, implementation="flahs")
+    with pytest.raises(ValueError, match=r"takes one of reference, .*, got 'flahs'; did you mean .*=flash\?$"):
+        dataclasses.replace(model, attention=attention)
+
+
 def test_every_other_name_leads_to_a_key():
     assert set(SYNONYMS) <= set(KEYS)
     for key, others in SYNONYMS.items():

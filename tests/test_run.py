@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -94,6 +95,33 @@ def test_a_folder_that_holds_a_run_is_refused_by_what_differs(shards: Shards, tm
     other = dataclasses.replace(CONFIG, steps=9)
     with pytest.raises(ValueError, match=r"a run of another config \(steps is 8 there, 9 here\)"):
         run.check_free(tmp_path, other)
+
+
+def test_a_file_of_a_user_that_is_called_as_one_of_a_run_stays(tmp_path: Path):
+    (tmp_path / "environment.json").write_text('{"name": "conda"}')
+    with pytest.raises(ValueError, match="is not empty"):
+        run.check_free(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("killed_at", range(3))
+def test_a_process_killed_as_it_cleared_what_another_had_begun_is_in_nobodys_way(
+    killed_at: int, shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run.create(tmp_path, CONFIG, shards, "")
+    (tmp_path / "config.json").unlink()
+    removals = iter(range(killed_at))
+
+    def killed(remove: Any, path: Path) -> None:
+        if next(removals, None) is None:
+            raise KeyboardInterrupt
+        remove(path)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", functools.partialmethod(lambda path, *_, to=Path.unlink: killed(to, path)))
+        patch.setattr(run.shutil, "rmtree", functools.partial(killed, shutil.rmtree))
+        run.create(tmp_path, CONFIG, shards, "again")
+    run.check_free(tmp_path, CONFIG)
+    run.create(tmp_path, CONFIG, shards, "again")
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "tokenizer", "notes.txt"])

@@ -277,6 +277,9 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"no tokenizer in .*: encoding.json is missing"):
         tokenizer.build(str(tmp_path), list)
     (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"of Hugging Face without its model; name a folder of both"):
+        tokenizer.build(str(tmp_path), list)
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=rf"of Hugging Face, .*: llm-jax import {tmp_path} --run DIR, then name DIR"):
         tokenizer.build(str(tmp_path), list)
 

@@ -159,7 +159,7 @@ def test_text_that_is_one_document_has_no_interval(place: Path, capsys: pytest.C
     words = ["evaluate", "runs/tiny", "--data", str(place / "one.txt")]
     assert main(words) == 0
     out, err = capsys.readouterr()
-    assert re.search(r"^loss +\d+\.\d{4}   –$", out, re.MULTILINE)
+    assert re.search(r"^loss +\d+\.\d{4}   -$", out, re.MULTILINE)
     assert f"scoring all of {place}/one.txt: 9 tokens of 1 documents\n" in err
     assert "train" not in err
     assert main([*words, "--json"]) == 0

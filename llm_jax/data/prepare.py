@@ -24,7 +24,7 @@ from llm_jax.data.pool import encode_all, watched
 from llm_jax.data.shards import FORMAT, SPLITS, Manifest, Split, is_prepared, names_a_column, read_manifest, sha256_of
 from llm_jax.data.sources import Document
 from llm_jax.data.tokenizer import Tokenizer, build, load
-from llm_jax.files import whole_folder, write_json, write_whole
+from llm_jax.files import whole_folder, write_json, written
 
 SETTINGS = ("tokenizer", "separator", "column", "end_of_text", "heldout", "heldout_by", "special")
 SHARD_TOKENS = 1 << 25
@@ -280,9 +280,10 @@ class _SplitWriter:
         self._tokens, self._origins, self._flushed = [], [], self._offsets[-1]
 
     def _save(self, what: str, values: np.ndarray) -> None:
-        file, content = f"{self._name}_{what}.npy", io.BytesIO()
-        np.save(content, values)
-        write_whole(self._folder / file, content.getvalue())
+        file = f"{self._name}_{what}.npy"
+        np.save(content := io.BytesIO(), values)  # not to the file itself: `written` says why
+        with written(self._folder / file) as out:
+            out.write(content.getbuffer())
         self._files[file] = sha256_of(self._folder / file)
 
 

@@ -13,6 +13,7 @@ import json
 import operator
 import os
 import re
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -274,9 +275,11 @@ def load(folder: str | Path) -> Tokenizer:
     """Return the tokenizer that `save` wrote. Raises `ValueError`, one line, where there is none, or a damaged one."""
     folder = Path(folder)
     if (folder / "tokenizer.json").is_file() and not (folder / "encoding.json").exists():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} holds a tokenizer of Hugging Face without its model; name a folder of both")
         raise ValueError(
-            f"{folder} holds a tokenizer of Hugging Face, which comes with its model: llm-jax import {folder} "
-            "--run DIR, then name DIR/tokenizer"
+            f"{folder} holds a tokenizer of Hugging Face, which comes with its model: llm-jax import "
+            f"{shlex.quote(str(folder))} --run DIR, then name DIR/tokenizer"
         )
     for file in ("encoding.json", "ranks.tiktoken"):
         if not (folder / file).is_file():

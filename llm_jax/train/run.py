@@ -198,8 +198,17 @@ def _begun(folder: Path) -> list[Path] | None:
     """What is in `folder`, if it is only what `create` writes before it is through; None where it is anything else."""
     found = [path for path in folder.iterdir() if path.name != ".lock"]
     names = {path.name for path in found if not re.fullmatch(r"\..+\.json\.\d+\.part", path.name)}
-    ours = names <= {*BEGUN} and (not names or BEGUN[0] in names)
-    return found if ours else None
+    if names and not (names <= {*BEGUN} and _is_environment(folder / BEGUN[0])):
+        return None
+    return sorted(found, key=lambda path: path.name == BEGUN[0])  # the mark that they are ours is last to go
+
+
+def _is_environment(path: Path) -> bool:
+    """Whether `path` is what `create` writes first: others call files so too."""
+    try:
+        return {"command", "date", "jax"} <= read_json(path, advice=ADVICE).keys()
+    except (OSError, ValueError):
+        return False
 
 
 def changes(folder: Path, config: RunConfig) -> list[str]:
@@ -244,7 +253,7 @@ def create(folder: Path, config: RunConfig, shards: Shards | Mixture, command: s
     """Lays out the folder of a run that begins. Paths in its config are absolute: it goes on from any place."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in _begun(folder) or ():  # of a process that was killed
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     write_json(folder / "environment.json", environment(command))
     write_json(folder / "data.json", data_identity(shards))
     shards.tokenizer.save(folder / "tokenizer")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llm_jax.config import override, to_dict
-from llm_jax.data.tokenizer import build
+from llm_jax.data.tokenizer import NAMED, build
 from llm_jax.train.run import RunConfig, differences, load_config, load_tokenizer
 
 
@@ -17,13 +17,14 @@ def config_from(
     How the model is trained is the recipe's too: `model.dropout`, `model.attention.dropout` and `model.remat`.
     `assignments` change fields, those of the model as well. `report` gets a line for what of the recipe's own model
     gives way, and one for what the assignments change in that of `folder`. Raises `ValueError` where they name other
-    weights, or another tokenizer.
+    weights, or a tokenizer that is another, or would be learned anew.
     """
     if given := [text for text in assignments if text.startswith("init_from=")]:
         raise ValueError(f"--from {folder} and {given[0]} both say where the weights come from; keep one of them")
-    theirs = load_config(folder).model
+    theirs, coder = load_config(folder).model, load_tokenizer(folder)
     for spec in (text.removeprefix("data.tokenizer=") for text in assignments if text.startswith("data.tokenizer=")):
-        if build(spec, tuple).fingerprint != load_tokenizer(folder).fingerprint:  # `train:N` learns nothing here
+        # One by name need not be fetched to be compared; one that learns is given nothing here, and differs.
+        if not (spec == coder.name and spec in NAMED) and build(spec, tuple).fingerprint != coder.fingerprint:
             raise ValueError(f"--from {folder} reads the tokens of {folder}: leave out data.tokenizer={spec}")
     drops = any(layer.has("pattern") for layer in theirs.period)
     rate = recipe.model.attention.dropout if drops else 0.0
