@@ -113,8 +113,11 @@ EXPERTS_TENSOR = MeshConfig(data=1, expert=4, tensor=2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("balance", ["bias", "loss"])
-@pytest.mark.parametrize("mesh", [EXPERTS, EXPERTS_DATA, EXPERTS_FSDP, EXPERTS_TENSOR], ids=str)
+@pytest.mark.parametrize(
+    ("mesh", "balance"),
+    [(EXPERTS, "bias"), (EXPERTS_DATA, "loss"), (EXPERTS_FSDP, "bias"), (EXPERTS_TENSOR, "loss")],
+    ids=str,
+)
 def test_experts_on_several_devices_train_and_are_used_as_on_one(config: RunConfig, batches, mesh, balance):
     experts = dataclasses.replace(MIXTURE, balance=balance)
     model = dataclasses.replace(config.model, layers=("global+moe",), experts=experts)
