@@ -296,8 +296,6 @@ def test_what_a_config_leaves_out_is_what_transformers_takes():
             "rope_type=default comes with factor; known: rope_theta",
         ),
         ("qwen3", {"layer_types": ["full_attention"] * 2}, "has 2 layer_types for num_hidden_layers=3; give one"),
-        ("llama llama3", {"layer_types": 5}, "has layer_types=5 for 3 layers; give one for each"),
-        ("llama llama3", {"layer_types": "full"}, "has layer_types=full, a string; expected a list"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "has 2 no_rope_layers for num_hidden_layers=5; give one"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=False, .* known: True"),
         ("gpt2", {"activation_function": "mish"}, "activation_function=mish, .* known: gelu_new"),

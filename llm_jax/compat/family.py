@@ -60,11 +60,12 @@ class Family:
         """
         try:
             check_known(theirs, self.keys, self.name)
-            check_values(theirs, self.keys | {"layer_types"})
+            check_values(theirs, self.keys)
             fields, origins = self._fields(theirs)
             config = _config(fields, origins, theirs)
             _check_positions(config)
-            _check_kinds(theirs.get("layer_types"), config.n_layers)
+            if (kinds := theirs.get("layer_types")) is not None and len(kinds) != (n := config.n_layers):  # read or not
+                raise ValueError(f"config.json has {len(kinds)} layer_types for {n} layers; give one for each")
             return config
         except ValueError as error:
             said = " ".join(str(error).split())[:1000]  # a key may hold anything, as line breaks
@@ -151,13 +152,6 @@ def _config(fields: Mapping[str, Any], origins: Mapping[str, tuple[str, ...]], t
         keys = dict.fromkeys(key for path in named for key in origins[path] if key in theirs)
         said = ", ".join(f"{key}={short(theirs[key])}" for key in keys)
         raise ValueError(f"config.json has {said}: {error}" if said else str(error)) from None
-
-
-def _check_kinds(kinds: Any, layers: int) -> None:
-    """Raise `ValueError` for `layer_types` that are not one for each layer, whether the family reads them or not."""
-    if kinds is not None and not (isinstance(kinds, list) and len(kinds) == layers):
-        size = f"{len(kinds)} layer_types" if isinstance(kinds, list) else f"layer_types={short(kinds)}"
-        raise ValueError(f"config.json has {size} for {layers} layers; give one for each")
 
 
 def _check_positions(config: ModelConfig) -> None:
