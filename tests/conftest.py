@@ -40,7 +40,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # A shell's background job ignores Ctrl-C, and so does what it starts: tests that send it would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tracing makes objects by the million, and most of them die by themselves: to look for the others as often as Python
-# does took a sixth of the CPU time (docs/log.md). They are collected between modules.
+# does took a sixth of the CPU time of some tests (docs/log.md).
 gc.freeze()
 gc.set_threshold(500_000, 50, 100)
 
@@ -72,12 +72,6 @@ jaxtyping.install_import_hook("llm_jax", "conftest.checked")
 # A deadline would time the first compile, and a random seed would make one machine red and the next green.
 hypothesis.settings.register_profile("llm_jax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("llm_jax")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _collected() -> Iterator[None]:
-    yield
-    gc.collect()
 
 
 @pytest.fixture(scope="module")
