@@ -9,8 +9,9 @@ set -euo pipefail
 folder=$(mktemp -d) && trap 'rm -rf "$folder"' EXIT
 for version in 4.57.1 5.23.0; do
   "${PYTHON:-python3}" -m venv --clear "$folder/$version"
-  "$folder/$version/bin/pip" install -q "transformers==$version"
 done
+"$folder/4.57.1/bin/pip" install -q transformers==4.57.1
+"$folder/5.23.0/bin/pip" install -q transformers==5.23.0
 cat >"$folder/read.py" <<'PYTHON'
 import json
 import sys

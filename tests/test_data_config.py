@@ -68,7 +68,7 @@ def test_a_mixture_without_a_good_weight_for_each_says_which(uri: str, message: 
 
 
 def test_names_are_the_same_for_relative_and_absolute_addresses():
-    for folder in (Path("x"), Path("/work/x"), Path("C:\\x")):
+    for folder in (Path("x"), Path("/data/x"), Path("C:\\x")):
         names = [source.name for source in parse_uri(f"{folder}/a.jsonl:1,{folder}/b/:2,builtin:python:1")]
         assert names == ["a.jsonl", "b", "builtin:python"]
     assert [source.name for source in parse_uri("x/a.txt:1,y/a.txt:1")] == ["a.txt#1", "a.txt#2"]

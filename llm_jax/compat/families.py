@@ -19,7 +19,6 @@ from llm_jax.compat.lenses import (
     activation,
     biases,
     exaone_layers,
-    flag,
     heads,
     key,
     known,
@@ -27,6 +26,7 @@ from llm_jax.compat.lenses import (
     no_rope_layers,
     pattern_dropout,
     rms_norm,
+    sliding_window,
     window,
 )
 from llm_jax.compat.rope import PHI3_SCALINGS, rope, rope_by_type
@@ -55,11 +55,7 @@ def every_fourth(config: Theirs, i: int) -> bool:
 
 # What Qwen lets see a window only, where there is one: the layers from `max_window_layers` on.
 QWEN_LAYERS = layer_types(
-    lambda config, i: (
-        flag(config, "use_sliding_window")
-        and config.get("sliding_window", 4096) is not None
-        and i >= config.get("max_window_layers", 28)
-    ),
+    lambda config, i: sliding_window(config) is not None and i >= config.get("max_window_layers", 28),
     ("use_sliding_window", "max_window_layers"),
     use=True,
 )

@@ -81,6 +81,11 @@ def flag(config: Theirs, name: str, absent: bool = False) -> bool:
     return said
 
 
+def sliding_window(config: Theirs, absent: int | None = 4096) -> int | None:
+    """The window of layers that have one, if `use_sliding_window` says that any do; `absent`: what no key means."""
+    return config.get("sliding_window", absent) if flag(config, "use_sliding_window") else None
+
+
 def kinds_of(c: ModelConfig) -> list[str]:
     """The kind of every layer."""
     return [c.layers[i % len(c.layers)] for i in range(c.n_layers)]
@@ -107,7 +112,7 @@ def layer_types(guess: Callable[[Theirs, int], bool], keys: tuple[str, ...], use
         if types is None:
             layers = range(config["num_hidden_layers"])
             types = ["sliding_attention" if guess(config, i) else "full_attention" for i in layers]
-        size = None if use and not flag(config, "use_sliding_window") else config.get("sliding_window", 4096)
+        size = sliding_window(config) if use else config.get("sliding_window", 4096)
         return pattern([known("layer_types", KINDS, name) for name in types], size)
 
     def write(c: ModelConfig) -> dict[str, Any]:
@@ -128,7 +133,7 @@ def no_rope_layers() -> Lens:
     def read(config: Theirs) -> Fields:
         every, layers = config.get("no_rope_layer_interval", 4), range(config["num_hidden_layers"])
         turned = of_each_layer(config, "no_rope_layers") or [(i + 1) % every for i in layers]
-        sliding = config.get("sliding_window") if flag(config, "use_sliding_window") else None
+        sliding = sliding_window(config, absent=None)
         types = of_each_layer(config, "layer_types")
         if types is None:
             types = ["full_attention" if turns or sliding is None else "sliding_attention" for turns in turned]
@@ -177,7 +182,7 @@ def sparse_layers(chosen: Lens) -> Lens:
 
     def read(config: Theirs) -> Fields:
         dense, every = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step", 1)
-        sliding = config.get("sliding_window", 4096) if flag(config, "use_sliding_window") else None
+        sliding = sliding_window(config)
         mixer = "global" if sliding is None else "local"
         layers = range(config["num_hidden_layers"])
         sparse = [i not in dense and (i + 1) % every == 0 for i in layers]
