@@ -55,6 +55,11 @@ def written(path: Path) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
 
 
+def strict(value: Any) -> Any:
+    """Return `value` as JSON has it: NaN and the infinities, for which that has no word, are null."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
+
+
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write `values` as indented JSON, whole or not at all."""
     write_whole(path, json.dumps(values, indent=2) + "\n")

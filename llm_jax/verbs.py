@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_jax.config import nearest, override
-from llm_jax.files import whole_folder
+from llm_jax.files import strict, whole_folder
 from llm_jax.recipes import recipe_docstring, recipes
 
 if TYPE_CHECKING:
@@ -557,19 +557,10 @@ def _say(line: str) -> None:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    value = _strict(value)
+    value = strict(value)
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:  # a terminal of ASCII, or the name of a file that is not UTF-8
         text = json.dumps(value, indent=2)
     print(text)
-
-
-def _strict(value: Any) -> Any:
-    """`value` as JSON has it, in which NaN and the infinities are null, as they are in metrics.jsonl."""
-    if isinstance(value, dict):
-        return {name: _strict(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

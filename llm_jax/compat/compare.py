@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
-import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
@@ -19,7 +18,7 @@ from jaxtyping import Float
 from llm_jax.compat.sides import NAMES, Side, Stretch, peak_memory, why_not_compiled
 from llm_jax.config import plain, to_dict
 from llm_jax.data.loader import Loader
-from llm_jax.files import write_json, write_whole
+from llm_jax.files import strict, write_json, write_whole
 from llm_jax.log import visible
 from llm_jax.train import loop, run
 from llm_jax.train.chart import GRAY, ORANGE, Series, line_chart
@@ -213,7 +212,7 @@ def write(c: Comparison, folder: Path, name: str) -> None:
 
 def as_json(c: Comparison) -> dict[str, Any]:
     """What compare.json says: a number that is not finite, for which JSON has no word, is null."""
-    return json.loads(json.dumps(dataclasses.asdict(c)), parse_constant=lambda _: None)
+    return strict(dataclasses.asdict(c))
 
 
 def page(c: Comparison, name: str) -> str:
