@@ -169,6 +169,19 @@ def test_two_processes_and_one_read_the_state_of_four_and_its_next_batch_on_ever
     assert seen[0][0].endswith(" 6")
 
 
+def test_the_launcher_names_the_process_that_died_and_not_the_one_that_noticed_it_first(tmp_path: Path):
+    script = f"""
+import os, signal, sys, time
+if sys.argv[-1] == "0":
+    sys.exit({processes.GONE})  # noticed
+time.sleep(0.5)
+os.kill(os.getpid(), signal.SIGKILL)  # reported later, as a large process that is killed may be
+"""
+    with launched(tmp_path, 2, "-c", script) as launch:
+        assert launch.wait(30) == 128 + signal.SIGKILL, launch.text
+        assert "[1] ended by SIGKILL, and the others with it" in launch.text
+
+
 @pytest.mark.slow
 def test_a_run_outlives_a_signal_to_one_process_and_then_the_death_of_another(place: Path):
     folder = place / "stopped"
