@@ -11,8 +11,8 @@ TinyStories, from the hub (pip install -e '.[hf]'; not tried here, where there i
 
 from llm_jax.data.loader import DataConfig
 from llm_jax.model.config import ModelConfig
+from llm_jax.train.config import RunConfig
 from llm_jax.train.optimizer import OptimizerConfig
-from llm_jax.train.run import RunConfig
 
 config = RunConfig(
     model=ModelConfig(vocab_size=1024, d_model=128, n_layers=4, n_heads=4, max_seq_len=256, dropout=0.1, unroll=4),

@@ -10,8 +10,8 @@ Needs accelerators: half a million tokens a step, 600,000 steps. Not trained her
 
 from llm_jax.data.loader import DataConfig
 from llm_jax.model.config import ModelConfig
+from llm_jax.train.config import RunConfig
 from llm_jax.train.optimizer import OptimizerConfig
-from llm_jax.train.run import RunConfig
 
 config = RunConfig(
     model=ModelConfig(

@@ -9,8 +9,8 @@ compiles it, and docs/plan.md reads the result.
 from llm_jax.data.loader import DataConfig
 from llm_jax.model.config import ModelConfig
 from llm_jax.sharding import MeshConfig
+from llm_jax.train.config import RunConfig
 from llm_jax.train.optimizer import OptimizerConfig
-from llm_jax.train.run import RunConfig
 from llm_jax.train.step import LossConfig
 
 config = RunConfig(

@@ -11,8 +11,8 @@ from llm_jax.data.loader import DataConfig
 from llm_jax.model.config import ModelConfig
 from llm_jax.ops.position import Rotary
 from llm_jax.sharding import MeshConfig
+from llm_jax.train.config import RunConfig
 from llm_jax.train.optimizer import OptimizerConfig
-from llm_jax.train.run import RunConfig
 from llm_jax.train.step import LossConfig
 
 config = RunConfig(

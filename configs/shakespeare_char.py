@@ -11,8 +11,8 @@ the last tenth, 95 % interval 1.879 to 1.904.
 
 from llm_jax.data.loader import DataConfig
 from llm_jax.model.config import ModelConfig
+from llm_jax.train.config import RunConfig
 from llm_jax.train.optimizer import OptimizerConfig
-from llm_jax.train.run import RunConfig
 
 config = RunConfig(
     model=ModelConfig(

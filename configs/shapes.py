@@ -7,7 +7,7 @@ It is there to be looked at: no tokenizer here has so few tokens.
 
 from llm_jax.data.loader import DataConfig
 from llm_jax.model.config import ModelConfig
-from llm_jax.train.run import RunConfig
+from llm_jax.train.config import RunConfig
 
 config = RunConfig(
     model=ModelConfig(vocab_size=24, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=16),

@@ -11,8 +11,8 @@ JAX 0.10.2): of 1,035 held-out numbers below ten thousand 98.9 % without a fault
 from llm_jax.data.loader import DataConfig
 from llm_jax.data.task import TaskConfig
 from llm_jax.model.config import ModelConfig
+from llm_jax.train.config import RunConfig
 from llm_jax.train.optimizer import OptimizerConfig
-from llm_jax.train.run import RunConfig
 
 config = RunConfig(
     model=ModelConfig(vocab_size=32, d_model=96, n_layers=3, n_heads=4, max_seq_len=256, unroll=3),

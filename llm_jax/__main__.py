@@ -2,7 +2,7 @@
 
 import sys
 
-from llm_jax.cli import main
+from llm_jax.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

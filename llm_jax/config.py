@@ -8,6 +8,7 @@ ASCII digits, with a point or an exponent: neither `1_000` nor the digits of ano
 
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import re
@@ -284,3 +285,22 @@ def _describe(kind: Any, where: str) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     return NAMES.get(kind, str(kind))
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], where: str = "") -> list[str]:
+    """A phrase for each leaf in which two nested mappings differ: `model.n_layers is 4 there, 8 here`."""
+    found = []
+    for key in [*there, *(key for key in here if key not in there)]:
+        a, b = there.get(key), here.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{where}{key}.")
+        elif a != b:
+            found.append(f"{where}{key} is {_abbreviated(a, b)} there, {_abbreviated(b, a)} here")
+    return found
+
+
+def _abbreviated(value: Any, other: Any) -> str:
+    """Of a long value, such as a digest, as much of the beginning as tells it from `other`."""
+    text = plain(value)
+    alike = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, plain(other), strict=False))))
+    return text if len(text) < 40 else f"{text[: max(12, alike + 1)]}..."

@@ -10,7 +10,7 @@ Needs `pip install "jax[tpu]"`, and no TPU. MaxText 0.2.5 was measured in Novemb
 
 import sys
 
-from llm_jax import topologies
+from llm_jax.plan.topology import parse_topology
 
 # Name: topology, recipe, changes; then MaxText's GB of arguments, temporaries, peak and wire, and millions of cycles.
 ROWS = {
@@ -24,17 +24,17 @@ COLUMNS = ("arguments", "temporary", "peak", "wire", "Mcycles")
 
 
 def main(names: list[str]) -> None:
-    topologies.parse("v5e:4x4").prepare()  # before JAX is imported
+    parse_topology("v5e:4x4").prepare()  # before JAX is imported
 
     from llm_jax.config import override
-    from llm_jax.plan import plan, versions
-    from llm_jax.train.run import load_recipe
+    from llm_jax.plan.plan import plan, versions
+    from llm_jax.runs.start import load_recipe
 
     print(f"ours: {', '.join(versions())}; MaxText 0.2.5: jax 0.12.0.1, libtpu 0.0.52")
     print(f"{'':12}" + "".join(f"{column:>22}" for column in COLUMNS) + "      (ours / MaxText)")
     for name in names:
         topology, recipe, changes, theirs = ROWS[name]
-        found = plan(override(load_recipe(recipe), changes), topologies.parse(topology))
+        found = plan(override(load_recipe(recipe), changes), parse_topology(topology))
         wire = sum(one.bytes for one in found.traffic or [])
         ours = (*(x / 1e9 for x in (found.arguments, found.temporary, found.peak, wire)), found.cycles / 1e6)
         pairs = (f"{a:.3f} / {b:.3f}" if b < 100 else f"{a:.0f} / {b}" for a, b in zip(ours, theirs, strict=True))

@@ -21,14 +21,15 @@ from typing import SupportsFloat
 import jax
 import numpy as np
 
+from llm_jax.chips import measured_matmul_flops
 from llm_jax.compat.sides import STEPS
 from llm_jax.data.loader import Batch, DataConfig
-from llm_jax.hardware import measured_matmul_flops
 from llm_jax.model.config import ModelConfig
+from llm_jax.model.count import flops_per_token
+from llm_jax.runs.start import load_recipe
 from llm_jax.runtime import reuse_freed_memory
-from llm_jax.train.count import flops_per_token
+from llm_jax.train.config import RunConfig
 from llm_jax.train.program import Program
-from llm_jax.train.run import RunConfig, load_recipe
 
 Step = Callable[[], SupportsFloat]
 

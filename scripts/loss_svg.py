@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from llm_jax import log
-from llm_jax.train.report import columns, loss_chart
+from llm_jax.runs.report import columns, loss_chart
 
 
 def main(run: str, out: str) -> None:

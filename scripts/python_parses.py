@@ -14,12 +14,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from llm_jax import trained
 from llm_jax.data.mixture import Mixture
 from llm_jax.data.shards import Shards
 from llm_jax.infer.generate import generate
 from llm_jax.ops.sampling import Sampling
-from llm_jax.train import loop, run
+from llm_jax.runs import folder as run_folder
+from llm_jax.runs import loop, restore
 from llm_jax.train.step import cast
 
 SIGNATURE = re.compile(r"^def \w+\([^()\n]*\):\n", re.MULTILINE)
@@ -54,10 +54,10 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.7)
     arguments = parser.parse_args()
 
-    config = run.load_config(arguments.run)
+    config = run_folder.load_config(arguments.run)
     shards = loop.open_run_data(arguments.run, config, print)
     starts = list(itertools.islice(prompts(shards), arguments.count))
-    params, _ = trained.restore(arguments.run, trained.on_one_device(config))
+    params, _ = restore.restore(arguments.run, restore.on_one_device(config))
     texts = generate(
         config.model,
         cast(params, config.model.dtype),

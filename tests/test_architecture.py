@@ -14,15 +14,15 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # (module below llm_jax, floor): the first row that matches names the floor.
 FLOORS = [
-    (r"__main__", 7),
-    (r"cli|verbs", 6),
-    (r"show|plan|arithmetic|search|terminal|trained|verify|check|compat", 5),
+    (r"__main__", 8),
+    (r"cli", 7),
+    (r"compat", 6),
+    (r"plan|runs", 5),
     (r"train", 4),
     (r"infer", 3),
     (r"model", 2),
     (r"ops|data", 1),
-    (r"config|keys|tree|files|log|recipes|sharding|processes|meeting|peers|__\w+__", 0),
-    (r"runtime|hardware|hlo|buffers|topologies", 0),
+    (r"config|keys|tree|files|log|recipes|sharding|processes|meeting|peers|runtime|chips|__\w+__", 0),
 ]
 VAGUE = {"utils", "util", "common", "base", "helpers", "helper", "manager", "misc"}
 

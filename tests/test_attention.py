@@ -10,17 +10,7 @@ from jaxprs import equations, product_flops
 
 import llm_jax.ops.attention
 import llm_jax.ops.kernels
-from llm_jax.ops.attention import (
-    IMPLEMENTATIONS,
-    LONG,
-    Declined,
-    Dropout,
-    Mask,
-    Sparse,
-    attention,
-    candidates,
-    heard,
-)
+from llm_jax.ops.attention import IMPLEMENTATIONS, LONG, Declined, Dropout, Mask, Sparse, attention, candidates, heard
 
 SHORT = 9
 

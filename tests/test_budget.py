@@ -13,16 +13,18 @@ from collections.abc import Callable
 import jax
 import pytest
 
-from llm_jax import arithmetic, hlo, topologies, tree
+from llm_jax import tree
 from llm_jax.config import override
 from llm_jax.data.loader import DataConfig
 from llm_jax.model.config import ModelConfig
 from llm_jax.ops.exchange import ROOM
 from llm_jax.ops.experts import Experts
+from llm_jax.plan import estimate, hlo
+from llm_jax.plan.topology import parse_topology
 from llm_jax.sharding import MeshConfig
+from llm_jax.train.config import RunConfig
 from llm_jax.train.optimizer import OptimizerConfig
 from llm_jax.train.program import Program
-from llm_jax.train.run import RunConfig
 from llm_jax.train.step import LossConfig
 
 CONFIG = RunConfig(
@@ -238,7 +240,7 @@ def test_a_step_sends_what_its_strategy_has_to_and_nothing_else(mesh: dict[str, 
 def test_arithmetic_is_near_what_is_sent(mesh: dict[str, int], budget: Callable[..., Budget]):
     """Down to 0.4 of it: a CPU sends whole sums, each apart, where a TPU adds first and leaves each device its part."""
     config = laid(**mesh)
-    counted = arithmetic.sent(config, dataclasses.asdict(config.mesh))
+    counted = estimate.sent(config, dataclasses.asdict(config.mesh))
     for axis in mesh.keys() - {"accumulate"}:
         amount = sum(amount for (_, along), (amount, _) in budget(**mesh).items() if along == axis)
         assert 0.4 < counted[axis] / amount < 1.01, axis
@@ -251,7 +253,7 @@ def test_a_tpu_gathers_what_a_sublayer_reads_once_and_parts_once_what_it_adds():
 
     Left to itself its compiler does so for each product apart; that for CPU, which the budgets are of, never did.
     """
-    topology = topologies.parse("v5e:2x2")
+    topology = parse_topology("v5e:2x2")
     topology.prepare()
     sizes = ["vocab_size=2048", "d_model=1024", "n_heads=8", "n_kv_heads=4", "d_ff=2048", "max_seq_len=512"]
     rows = ["data.seq_len=512", "data.batch_size=4", "loss.chunk=128", "mesh.data=1", "mesh.tensor=4"]

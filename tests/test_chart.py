@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_jax.train.chart import Series, line_chart, linear_ticks, log_ticks, tick_labels
+from llm_jax.runs.chart import Series, line_chart, linear_ticks, log_ticks, tick_labels
 
 SVG = "{http://www.w3.org/2000/svg}"
 ANY = st.floats(width=32)

@@ -12,10 +12,10 @@ import pytest
 from test_runtime import printed
 from tiny_run import tiny
 
-from llm_jax import check as checks
 from llm_jax import runtime
-from llm_jax.check import BOUND, PIECES, Finding, Piece, as_json, compare, line, one_of_each_kind
-from llm_jax.cli import main
+from llm_jax.cli.main import main
+from llm_jax.plan import check as checks
+from llm_jax.plan.check import BOUND, PIECES, Finding, Piece, as_json, compare, line, one_of_each_kind
 
 ROOT = Path(__file__).parents[1]
 TINY = tiny(Path("nowhere"))
@@ -47,7 +47,7 @@ def test_a_device_of_every_kind_is_checked_once():
 
 UNGUARDED = """
 import jax
-from llm_jax import check
+from llm_jax.plan import check
 config = None
 for what in check.KNOWN:
     print(check.line(check.compare(jax.devices()[0], what, check.PIECES[what](check.np.random.default_rng(0), config))))

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llm_jax import tree
+from llm_jax.runs import folder as run_files
+from llm_jax.runs.checkpoint import Checkpoints, NotFinite, Progress
+from llm_jax.runs.checksum import checksums
 from llm_jax.sharding import MeshConfig, make_mesh
-from llm_jax.train import run as run_files
-from llm_jax.train.checkpoint import Checkpoints, NotFinite, Progress
-from llm_jax.train.checksum import checksums
 from llm_jax.train.step import TrainState
 
 

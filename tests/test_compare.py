@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from llm_jax import runtime
-from llm_jax.cli import main
+from llm_jax.cli.main import main
 from llm_jax.compat import compare as module
 from llm_jax.compat.compare import Comparison, Gap, as_json, check, compare, table, write
 from llm_jax.compat.sides import Side, Stretch
 from llm_jax.model.config import AttentionConfig
+from llm_jax.train.config import RunConfig
 from llm_jax.train.optimizer import OptimizerConfig
-from llm_jax.train.run import RunConfig
 
 
 def test_what_a_disk_has_no_room_for_was_told_before(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path):
@@ -155,7 +155,7 @@ from llm_jax.data.loader import DataConfig
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.config import AttentionConfig
 from llm_jax.train.optimizer import OptimizerConfig
-from llm_jax.train.run import RunConfig
+from llm_jax.train.config import RunConfig
 
 config = RunConfig(
     model=ModelConfig(vocab_size=264, d_model=16, n_layers=1, n_heads=2, max_seq_len=32, d_ff=16),

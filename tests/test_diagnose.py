@@ -11,11 +11,11 @@ import pytest
 from llm_jax import tree
 from llm_jax.data.loader import Batch, Loader
 from llm_jax.ops.experts import Experts
+from llm_jax.runs.diagnose import diagnose
+from llm_jax.runs.loop import open_data
 from llm_jax.sharding import MeshConfig
-from llm_jax.train.diagnose import diagnose
-from llm_jax.train.loop import open_data
+from llm_jax.train.config import RunConfig
 from llm_jax.train.program import Program
-from llm_jax.train.run import RunConfig
 from llm_jax.train.step import TrainState
 
 FORWARD = "the first activation to go bad is "

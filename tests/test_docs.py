@@ -42,7 +42,7 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path
 
 @pytest.mark.parametrize("page", [*PAGES, *RECIPES], ids=lambda page: page.name)
 def test_the_commands_of_a_page_are_commands(page: Path):
-    from llm_jax.cli import parser
+    from llm_jax.cli.main import parser
 
     for words in commands(page):
         try:

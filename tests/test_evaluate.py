@@ -13,7 +13,7 @@ from llm_jax.data.loader import IGNORE, Batch
 from llm_jax.data.shards import TokenStore
 from llm_jax.data.task import TaskConfig
 from llm_jax.data.tokenizer import Tokenizer
-from llm_jax.train.evaluate import Evaluation, _summary, evaluate, resampled, target_lengths
+from llm_jax.runs.evaluate import Evaluation, _summary, evaluate, resampled, target_lengths
 from llm_jax.train.step import Scored
 
 

@@ -20,8 +20,7 @@ from grid import tiny
 from test_huggingface import byte_level, quiet, save_model
 from tiny_run import write_corpus
 
-from llm_jax import trained
-from llm_jax.cli import main
+from llm_jax.cli.main import main
 from llm_jax.compat import safetensors, weights
 from llm_jax.compat.families import FAMILIES
 from llm_jax.compat.family import Family
@@ -30,9 +29,11 @@ from llm_jax.config import override
 from llm_jax.data import shards
 from llm_jax.data.prepare import prepare
 from llm_jax.data.tokenizer import ByteTokenizer
+from llm_jax.model import count
 from llm_jax.model.config import ModelConfig
 from llm_jax.ops.position import Rotary
-from llm_jax.train import count, run
+from llm_jax.runs import folder as run_folder
+from llm_jax.runs import restore
 
 SCALED = {
     "none": Rotary(5e5),
@@ -237,7 +238,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def exported(folder: Path, out: Path, **options: Any) -> dict[str, Any]:
-    params, _ = trained.restore(folder, trained.on_one_device(run.load_config(folder)), report=quiet)
+    params, _ = restore.restore(folder, restore.on_one_device(run_folder.load_config(folder)), report=quiet)
     export_run(folder, params, out, report=quiet, **options)
     return json.loads((out / "config.json").read_text())
 
@@ -271,7 +272,7 @@ def test_ids_stay_as_they_were_though_the_end_is_named_elsewhere(original: Path,
     import_run(str(tmp_path / "theirs"), tmp_path / "run", report=quiet)
     about = exported(tmp_path / "run", tmp_path / "out")
     assert {name: about[name] for name in IDS} == {"bos_token_id": 6, "eos_token_id": ENDS, "pad_token_id": 3}
-    run.load_tokenizer(tmp_path / "run").save(tmp_path / "coder")  # another model's, for all that is known
+    run_folder.load_tokenizer(tmp_path / "run").save(tmp_path / "coder")  # another model's, for all that is known
     import_run(str(tmp_path / "theirs"), tmp_path / "other", tokenizer=str(tmp_path / "coder"), report=quiet)
     about = exported(tmp_path / "other", tmp_path / "other out")
     assert {name: about[name] for name in IDS} == {"bos_token_id": 0, "eos_token_id": ENDS, "pad_token_id": None}
@@ -288,8 +289,8 @@ def test_an_export_with_another_tokenizer_has_the_ids_of_that_one(original: Path
 def test_what_was_trained_from_an_import_goes_out_as_the_import_does(original: Path, tmp_path: Path):
     import_run(str(original), tmp_path / "run", tokenizer="byte", report=quiet)
     prepare(str(write_corpus(tmp_path / "corpus", documents=5)), tmp_path / "data", tokenizer="byte", heldout=0.0)
-    config = override(run.load_config(tmp_path / "run"), [f"init_from={tmp_path / 'run'}"])
-    run.create(tmp_path / "again", config, shards.open_shards(tmp_path / "data"), "llm-jax train")
+    config = override(run_folder.load_config(tmp_path / "run"), [f"init_from={tmp_path / 'run'}"])
+    run_folder.create(tmp_path / "again", config, shards.open_shards(tmp_path / "data"), "llm-jax train")
     (tmp_path / "again" / "checkpoints").symlink_to(tmp_path / "run" / "checkpoints")
     about = exported(tmp_path / "again", tmp_path / "out")
     assert (about["model_type"], about["initializer_range"]) == ("llama", 0.013)
@@ -303,7 +304,7 @@ def test_the_dropout_of_an_original_stays_its_own_unless_a_run_has_one(case: str
         said = {} if rate is None else {name: rate}
         there = save_model(tmp_path / f"theirs {rate}", config_json(case) | said)
         config = import_run(str(there), folder := tmp_path / f"run {rate}", tokenizer="byte", report=quiet)
-        assert (config.model.attention.dropout, run.load_config(folder)) == (0.0, config)
+        assert (config.model.attention.dropout, run_folder.load_config(folder)) == (0.0, config)
         assert exported(folder, tmp_path / f"out {rate}").get(name) == rate
     coder, family, model = ByteTokenizer(), family_of(config_json(case)), config.model
     for rate, origin in ((0.2, {}), (0.2, {name: 0.1}), (0.0, {})):
@@ -313,12 +314,12 @@ def test_the_dropout_of_an_original_stays_its_own_unless_a_run_has_one(case: str
 
 def test_a_model_that_its_family_can_not_say_goes_out_as_another(original: Path, tmp_path: Path):
     import_run(str(original), tmp_path / "run", tokenizer="byte", report=quiet)
-    config = run.load_config(tmp_path / "run")
-    params, _ = trained.restore(tmp_path / "run", trained.on_one_device(config), report=quiet)
+    config = run_folder.load_config(tmp_path / "run")
+    params, _ = restore.restore(tmp_path / "run", restore.on_one_device(config), report=quiet)
     for part in ("attention", "feedforward"):
         params["layers"][part] = {name: x for name, x in params["layers"][part].items() if not name.startswith("b_")}
     model = override(config.model, ["bias=none", "layers=local", "attention.window=4"])
-    run.save_config(tmp_path / "run", dataclasses.replace(config, model=model))
+    run_folder.save_config(tmp_path / "run", dataclasses.replace(config, model=model))
     said: list[str] = []
     assert export_run(tmp_path / "run", params, tmp_path / "out", report=said.append).name == "mistral"
     assert said == ["a mistral, as transformers loads no such llama"]
@@ -343,8 +344,8 @@ def test_weights_that_are_no_numbers_are_named_and_counted(tmp_path: Path):
 
 def test_weights_beyond_the_range_of_the_file_are_named(original: Path, tmp_path: Path):
     import_run(str(original), tmp_path / "run", tokenizer="byte", report=quiet)
-    params, _ = trained.restore(
-        tmp_path / "run", trained.on_one_device(run.load_config(tmp_path / "run")), report=quiet
+    params, _ = restore.restore(
+        tmp_path / "run", restore.on_one_device(run_folder.load_config(tmp_path / "run")), report=quiet
     )
     table = np.array(params["embedding"]["table"])
     for number, dtype, says in (

@@ -19,7 +19,6 @@ from architectures import CASES, LLAMA3, LONGROPE, PAGE, SIZES, YARN, config_jso
 from grid import tiny
 from jaxtyping import PyTree
 
-from llm_jax import trained
 from llm_jax.compat import weights
 from llm_jax.compat.families import FAMILIES
 from llm_jax.compat.family import Family, Shapes
@@ -28,13 +27,14 @@ from llm_jax.compat.lenses import canonical
 from llm_jax.compat.missing import LACKS
 from llm_jax.compat.safetensors import open_file, write_file
 from llm_jax.infer.generate import begin_rows, next_token
+from llm_jax.model import count
 from llm_jax.model.config import AttentionConfig, ModelConfig
 from llm_jax.model.taps import capture
 from llm_jax.model.transformer import Transformer, unstack
 from llm_jax.ops.experts import Experts
 from llm_jax.ops.position import Rotary
 from llm_jax.ops.sampling import Sampling
-from llm_jax.train import count
+from llm_jax.runs import restore
 
 WRITTEN = 12  # tokens, greedily
 
@@ -59,7 +59,7 @@ def compare(case: str, folder: Path) -> float:
     quiet = lambda _: None  # noqa: E731
     imported = import_run(str(there), here, tokenizer="byte", report=quiet)
     config = imported.model
-    params, _ = trained.restore(here, trained.on_one_device(imported), report=quiet)
+    params, _ = restore.restore(here, restore.on_one_device(imported), report=quiet)
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=(2, 24))
     taps = capture(Transformer(config), params, jnp.asarray(tokens, jnp.int32))
     with torch.no_grad():

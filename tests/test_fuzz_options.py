@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from llm_jax import cli, verbs
+from llm_jax.cli import main, verbs
 from llm_jax.keys import SYNONYMS, keys
 from llm_jax.recipes import recipes
-from llm_jax.train.run import RunConfig, load_recipe
+from llm_jax.runs.start import load_recipe
+from llm_jax.train.config import RunConfig
 
 LINES = 4000
 KEYS = [key.name for key in keys(RunConfig)]
@@ -112,7 +113,7 @@ def assignment(draw: random.Random) -> str:
 
 
 def option(verb: str, draw: random.Random) -> list[str]:
-    choices = next(action for action in cli.parser()._actions if action.dest == "function" or action.choices).choices
+    choices = next(action for action in main.parser()._actions if action.dest == "function" or action.choices).choices
     names = [name for name in choices[verb]._option_string_actions if name not in ("-h", "--help", "--debug")]
     name = draw.choice(
         [draw.choice(names or ["--yes"])] * 6 + ["--lr", "--steps", "--zzz", "-x", "--", "-", "--" + "x" * 3000]
@@ -124,7 +125,7 @@ def option(verb: str, draw: random.Random) -> list[str]:
 
 def line(draw: random.Random) -> list[str]:
     """A verb, what it is about, some changes of keys, some options, in any order."""
-    verb = draw.choice(list(cli.SYNTAX)).rstrip("_")
+    verb = draw.choice(list(main.SYNTAX)).rstrip("_")
     about = draw.choice([draw.choice(list(recipes()))] * 5 + [draw.choice(WORDS)])
     rest = [[assignment(draw)] for _ in range(draw.choice([0, 1, 1, 2, 3]))]
     rest += [option(verb, draw) for _ in range(draw.choice([0, 0, 1, 2]))]
@@ -163,19 +164,19 @@ def test_any_words_are_accepted_or_refused_on_one_line(
 ):
     loaded, accepted = {name: load_recipe(name) for name in recipes()}, []
     monkeypatch.setattr(
-        "llm_jax.train.run.load_recipe", lambda name: loaded[name] if name in loaded else load_recipe(name)
+        "llm_jax.runs.start.load_recipe", lambda name: loaded[name] if name in loaded else load_recipe(name)
     )
-    for name in cli.SYNTAX:
+    for name in main.SYNTAX:
         if name != "help":
             monkeypatch.setattr(verbs, name, stand_in(getattr(verbs, name), accepted))
-    parser = cli.parser()
-    monkeypatch.setattr(cli, "parser", lambda: parser)
+    parser = main.parser()
+    monkeypatch.setattr(main, "parser", lambda: parser)
     draw, refused = random.Random(0), 0
     for _ in range(LINES):
         words = line(draw)
         started = time.monotonic()
         try:
-            status = cli.main(words)
+            status = main.main(words)
         except SystemExit as stop:
             status = stop.code
         err = capsys.readouterr().err

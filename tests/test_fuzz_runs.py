@@ -13,13 +13,13 @@ from tiny_run import console, tiny, write_corpus
 
 from llm_jax import log, tree
 from llm_jax.data.shards import open_shards
-from llm_jax.train.checkpoint import Checkpoints
-from llm_jax.train.loop import train
+from llm_jax.runs.checkpoint import Checkpoints
+from llm_jax.runs.folder import check_data, first_machine, load_config, load_tokenizer, shards_folders
+from llm_jax.runs.loop import train
+from llm_jax.runs.report import write_report
+from llm_jax.runs.restore import evaluate
+from llm_jax.runs.seal import changes, seal_of_folder
 from llm_jax.train.program import Program
-from llm_jax.train.report import write_report
-from llm_jax.train.run import check_data, first_machine, load_config, load_tokenizer, shards_folders
-from llm_jax.train.seal import changes, seal_of_folder
-from llm_jax.trained import evaluate
 
 pytestmark = pytest.mark.slow
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llm_jax import buffers, hlo
+from llm_jax.plan import hlo, liveness
 
 # Of a TPU: a windowed product whose loop is unrolled by two, and counts in a u32 from 0 to 8.
 WINDOWED = """\
@@ -209,7 +209,7 @@ def test_temporaries_are_counted_while_something_still_reads_them():
         '%near = f32[4096]{0:S(1)} broadcast(%c), metadata={op_name="on the chip"}',
         "ROOT %d = f32[256]{0} add(%c, %x)",
     )
-    assert buffers.live(module) == {"a": 2048, "b": 512}
+    assert liveness.live(module) == {"a": 2048, "b": 512}
 
 
 def test_one_part_of_a_tuple_does_not_keep_the_others():
@@ -224,12 +224,12 @@ def test_one_part_of_a_tuple_does_not_keep_the_others():
         "ROOT %e = f32[256]{0} fusion(%second, %d), calls=%none",
         before="%none (a: f32[256]) -> f32[256] {\n}\n",
     )
-    assert buffers.live(module) == {"a": 2048, "b": 512, "c": 1024}
+    assert liveness.live(module) == {"a": 2048, "b": 512, "c": 1024}
 
 
 def test_a_loop_works_in_place_and_a_result_is_not_temporary():
     received = beside = 8 * 128 * 2
-    assert buffers.live(hlo.parse(WINDOWED)).total() == received + beside
+    assert liveness.live(hlo.parse(WINDOWED)).total() == received + beside
 
 
 def test_zeros_that_a_loop_fills_are_called_by_what_fills_them():
@@ -256,7 +256,7 @@ def test_zeros_that_a_loop_fills_are_called_by_what_fills_them():
         "ROOT %y = f32[64]{0} slice(%full)",
         before=body,
     )
-    assert set(buffers.live(module)) == {"step/layers/while/body/update"}
+    assert set(liveness.live(module)) == {"step/layers/while/body/update"}
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,7 @@ import pytest
 from architectures import config_json
 from tiny_run import console, write_corpus
 
-from llm_jax import trained
-from llm_jax.cli import main
+from llm_jax.cli.main import main
 from llm_jax.compat import huggingface, safetensors, weights
 from llm_jax.compat.huggingface import export_run, fetch, import_run, open_tokenizer
 from llm_jax.compat.layout import Layout
@@ -43,8 +42,10 @@ from llm_jax.data.shards import open_shards
 from llm_jax.data.task import TaskConfig
 from llm_jax.data.tokenizer import END_OF_TEXT, Tokenizer
 from llm_jax.infer.generate import prompt_ids
+from llm_jax.model import count
 from llm_jax.model.transformer import Transformer, forward
-from llm_jax.train import count, loop, run
+from llm_jax.runs import folder as run_folder
+from llm_jax.runs import loop, restore
 from llm_jax.tree import fingerprint
 
 TEXT = "The cat's mat: 12345 mats, naïve 🐈\n\n    def sit(mat):\n\treturn  mat  # <|endoftext|> </s>\r\n ß"
@@ -243,7 +244,7 @@ def test_weights_pass_through_the_memory_of_the_host(llama: Path, imported: Path
         params = weights.load(llama, family, family.read(theirs))
     assert {device for leaf in jax.tree.leaves(params) for device in leaf.devices()} == {host}
     monkeypatch.setattr(jax, "devices", lambda *_: [other])
-    assert trained.on_the_host(run.load_config(imported)).mesh.devices.ravel().tolist() == [host]
+    assert restore.on_the_host(run_folder.load_config(imported)).mesh.devices.ravel().tolist() == [host]
 
 
 @pytest.mark.slow
@@ -255,7 +256,7 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path):
 import sys; from pathlib import Path
 from llm_jax.compat import weights
 from llm_jax.compat.huggingface import family_of, read_json
-from llm_jax.train.count import shapes
+from llm_jax.model.count import shapes
 
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -279,8 +280,8 @@ print((peak() - before) * 1024 / (folder / "model.safetensors").stat().st_size)
 
 
 def test_an_imported_run_is_of_the_weights_in_the_files(llama: Path, imported: Path):
-    config = run.load_config(imported)
-    params, step = trained.restore(imported, trained.on_one_device(config), report=quiet)
+    config = run_folder.load_config(imported)
+    params, step = restore.restore(imported, restore.on_one_device(config), report=quiet)
     file = safetensors.open_folder(llama)
     q = file["model.layers.1.self_attn.q_proj.weight"].read()  # [KGH D]
     assert step == 0
@@ -293,7 +294,7 @@ def test_bfloat16_weights_are_computed_with_and_given_back_as_they_were(tmp_path
     there = save_model(tmp_path / "theirs", config_json("gemma2"), "bfloat16", shards=2)
     config = import_run(str(there), tmp_path / "run", tokenizer="byte", report=quiet)
     assert config.model.dtype == "bfloat16"
-    params, _ = trained.restore(tmp_path / "run", trained.on_one_device(config), report=quiet)
+    params, _ = restore.restore(tmp_path / "run", restore.on_one_device(config), report=quiet)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
     export_run(tmp_path / "run", params, tmp_path / "out")
     before, after = safetensors.open_folder(there), safetensors.open_folder(tmp_path / "out")
@@ -302,11 +303,11 @@ def test_bfloat16_weights_are_computed_with_and_given_back_as_they_were(tmp_path
 
 
 def test_an_exported_run_imports_as_the_same_run(imported: Path, tmp_path: Path):
-    config = run.load_config(imported)
-    params, _ = trained.restore(imported, trained.on_one_device(config), report=quiet)
+    config = run_folder.load_config(imported)
+    params, _ = restore.restore(imported, restore.on_one_device(config), report=quiet)
     assert export_run(imported, params, tmp_path / "out").name == "llama"
     again = import_run(str(tmp_path / "out"), tmp_path / "again", tokenizer="byte", report=quiet)
-    there, _ = trained.restore(tmp_path / "again", trained.on_one_device(again), report=quiet)
+    there, _ = restore.restore(tmp_path / "again", restore.on_one_device(again), report=quiet)
     assert again.model == config.model
     assert fingerprint(there) == fingerprint(params)
 
@@ -324,7 +325,9 @@ def test_an_imported_run_writes_is_measured_and_shown(imported: Path, tmp_path: 
 @pytest.mark.slow
 def test_training_goes_on_from_an_imported_run(imported: Path, tmp_path: Path):
     corpus = write_corpus(tmp_path / "corpus")
-    config = override(run.load_config(imported), [f"data.uri={corpus}", f"init_from={imported}", "steps=2", "prompts="])
+    config = override(
+        run_folder.load_config(imported), [f"data.uri={corpus}", f"init_from={imported}", "steps=2", "prompts="]
+    )
     config = override(config, ["data.seq_len=32", "data.batch_size=8", "data.heldout=0.2", "optimizer.warmup_steps=1"])
     by = console()
     loop.train(config, tmp_path / "run", console=by)
@@ -368,7 +371,7 @@ def test_a_folder_that_could_not_be_filled_is_gone(
     def fail(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "no space", "disk")
 
-    monkeypatch.setattr(run, "save_config", fail)  # the last that is written, each time
+    monkeypatch.setattr(run_folder, "save_config", fail)  # the last that is written, each time
     monkeypatch.setattr(weights, "save", fail)
     assert main(["import", str(llama), "--run", str(tmp_path / "run"), "--tokenizer", "byte"]) == 2
     assert main(["export", str(imported), "--out", str(tmp_path / "out")]) == 2
@@ -411,13 +414,13 @@ def test_an_export_that_fails_leaves_nothing_behind(
 
 
 def test_a_model_that_sees_the_whole_question_is_not_exported_as_one_that_does_not(imported: Path, tmp_path: Path):
-    config = run.load_config(imported)
+    config = run_folder.load_config(imported)
     task = TaskConfig("translate")
     translator = dataclasses.replace(config, data=dataclasses.replace(config.data, task=task, packing="documents"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "tokenizer").symlink_to(imported / "tokenizer")
-    run.save_config(tmp_path / "run", translator)
-    params, _ = trained.restore(imported, trained.on_one_device(config), report=quiet)
+    run_folder.save_config(tmp_path / "run", translator)
+    params, _ = restore.restore(imported, restore.on_one_device(config), report=quiet)
     with pytest.raises(ValueError, match=r"sees the whole question at once .* every family .* sees no token ahead"):
         export_run(tmp_path / "run", params, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -733,7 +736,7 @@ def test_transformers_loads_an_exported_run_and_computes_the_same(tmp_path: Path
     """A run as quickstart makes it, trained for a step here."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     corpus = write_corpus(tmp_path / "corpus")
-    config = run.load_recipe("quickstart")
+    config = load_recipe("quickstart")
     changes = [
         "steps=2",
         "optimizer.warmup_steps=0",
@@ -750,13 +753,16 @@ def test_transformers_loads_an_exported_run_and_computes_the_same(tmp_path: Path
         loop.train(config, tmp_path / "run", console=console())
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--dtype", "float32"]) == 0
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
-    theirs, coder = transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), run.load_tokenizer(tmp_path / "run")
+    theirs, coder = (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "out"),
+        run_folder.load_tokenizer(tmp_path / "run"),
+    )
     text = "abc def" + END_OF_TEXT + "gh"
     ids = coder.encode(text, special=True)
     assert theirs(text)["input_ids"] == [coder.begin_of_text, *ids.tolist()]  # as documents began in training
-    assert run.begins(tmp_path / "run", config, coder)
+    assert run_folder.begins(tmp_path / "run", config, coder)
     assert (theirs.eos_token_id, model.config.eos_token_id) == (coder.end_of_text,) * 2
-    params, _ = trained.restore(tmp_path / "run", trained.on_one_device(config), report=quiet)
+    params, _ = restore.restore(tmp_path / "run", restore.on_one_device(config), report=quiet)
     out = forward(Transformer(override(config.model, ["dtype=float32"])), params, jnp.asarray(ids)[None])
     with torch.no_grad():
         logits = model(torch.from_numpy(ids.astype(np.int64))[None]).logits.numpy()

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from tiny_run import write_corpus
 
-from llm_jax import trained
-from llm_jax.cli import main
+from llm_jax.cli.main import main
 from llm_jax.compat.huggingface import export_run, import_run
 from llm_jax.compat.tokenizers import files_of
 from llm_jax.data import tokenizer
 from llm_jax.data.imported import ImportedTokenizer
 from llm_jax.infer.generate import prompt_ids
-from llm_jax.train import run
+from llm_jax.runs import folder as run_folder
+from llm_jax.runs import restore
 
 TEXT = "The cat's mat: 12345 mats, naïve\n\n    def sit(mat):\n\treturn  mat\r\n ß"
 END = "<|endoftext|>"
@@ -292,10 +292,10 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_imported_run_begins_as_its_tokenizer_does_and_a_trained_one_as_in_training(gpt2: Path, tmp_path: Path):
-    config, coder = run.load_config(gpt2), run.load_tokenizer(gpt2)
-    assert not run.begins(gpt2, config, coder)
+    config, coder = run_folder.load_config(gpt2), run_folder.load_tokenizer(gpt2)
+    assert not run_folder.begins(gpt2, config, coder)
     (tmp_path / "data.json").touch()  # what a run has that was trained
-    assert run.begins(tmp_path, config, coder)
+    assert run_folder.begins(tmp_path, config, coder)
 
 
 def test_each_way_to_begin_a_text_can_be_asked_for(gpt2: Path, capsys: Any):
@@ -312,9 +312,9 @@ def test_each_way_to_begin_a_text_can_be_asked_for(gpt2: Path, capsys: Any):
 
 def test_documents_are_measured_as_texts_begin(gpt2: Path, tmp_path: Path, capsys: Any):
     """With nothing before it a document's first token has nothing to be predicted from, nor is there an end."""
-    corpus, coder = write_corpus(tmp_path / "corpus", documents=3), run.load_tokenizer(gpt2)
+    corpus, coder = write_corpus(tmp_path / "corpus", documents=3), run_folder.load_tokenizer(gpt2)
     lengths = [len(coder.encode(path.read_text())) for path in sorted(corpus.iterdir())]
-    found = {begin: trained.evaluate(gpt2, str(corpus), begin=begin)[0] for begin in (None, False, True)}
+    found = {begin: restore.evaluate(gpt2, str(corpus), begin=begin)[0] for begin in (None, False, True)}
     assert found[None] == found[False]
     assert (found[None].tokens, found[True].tokens) == (sum(lengths) - 3, sum(lengths) + 3)
     assert main(["evaluate", str(gpt2), "--begin"]) == 2
@@ -327,7 +327,7 @@ def test_a_prompt_that_spells_a_special_token_is_said_to_unless_it_is_read(gpt2:
     assert f"the text spells {END}, which is read as text; for the token add --special" in capsys.readouterr().err
     assert main([*words, "--special"]) == 0
     assert "spells" not in capsys.readouterr().err
-    coder, config = run.load_tokenizer(gpt2), run.load_config(gpt2).model
+    coder, config = run_folder.load_tokenizer(gpt2), run_folder.load_config(gpt2).model
     [ids] = prompt_ids(config, coder, [f"The{END}"], begin=False, special=True)
     assert ids[-1] == 1
     assert 1 not in prompt_ids(config, coder, [f"The{END}"], begin=False)[0]
@@ -336,7 +336,7 @@ def test_a_prompt_that_spells_a_special_token_is_said_to_unless_it_is_read(gpt2:
 def test_a_run_trained_from_an_import_exports_the_beginning_it_was_trained_with(gpt2: Path, tmp_path: Path):
     library = pytest.importorskip("tokenizers")
     shutil.copytree(gpt2, tmp_path / "run")
-    params, _ = trained.restore(gpt2, trained.on_one_device(run.load_config(gpt2)), report=lambda _: None)
+    params, _ = restore.restore(gpt2, restore.on_one_device(run_folder.load_config(gpt2)), report=lambda _: None)
     for name, ids in (("imported", []), ("trained", [0])):
         export_run(tmp_path / "run", params, out := tmp_path / name, report=lambda _: None)
         theirs = library.Tokenizer.from_file(str(out / "tokenizer.json"))
@@ -387,7 +387,7 @@ def test_a_greedy_text_is_that_of_transformers(make: Callable[[], Any], tmp_path
     ends = [1, longest[len(longest) // 2]]
     (there / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     import_run(str(there), tmp_path / "run", report=lambda _: None)
-    coder = run.load_tokenizer(tmp_path / "run")
+    coder = run_folder.load_tokenizer(tmp_path / "run")
     words = ["generate", str(tmp_path / "run"), "--temperature", "0", "--max-tokens", "10", "--json"]
     assert main([*words, *(word for prompt in PROMPTS for word in ("--prompt", prompt))]) == 0
     texts = [text["text"] for text in json.loads(capsys.readouterr().out)["texts"]]

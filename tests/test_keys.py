@@ -8,7 +8,8 @@ import pytest
 from llm_jax.config import override, plain
 from llm_jax.keys import REQUIRED, SYNONYMS, choices, keys, meanings, suggestions, value_at
 from llm_jax.ops.attention import ACROSS, IMPLEMENTATIONS
-from llm_jax.train.run import RunConfig, load_recipe
+from llm_jax.runs.start import load_recipe
+from llm_jax.train.config import RunConfig
 
 KEYS = {key.name: key for key in keys(RunConfig)}
 

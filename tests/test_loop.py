@@ -19,11 +19,12 @@ from rich.console import Console
 from tiny_run import console, last_checkpoint, rows, said, write_corpus
 
 from llm_jax import tree
-from llm_jax.train import loop
-from llm_jax.train.checkpoint import Checkpoints
-from llm_jax.train.loop import Diverged, Session, resume, train
+from llm_jax.runs import loop
+from llm_jax.runs.checkpoint import Checkpoints
+from llm_jax.runs.folder import create, owned
+from llm_jax.runs.loop import Diverged, Session, resume, train
+from llm_jax.train.config import RunConfig
 from llm_jax.train.program import Program
-from llm_jax.train.run import RunConfig, create, owned
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import pytest
 from tiny_run import tiny
 
-from llm_jax.train import meter as meters
-from llm_jax.train.checkpoint import Progress
-from llm_jax.train.meter import Meter
+from llm_jax.runs import meter as meters
+from llm_jax.runs.checkpoint import Progress
+from llm_jax.runs.meter import Meter
 
 
 class Rows:

@@ -19,7 +19,7 @@ from llm_jax.data.mixture import Deal, Mixture, open_folders
 from llm_jax.data.prepare import cached_sources, prepare
 from llm_jax.data.shards import Shards
 from llm_jax.log import quantity
-from llm_jax.train.evaluate import evaluate
+from llm_jax.runs.evaluate import evaluate
 from llm_jax.train.step import Scored
 
 SHARES = st.lists(st.integers(1, 1000), min_size=1, max_size=6).map(

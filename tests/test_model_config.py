@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from jaxprs import equations, product_flops
 
 from llm_jax.model.config import REMAT, TAPS, AttentionConfig, ModelConfig
+from llm_jax.model.count import active_parameters, flops_per_token, parameter_counts
 from llm_jax.model.init import SCHEMES
 from llm_jax.model.transformer import Transformer
 from llm_jax.ops.experts import Experts
 from llm_jax.ops.position import Rotary
-from llm_jax.train.count import active_parameters, flops_per_token, parameter_counts
 from llm_jax.tree import count
 
 SIZES = {"vocab_size", "d_model", "n_layers", "n_heads", "max_seq_len"}

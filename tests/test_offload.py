@@ -14,19 +14,20 @@ from grid import weights
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny_run import tiny
 
-from llm_jax import topologies, tree
+from llm_jax import tree
 from llm_jax.config import override
 from llm_jax.data.loader import Batch, Loader
 from llm_jax.ops.experts import Experts
-from llm_jax.plan import bytes_here, plan
+from llm_jax.plan.describe import describe
+from llm_jax.plan.plan import bytes_here, plan
+from llm_jax.plan.topology import parse_topology
+from llm_jax.runs.checkpoint import Checkpoints, Progress
+from llm_jax.runs.loop import open_data
 from llm_jax.sharding import MeshConfig, make_mesh
-from llm_jax.show import describe
-from llm_jax.train.checkpoint import Checkpoints, Progress
-from llm_jax.train.loop import open_data
+from llm_jax.train.config import RunConfig
 from llm_jax.train.offload import HOST, advanced, waiting
 from llm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from llm_jax.train.program import Program
-from llm_jax.train.run import RunConfig
 from llm_jax.train.step import TrainState, make_train_step
 
 MESH = MeshConfig(data=1, fsdp=2)
@@ -190,7 +191,7 @@ def test_what_blocks_read_waits_on_the_host_and_gradients_stay_what_they_were(co
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the compiler for TPU is not installed")
 def test_a_tpu_holds_less_by_what_waits_on_the_host(tmp_path):
-    topology = topologies.parse("v5e:2x2")
+    topology = parse_topology("v5e:2x2")
     topology.prepare()
     widths = ["model.d_model=1024", "model.n_heads=8", "model.d_ff=4096", "model.n_layers=8", "model.dtype=bfloat16"]
     tokens = ["data.seq_len=512", "model.max_seq_len=512", "accumulate=1", "model.remat=full", "model.dropout=0"]

@@ -19,9 +19,9 @@ from llm_jax.model.transformer import Transformer
 from llm_jax.ops.experts import Experts
 from llm_jax.ops.loss import IGNORE
 from llm_jax.sharding import MeshConfig, batch_sharding, make_mesh, shardings
+from llm_jax.train.config import RunConfig
 from llm_jax.train.pipeline import Pipeline
 from llm_jax.train.program import Program
-from llm_jax.train.run import RunConfig
 from llm_jax.train.step import LossConfig, Scored, make_gradient, make_loss
 from llm_jax.train.timetable import PipelineConfig, Timetable
 from llm_jax.tree import leaves

@@ -13,26 +13,17 @@ import pytest
 from rich.console import Console, RenderableType
 from tiny_run import tiny
 
-from llm_jax import hlo, search, topologies
-from llm_jax.arithmetic import flops_a_token, gradient_bytes, numbers_here, rate_along
-from llm_jax.cli import main
+from llm_jax.cli.main import main
 from llm_jax.config import override
-from llm_jax.plan import (
-    UNTOLD,
-    Figures,
-    Plan,
-    bytes_here,
-    figures,
-    plan,
-    render,
-    too_large,
-    traffic_of,
-)
+from llm_jax.plan import hlo, search, topology
+from llm_jax.plan.estimate import flops_a_token, gradient_bytes, numbers_here, rate_along
+from llm_jax.plan.plan import UNTOLD, Figures, Plan, bytes_here, figures, plan, render, too_large, traffic_of
+from llm_jax.plan.topology import parse_topology
 from llm_jax.sharding import MeshConfig
+from llm_jax.train.config import RunConfig
 from llm_jax.train.program import Program
-from llm_jax.train.run import RunConfig
 
-CPU = topologies.parse("cpu:8")
+CPU = parse_topology("cpu:8")
 
 
 def printed(page: RenderableType) -> str:
@@ -104,7 +95,7 @@ def test_collectives_that_nobody_can_count_are_said_and_not_left_out(planned):
 
 
 def test_what_was_compiled_once_is_read_from_the_cache(config, planned, folder, monkeypatch):
-    monkeypatch.setattr("llm_jax.plan._compiled", None)
+    monkeypatch.setattr("llm_jax.plan.plan._compiled", None)
     again = figures(Program.on(config, CPU.devices()), CPU, folder)
     assert again.temporary == planned.temporary
     with pytest.raises(TypeError):  # another program
@@ -115,7 +106,7 @@ def test_what_was_compiled_once_is_read_from_the_cache(config, planned, folder, 
 
 
 def test_of_a_program_that_is_too_large_nothing_is_said_that_is_not_known(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("llm_jax.plan._compiled", lambda *_: Figures(1, 2, 3, 3, finished=False, text=""))
+    monkeypatch.setattr("llm_jax.plan.plan._compiled", lambda *_: Figures(1, 2, 3, 3, finished=False, text=""))
     found = plan(config, CPU, price=2.0, folder=tmp_path)
     assert (found.fits, found.traffic, found.step_seconds, found.tokens_per_day, found.cost) == (False, *[None] * 4)
     assert set(found.seconds) == {"compute", "memory"}
@@ -180,7 +171,7 @@ def test_a_kernel_too_large_for_the_memory_on_the_chip_is_an_error_and_no_progra
 
 
 def test_bytes_between_slices_go_at_the_rate_of_their_network():
-    two = topologies.parse("v5e:2x2", slices=2)
+    two = parse_topology("v5e:2x2", slices=2)
     assert (two.n_devices, two.island, str(two)) == (8, 4, "2 slices of v5e:2x2")
     text = """\
 ENTRY %main (x: f32[256]) -> f32[256] {
@@ -211,7 +202,7 @@ ENTRY %main (x: f32[256]) -> f32[256] {
 )
 def test_a_topology_that_is_none_is_an_error_with_those_that_are(name: str, message: str):
     with pytest.raises(ValueError, match=message):
-        topologies.parse(name)
+        parse_topology(name)
 
 
 @pytest.mark.parametrize(
@@ -223,26 +214,26 @@ def test_a_topology_that_is_none_is_an_error_with_those_that_are(name: str, mess
 )
 def test_a_compiler_that_is_missing_is_an_error_with_the_line_that_installs_it(name: str, line: str, monkeypatch):
     def missing(package: str) -> str:
-        raise topologies.importlib.metadata.PackageNotFoundError(package)
+        raise topology.importlib.metadata.PackageNotFoundError(package)
 
-    monkeypatch.setattr(topologies.importlib.metadata, "version", missing)
+    monkeypatch.setattr(topology.importlib.metadata, "version", missing)
     with pytest.raises(ValueError, match=line):
-        topologies.parse(name).devices()
+        parse_topology(name).devices()
 
 
 def test_a_shape_that_the_compiler_refuses_is_an_error_with_its_reason_and_an_example(monkeypatch):
-    def refuse(_: topologies.Topology) -> None:
+    def refuse(_: topology.Topology) -> None:
         raise RuntimeError("INVALID_ARGUMENT: 3x3 is not divisible by 2x2\nand more")
 
-    monkeypatch.setattr(topologies, "_check_installed", lambda *_: None)
-    monkeypatch.setattr(topologies.Topology, "_described", refuse)
+    monkeypatch.setattr(topology, "_check_installed", lambda *_: None)
+    monkeypatch.setattr(topology.Topology, "_described", refuse)
     with pytest.raises(ValueError, match=r"no v5e:3x3: 3x3 is not divisible by 2x2; v5e:4x4 is one that there is$"):
-        topologies.parse("v5e:3x3").devices()
+        parse_topology("v5e:3x3").devices()
 
 
 def test_every_topology_that_an_error_names_is_one():
-    for kind, chip in topologies.CHIPS.items():
-        assert topologies.parse(chip.example).kind == kind
+    for kind, chip in topology.CHIPS.items():
+        assert parse_topology(chip.example).kind == kind
 
 
 @pytest.mark.slow
@@ -260,7 +251,7 @@ def test_a_search_compiles_within_its_budget_and_names_the_fastest_that_fits(con
 def test_of_a_run_that_does_not_fit_a_search_finds_the_smallest_change_that_makes_it(config, folder, monkeypatch):
     whole = plan(config, CPU, folder=folder)
     tight = dataclasses.replace(CPU.chip, memory=whole.needed - 1)
-    monkeypatch.setitem(topologies.CHIPS, "cpu", tight)
+    monkeypatch.setitem(topology.CHIPS, "cpu", tight)
     found = search.search(config, CPU, 3, folder=folder, report=lambda _: None)
     assert not found.tried[0].fits
     assert found.smallest is not None
@@ -362,7 +353,7 @@ def test_the_verb_prints_its_plan_for_machines(tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the compiler for TPU is not installed")
 @pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1"])
 def test_a_plan_for_a_tpu_agrees_with_its_compiler(name: str, config, folder):
-    topology = topologies.parse(name)
+    topology = parse_topology(name)
     topology.prepare()
     small = override(config, ["mesh.data=1", "mesh.fsdp=4", "model.d_model=256", "model.d_ff=512"])
     found = plan(small, topology, folder=folder)
@@ -375,5 +366,7 @@ def test_a_plan_for_a_tpu_agrees_with_its_compiler(name: str, config, folder):
 
 
 def test_reading_a_topology_does_not_start_jax():
-    program = "import sys; from llm_jax import topologies; topologies.parse('v5e:4x4'); sys.exit('jax' in sys.modules)"
+    program = (
+        "import sys; from llm_jax.plan import topology as t; t.parse_topology('cpu:8'); sys.exit('jax' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1]).returncode == 0

@@ -19,8 +19,8 @@ from llm_jax import log, processes
 from llm_jax.data.loader import DataConfig
 from llm_jax.model.config import ModelConfig
 from llm_jax.sharding import MeshConfig
+from llm_jax.train.config import RunConfig
 from llm_jax.train.optimizer import OptimizerConfig
-from llm_jax.train.run import RunConfig
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """
@@ -36,15 +36,15 @@ from tiny_run import batch_hash
 from llm_jax import processes, tree
 from llm_jax.data.loader import Loader
 from llm_jax.sharding import MeshConfig
-from llm_jax.train import loop, run
-from llm_jax.train.checkpoint import Checkpoints
+from llm_jax.runs import loop, folder as run_folder
+from llm_jax.runs.checkpoint import Checkpoints
 from llm_jax.train.program import Program
 
 folder, (_, coordinator, _, n, _, i) = Path(sys.argv[1]), sys.argv[2:]
 with processes.joined(coordinator, int(n), int(i)):
     for axis in ("data", "fsdp", "tensor"):
         mesh = MeshConfig(**{"data": 1, axis: -1})
-        program = Program.on(dataclasses.replace(run.load_config(folder), mesh=mesh))
+        program = Program.on(dataclasses.replace(run_folder.load_config(folder), mesh=mesh))
         with Checkpoints(folder) as checkpoints:
             state, progress = checkpoints.restore(program.abstract_state, print)
         loader = Loader(loop.open_data(program.config, print).split("train"), program.config.data, rows=program.rows)

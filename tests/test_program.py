@@ -16,11 +16,11 @@ from llm_jax.data.loader import Batch, Loader
 from llm_jax.model.config import AttentionConfig
 from llm_jax.ops.attention import Sparse
 from llm_jax.ops.experts import Experts
+from llm_jax.runs.checkpoint import Checkpoints, Progress
+from llm_jax.runs.loop import open_data
 from llm_jax.sharding import MeshConfig, make_mesh
-from llm_jax.train.checkpoint import Checkpoints, Progress
-from llm_jax.train.loop import open_data
+from llm_jax.train.config import RunConfig
 from llm_jax.train.program import Program
-from llm_jax.train.run import RunConfig
 from llm_jax.train.step import LossConfig, Scored, TrainState
 
 DATA = MeshConfig(data=8)

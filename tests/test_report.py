@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llm_jax.log import MetricsLog, read
-from llm_jax.train.report import columns, loss_chart, smooth, write_report
+from llm_jax.runs.report import columns, loss_chart, smooth, write_report
 
 CONFIG = {"model": {"d_model": 64, "tied": True, "pattern": [1, 2]}, "steps": 2000, "init_from": None}
 ENVIRONMENT = {

@@ -18,11 +18,12 @@ from tiny_run import batch_hash, console, last_checkpoint, rows, said, write_cor
 
 from llm_jax import tree
 from llm_jax.data.loader import Loader
+from llm_jax.runs.checkpoint import Progress
+from llm_jax.runs.folder import is_run, load_config
+from llm_jax.runs.loop import open_data, resume, train
 from llm_jax.sharding import MeshConfig
-from llm_jax.train.checkpoint import Progress
-from llm_jax.train.loop import open_data, resume, train
+from llm_jax.train.config import RunConfig
 from llm_jax.train.program import Program
-from llm_jax.train.run import RunConfig, is_run, load_config
 
 Hashes = dict[int, str]
 
@@ -169,7 +170,7 @@ def test_a_run_that_was_asked_to_stop_and_resumed_equals_the_uninterrupted_one(
 DRIVER = """
 import os, pathlib, sys, time
 from tiny_run import batch_hash, tiny
-from llm_jax.train.loop import resume, train
+from llm_jax.runs.loop import resume, train
 from llm_jax.train.program import Program
 
 corpus, folder = map(pathlib.Path, sys.argv[2:])

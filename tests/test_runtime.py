@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax import runtime, verbs
-from llm_jax.cli import main
+from llm_jax import runtime
+from llm_jax.cli import verbs
+from llm_jax.cli.main import main
 from llm_jax.runtime import FUSIONS, guard, known_faults, open_faults, unavailable
 
 ROWS = 40_001  # jax#39103: wrong between 32,768 and 65,536

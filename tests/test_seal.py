@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 from tiny_run import console, said, tiny
 
-from llm_jax import trained
 from llm_jax.config import from_dict, to_dict
 from llm_jax.data.task import TaskConfig
 from llm_jax.data.tokenizer import build
 from llm_jax.ops.experts import Experts
-from llm_jax.train.checkpoint import Checkpoints
-from llm_jax.train.loop import resume, train
-from llm_jax.train.run import RunConfig, load_config
-from llm_jax.train.seal import FREE, LAYOUT, changes, moves, seal
+from llm_jax.runs import restore
+from llm_jax.runs.checkpoint import Checkpoints
+from llm_jax.runs.folder import load_config
+from llm_jax.runs.loop import resume, train
+from llm_jax.runs.seal import FREE, LAYOUT, changes, moves, seal
+from llm_jax.train.config import RunConfig
 
 
 def flat(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
@@ -53,7 +54,7 @@ def test_every_value_is_sealed_or_known_to_decide_nothing(monkeypatch):
     model = dataclasses.replace(tiny(Path("corpus")).model, layers=("global+moe",), experts=Experts(number=4))
     data = dataclasses.replace(tiny(Path("corpus")).data, task=TaskConfig(kind="translate"))
     config = to_dict(tiny(Path("corpus"), model=model, data=data))
-    monkeypatch.setattr("llm_jax.train.seal._plain", dict)  # a digit away need not be a config that can be
+    monkeypatch.setattr("llm_jax.runs.seal._plain", dict)  # a digit away need not be a config that can be
     there = {"config": config, "tokenizer": "a", "machine": {}}
     for key, _ in flat(config):
         here = there | {"config": changed(config, key)}
@@ -81,7 +82,7 @@ def test_a_key_that_this_version_lacks_is_a_difference_with_a_name(run: Path, mo
         record["seal"]["config"]["model"]["later"] = 3
         monkeypatch.setattr(checkpoints, "_record", lambda _: record)  # as the checkpoint of another version has it
         with pytest.raises(ValueError, match=r"model.later is 3 there, none here; put back"):
-            checkpoints.restore_params(trained.Program.on(load_config(run)).abstract_state.params, quiet)
+            checkpoints.restore_params(restore.Program.on(load_config(run)).abstract_state.params, quiet)
         assert "stopped" not in record["progress"]
 
 
@@ -128,9 +129,9 @@ def test_a_changed_digit_of_the_config_is_named_by_whoever_reads_the_run(run: Pa
     edit(run, "model.rotary.theta")
     message = f"{run} is no longer what its checkpoint of step 3 was made with: model.rotary.theta is 10000.0 there, 1"
     readers = [
-        lambda: trained.evaluate(run, report=quiet),
-        lambda: trained.restore(run, trained.on_one_device(load_config(run)), report=quiet),
-        lambda: trained.restore(run, trained.on_the_host(load_config(run)), "last", report=quiet),
+        lambda: restore.evaluate(run, report=quiet),
+        lambda: restore.restore(run, restore.on_one_device(load_config(run)), report=quiet),
+        lambda: restore.restore(run, restore.on_the_host(load_config(run)), "last", report=quiet),
         lambda: resume(run, steps=4, console=console()),
         lambda: train(dataclasses.replace(config, init_from=str(run)), tmp_path / "new", console=console()),
     ]
@@ -145,7 +146,7 @@ def test_another_tokenizer_in_the_folder_is_noticed_by_whoever_reads_the_weights
     shutil.rmtree(run / "tokenizer")
     build("char", lambda: ["abcdefgh "]).save(run / "tokenizer")
     with pytest.raises(ValueError, match=r"made with: tokenizer is \w+\.* there, \w+\.* here"):
-        trained.restore(run, trained.on_one_device(load_config(run)), report=quiet)
+        restore.restore(run, restore.on_one_device(load_config(run)), report=quiet)
 
 
 def test_other_data_in_the_folder_is_noticed(run: Path):
@@ -153,7 +154,7 @@ def test_other_data_in_the_folder_is_noticed(run: Path):
     identity["heldout"]["tokens"] += 1
     (run / "data.json").write_text(json.dumps(identity))
     with pytest.raises(ValueError, match=r"made with: heldout.tokens is \d+ there, \d+ here"):
-        trained.restore(run, trained.on_one_device(load_config(run)), report=quiet)
+        restore.restore(run, restore.on_one_device(load_config(run)), report=quiet)
 
 
 def test_what_may_change_is_said_by_what_the_checkpoint_was_made_with(run: Path, monkeypatch):
@@ -162,7 +163,7 @@ def test_what_may_change_is_said_by_what_the_checkpoint_was_made_with(run: Path,
     def stop(*_: object) -> None:
         raise RuntimeError("stop here")
 
-    monkeypatch.setattr(trained.Program, "train_step", stop)
+    monkeypatch.setattr(restore.Program, "train_step", stop)
     values = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(values | {"accumulate": 1, "steps": 4, "keep": 3}))
     say = console()
@@ -174,7 +175,7 @@ def test_what_may_change_is_said_by_what_the_checkpoint_was_made_with(run: Path,
 
 def test_a_checkpoint_from_before_there_were_seals_is_still_read(run: Path, config):
     with Checkpoints(run) as checkpoints:
-        restored = checkpoints.restore(trained.Program.on(config).abstract_state, print)
+        restored = checkpoints.restore(restore.Program.on(config).abstract_state, print)
         assert restored is not None
         state, progress = restored
     shutil.rmtree(run / "checkpoints")

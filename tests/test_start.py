@@ -9,18 +9,20 @@ from typing import Any
 import pytest
 from grid import tiny
 
-from llm_jax.cli import main, parser
+from llm_jax.cli.main import main, parser
+from llm_jax.data.config import DataConfig
 from llm_jax.data.tokenizer import ByteTokenizer
 from llm_jax.model.config import AttentionConfig
-from llm_jax.train import run
-from llm_jax.train.run import DataConfig, RunConfig
-from llm_jax.train.start import config_from
+from llm_jax.runs import folder as run_folder
+from llm_jax.runs.start import config_from, load_recipe
+from llm_jax.train.config import RunConfig
 
 RECIPE = """
 import dataclasses
 
 from llm_jax.model.config import AttentionConfig, ModelConfig
-from llm_jax.train.run import DataConfig, RunConfig
+from llm_jax.data.config import DataConfig
+from llm_jax.train.config import RunConfig
 
 model = ModelConfig(vocab_size=300, d_model=64, n_layers=3, n_heads=4, max_seq_len=16, dropout=0.1, remat="full")
 model = dataclasses.replace(model, attention=AttentionConfig(dropout=0.05))
@@ -35,7 +37,7 @@ def trained(tmp_path: Path) -> Path:
     model = tiny(vocab_size=257, max_seq_len=64, layers=("local", "global"), attention=attention)
     folder = tmp_path / "run"
     folder.mkdir()
-    run.save_config(folder, RunConfig(model, DataConfig(tokenizer="byte", seq_len=64, batch_size=2)))
+    run_folder.save_config(folder, RunConfig(model, DataConfig(tokenizer="byte", seq_len=64, batch_size=2)))
     ByteTokenizer().save(folder / "tokenizer")
     return folder
 
@@ -43,13 +45,13 @@ def trained(tmp_path: Path) -> Path:
 @pytest.fixture
 def recipe(tmp_path: Path) -> RunConfig:
     (tmp_path / "recipe.py").write_text(RECIPE)
-    return run.load_recipe(str(tmp_path / "recipe.py"))
+    return load_recipe(str(tmp_path / "recipe.py"))
 
 
 def test_the_model_and_tokenizer_are_those_of_the_run_and_all_else_is_the_recipes(trained: Path, recipe: RunConfig):
     said: list[str] = []
     config = config_from(trained, recipe, ["data.seq_len=32", "steps=9"], said.append)
-    theirs = run.load_config(trained).model
+    theirs = run_folder.load_config(trained).model
     attention = dataclasses.replace(theirs.attention, dropout=0.05)
     assert config.model == dataclasses.replace(theirs, attention=attention, dropout=0.1, remat="full")
     assert (config.init_from, config.data.tokenizer) == (str(trained), str(trained / "tokenizer"))
@@ -60,8 +62,8 @@ def test_the_model_and_tokenizer_are_those_of_the_run_and_all_else_is_the_recipe
 
 
 def test_a_model_without_softmax_takes_no_dropout_of_a_pattern(trained: Path, recipe: RunConfig):
-    theirs = run.load_config(trained)
-    run.save_config(
+    theirs = run_folder.load_config(trained)
+    run_folder.save_config(
         trained, dataclasses.replace(theirs, model=tiny(vocab_size=257, max_seq_len=64, layers=("linear",)))
     )
     config = config_from(trained, recipe, [], lambda line: None)
@@ -120,4 +122,4 @@ def test_an_imported_model_trains_on_with_two_words(tmp_path: Path, capsys: Any,
     assert main(["train", str(tmp_path / "recipe.py"), "--from", str(a_run), "--run", str(again), *words]) == 0
     assert f"restored from {a_run} at step 0: weights, nothing else" in capsys.readouterr().out
     assert json.loads((again / "huggingface.json").read_text())["model_type"] == "qwen3"
-    assert run.load_config(again).model.attention.qk_norm == "head"
+    assert run_folder.load_config(again).model.attention.qk_norm == "head"

@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_run import console, said
 
-from llm_jax import log, runtime, show, trained
-from llm_jax.cli import main
+from llm_jax import log, runtime
+from llm_jax.cli.main import main
 from llm_jax.config import override
 from llm_jax.data import loader
 from llm_jax.data.loader import IGNORE, Batch, DataConfig, Loader, heldout_rows
@@ -33,10 +33,12 @@ from llm_jax.infer.generate import generate, stream
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.transformer import Transformer, forward
 from llm_jax.ops.sampling import Sampling
-from llm_jax.train import loop
-from llm_jax.train.loop import train
+from llm_jax.plan import describe
+from llm_jax.runs import loop, restore
+from llm_jax.runs.loop import train
+from llm_jax.runs.start import load_recipe
+from llm_jax.train.config import RunConfig
 from llm_jax.train.optimizer import OptimizerConfig
-from llm_jax.train.run import RunConfig, load_recipe
 from llm_jax.train.step import LossConfig, TrainState, make_gradient, make_loss, make_train_step, score
 
 TRANSLATE, CLASSIFY = TaskConfig("translate"), TaskConfig("classify", answers=("yes", "no"))
@@ -237,11 +239,11 @@ def test_a_classifier_answers_with_the_class_of_its_pooled_token_whatever_the_ba
 
 def test_the_head_of_a_classifier_has_a_table_of_its_own_and_a_letter():
     config = RunConfig(HEAD, rows_of(CLASSIFY), prompts=())
-    described = show.describe(config)
+    described = describe.describe(config)
     last = described.activations[-1]
     assert (last.name, last.letters, last.shape) == ("logits", "B L C", (4, 24, 2))
     assert described.parameters["unembedding"] == 2 * 16
-    without = show.describe(RunConfig(dataclasses.replace(MODEL, tied=False), rows_of(None)))
+    without = describe.describe(RunConfig(dataclasses.replace(MODEL, tied=False), rows_of(None)))
     assert without.flops_per_token - described.flops_per_token == 6 * 16 * (MODEL.vocab_size - 2)
 
 
@@ -381,7 +383,7 @@ def printed(capsys: pytest.CaptureFixture[str], *verb: str) -> str:
 
 @pytest.mark.parametrize("kind", [pytest.param("translate", marks=pytest.mark.slow), "classify"])
 def test_the_accuracy_of_a_run_is_the_share_of_answers_that_it_gives(kind: str, place: Path, capsys):
-    result, step = trained.evaluate(place / kind, checkpoint="last", report=lambda line: None)
+    result, step = restore.evaluate(place / kind, checkpoint="last", report=lambda line: None)
     pairs = heldout_pairs(place / kind)
     prompts = [word for question, _ in pairs for word in ("--prompt", question)]
     answers = json.loads(printed(capsys, "generate", kind, "--temperature", "0", "--json", *prompts))
@@ -432,7 +434,7 @@ def test_the_recipes_fit_their_data(name: str):
     config = load_recipe(name)
     assert config.data.task is not None
     assert config.data.task.kind == name
-    assert show.describe(config).parameters["embedding"] > 0
+    assert describe.describe(config).parameters["embedding"] > 0
 
 
 @pytest.mark.slow

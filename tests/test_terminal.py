@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from llm_jax import terminal
+from llm_jax.cli import terminal
 from llm_jax.data.tokenizer import ByteTokenizer
 from llm_jax.infer.generate import Piece
 

@@ -16,7 +16,7 @@ from llm_jax.data.loader import IGNORE, Batch, DataConfig, heldout_rows
 from llm_jax.data.prepare import prepare
 from llm_jax.data.shards import TokenStore, open_shards
 from llm_jax.data.task import TaskConfig
-from llm_jax.train.evaluate import Evaluation, evaluate, text_bytes
+from llm_jax.runs.evaluate import Evaluation, evaluate, text_bytes
 from llm_jax.train.step import Scored
 
 TEXTS = ["The Ｃat", "of the 𓀀 cat, the cat of", "ATE", "£ ate the", "a cat " * 9]

@@ -29,8 +29,8 @@ from llm_jax.model.transformer import Transformer, forward, unstack
 from llm_jax.ops.attention import Sparse
 from llm_jax.ops.experts import Experts
 from llm_jax.ops.position import Rotary
+from llm_jax.train.config import RunConfig
 from llm_jax.train.optimizer import OptimizerConfig, make_schedule
-from llm_jax.train.run import RunConfig
 from llm_jax.train.step import LossConfig, make_loss
 from llm_jax.tree import leaves, map_with_path
 

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 
-from llm_jax import runtime, trained
-from llm_jax.cli import main
+from llm_jax import runtime
+from llm_jax.cli.main import main
 from llm_jax.recipes import recipe_docstring, recipes
-from llm_jax.train import loop, run
-from llm_jax.train.checkpoint import Checkpoints
-from llm_jax.train.evaluate import Evaluation
+from llm_jax.runs import folder as run_folder
+from llm_jax.runs import loop, restore
+from llm_jax.runs.checkpoint import Checkpoints
+from llm_jax.runs.evaluate import Evaluation
 from llm_jax.train.program import Program
 
 WORDS = ["a", "little", "model", "reads", "the", "words", "of", "a", "short", "text", "and", "writes", "some"]
@@ -31,7 +32,7 @@ RECIPE = '''"""A model of one layer.
 from llm_jax.data.loader import DataConfig
 from llm_jax.model.config import ModelConfig
 from llm_jax.train.optimizer import OptimizerConfig
-from llm_jax.train.run import RunConfig
+from llm_jax.train.config import RunConfig
 
 config = RunConfig(
     model=ModelConfig(vocab_size=264, d_model=16, n_layers=1, n_heads=2, max_seq_len=32, d_ff=16),
@@ -142,7 +143,7 @@ def test_what_is_no_number_is_null_in_an_object(output: Any, monkeypatch: pytest
     lost, far = (math.nan, math.nan), (-math.inf, math.inf)
     found = Evaluation(math.nan, lost, math.inf, math.nan, far, None, None, 3, 5, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(trained, "evaluate", lambda *_, **__: (found, 4))
+        patch.setattr(restore, "evaluate", lambda *_, **__: (found, 4))
         said = json.loads(output("evaluate", "runs/tiny", "--json"), parse_constant=pytest.fail)
     assert (said["loss"], said["perplexity"], said["bits_per_byte"], said["tokens"]) == (None, None, None, 3)
     assert (said["loss_interval"], said["bits_per_byte_interval"]) == ([None, None], [None, None])
@@ -171,12 +172,12 @@ def test_text_that_is_one_document_has_no_interval(place: Path, capsys: pytest.C
 def test_the_newest_good_weights_stand_in_for_damaged_ones_unless_a_step_was_asked_for(which: str, place: Path):
     copy, told = shutil.copytree(place / "runs/tiny", place / f"runs/damaged-{which}"), []
     shutil.rmtree(copy / "checkpoints/4/params")
-    program = trained.on_one_device(run.load_config(copy))
+    program = restore.on_one_device(run_folder.load_config(copy))
     if which == "4":
         with pytest.raises(ValueError, match=r"no checkpoint that can be read \(tried \[4\]\)"):
-            trained.restore(copy, program, which, report=told.append)
+            restore.restore(copy, program, which, report=told.append)
     else:
-        assert trained.restore(copy, program, which, report=told.append)[1] == 2
+        assert restore.restore(copy, program, which, report=told.append)[1] == 2
     assert "passed over the checkpoint of step 4" in told[0]
 
 

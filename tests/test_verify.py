@@ -17,10 +17,7 @@ from tiny_run import tiny
 
 from llm_jax.config import override
 from llm_jax.ops.position import Rotary
-from llm_jax.recipes import recipes
-from llm_jax.train.program import Program
-from llm_jax.train.run import RunConfig, load_recipe
-from llm_jax.verify import (
+from llm_jax.plan.verify import (
     BOUNDS,
     WITH_TIES,
     Answer,
@@ -37,6 +34,10 @@ from llm_jax.verify import (
     small_model,
     verify,
 )
+from llm_jax.recipes import recipes
+from llm_jax.runs.start import load_recipe
+from llm_jax.train.config import RunConfig
+from llm_jax.train.program import Program
 
 ROOT = Path(__file__).parents[1]
 PAGE, RESULTS = ROOT / "docs" / "parallelism.md", ROOT / "tests" / "golden" / "verify.json"

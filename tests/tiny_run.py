@@ -17,10 +17,10 @@ from rich.console import Console
 from llm_jax import log
 from llm_jax.data.loader import DataConfig
 from llm_jax.model.config import ModelConfig
-from llm_jax.train.checkpoint import Checkpoints, Progress
+from llm_jax.runs.checkpoint import Checkpoints, Progress
+from llm_jax.train.config import RunConfig
 from llm_jax.train.optimizer import OptimizerConfig
 from llm_jax.train.program import Program
-from llm_jax.train.run import RunConfig
 from llm_jax.train.step import TrainState
 
 TIMES = {"tokens_per_second", "step_seconds", "peak_fraction"}  # what no two runs have in common

@@ -20,13 +20,14 @@ from llm_jax.config import plain, to_dict
 from llm_jax.data.loader import Loader
 from llm_jax.files import strict, write_json, write_whole
 from llm_jax.log import visible
-from llm_jax.train import loop, run
-from llm_jax.train.chart import GRAY, ORANGE, Series, line_chart
-from llm_jax.train.checkpoint import Report
+from llm_jax.runs import folder as run_folder
+from llm_jax.runs import loop
+from llm_jax.runs.chart import GRAY, ORANGE, Series, line_chart
+from llm_jax.runs.checkpoint import Report
+from llm_jax.runs.report import PAGE, STYLE
+from llm_jax.train.config import RunConfig
 from llm_jax.train.optimizer import make_schedule
 from llm_jax.train.program import Program
-from llm_jax.train.report import PAGE, STYLE
-from llm_jax.train.run import RunConfig
 
 WARM_UP = 2  # steps that compile, and count nothing for the speed
 ROUNDS = 10
@@ -131,7 +132,7 @@ def compare(config: RunConfig, steps: int, report: Report, *, compiled: bool = T
         gaps={name: Gap.between(trained["jax"], side) for name, side in trained.items() if name != "jax"},
         missing=missing,
         config=to_dict(config),
-        environment=run.environment(command) | {"torch": importlib.metadata.version("torch")},
+        environment=run_folder.environment(command) | {"torch": importlib.metadata.version("torch")},
     )
 
 

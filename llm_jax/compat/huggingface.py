@@ -27,11 +27,12 @@ from llm_jax.data.imported import ImportedTokenizer, files_in
 from llm_jax.data.tokenizer import Tokenizer, build
 from llm_jax.files import whole_folder, write_json
 from llm_jax.model.config import ModelConfig
-from llm_jax.train import run
-from llm_jax.train.checkpoint import Checkpoints, Progress
-from llm_jax.train.count import parameter_counts
-from llm_jax.train.run import ORIGIN, ORIGIN_DTYPES, RunConfig
-from llm_jax.train.seal import seal
+from llm_jax.model.count import parameter_counts
+from llm_jax.runs import folder as run_folder
+from llm_jax.runs.checkpoint import Checkpoints, Progress
+from llm_jax.runs.folder import ORIGIN, ORIGIN_DTYPES
+from llm_jax.runs.seal import seal
+from llm_jax.train.config import RunConfig
 from llm_jax.train.step import TrainState
 
 HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
@@ -54,7 +55,7 @@ def import_run(
     """
     folder = Path(folder)
     if folder.exists():  # said before anything is downloaded
-        holds = "already holds a run" if run.is_run(folder) else "exists"
+        holds = "already holds a run" if run_folder.is_run(folder) else "exists"
         raise ValueError(f"{folder} {holds}, and an import makes a folder of its own; choose another --run")
     there = fetch(source)
     theirs = read_json(there / "config.json", {"model_type": str})
@@ -67,7 +68,7 @@ def import_run(
     seq_len = min(model.max_seq_len, 1024, longest or 1024)
     data = DataConfig(tokenizer=str(folder.absolute() / "tokenizer"), seq_len=seq_len, batch_size=1)
     config = RunConfig(model=model, data=data)
-    run.check_free(folder, config)
+    run_folder.check_free(folder, config)
     coder = open_tokenizer(source, there, tokenizer, model)
     stored = safetensors.open_folder(there)
     weights.check_layers(model, stored)
@@ -82,10 +83,10 @@ def import_run(
         known = theirs if tokenizer is None else {name: theirs[name] for name in theirs if name not in IDS}
         write_json(scratch / ORIGIN, known)
         write_json(scratch / ORIGIN_DTYPES, weights.wider(stored))
-        write_json(scratch / "environment.json", run.environment(command))
+        write_json(scratch / "environment.json", run_folder.environment(command))
         with Checkpoints(scratch, seal=seal(config, coder.fingerprint, None)) as checkpoints:
             checkpoints.save(TrainState(jnp.zeros((), jnp.int32), params, opt_state={}), Progress())
-        run.save_config(scratch, config)
+        run_folder.save_config(scratch, config)
     return config
 
 
@@ -115,7 +116,7 @@ def export_run(
     folder, out = Path(folder), Path(out)
     if out.exists():
         raise ValueError(f"{out} exists, and an export makes a folder of its own; choose another --out")
-    config, coder = run.load_config(folder), run.load_tokenizer(folder)
+    config, coder = run_folder.load_config(folder), run_folder.load_tokenizer(folder)
     model, task = config.model, config.data.task
     if task is not None and task.kind == "translate":
         raise ValueError(
@@ -131,7 +132,7 @@ def export_run(
     elsewhere = folder / ORIGIN_DTYPES  # as they were: what --dtype is not there to change
     kept = read_json(elsewhere) if origin and dtype is None and elsewhere.is_file() else {}
     about = config_of(chosen, model, coder, dtype or model.dtype, origin)
-    begins = run.begins(folder, config, coder)
+    begins = run_folder.begins(folder, config, coder)
     files = {"generation_config.json": generation(about)} | dict(files_of(coder, model.max_seq_len, begins=begins))
     with whole_folder(out, "export") as scratch:
         write_json(scratch / "config.json", about)

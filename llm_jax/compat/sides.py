@@ -24,8 +24,8 @@ from jaxtyping import PyTree
 from llm_jax import runtime
 from llm_jax.data.loader import Batch, Loader
 from llm_jax.data.mixture import open_folders
+from llm_jax.train.config import RunConfig
 from llm_jax.train.program import Program
-from llm_jax.train.run import RunConfig
 
 Step = Callable[[Batch], tuple[SupportsFloat, SupportsFloat]]  # loss and gradient norm, perhaps still being computed
 NAMES = {"jax": "llm_jax", "eager": "PyTorch", "compiled": "compiled PyTorch"}

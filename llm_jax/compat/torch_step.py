@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from llm_jax.compat.torch_twin import Twin, load, parameters
 from llm_jax.data.loader import IGNORE, Batch
+from llm_jax.train.config import RunConfig
 from llm_jax.train.optimizer import DECAYED
-from llm_jax.train.run import RunConfig
 from llm_jax.tree import first_match
 
 

@@ -15,8 +15,8 @@ from llm_jax.model.transformer import Transformer
 from llm_jax.ops.attention import Dropout, Mask, attention
 from llm_jax.ops.ring import zigzag_order
 from llm_jax.sharding import ROWS, row_parts
+from llm_jax.train.config import RunConfig
 from llm_jax.train.pipeline import Pipeline
-from llm_jax.train.run import RunConfig
 from llm_jax.train.timetable import PipelineConfig, Timetable
 
 

@@ -22,11 +22,11 @@ from llm_jax.model.transformer import Transformer
 from llm_jax.sharding import MeshConfig, batch_sharding, make_mesh, rows_here, shardings
 from llm_jax.train.balance import rebalance
 from llm_jax.train.batch import check_batch
+from llm_jax.train.config import RunConfig
 from llm_jax.train.layout import check, check_attention, order, ordered, split
 from llm_jax.train.offload import waiting
 from llm_jax.train.optimizer import make_optimizer, make_schedule
 from llm_jax.train.pipeline import Pipeline
-from llm_jax.train.run import RunConfig
 from llm_jax.train.step import (
     Gradient,
     Metrics,

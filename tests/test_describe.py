@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from llm_jax import show
 from llm_jax.config import override
 from llm_jax.data.loader import Batch, DataConfig
 from llm_jax.model.config import TAPS, ModelConfig
 from llm_jax.model.taps import capture
 from llm_jax.model.transformer import Transformer
-from llm_jax.train.run import RunConfig, load_recipe
+from llm_jax.plan import describe
+from llm_jax.runs.start import load_recipe
+from llm_jax.train.config import RunConfig
 from llm_jax.train.step import make_loss
 
 SMALL = RunConfig(
@@ -41,9 +42,9 @@ LLAMA_70B = RunConfig(
 )
 
 
-def printed(description: show.Description, width: int = 120) -> str:
+def printed(description: describe.Description, width: int = 120) -> str:
     out = io.StringIO()
-    Console(file=out, width=width).print(show.render(description))
+    Console(file=out, width=width).print(describe.render(description))
     return out.getvalue()
 
 
@@ -61,7 +62,7 @@ def numbers(tree: object) -> int:
     ids=["as is", "other options", "microbatches"],
 )
 def test_the_letters_of_every_activation_are_the_numbers_beside_them(changes: list[str]):
-    d = show.describe(override(SMALL, changes))
+    d = describe.describe(override(SMALL, changes))
     assert [a.name for a in d.activations] == ["tokens", *(name for name in TAPS if name != "router")]
     for a in d.activations:
         assert a.shape == tuple(d.sizes[letter] for letter in a.letters.split()), a.name
@@ -72,7 +73,7 @@ def test_the_shapes_shown_are_those_of_the_arrays():
     tokens = jnp.zeros((4, 64), jnp.int32)
     params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
     arrays = jax.jit(lambda params, tokens: capture(model, params, tokens))(params, tokens)
-    shown = {a.name: a for a in show.describe(SMALL).activations}
+    shown = {a.name: a for a in describe.describe(SMALL).activations}
     for name, x in arrays.items():
         layers = (len(shown[name].layers),) if shown[name].kind else ()
         assert (*layers, *shown[name].shape) == x.shape
@@ -93,7 +94,7 @@ MIXED = override(
 
 
 def test_layers_of_each_kind_are_walked_through_once_with_what_they_have():
-    d = show.describe(MIXED)
+    d = describe.describe(MIXED)
     for a in d.activations:
         assert a.shape == tuple(d.sizes[letter] for letter in a.letters.split()), a.name
         assert a.layers == {"": (), "delta+moe": (0, 2, 4), "local": (1, 3)}[a.kind]
@@ -107,11 +108,11 @@ def test_layers_of_each_kind_are_walked_through_once_with_what_they_have():
 
 
 def test_a_token_meets_the_experts_it_is_sent_to_and_no_other():
-    d = show.describe(MIXED)
+    d = describe.describe(MIXED)
     idle = 3 * 2 * 3 * 32 * 48  # layers, experts left out, matrices
     assert sum(d.parameters.values()) - d.active_parameters == idle
     assert f"a token meets {d.active_parameters:,}" in printed(d)
-    assert "a token meets" not in printed(show.describe(SMALL))
+    assert "a token meets" not in printed(describe.describe(SMALL))
 
 
 @pytest.mark.parametrize(
@@ -119,23 +120,23 @@ def test_a_token_meets_the_experts_it_is_sent_to_and_no_other():
     [((0, 1, 2), "0..2"), ((0, 2, 3), "0, 2..3"), ((5,), "5"), (range(0, 20, 2), "0, 2, 4, ... 18")],
 )
 def test_runs_of_numbers_are_put_short(numbers: Sequence[int], said: str):
-    assert show.spans(numbers) == said
+    assert describe.spans(numbers) == said
 
 
 @pytest.mark.parametrize(("optimizer", "moments"), [("adamw", 2), ("lion", 1)])
 def test_memory_of_the_train_state_is_that_of_its_arrays(optimizer: str, moments: int):
-    d = show.describe(override(SMALL, [f"optimizer.name={optimizer}"]))
+    d = describe.describe(override(SMALL, [f"optimizer.name={optimizer}"]))
     total = sum(d.parameters.values())
     assert d.memory.weights == d.memory.gradients == 4 * total
     assert 0 <= d.memory.optimizer - moments * 4 * total <= 16  # and the step counts
     assert d.memory.cast == 0
-    assert show.describe(override(SMALL, ["model.dtype=bfloat16"])).memory.cast == 2 * total
+    assert describe.describe(override(SMALL, ["model.dtype=bfloat16"])).memory.cast == 2 * total
 
 
 def test_rematerialization_keeps_less_the_more_it_does_again():
     kept = {}
     for remat in ("none", "dots", "resid_mid,mlp_post", "full"):
-        memory = show.describe(override(SMALL, [f"model.remat={remat}"])).memory
+        memory = describe.describe(override(SMALL, [f"model.remat={remat}"])).memory
         kept[remat] = memory.kept
         assert (memory.recomputed == 0) == (remat == "none")
     assert list(kept.values()) == sorted(kept.values(), reverse=True)
@@ -145,9 +146,9 @@ def test_rematerialization_keeps_less_the_more_it_does_again():
 
 
 def test_what_the_backward_pass_keeps_grows_with_the_batch_and_not_with_the_weights():
-    one, two = (show.describe(override(SMALL, [f"data.batch_size={n}"])).memory.kept for n in (4, 8))
+    one, two = (describe.describe(override(SMALL, [f"data.batch_size={n}"])).memory.kept for n in (4, 8))
     assert 1.9 < two / one <= 2
-    few_tokens = show.describe(override(SMALL, ["data.batch_size=1", "data.seq_len=4"])).memory
+    few_tokens = describe.describe(override(SMALL, ["data.batch_size=1", "data.seq_len=4"])).memory
     assert few_tokens.kept < few_tokens.weights / 2
 
 
@@ -155,7 +156,7 @@ def test_what_the_backward_pass_keeps_grows_with_the_batch_and_not_with_the_weig
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_what_is_said_of_activations_is_near_what_the_compiler_takes(remat: str):
     config = override(SMALL, [f"model.remat={remat}", "model.d_model=128", "model.max_seq_len=256", "data.seq_len=256"])
-    memory = show.describe(config).memory
+    memory = describe.describe(config).memory
     model = Transformer(config.model)
     loss = make_loss(model, config.loss)
     tokens = jax.ShapeDtypeStruct((4, 256), jnp.int32)
@@ -168,7 +169,7 @@ def test_what_is_said_of_activations_is_near_what_the_compiler_takes(remat: str)
 
 
 def test_a_model_of_70_billion_parameters_is_described_without_making_it():
-    d = show.describe(LLAMA_70B)
+    d = describe.describe(LLAMA_70B)
     assert sum(d.parameters.values()) == 70_553_706_496
     assert d.memory.weights == 4 * 70_553_706_496
     assert {a.name: a.shape for a in d.activations}["q"] == (8, 8192, 8, 8, 128)
@@ -178,7 +179,7 @@ def test_a_model_of_70_billion_parameters_is_described_without_making_it():
 
 
 def test_the_walk_through_the_smallest_recipe_meets_every_layer():
-    text = printed(show.describe(load_recipe("shapes")))
+    text = printed(describe.describe(load_recipe("shapes")))
     assert text.count("resid_pre") == text.count("\nlayer ") == 2
     lines = [line.split() for line in text.splitlines()]
     for name, letters, sizes in (("embed", "B L D", "1 16 32"), ("logits", "B L V", "1 16 24")):
@@ -186,7 +187,7 @@ def test_the_walk_through_the_smallest_recipe_meets_every_layer():
 
 
 def test_a_description_is_plain_data():
-    d = dataclasses.asdict(show.describe(SMALL))
+    d = dataclasses.asdict(describe.describe(SMALL))
     assert json.loads(json.dumps(d))["memory"] == d["memory"]
 
 
@@ -195,4 +196,4 @@ def test_a_description_is_plain_data():
     [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_999, "1 MB"), (70_553_706_496, "70.6 GB"), (2.36e17, "236 PB")],
 )
 def test_amounts_have_three_digits_and_a_prefix(n: float, said: str):
-    assert show.metric(n, "B") == said
+    assert describe.metric(n, "B") == said

@@ -11,7 +11,7 @@ import numpy as np
 from llm_jax import log
 from llm_jax.config import plain
 from llm_jax.files import read_json, write_whole
-from llm_jax.train.chart import ORANGE, Series, line_chart
+from llm_jax.runs.chart import ORANGE, Series, line_chart
 
 Rows = Sequence[Mapping[str, Any]]
 Columns = Mapping[str, tuple[np.ndarray, np.ndarray]]

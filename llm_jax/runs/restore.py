@@ -14,13 +14,13 @@ from llm_jax.data.loader import IGNORE, Batch, heldout_rows
 from llm_jax.data.mixture import Mixture
 from llm_jax.data.prepare import cuts_of
 from llm_jax.data.shards import SPLITS, Shards, TokenStore, is_prepared, open_shards
-from llm_jax.train import run
-from llm_jax.train.checkpoint import Checkpoints
-from llm_jax.train.evaluate import Evaluation
-from llm_jax.train.evaluate import evaluate as measure
-from llm_jax.train.loop import open_data, open_run_data
+from llm_jax.runs import folder as run_folder
+from llm_jax.runs.checkpoint import Checkpoints
+from llm_jax.runs.evaluate import Evaluation
+from llm_jax.runs.evaluate import evaluate as measure
+from llm_jax.runs.loop import open_data, open_run_data
+from llm_jax.train.config import RunConfig
 from llm_jax.train.program import Program
-from llm_jax.train.run import RunConfig
 
 Report = Callable[[str], object]
 
@@ -73,12 +73,12 @@ def evaluate(
     begin-of-text, and then an end is scored too, or with nothing, and then neither the first token nor an end is.
     `begin` says otherwise. `column` is the one of rows at `uri` that is text; None: that of the run.
     """
-    config = run.load_config(folder)
+    config = run_folder.load_config(folder)
     if uri is None:
         store = open_run_data(Path(folder), config, report).split("heldout")
         batches = heldout_rows(store, config.data)
     else:
-        begin = run.begins(Path(folder), config, run.load_tokenizer(folder)) if begin is None else begin
+        begin = run_folder.begins(Path(folder), config, run_folder.load_tokenizer(folder)) if begin is None else begin
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, end_of_text=begin))
         shards = open_text(uri, Path(folder), config, report, column)
         store, batches = all_text(shards, config.data)
@@ -110,7 +110,7 @@ def _open_one(uri: str, folder: Path, config: RunConfig, report: Report, column:
         found = open_data(dataclasses.replace(config, data=data), report)
         assert isinstance(found, Shards)
         return found
-    shards, ours = open_shards(uri), run.load_tokenizer(folder)
+    shards, ours = open_shards(uri), run_folder.load_tokenizer(folder)
     if shards.tokenizer.fingerprint != ours.fingerprint:
         raise ValueError(
             f"{uri} is in the tokens of {shards.tokenizer.name}, but {folder} knows those of {ours.name}; "

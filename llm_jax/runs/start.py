@@ -1,12 +1,29 @@
-"""A run that trains on from another one: which config it has."""
+"""Which config a run starts with: that of a recipe, or of a recipe on top of another run."""
 
+import contextlib
 import dataclasses
+import runpy
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from llm_jax.config import override, to_dict
+from llm_jax.config import checked, differences, nearest, override, to_dict
 from llm_jax.data.tokenizer import NAMED, build
-from llm_jax.train.run import RunConfig, differences, load_config, load_tokenizer
+from llm_jax.recipes import recipes
+from llm_jax.runs.folder import load_config, load_tokenizer
+from llm_jax.train.config import RunConfig
+
+
+def load_recipe(name: str) -> RunConfig:
+    """The config of a recipe, by its name or by the path of a Python file that sets `config = RunConfig(...)`."""
+    path = recipes().get(name, Path(name))
+    if path.suffix != ".py" or not path.is_file():
+        raise ValueError(f"no recipe or Python file is called {name!r}; {nearest(name, recipes())}")
+    with contextlib.redirect_stdout(sys.stderr):  # what is asked for is no recipe's to print
+        config = runpy.run_path(str(path)).get("config")
+    if not isinstance(config, RunConfig):
+        raise ValueError(f"{path} must set `config = RunConfig(...)`; got {type(config).__name__}")
+    return checked(config)
 
 
 def config_from(

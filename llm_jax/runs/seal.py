@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from llm_jax.config import to_dict
+from llm_jax.config import differences, to_dict
 from llm_jax.data.mixture import Mixture
 from llm_jax.data.shards import Shards
 from llm_jax.files import read_json
-from llm_jax.train import run
-from llm_jax.train.run import RunConfig
+from llm_jax.runs import folder as run_folder
+from llm_jax.train.config import RunConfig
 
 Seal = dict[str, Any]
 
@@ -53,33 +53,33 @@ def seal(config: RunConfig, tokenizer: str, data: Mapping[str, Any] | None) -> S
 
     And the machine, which decides the last bits. `data` is None where a run has none of its own.
     """
-    found = {"config": to_dict(config), "tokenizer": tokenizer, "machine": run.machine()}
+    found = {"config": to_dict(config), "tokenizer": tokenizer, "machine": run_folder.machine()}
     if data is not None:
-        found["data"] = run.without_folders(data)
+        found["data"] = run_folder.without_folders(data)
     return json.loads(json.dumps(found))
 
 
 def seal_of(config: RunConfig, shards: Shards | Mixture) -> Seal:
     """The seal of a run of `config` on `shards`."""
-    return seal(config, shards.tokenizer.fingerprint, run.data_identity(shards))
+    return seal(config, shards.tokenizer.fingerprint, run_folder.data_identity(shards))
 
 
 def seal_of_folder(folder: Path) -> Seal | None:
     """The seal of the run in `folder`, by its files; None where there is none. Raises `ValueError` for damaged ones."""
-    if not run.is_run(folder):
+    if not run_folder.is_run(folder):
         return None
     path = folder / "data.json"
-    data = read_json(path, advice=run.ADVICE) if path.exists() else None
-    return seal(run.load_config(folder), run.load_tokenizer(folder).fingerprint, data)
+    data = read_json(path, advice=run_folder.ADVICE) if path.exists() else None
+    return seal(run_folder.load_config(folder), run_folder.load_tokenizer(folder).fingerprint, data)
 
 
 def changes(there: Seal, here: Seal) -> list[str]:
     """In what a run is no longer what it was: a phrase for each value that decides its numbers."""
     before, now = (_plain(found["config"]) for found in (there, here))
-    found = [phrase for phrase in run.differences(before, now) if not _key(phrase).startswith((*LAYOUT, *FREE))]
-    found += run.differences({"tokenizer": there["tokenizer"]}, {"tokenizer": here["tokenizer"]})
+    found = [phrase for phrase in differences(before, now) if not _key(phrase).startswith((*LAYOUT, *FREE))]
+    found += differences({"tokenizer": there["tokenizer"]}, {"tokenizer": here["tokenizer"]})
     if "data" in there and "data" in here:
-        found += run.differences(there["data"], here["data"])
+        found += differences(there["data"], here["data"])
     return found
 
 
@@ -90,10 +90,10 @@ def moves(there: Seal, here: Seal) -> list[str]:
     phrase says so.
     """
     before, now = (_plain(found["config"]) for found in (there, here))
-    layout = [phrase for phrase in run.differences(before, now) if _key(phrase).startswith(LAYOUT)]
+    layout = [phrase for phrase in differences(before, now) if _key(phrase).startswith(LAYOUT)]
     own = _of_a_microbatch(now["model"])
     layout = [phrase + own * (_key(phrase) == "accumulate=") for phrase in layout]
-    return layout + run.differences(there["machine"], here["machine"])
+    return layout + differences(there["machine"], here["machine"])
 
 
 def _of_a_microbatch(model: Mapping[str, Any]) -> str:
@@ -126,5 +126,5 @@ def _json(value: Any) -> Any:
 
 
 def _key(phrase: str) -> str:
-    """The key that a phrase of `run.differences` is about, as it begins a word of the command line."""
+    """The key that a phrase of `differences` is about, as it begins a word of the command line."""
     return f"{phrase.partition(' ')[0]}="

@@ -13,15 +13,15 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from llm_jax.arithmetic import predicted
-from llm_jax.plan import Plan, check_host, plan
+from llm_jax.model.count import shapes
+from llm_jax.plan.describe import columns, metric, title
+from llm_jax.plan.estimate import predicted
+from llm_jax.plan.plan import Plan, check_host, plan
+from llm_jax.plan.topology import Topology
 from llm_jax.sharding import ROWS, MeshConfig, abstract_mesh, mesh_sizes, shardings
-from llm_jax.show import columns, metric, title
-from llm_jax.topologies import Topology
-from llm_jax.train.count import shapes
+from llm_jax.train.config import RunConfig
 from llm_jax.train.layout import check
 from llm_jax.train.program import Program
-from llm_jax.train.run import RunConfig
 
 REMATS = ("none", "dots", "full")
 LEAN = 0.8  # of what arithmetic counts the compiler may need less, where it keeps less than autodiff asks for

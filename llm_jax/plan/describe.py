@@ -22,12 +22,12 @@ from llm_jax.config import override, plain
 from llm_jax.data.loader import Batch, as_told
 from llm_jax.keys import REQUIRED, keys, value_at
 from llm_jax.model.config import TAPS, ModelConfig
+from llm_jax.model.count import active_parameters, flops_per_token, parameter_counts
 from llm_jax.model.taps import capture
 from llm_jax.model.transformer import Transformer
-from llm_jax.train.count import active_parameters, flops_per_token, parameter_counts
+from llm_jax.train.config import RunConfig
 from llm_jax.train.offload import waits
 from llm_jax.train.optimizer import make_optimizer
-from llm_jax.train.run import RunConfig
 from llm_jax.train.step import TrainState, cast, init_state, make_loss
 
 

@@ -20,8 +20,8 @@ from llm_jax.model.config import ModelConfig
 from llm_jax.ops.attention import ACROSS
 from llm_jax.ops.position import Rotary
 from llm_jax.sharding import MeshConfig
+from llm_jax.train.config import RunConfig
 from llm_jax.train.program import Program
-from llm_jax.train.run import RunConfig
 from llm_jax.train.step import TrainState
 from llm_jax.train.timetable import PipelineConfig
 from llm_jax.tree import leaves

@@ -17,7 +17,8 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llm_jax import __version__, runtime, verbs
+from llm_jax import __version__, runtime
+from llm_jax.cli import verbs
 from llm_jax.config import nearest, read_number
 from llm_jax.keys import options_meant, suggestions
 
@@ -84,7 +85,7 @@ class Parser(ArgumentParser):
             return f"{verb} has no option {option}"
         if not equals and (after := words[words.index(word) + 1 :]) and not after[0].startswith("--"):
             value = after[0]
-        from llm_jax.train.run import RunConfig
+        from llm_jax.train.config import RunConfig
 
         keys = suggestions(option.strip("-").replace("-", "_"), RunConfig)
         meant = ", or ".join(f"{key}={value}" for key in keys) or "such as model.n_layers=8"

@@ -32,10 +32,10 @@ from jaxtyping import PyTree
 
 from llm_jax import processes
 from llm_jax import tree as trees
-from llm_jax.train import run
-from llm_jax.train import seal as seals
-from llm_jax.train.checksum import checksums, not_finite
-from llm_jax.train.seal import Seal
+from llm_jax.runs import folder as run_folder
+from llm_jax.runs import seal as seals
+from llm_jax.runs.checksum import checksums, not_finite
+from llm_jax.runs.seal import Seal
 from llm_jax.train.step import TrainState
 
 FOLDER = "checkpoints"
@@ -141,7 +141,7 @@ class Checkpoints:
             raise NotFinite(f"{bad} is not finite after step {progress.step}, and such a state is not saved")
         self._check_room(items, progress.step)
         self.folder.mkdir(exist_ok=True)
-        self._saving, self._moved = progress.step, self._saved_in.enter_context(run.held(self.folder))
+        self._saving, self._moved = progress.step, self._saved_in.enter_context(run_folder.held(self.folder))
         sums = {path: int(number) for path, number in jax.device_get(checksums(items)).items()}
         leaves = {path: [*_form(leaf), sums[path]] for path, leaf in trees.leaves(items).items()}
         done = {name: value for name, value in dataclasses.asdict(progress).items() if name != "stopped"}

@@ -16,13 +16,13 @@ from jaxtyping import PyTree
 
 from llm_jax import tree as trees
 from llm_jax.model.config import ModelConfig
+from llm_jax.model.count import flops_per_token, shapes
 from llm_jax.ops.exchange import ROOM
+from llm_jax.plan.describe import residual_bytes
+from llm_jax.plan.topology import Topology
 from llm_jax.sharding import PARAMETER_AXES, TOKENS, MeshConfig, letters_of, spec
-from llm_jax.show import residual_bytes
-from llm_jax.topologies import Topology
-from llm_jax.train.count import flops_per_token, shapes
+from llm_jax.train.config import RunConfig
 from llm_jax.train.offload import STACK
-from llm_jax.train.run import RunConfig
 from llm_jax.train.step import cast, rows_apart
 from llm_jax.train.timetable import PipelineConfig, Timetable
 

@@ -13,15 +13,16 @@ from typing import Any
 
 import pytest
 
-from llm_jax import __version__, verbs
-from llm_jax.cli import main, parser
+from llm_jax import __version__
+from llm_jax.cli import verbs
+from llm_jax.cli.main import main, parser
 from llm_jax.keys import OPTIONS
 
 VERBS = ["train", "resume", "prepare", "generate", "evaluate", "show", "compare", "import", "export", "configs"]
 VERBS += ["tokenize"]
 RECIPE = """
 from llm_jax.model.config import ModelConfig
-from llm_jax.train.run import RunConfig
+from llm_jax.train.config import RunConfig
 
 config = RunConfig(model=ModelConfig(vocab_size=264, d_model=16, n_layers=1, n_heads=2, max_seq_len=256))
 """
@@ -263,7 +264,7 @@ def run(program: str, *words: str, **options: object) -> subprocess.CompletedPro
 def test_what_needs_no_jax_answers_without_it(words: list[str]):
     program = """
 import sys
-from llm_jax.cli import main
+from llm_jax.cli.main import main
 try:
     main(sys.argv[1:])
 finally:
@@ -276,7 +277,7 @@ def test_a_reader_who_leaves_early_hears_no_complaint():
     read, write = os.pipe()
     os.close(read)
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    program = "import sys; from llm_jax.cli import main; sys.exit(main(['configs']))"
+    program = "import sys; from llm_jax.cli.main import main; sys.exit(main(['configs']))"
     done = run(program, stdout=write, env=buffered)
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")

@@ -13,28 +13,28 @@ from jaxtyping import PyTree
 from rich.console import Console
 
 from llm_jax import log, processes, runtime
-from llm_jax.config import override, to_dict
+from llm_jax.config import differences, override, to_dict
 from llm_jax.data.loader import Loader, heldout_rows, task_of
 from llm_jax.data.mixture import Mixture, open_folders
 from llm_jax.data.prepare import cached_sources
 from llm_jax.data.shards import Shards
 from llm_jax.infer.generate import generate, prompt_ids
+from llm_jax.model.count import parameter_counts
 from llm_jax.ops.attention import heard
 from llm_jax.ops.sampling import Sampling
+from llm_jax.runs import folder as run_folder
+from llm_jax.runs.checkpoint import Checkpoints, NotFinite, Progress, Report
+from llm_jax.runs.diagnose import diagnose
+from llm_jax.runs.evaluate import Evaluation, evaluate
+from llm_jax.runs.meter import Meter
+from llm_jax.runs.report import write_report
+from llm_jax.runs.seal import LAYOUT, moves, seal, seal_of
+from llm_jax.runs.signals import stop_signals
 from llm_jax.sharding import mesh_sizes
-from llm_jax.train import run
-from llm_jax.train.checkpoint import Checkpoints, NotFinite, Progress, Report
-from llm_jax.train.count import parameter_counts
-from llm_jax.train.diagnose import diagnose
-from llm_jax.train.evaluate import Evaluation, evaluate
-from llm_jax.train.meter import Meter
+from llm_jax.train.config import RunConfig
 from llm_jax.train.optimizer import make_schedule
 from llm_jax.train.program import Program
-from llm_jax.train.report import write_report
-from llm_jax.train.run import RunConfig
-from llm_jax.train.seal import LAYOUT, moves, seal, seal_of
 from llm_jax.train.step import TrainState, cast
-from llm_jax.train.stop import stop_signals
 
 # How the numbers of an evaluation are said in a line.
 SAID = {
@@ -87,10 +87,10 @@ def open_run_data(folder: Path, config: RunConfig, report: Report) -> Shards | M
 
     Raises `ValueError` where neither is what it was.
     """
-    there = run.shards_folders(folder, config)
+    there = run_folder.shards_folders(folder, config)
     known = all(path.is_dir() for path in there)
     shards = open_folders(config.data, there) if known else open_data(config, report)
-    run.check_data(folder, shards)
+    run_folder.check_data(folder, shards)
     return shards
 
 
@@ -100,7 +100,7 @@ def train(config: RunConfig, folder: str | Path, *, console: Console | None = No
     Raises `ValueError` for what can't work, `Diverged` after `config.patience` bad steps in a row.
     """
     folder = Path(folder)
-    processes.from_first(lambda: run.check_free(folder, config))
+    processes.from_first(lambda: run_folder.check_free(folder, config))
     console = console or Console()
     check_before_data(config)
     session = Session.open(config, folder, console, open_data(config, on(console)))
@@ -108,16 +108,16 @@ def train(config: RunConfig, folder: str | Path, *, console: Console | None = No
         state = session.begin()
         existed = folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        ours = run.identity(folder)
-        with run.owned(folder):
-            processes.from_first(lambda: run.check_free(folder, config))  # still
+        ours = run_folder.identity(folder)
+        with run_folder.owned(folder):
+            processes.from_first(lambda: run_folder.check_free(folder, config))  # still
             try:
                 if processes.is_first():
-                    run.create(folder, config, session.shards, command)
+                    run_folder.create(folder, config, session.shards, command)
                 return session.go(state, Progress())
             except BaseException:
-                if processes.is_first() and run.identity(folder) == ours and not log.read(folder):
-                    run.remove(folder, keep_folder=existed)
+                if processes.is_first() and run_folder.identity(folder) == ours and not log.read(folder):
+                    run_folder.remove(folder, keep_folder=existed)
                 raise
 
 
@@ -140,7 +140,7 @@ def resume(
     Raises `ValueError` where there is no run, or its data or model is no longer what it was, and as `train` does.
     """
     folder = Path(folder)
-    old = run.load_config(folder)
+    old = run_folder.load_config(folder)
     if other := [word for word in layout if not word.startswith(LAYOUT)]:
         raise ValueError(
             f"{other[0]}: a run goes on with its own config, of which only {', '.join(LAYOUT)} may change; "
@@ -149,14 +149,14 @@ def resume(
     config = override(old if steps is None else dataclasses.replace(old, steps=steps), layout)
     console = console or Console()
     check_before_data(config)
-    with run.owned(folder):
+    with run_folder.owned(folder):
         session = Session.open(config, folder, console, open_run_data(folder, old, on(console)))
         with processes.watched(_way_on(folder)):
             state, progress = session.restore(old)
             if processes.is_first():
                 if lost := log.missing(folder, progress.step):
                     session.say(f"{folder}/{log.FILE} has no row of step {log.spans(lost)}; report.html lacks them too")
-                run.save_config(folder, config)
+                run_folder.save_config(folder, config)
                 log.truncate(folder, progress.step)
             return session.go(state, progress)
 
@@ -209,8 +209,8 @@ class Session:
         return state if params is None else dataclasses.replace(state, params=params)
 
     def _weights_of(self, source: str) -> PyTree:
-        changed = run.differences(to_dict(run.load_config(source).model), to_dict(self.config.model))
-        theirs, ours = run.load_tokenizer(source), self.shards.tokenizer
+        changed = differences(to_dict(run_folder.load_config(source).model), to_dict(self.config.model))
+        theirs, ours = run_folder.load_tokenizer(source), self.shards.tokenizer
         if theirs.fingerprint != ours.fingerprint:
             raise ValueError(
                 f"init_from={source} knows the tokens of {theirs.name}, but the data is in those of {ours.name}; "
@@ -235,7 +235,9 @@ class Session:
             f"resumed {self.folder} at step {step} of {c.steps}: weights, optimizer, schedule and data position "
             f"({self.loader.position(step)}) restored"
         )
-        there = self.checkpoints.sealed(step) or seal(old, "", None) | {"machine": run.first_machine(self.folder)}
+        there = self.checkpoints.sealed(step) or seal(old, "", None) | {
+            "machine": run_folder.first_machine(self.folder)
+        }
         if c.steps != (steps := there["config"]["steps"]):
             now, before = (np.asarray(make_schedule(c.optimizer, total)(step)).item() for total in (c.steps, steps))
             line = f"steps {steps} -> {c.steps}: the {c.optimizer.schedule} schedule stretches"
@@ -265,7 +267,7 @@ class Session:
             start_step=progress.step,
             tensorboard=c.tensorboard,
         )
-        with run.held(self.folder) as moved:
+        with run_folder.held(self.folder) as moved:
             try:
                 progress = self._steps(state, Meter(c, rows, progress, self.loader.token_shares), rows, moved)
                 if (best := self.checkpoints.best()) is not None:

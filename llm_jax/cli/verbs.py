@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llm_jax.data.tokenizer import Tokenizer
-    from llm_jax.train.run import RunConfig
+    from llm_jax.train.config import RunConfig
 
 
 def train(args: Namespace) -> int:
@@ -36,13 +36,14 @@ def train(args: Namespace) -> int:
       llm-jax train quickstart --from runs/deeper --run runs/again        its model, tokenizer and weights
     """
     from llm_jax import processes, runtime
-    from llm_jax.train import loop, run
+    from llm_jax.runs import folder as run_folder
+    from llm_jax.runs import loop
 
     config = None if args.resume else _config(args)
     folder = Path(args.run or f"runs/{Path(args.config).stem}")
     runtime.start()
     with processes.joined(args.coordinator, args.processes, args.process):
-        if args.resume and processes.from_first(lambda: run.is_run(folder)):
+        if args.resume and processes.from_first(lambda: run_folder.is_run(folder)):
             return _go_on(args, folder)
         config = config or _config(args)
         progress = loop.train(config, folder, console=_console(args), command=args.command)
@@ -54,11 +55,12 @@ def _go_on(args: Namespace, folder: Path) -> int:
 
     A run that it came from by --from is not needed any more.
     """
-    from llm_jax.train import loop, run
+    from llm_jax.runs import folder as run_folder
+    from llm_jax.runs import loop
 
-    old = run.load_config(folder)
-    whole = args.source_run is None or run.is_run(Path(args.source_run))
-    if changed := run.changes(folder, _config(args)) if whole else []:
+    old = run_folder.load_config(folder)
+    whole = args.source_run is None or run_folder.is_run(Path(args.source_run))
+    if changed := run_folder.changes(folder, _config(args)) if whole else []:
         _say(f"{folder} goes on with its own config: {'; '.join(changed[:3])}")
     if (folder / "checkpoints" / str(old.steps)).is_dir():
         _say(
@@ -81,12 +83,13 @@ def resume(args: Namespace) -> int:
       llm-jax resume runs/quickstart mesh.fsdp=4              on other devices, in another layout
     """
     from llm_jax import processes, runtime
-    from llm_jax.train import loop, run
+    from llm_jax.runs import folder as run_folder
+    from llm_jax.runs import loop
 
     runtime.start()
     with processes.joined(args.coordinator, args.processes, args.process):
         progress = loop.resume(args.run, steps=args.steps, layout=args.assignments, console=_console(args))
-        return _say_what_next(args, args.run, progress.step, run.load_config(args.run).steps)
+        return _say_what_next(args, args.run, progress.step, run_folder.load_config(args.run).steps)
 
 
 def _console(args: Namespace) -> "Console":
@@ -101,9 +104,9 @@ def _console(args: Namespace) -> "Console":
 def _say_what_next(args: Namespace, folder: Path | str, step: int, steps: int) -> int:
     """The exit status, after a word on where the run stands: not 0 where it was stopped, or a script would go on."""
     from llm_jax import log, processes
-    from llm_jax.train import stop
+    from llm_jax.runs import signals
 
-    status = 128 + stop.last_signal if step < steps else 0
+    status = 128 + signals.last_signal if step < steps else 0
     if not processes.is_first():
         return status
     if args.json:
@@ -150,11 +153,13 @@ def generate(args: Namespace) -> None:
       llm-jax generate runs/quickstart --prompt 'def read_lines(path):' --samples 3
       llm-jax generate runs/quickstart --temperature 0 --stop $'\n\n' < prompts.txt
     """
-    from llm_jax import runtime, terminal, trained
+    from llm_jax import runtime
+    from llm_jax.cli import terminal
     from llm_jax.infer.classify import classify
     from llm_jax.infer.generate import collect, in_turn, stream
     from llm_jax.ops.sampling import Sampling
-    from llm_jax.train import run
+    from llm_jax.runs import folder as run_folder
+    from llm_jax.runs import restore
     from llm_jax.train.step import cast
 
     if not 0 <= args.seed < 2**32:
@@ -166,12 +171,12 @@ def generate(args: Namespace) -> None:
             f"--samples {args.samples} do not fit in memory together; use 10000 or less, and another --seed"
         )
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
-    config, tokenizer = run.load_config(args.run), run.load_tokenizer(args.run)
+    config, tokenizer = run_folder.load_config(args.run), run_folder.load_tokenizer(args.run)
     runtime.start()
-    params, step = trained.restore(args.run, trained.on_one_device(config), args.checkpoint, report=_say)
+    params, step = restore.restore(args.run, restore.on_one_device(config), args.checkpoint, report=_say)
     params = cast(params, config.model.dtype)
     task = config.data.task
-    begin = run.begins(Path(args.run), config, tokenizer) if args.begin is None else args.begin
+    begin = run_folder.begins(Path(args.run), config, tokenizer) if args.begin is None else args.begin
     special = config.data.special if args.special is None else args.special
     options = {"max_tokens": args.max_tokens, "stop": args.stop, "begin": begin, "special": special, "task": task}
     texts = []
@@ -205,7 +210,8 @@ def evaluate(args: Namespace) -> None:
       llm-jax evaluate runs/quickstart
       llm-jax evaluate runs/quickstart --data essays/ --json
     """
-    from llm_jax import runtime, trained
+    from llm_jax import runtime
+    from llm_jax.runs import restore
 
     if args.column is not None and args.data is None:
         raise ValueError(f"--column {args.column} is one of other text; add --data URI, or leave it out")
@@ -213,7 +219,7 @@ def evaluate(args: Namespace) -> None:
         raise ValueError("--begin and --no-begin are for text of yours; add --data URI, or leave them out")
     runtime.start()
     options = {"column": args.column, "begin": args.begin}
-    result, step = trained.evaluate(args.run, args.data, args.checkpoint, **options, report=_say)
+    result, step = restore.evaluate(args.run, args.data, args.checkpoint, **options, report=_say)
     found = {"run": args.run, "step": step, **dataclasses.asdict(result)}
     interval = result.loss_interval
     found["perplexity_interval"] = None if interval is None else [math.exp(min(loss, 700)) for loss in interval]
@@ -244,7 +250,7 @@ def show(args: Namespace) -> None:
     from rich.console import Console
 
     from llm_jax import runtime
-    from llm_jax import show as pages
+    from llm_jax.plan import describe as pages
 
     config = _config_or_run(args)
     if args.keys:
@@ -269,19 +275,19 @@ def plan(args: Namespace) -> None:
       llm-jax plan llama2_7b --topology v5p:2x2x1 data.batch_size=8 --price 4.2
       llm-jax plan llama2_7b --topology v5e:4x4 data.batch_size=256 --search --compiles 6
     """
-    from llm_jax import topologies
+    from llm_jax.plan.topology import parse_topology
 
     if args.compiles is not None and (not args.search or args.compiles < 1):
         raise ValueError(f"--compiles {args.compiles} says how many --search may take; add --search, and at least 1")
     if args.price is not None and not 0 <= args.price < math.inf:
         raise ValueError(f"--price {args.price} is that of a chip an hour, at least 0")
-    topology = topologies.parse(args.topology, args.slices)
+    topology = parse_topology(args.topology, args.slices)
     topology.prepare()
 
     from rich.console import Console
 
-    from llm_jax import plan as plans
-    from llm_jax import search
+    from llm_jax.plan import plan as plans
+    from llm_jax.plan import search
 
     config, console = _config_or_run(args), Console(width=None if sys.stdout.isatty() else 120)
     searched = search.search(config, topology, args.compiles or 6, args.price, report=_say) if args.search else None
@@ -298,10 +304,10 @@ def plan(args: Namespace) -> None:
 
 def _config(args: Namespace) -> "RunConfig":
     """The config of a recipe or a Python file, with the changes of the command line."""
-    from llm_jax.train import run, start
+    from llm_jax.runs import start
 
     try:
-        config = run.load_recipe(args.config)
+        config = start.load_recipe(args.config)
     except ValueError:
         raise
     except (Exception, SystemExit) as error:
@@ -314,10 +320,10 @@ def _config(args: Namespace) -> "RunConfig":
 
 def _config_or_run(args: Namespace) -> "RunConfig":
     """The same, or that of a run folder."""
-    from llm_jax.train import run
+    from llm_jax.runs import folder as run_folder
 
-    is_run = run.is_run(Path(args.config))
-    return override(run.load_config(args.config), args.assignments) if is_run else _config(args)
+    is_run = run_folder.is_run(Path(args.config))
+    return override(run_folder.load_config(args.config), args.assignments) if is_run else _config(args)
 
 
 def compare(args: Namespace) -> None:
@@ -357,7 +363,7 @@ def verify(args: Namespace) -> None:
       llm-jax verify llama_1b --axes fsdp,tensor
     """
     from llm_jax import runtime
-    from llm_jax import verify as checks
+    from llm_jax.plan import verify as checks
 
     config, chosen = _config(args), args.axes.split(",") if args.axes else checks.AXES
     for axis in chosen:
@@ -391,8 +397,8 @@ def check(args: Namespace) -> None:
       llm-jax check                                                      of quickstart
       llm-jax check llama_1b model.norm=layernorm
     """
-    from llm_jax import check as checks
     from llm_jax import runtime
+    from llm_jax.plan import check as checks
 
     config = _config(args)
     runtime.start()
@@ -425,7 +431,7 @@ def import_(args: Namespace) -> None:
     """
     from llm_jax import runtime
     from llm_jax.compat import huggingface
-    from llm_jax.train.count import parameter_counts
+    from llm_jax.model.count import parameter_counts
 
     runtime.start()
     config = huggingface.import_run(args.source, args.run, tokenizer=args.tokenizer, command=args.command, report=_say)
@@ -444,13 +450,14 @@ def export(args: Namespace) -> None:
       llm-jax export runs/quickstart --out exported/quickstart
       llm-jax export runs/llama --out exported/llama --dtype bfloat16 --checkpoint last
     """
-    from llm_jax import runtime, trained
+    from llm_jax import runtime
     from llm_jax.compat import huggingface
-    from llm_jax.train import run
+    from llm_jax.runs import folder as run_folder
+    from llm_jax.runs import restore
 
     runtime.start()
-    program = trained.on_the_host(run.load_config(args.run))
-    params, step = trained.restore(args.run, program, args.checkpoint, report=_say)
+    program = restore.on_the_host(run_folder.load_config(args.run))
+    params, step = restore.restore(args.run, program, args.checkpoint, report=_say)
     family = huggingface.export_run(args.run, params, args.out, family=args.family, dtype=args.dtype, report=_say)
     if args.json:
         _print_json({"out": args.out, "family": family.name, "step": step})
@@ -489,7 +496,7 @@ def _print_recipe(args: Namespace) -> None:
 def _print_keys(config: "RunConfig", *, json: bool) -> None:
     from rich.console import Console
 
-    from llm_jax import show as pages
+    from llm_jax.plan import describe as pages
 
     if json:
         _print_json(pages.keys_as_json(config))
@@ -506,7 +513,7 @@ def tokenize(args: Namespace) -> None:
       llm-jax tokenize --tokenizer gpt2 --decode 15496 11 995
       llm-jax tokenize --train essays/ --vocab 8192 --out tokenizers/essays
     """
-    from llm_jax import terminal
+    from llm_jax.cli import terminal
     from llm_jax.data import tokenizer
 
     if args.train:

@@ -22,16 +22,16 @@ from jaxtyping import PyTree
 from rich.console import Group
 from rich.text import Text
 
-from llm_jax import buffers, hlo
 from llm_jax import tree as trees
-from llm_jax.arithmetic import flops_a_token, gradient_bytes, numbers_here, rate_along
 from llm_jax.files import write_whole
+from llm_jax.plan import hlo, liveness
+from llm_jax.plan.describe import columns, metric, shares, title
+from llm_jax.plan.estimate import flops_a_token, gradient_bytes, numbers_here, rate_along
+from llm_jax.plan.topology import H100, Topology
 from llm_jax.runtime import cache_folder
-from llm_jax.show import columns, metric, shares, title
-from llm_jax.topologies import H100, Topology
+from llm_jax.train.config import RunConfig
 from llm_jax.train.offload import HOST
 from llm_jax.train.program import Program
-from llm_jax.train.run import RunConfig
 
 DAY = 24 * 3600
 CLOCKS = {"v5e": 1.5e9, "v5p": 1.75e9}  # cycles a second, where they are known
@@ -261,7 +261,7 @@ def plan(config: RunConfig, topology: Topology, price: float | None = None, fold
         optimizer=bytes_here(state.opt_state),
         host=bytes_here(state, host=True),
         gradients=int(numbers_here(state.params, mesh) * gradient_bytes(config, mesh)),
-        temporaries=dict(buffers.places(buffers.live(module)).most_common()) if module else {},
+        temporaries=dict(liveness.places(liveness.live(module)).most_common()) if module else {},
         traffic=traffic,
         more=sum(one.count is None for one in sent),
         flops=flops,

@@ -21,12 +21,12 @@ from llm_jax.ops.attention import Mask, Scores, attention
 from llm_jax.ops.gradient import linear, lookup
 from llm_jax.ops.loss import IGNORE, cross_entropy
 from llm_jax.ops.norm import layer_norm, rms_norm
+from llm_jax.plan.verify import GAPS, Answer, bounds_of, rows, shrunk
 from llm_jax.runtime import JAXLIB, known_faults, open_faults
 from llm_jax.sharding import MeshConfig, make_mesh
+from llm_jax.train.config import RunConfig
 from llm_jax.train.program import Program
-from llm_jax.train.run import RunConfig
 from llm_jax.train.timetable import PipelineConfig
-from llm_jax.verify import GAPS, Answer, bounds_of, rows, shrunk
 
 STEPS = 2
 ROWS = 40_001  # a batch of this many tokens divides nowhere, and not long ago went wrong past 32,768

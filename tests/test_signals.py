@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from llm_jax.train.stop import stop_signals
+from llm_jax.runs.signals import stop_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import pytest
 
-from llm_jax.hardware import PEAK_FLOPS, measured_matmul_flops, peak_flops
+from llm_jax.chips import PEAK_FLOPS, measured_matmul_flops, peak_flops
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A run: its configuration, and the folder where everything about it lives.
+"""The folder where everything about a run lives.
 
 config.json  data.json  environment.json  tokenizer/  checkpoints/<step>/  metrics.jsonl  report.html
 """
@@ -13,158 +13,31 @@ import json
 import os
 import platform
 import re
-import runpy
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import flax
 import jax
 
 from llm_jax import processes
-from llm_jax.config import check_ranges, checked, from_dict, nearest, plain, to_dict
+from llm_jax.config import differences, from_dict, to_dict
 from llm_jax.data import tokenizer
-from llm_jax.data.config import DataConfig, format_uri
+from llm_jax.data.config import format_uri
 from llm_jax.data.mixture import Mixture
 from llm_jax.data.shards import Shards
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.files import check_fields, locked, read_json, write_json, write_whole
-from llm_jax.model.config import ModelConfig
-from llm_jax.recipes import recipes
-from llm_jax.sharding import MeshConfig
-from llm_jax.train.optimizer import OptimizerConfig
-from llm_jax.train.step import LossConfig
-from llm_jax.train.timetable import PipelineConfig
+from llm_jax.train.config import RunConfig
 
 ADVICE = "restore it, or start a new run"  # about a damaged file
 # What came with a model that was imported: its config.json, and the tensors that were in another dtype than the rest.
 ORIGIN, ORIGIN_DTYPES = "huggingface.json", "huggingface_dtypes.json"
 # What `create` lays out before config.json makes a run of it, the first first.
 BEGUN = ("environment.json", "data.json", "tokenizer", ORIGIN, ORIGIN_DTYPES)
-
-
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """Everything that decides a run. Two runs of one config on one machine are the same, bit for bit.
-
-    Attributes:
-      model: the transformer.
-      data: what it reads.
-      optimizer: the update rule and its schedule.
-      loss: what is minimized, and how it is computed.
-      mesh: how devices share the work.
-      pipeline: how the stages of `mesh.pipeline` share a step.
-      offload: what of stacked layers waits in the host's memory, and is brought a layer at a time: the moments of the
-        optimizer, or the whole state, weights too.
-      steps: optimizer steps, each over `data.batch_size` rows.
-      accumulate: microbatches a step; each device holds the activations of one.
-      evaluate_every: steps between evaluations on held-out text.
-      evaluate_batches: how many batches of held-out text an evaluation scores.
-      checkpoint_every: steps between checkpoints.
-      keep: how many of the last checkpoints stay, beside the best by held-out loss.
-      sample_every: steps between samples, a text from each of `prompts`.
-      prompts: what samples begin with; an empty prompt starts a document.
-      patience: steps in a row with a loss, gradient or update that is not finite, before the run stops.
-      seed: of initial weights and dropout; `data.seed` is that of the order of rows.
-      init_from: a run folder whose weights, and nothing else, this run starts from.
-      tensorboard: write the metrics for TensorBoard too, into the run folder.
-    """
-
-    model: ModelConfig
-    data: DataConfig = DataConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    loss: LossConfig = LossConfig()
-    mesh: MeshConfig = MeshConfig()
-    pipeline: PipelineConfig = PipelineConfig()
-    offload: Literal["none", "optimizer", "state"] = "none"
-    steps: int = 1000
-    seed: int = 0
-    accumulate: int = 1
-    evaluate_every: int = 250
-    evaluate_batches: int = 20
-    checkpoint_every: int = 250
-    keep: int = 2
-    sample_every: int = 250
-    prompts: tuple[str, ...] = ("",)
-    patience: int = 10
-    init_from: str | None = None
-    tensorboard: bool = False
-
-    def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "accumulate",
-            "evaluate_every",
-            "evaluate_batches",
-            "checkpoint_every",
-            "sample_every",
-            "keep",
-            "patience",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        check_ranges(self, "")
-        for name, value in (("seed", self.seed), ("data.seed", self.data.seed)):
-            if not 0 <= value < 2**32:
-                raise ValueError(f"{name}={value} must lie between 0 and {2**32 - 1}")
-        if self.data.batch_size % self.accumulate:
-            raise ValueError(
-                f"accumulate={self.accumulate} does not divide data.batch_size={self.data.batch_size}; "
-                f"use batch_size={-(-self.data.batch_size // self.accumulate) * self.accumulate}"
-            )
-        if self.data.seq_len > self.model.max_seq_len:
-            raise ValueError(
-                f"data.seq_len={self.data.seq_len} exceeds model.max_seq_len={self.model.max_seq_len}; set "
-                f"data.seq_len={self.model.max_seq_len}, or of a new model model.max_seq_len={self.data.seq_len}"
-            )
-        self._check_scaling()
-        if self.loss.chunk is not None and self.data.seq_len % self.loss.chunk:
-            raise ValueError(f"loss.chunk={self.loss.chunk} does not divide data.seq_len={self.data.seq_len}")
-        if self.offload != "none" and self.optimizer.name == "adafactor":
-            raise ValueError(
-                f"offload={self.offload} updates a layer at a time, and adafactor's state, which is small, lies by "
-                "parameter; "
-                "use offload=none, or optimizer.name=adamw"
-            )
-        self._check_task()
-
-    def _check_scaling(self) -> None:
-        """Raise `ValueError` where the angles of a document would depend on those that it shares a row with."""
-        rotary, longest = self.model.rotary, self.data.seq_len
-        by_length = self.model.positions == "rotary" and rotary.scaling in ("dynamic", "longrope")
-        if by_length and self.data.packing == "documents" and longest > (rotary.original_len or longest):
-            raise ValueError(
-                f"model.rotary.scaling={rotary.scaling} goes by the length of a text, and data.packing=documents puts "
-                f"several into a row of data.seq_len={longest}; use data.seq_len={rotary.original_len}, which leaves "
-                "them on one side, or data.packing=windows"
-            )
-
-    def _check_task(self) -> None:
-        task, n_classes = self.data.task, self.model.n_classes
-        answers = len(task.answers) if task is not None and task.kind == "classify" else None
-        if n_classes != answers:
-            way = f"set model.n_classes={'none' if answers is None else answers}"
-            if answers is None:
-                way += ", or data.task.kind=classify"
-            raise ValueError(f"model.n_classes={n_classes}, but the data has {answers or 'no'} classes; {way}")
-        if n_classes is not None and self.prompts:
-            raise ValueError(f"a classifier writes nothing, and prompts={self.prompts} ask it to; set prompts=")
-
-
-def load_recipe(name: str) -> RunConfig:
-    """The config of a recipe, by its name or by the path of a Python file that sets `config = RunConfig(...)`."""
-    path = recipes().get(name, Path(name))
-    if path.suffix != ".py" or not path.is_file():
-        raise ValueError(f"no recipe or Python file is called {name!r}; {nearest(name, recipes())}")
-    with contextlib.redirect_stdout(sys.stderr):  # what is asked for is no recipe's to print
-        config = runpy.run_path(str(path)).get("config")
-    if not isinstance(config, RunConfig):
-        raise ValueError(f"{path} must set `config = RunConfig(...)`; got {type(config).__name__}")
-    return checked(config)
 
 
 def is_run(folder: Path) -> bool:
@@ -418,18 +291,6 @@ def without_folders(identity: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any], where: str = "") -> list[str]:
-    """A phrase for each leaf in which two nested mappings differ: `model.n_layers is 4 there, 8 here`."""
-    found = []
-    for key in [*there, *(key for key in here if key not in there)]:
-        a, b = there.get(key), here.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += differences(a, b, f"{where}{key}.")
-        elif a != b:
-            found.append(f"{where}{key} is {_short(a, b)} there, {_short(b, a)} here")
-    return found
-
-
 def environment(command: str) -> dict[str, object]:
     """Where a run takes place, for its report."""
     return {
@@ -462,10 +323,3 @@ def _commit() -> str | None:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git here, or an installed wheel
         return None
-
-
-def _short(value: Any, other: Any) -> str:
-    """Of a long value, such as a digest, as much of the beginning as tells it from `other`."""
-    text = plain(value)
-    alike = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, plain(other), strict=False))))
-    return text if len(text) < 40 else f"{text[: max(12, alike + 1)]}..."

@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 
-from llm_jax.hardware import peak_flops
+from llm_jax.chips import peak_flops
 from llm_jax.log import MetricsLog
-from llm_jax.train.checkpoint import Progress
-from llm_jax.train.count import flops_per_token
-from llm_jax.train.run import RunConfig
+from llm_jax.model.count import flops_per_token
+from llm_jax.runs.checkpoint import Progress
+from llm_jax.train.config import RunConfig
 from llm_jax.train.step import Metrics
 
 Row = dict[str, Any]

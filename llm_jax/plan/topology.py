@@ -1,6 +1,6 @@
 """Accelerators that programs can be compiled for, here or not: how fast they are, and how JAX is told of them.
 
-    topology = parse("v5e:4x4")
+    topology = parse_topology("v5e:4x4")
     topology.prepare()            # before anything imports JAX
     devices = topology.devices()
 
@@ -17,48 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from llm_jax import runtime
+from llm_jax.chips import CHIPS, Chip
 
-GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """A device as JAX counts them, of which some chips are two. Rates are published peaks, a second.
-
-    Attributes:
-      flops: dense products of bfloat16.
-      memory: bytes that the compiler lets a program have.
-      memory_rate: bytes to and from memory.
-      wire: bytes that it sends to its neighbours, over all its links at once.
-      between: bytes that it sends to another slice or node, by the network of the data centre.
-      a_chip: how many make a chip, which is what is rented.
-      example: a topology of such devices.
-    """
-
-    flops: float
-    memory: float
-    memory_rate: float
-    wire: float
-    between: float
-    a_chip: int = 1
-    example: str = ""
-
-
-# TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, read in November 2026. Links are stated both ways
-# together, half of which is sent. The memory is what the compiler says when a program exceeds it (libtpu 0.0.42).
-# v4's links and its network between slices are not published. Links: a pod of 4,096 chips sums at 1.1 PB/s, 269 GB/s
-# a chip. The network: v5e's.
-# H100: NVIDIA's data sheet of the SXM5 80 GB, NVLink 900 GB/s both ways, one 400 Gb/s adapter a GPU.
-CHIPS = {
-    "v4": Chip(275e12, 30.75 * GIB, 1228e9, 270e9, 25e9 / 8, example="v4:2x2x4"),
-    "v5e": Chip(197e12, 15.75 * GIB, 819e9, 200e9, 25e9 / 8, example="v5e:4x4"),
-    "v5p": Chip(459e12, 95.73 * GIB, 2765e9, 600e9, 50e9 / 8, example="v5p:2x2x4"),
-    "v6e": Chip(918e12, 31.24 * GIB, 1638e9, 400e9, 100e9 / 8, example="v6e:4x4"),
-    "tpu7x": Chip(2307e12 / 2, 94.74 * GIB, 7380e9 / 2, 600e9 / 2, 100e9 / 8 / 2, a_chip=2, example="tpu7x:2x2x4"),
-    "h100": Chip(989e12, 84942979072, 3352e9, 450e9, 50e9, example="h100:1x8"),
-    # For trying things out: as slow as a small machine. Nothing about it is published.
-    "cpu": Chip(1e11, 4 * GIB, 2e10, 1e9, 1e9, example="cpu:8"),
-}
 # What stands in the environment before JAX starts. The last four tell the TPU plugin that there is nothing to find.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -147,7 +107,7 @@ class Topology:
         return topologies.get_topology_desc(f"{self.kind}:{shape}", platform="tpu", **options).devices
 
 
-def parse(name: str, slices: int = 1) -> Topology:
+def parse_topology(name: str, slices: int = 1) -> Topology:
     """`v5e:4x4` as a topology. Raises `ValueError` for what is none, with those that are known."""
     kind, _, shape = name.partition(":")
     if kind not in CHIPS:

@@ -1,4 +1,4 @@
-"""Reads the text of a compiled program: what it sends, and how long it takes. `buffers.py` reads what it holds.
+"""Reads the text of a compiled program: what it sends, and how long it takes. `liveness.py` reads what it holds.
 
 The text is that of `jit(...).lower(...).compile().as_text()`, of any platform: the instructions of each computation in
 the order in which they run. JAX is not needed to read it.

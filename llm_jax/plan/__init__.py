@@ -1,0 +1,1 @@
+"""What is known of a run before it starts: shapes, memory, communication, time."""
