@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # (module below llm_jax, floor): the first row that matches names the floor.
 FLOORS = [
-    (r"__main__", 8),
+    (r"__init__|__main__", 8),
     (r"cli", 7),
     (r"compat", 6),
     (r"plan|runs", 5),
@@ -22,7 +22,7 @@ FLOORS = [
     (r"infer", 3),
     (r"model", 2),
     (r"ops|data", 1),
-    (r"config|keys|tree|files|log|recipes|sharding|processes|meeting|peers|runtime|chips|__\w+__", 0),
+    (r"config|keys|tree|files|log|recipes|sharding|processes|meeting|peers|runtime|chips|__version__", 0),
 ]
 VAGUE = {"utils", "util", "common", "base", "helpers", "helper", "manager", "misc"}
 

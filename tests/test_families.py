@@ -59,7 +59,7 @@ def compare(case: str, folder: Path) -> float:
     quiet = lambda _: None  # noqa: E731
     imported = import_run(str(there), here, tokenizer="byte", report=quiet)
     config = imported.model
-    params, _ = restore.restore(here, restore.on_one_device(imported), report=quiet)
+    params, _ = restore.weights(here, restore.on_one_device(imported), report=quiet)
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=(2, 24))
     taps = capture(Transformer(config), params, jnp.asarray(tokens, jnp.int32))
     with torch.no_grad():

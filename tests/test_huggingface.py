@@ -45,7 +45,9 @@ from llm_jax.infer.generate import prompt_ids
 from llm_jax.model import count
 from llm_jax.model.transformer import Transformer, forward
 from llm_jax.runs import folder as run_folder
-from llm_jax.runs import loop, restore
+from llm_jax.runs import restore
+from llm_jax.runs.fit import fit
+from llm_jax.runs.start import load_recipe
 from llm_jax.tree import fingerprint
 
 TEXT = "The cat's mat: 12345 mats, naïve 🐈\n\n    def sit(mat):\n\treturn  mat  # <|endoftext|> </s>\r\n ß"
@@ -281,7 +283,7 @@ print((peak() - before) * 1024 / (folder / "model.safetensors").stat().st_size)
 
 def test_an_imported_run_is_of_the_weights_in_the_files(llama: Path, imported: Path):
     config = run_folder.load_config(imported)
-    params, step = restore.restore(imported, restore.on_one_device(config), report=quiet)
+    params, step = restore.weights(imported, restore.on_one_device(config), report=quiet)
     file = safetensors.open_folder(llama)
     q = file["model.layers.1.self_attn.q_proj.weight"].read()  # [KGH D]
     assert step == 0
@@ -294,7 +296,7 @@ def test_bfloat16_weights_are_computed_with_and_given_back_as_they_were(tmp_path
     there = save_model(tmp_path / "theirs", config_json("gemma2"), "bfloat16", shards=2)
     config = import_run(str(there), tmp_path / "run", tokenizer="byte", report=quiet)
     assert config.model.dtype == "bfloat16"
-    params, _ = restore.restore(tmp_path / "run", restore.on_one_device(config), report=quiet)
+    params, _ = restore.weights(tmp_path / "run", restore.on_one_device(config), report=quiet)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
     export_run(tmp_path / "run", params, tmp_path / "out")
     before, after = safetensors.open_folder(there), safetensors.open_folder(tmp_path / "out")
@@ -304,10 +306,10 @@ def test_bfloat16_weights_are_computed_with_and_given_back_as_they_were(tmp_path
 
 def test_an_exported_run_imports_as_the_same_run(imported: Path, tmp_path: Path):
     config = run_folder.load_config(imported)
-    params, _ = restore.restore(imported, restore.on_one_device(config), report=quiet)
+    params, _ = restore.weights(imported, restore.on_one_device(config), report=quiet)
     assert export_run(imported, params, tmp_path / "out").name == "llama"
     again = import_run(str(tmp_path / "out"), tmp_path / "again", tokenizer="byte", report=quiet)
-    there, _ = restore.restore(tmp_path / "again", restore.on_one_device(again), report=quiet)
+    there, _ = restore.weights(tmp_path / "again", restore.on_one_device(again), report=quiet)
     assert again.model == config.model
     assert fingerprint(there) == fingerprint(params)
 
@@ -330,7 +332,7 @@ def test_training_goes_on_from_an_imported_run(imported: Path, tmp_path: Path):
     )
     config = override(config, ["data.seq_len=32", "data.batch_size=8", "data.heldout=0.2", "optimizer.warmup_steps=1"])
     by = console()
-    loop.train(config, tmp_path / "run", console=by)
+    fit(config, tmp_path / "run", console=by)
     assert f"restored from {imported} at step 0: weights, nothing else" in by.file.getvalue()
 
 
@@ -420,7 +422,7 @@ def test_a_model_that_sees_the_whole_question_is_not_exported_as_one_that_does_n
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "tokenizer").symlink_to(imported / "tokenizer")
     run_folder.save_config(tmp_path / "run", translator)
-    params, _ = restore.restore(imported, restore.on_one_device(config), report=quiet)
+    params, _ = restore.weights(imported, restore.on_one_device(config), report=quiet)
     with pytest.raises(ValueError, match=r"sees the whole question at once .* every family .* sees no token ahead"):
         export_run(tmp_path / "run", params, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -750,7 +752,7 @@ def test_transformers_loads_an_exported_run_and_computes_the_same(tmp_path: Path
     config = override(config, [f"data.uri={corpus}", *changes, *sizes])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLM_JAX_CACHE", str(tmp_path / "cache"))
-        loop.train(config, tmp_path / "run", console=console())
+        fit(config, tmp_path / "run", console=console())
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--dtype", "float32"]) == 0
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
     theirs, coder = (
@@ -762,7 +764,7 @@ def test_transformers_loads_an_exported_run_and_computes_the_same(tmp_path: Path
     assert theirs(text)["input_ids"] == [coder.begin_of_text, *ids.tolist()]  # as documents began in training
     assert run_folder.begins(tmp_path / "run", config, coder)
     assert (theirs.eos_token_id, model.config.eos_token_id) == (coder.end_of_text,) * 2
-    params, _ = restore.restore(tmp_path / "run", restore.on_one_device(config), report=quiet)
+    params, _ = restore.weights(tmp_path / "run", restore.on_one_device(config), report=quiet)
     out = forward(Transformer(override(config.model, ["dtype=float32"])), params, jnp.asarray(ids)[None])
     with torch.no_grad():
         logits = model(torch.from_numpy(ids.astype(np.int64))[None]).logits.numpy()

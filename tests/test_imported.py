@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_run import write_corpus
+from tiny_run import evaluated, write_corpus
 
 from llm_jax.cli.main import main
 from llm_jax.compat.huggingface import export_run, import_run
@@ -314,7 +314,7 @@ def test_documents_are_measured_as_texts_begin(gpt2: Path, tmp_path: Path, capsy
     """With nothing before it a document's first token has nothing to be predicted from, nor is there an end."""
     corpus, coder = write_corpus(tmp_path / "corpus", documents=3), run_folder.load_tokenizer(gpt2)
     lengths = [len(coder.encode(path.read_text())) for path in sorted(corpus.iterdir())]
-    found = {begin: restore.evaluate(gpt2, str(corpus), begin=begin)[0] for begin in (None, False, True)}
+    found = {begin: evaluated(gpt2, str(corpus), begin=begin)[0] for begin in (None, False, True)}
     assert found[None] == found[False]
     assert (found[None].tokens, found[True].tokens) == (sum(lengths) - 3, sum(lengths) + 3)
     assert main(["evaluate", str(gpt2), "--begin"]) == 2
@@ -336,7 +336,7 @@ def test_a_prompt_that_spells_a_special_token_is_said_to_unless_it_is_read(gpt2:
 def test_a_run_trained_from_an_import_exports_the_beginning_it_was_trained_with(gpt2: Path, tmp_path: Path):
     library = pytest.importorskip("tokenizers")
     shutil.copytree(gpt2, tmp_path / "run")
-    params, _ = restore.restore(gpt2, restore.on_one_device(run_folder.load_config(gpt2)), report=lambda _: None)
+    params, _ = restore.weights(gpt2, restore.on_one_device(run_folder.load_config(gpt2)), report=lambda _: None)
     for name, ids in (("imported", []), ("trained", [0])):
         export_run(tmp_path / "run", params, out := tmp_path / name, report=lambda _: None)
         theirs = library.Tokenizer.from_file(str(out / "tokenizer.json"))

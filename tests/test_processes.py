@@ -36,7 +36,8 @@ from tiny_run import batch_hash
 from llm_jax import processes, tree
 from llm_jax.data.loader import Loader
 from llm_jax.sharding import MeshConfig
-from llm_jax.runs import loop, folder as run_folder
+from llm_jax.runs import folder as run_folder
+from llm_jax.runs.data import open_data
 from llm_jax.runs.checkpoint import Checkpoints
 from llm_jax.train.program import Program
 
@@ -47,7 +48,7 @@ with processes.joined(coordinator, int(n), int(i)):
         program = Program.on(dataclasses.replace(run_folder.load_config(folder), mesh=mesh))
         with Checkpoints(folder) as checkpoints:
             state, progress = checkpoints.restore(program.abstract_state, print)
-        loader = Loader(loop.open_data(program.config, print).split("train"), program.config.data, rows=program.rows)
+        loader = Loader(open_data(program.config, print).split("train"), program.config.data, rows=program.rows)
         batch = program.put(loader.batch(5))
         seen = [tree.fingerprint(processes.gathered(state)), batch_hash(processes.gathered(batch)), progress.step]
         print("seen", *seen, flush=True)

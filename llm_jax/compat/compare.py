@@ -21,9 +21,9 @@ from llm_jax.data.loader import Loader
 from llm_jax.files import strict, write_json, write_whole
 from llm_jax.log import visible
 from llm_jax.runs import folder as run_folder
-from llm_jax.runs import loop
 from llm_jax.runs.chart import GRAY, ORANGE, Series, line_chart
 from llm_jax.runs.checkpoint import Report
+from llm_jax.runs.data import open_data
 from llm_jax.runs.report import PAGE, STYLE
 from llm_jax.train.config import RunConfig
 from llm_jax.train.optimizer import make_schedule
@@ -111,7 +111,7 @@ def compare(config: RunConfig, steps: int, report: Report, *, compiled: bool = T
     """Trains the first `steps` steps of `config` on each side. Raises `ValueError` for what can't be compared."""
     check(config, steps)
     peak_memory()  # raises here, and not in a process of its own, where nothing measures it
-    shards = loop.open_data(config, report)
+    shards = open_data(config, report)
     Loader(shards.split("train"), config.data).check_horizon(steps)
     rates = np.asarray(make_schedule(config.optimizer, config.steps)(jnp.arange(steps))).tolist()
     job = (config, shards.folders, jax.device_get(Program.on(config).init().params), rates)

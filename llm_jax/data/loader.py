@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import flax.struct
@@ -57,21 +57,31 @@ def tells_documents(config: DataConfig) -> bool:
     return config.packing == "documents" or config.end_of_text
 
 
-def as_told(batch: Batch, config: DataConfig) -> Batch:
-    """`batch` without the fields that rows of `config` don't have."""
-    has_prefix = config.task is not None and config.task.kind == "translate"
-    apart = {} if tells_documents(config) else {"segments": None, "positions": None}
-    return dataclasses.replace(batch, **apart, **({} if has_prefix else {"prefix": None}))
+def as_told(batch: Batch, config: DataConfig, needs: Collection[str] = ()) -> Batch:
+    """Return `batch` without the fields that rows of `config` don't have, and nobody `needs`."""
+    absent = {"documents"} if tells_documents(config) else {"documents", "segments", "positions"}
+    if config.task is None or config.task.kind != "translate":
+        absent.add("prefix")
+    return dataclasses.replace(batch, **dict.fromkeys(absent - set(needs)))
 
 
 class Loader:
     """The training batches of a split, or those `rows` of each that one of several processes reads.
 
-    Of a split of several sources each row is of one of them. Raises `ValueError` if a source is shorter than a row.
+    Of a split of several sources each row is of one of them. Batches have the fields that `config` calls for, and those
+    that somebody `needs`. Raises `ValueError` if a source is shorter than a row.
     """
 
-    def __init__(self, store: TokenStore, config: DataConfig, *, rows: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        store: TokenStore,
+        config: DataConfig,
+        *,
+        rows: Sequence[int] | None = None,
+        needs: Collection[str] = (),
+    ) -> None:
         self._store, self._config, self._task = store, config, task_of(store, config)
+        self._needs = needs
         self._sources = [_Rows(store, part, config, number) for number, part in enumerate(store.parts)]
         self._deal = Deal(tuple(part.share for part in store.parts))
         self._rows = range(config.batch_size) if rows is None else rows
@@ -136,8 +146,8 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """The rows at `step`, the same whenever and wherever it is asked for."""
-        batch = _batch(self._store, self._config, self._task, self._index(step))
-        return dataclasses.replace(batch, documents=None)
+        batch = _batch(self._store, self._config, self._task, self._index(step), tell=bool(self._needs))
+        return as_told(batch, self._config, self._needs)
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """`batch(start)`, `batch(start + 1)` and so on, read ahead on a thread."""
@@ -290,7 +300,9 @@ def _index(config: DataConfig, rows: Sequence[list[tuple[int, int]]]) -> Int64[n
     return index
 
 
-def _batch(store: TokenStore, config: DataConfig, task: Task | None, index: Int64[np.ndarray, "B L"]) -> Batch:
+def _batch(
+    store: TokenStore, config: DataConfig, task: Task | None, index: Int64[np.ndarray, "B L"], tell: bool = False
+) -> Batch:
     """Inputs and targets, a token apart.
 
     With end-of-text tokens `index` is where the targets stand, and the input before a document is what the tokenizer
@@ -311,7 +323,7 @@ def _batch(store: TokenStore, config: DataConfig, task: Task | None, index: Int6
         targets=np.where(counted, store.take(targets), IGNORE).astype(np.int32),
         documents=np.where(counted, store.documents_of(targets), IGNORE).astype(np.int32),
     )
-    if not tells_documents(config):
+    if not (tell or tells_documents(config)):
         return batch
     place = np.broadcast_to(np.arange(config.seq_len), index.shape)
     first = np.diff(document, axis=1, prepend=-2) != 0
