@@ -15,9 +15,10 @@ import re
 import types
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from llm_jax.keys import choices, keys, kinds, suggestions
+from llm_jax.keys import REQUIRED, choices, keys, kinds, suggestions, value_at
 
 Config = TypeVar("Config")
 
@@ -304,3 +305,31 @@ def _abbreviated(value: Any, other: Any) -> str:
     text = plain(value)
     alike = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, plain(other), strict=False))))
     return text if len(text) < 40 else f"{text[: max(12, alike + 1)]}..."
+
+
+def check_exact(config: Any, cls: type) -> None:
+    """Raise `ValueError` for a config of a subclass, of `cls` or of the class of a field: config.json would lose it."""
+    if type(config) is not cls:
+        raise ValueError(
+            f"{type(config).__name__} is a subclass of {cls.__name__}, which config.json can't bring back; use "
+            f"{cls.__name__} itself, and pass code of your own as fit(loss=..., optimizer=..., metrics=...) or as "
+            "model.layers=my.module:Mixer"
+        )
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        value = getattr(config, field.name)
+        for named in (hints[field.name], *get_args(hints[field.name])):
+            if dataclasses.is_dataclass(named) and isinstance(named, type) and isinstance(value, named):
+                check_exact(value, named)
+
+
+def html_table(config: Any) -> str:
+    """Return a config as a table for a notebook: each key, its value, bold where not the default, and its meaning."""
+    rows = []
+    for key in keys(type(config)):
+        value = value_at(config, key)
+        if key.group is None and value is not REQUIRED:
+            shown = escape(plain(value))
+            shown = shown if key.default == value else f"<b>{shown}</b>"
+            rows.append(f"<tr><td><code>{key.name}</code></td><td>{shown}</td><td>{escape(key.meaning)}</td></tr>")
+    return f"<table><tr><th>key</th><th>value</th><th>meaning</th></tr>{''.join(rows)}</table>"

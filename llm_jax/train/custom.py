@@ -52,11 +52,7 @@ class Custom:
     made_by: Callable[[], optax.GradientTransformation] | None = None
 
     @classmethod
-    def of(
-        cls,
-        loss: Loss | None = None,
-        optimizer: optax.GradientTransformation | Callable[[], optax.GradientTransformation] | None = None,
-    ) -> "Custom":
+    def of(cls, loss: Any = None, optimizer: Any = None) -> "Custom":
         """Return what `fit` was given. An optimizer may be a function without arguments that makes one.
 
         Raise `ValueError` for what is neither, and for a field that a loss needs and no batch has.
