@@ -46,7 +46,7 @@ def test_a_loss_of_ones_own_has_the_gradient_of_the_one_it_repeats(config: RunCo
     (loss, sums), gradient = own.gradient(params, batch)
     (expected, _), their_gradient = plain.gradient(params, dataclasses.replace(batch, documents=None))
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
-    assert sums["documents"] == (batch.targets >= 0).sum()
+    assert int(sums["documents"]) == (batch.targets >= 0).sum()
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), gradient, their_gradient)
 
     state, metrics = own.train_step(own.init(), batch)  # what the optimizer returns is added as it is
