@@ -33,9 +33,9 @@ from llm_jax.compat.huggingface import export_run, fetch, import_run, open_token
 from llm_jax.compat.layout import Layout
 from llm_jax.compat.tokenizers import ends_of, files_of, merges_of
 from llm_jax.config import override
-from llm_jax.data import tokenizer
+from llm_jax.data import bpe, tokenizer
 from llm_jax.data.config import DataConfig
-from llm_jax.data.imported import ImportedTokenizer
+from llm_jax.data.imported_tokenizer import ImportedTokenizer
 from llm_jax.data.loader import heldout_rows
 from llm_jax.data.prepare import prepare
 from llm_jax.data.shards import open_shards
@@ -553,7 +553,7 @@ def test_an_imported_tokenizer_is_kept_as_it_is(tmp_path: Path):
     there = folder_of(byte_level(), tmp_path / "theirs")
     coder = opened(there)
     coder.save(tmp_path / "kept")
-    again = tokenizer.load(tmp_path / "kept")
+    again = tokenizer.load_tokenizer(tmp_path / "kept")
     assert (again.fingerprint, again.name, again.begin_of_text) == (coder.fingerprint, "someone/theirs", 0)
     assert (again.begins, again.end_ids, again.special_tokens) == (True, (1, 5), {"<s>": 0, "</s>": 1})
     assert (again.encode(TEXT) == coder.encode(TEXT)).all()
@@ -561,7 +561,7 @@ def test_an_imported_tokenizer_is_kept_as_it_is(tmp_path: Path):
         assert content == (there / name).read_bytes()
     (tmp_path / "kept" / "tokenizer.json").write_text(with_byte_fallback(), encoding="utf-8")
     with pytest.raises(ValueError, match=r"is damaged: its tokenizer.json is another; import the model again"):
-        tokenizer.load(tmp_path / "kept")
+        tokenizer.load_tokenizer(tmp_path / "kept")
 
 
 def test_a_text_begins_with_the_token_that_the_model_knows_for_it(tmp_path: Path):
@@ -601,7 +601,7 @@ def test_added_tokens_that_the_model_has_no_room_for_are_left_out(tmp_path: Path
     coder = opened(there, 300)
     assert (coder.vocab_size, coder.encode("<image>", special=True).max() < 300) == (300, True)
     coder.save(tmp_path / "kept")
-    again = tokenizer.load(tmp_path / "kept")
+    again = tokenizer.load_tokenizer(tmp_path / "kept")
     assert (again.fingerprint, again.vocab_size) == (coder.fingerprint, 300)
 
 
@@ -709,7 +709,7 @@ def test_a_file_that_is_no_tokenizer_is_named():
 def ours() -> list[Tokenizer]:
     """The second has an entry that no merges lead to, which a whole piece of text may be."""
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"mats": 256}
-    odd = tokenizer._bpe("odd", r"\w+|\W", ranks, {END_OF_TEXT: 257})
+    odd = bpe.from_ranks("odd", r"\w+|\W", ranks, {END_OF_TEXT: 257})
     return [tokenizer.train(320, [TEXT]), odd, tokenizer.ByteTokenizer(), tokenizer.CharTokenizer(TEXT)]
 
 

@@ -23,7 +23,7 @@ from llm_jax.compat.outside import optional, read_json
 from llm_jax.compat.tokenizers import ends_of, files_of
 from llm_jax.config import nearest
 from llm_jax.data.config import DataConfig
-from llm_jax.data.imported import ImportedTokenizer, files_in
+from llm_jax.data.imported_tokenizer import ImportedTokenizer, files_in
 from llm_jax.data.tokenizer import Tokenizer, build
 from llm_jax.files import whole_folder, write_json
 from llm_jax.model.config import ModelConfig

@@ -12,7 +12,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
-from llm_jax.config import override
+from llm_jax.config import replace
 from llm_jax.data.task import Task, TaskConfig, resolve
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.model.cache import Cache, init_cache
@@ -201,7 +201,7 @@ def stream(
     ids = prompt_ids(config, tokenizer, prompts, begin, special)
     rooms = [min(max_tokens, config.max_seq_len - len(tokens)) for tokens in ids]
     # What was chosen for rows of training length may decline a single query.
-    config = override(config, ["attention.implementation=none"])
+    config = replace(config, **{"attention.implementation": None})
     params = unstack(config, params)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(ids)))
     for first in range(0, len(ids), BATCH):

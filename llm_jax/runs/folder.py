@@ -119,7 +119,7 @@ def _looks_like_a_run(folder: Path) -> bool:
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of the run in `folder`."""
-    return tokenizer.load(Path(folder) / "tokenizer")
+    return tokenizer.load_tokenizer(Path(folder) / "tokenizer")
 
 
 def create(folder: Path, config: RunConfig, shards: Shards | Mixture, command: str) -> None:
