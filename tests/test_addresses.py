@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import sysconfig
 from typing import Any
 
 import fsspec

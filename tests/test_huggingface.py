@@ -30,7 +30,7 @@ from tiny_run import console, write_corpus
 from llm_jax.cli.main import main
 from llm_jax.compat import huggingface, safetensors, weights
 from llm_jax.compat.huggingface import export_run, fetch, import_run, open_tokenizer
-from llm_jax.compat.layout import Layout
+from llm_jax.compat.tensor_format import TensorFormat
 from llm_jax.compat.tokenizers import ends_of, files_of, merges_of
 from llm_jax.config import override
 from llm_jax.data import bpe, tokenizer
@@ -62,7 +62,7 @@ def save_model(folder: Path, theirs: Mapping[str, Any], dtype: str = "float32", 
     family = family_of(theirs)
     config = family.read(theirs)
     shapes = weights.shapes_of(count.shapes(config))
-    tensors = {tensor.name: tensor.layout.shape for tensor in family.tensors_of(config, shapes)}
+    tensors = {tensor.name: tensor.format.shape for tensor in family.tensors_of(config, shapes)}
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({**theirs, "dtype": dtype}))
@@ -95,23 +95,23 @@ def imported(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_layout_says_where_each_of_our_numbers_stands():
     """By hand: for head k, its two queries, then its key, then its value, each of H numbers."""
     K, G, H, D = 2, 2, 3, 5
-    layout = Layout("(K[GH|H|H])D", ("DKGH", "DKH", "DKH"), {"K": K, "G": G, "H": H, "D": D})
-    assert layout.shape == (K * (G + 2) * H, D)
-    theirs = np.arange(np.prod(layout.shape)).reshape(layout.shape)
-    q, k, v = layout.split(theirs)
+    ours = TensorFormat("(K[GH|H|H])D", ("DKGH", "DKH", "DKH"), {"K": K, "G": G, "H": H, "D": D})
+    assert ours.shape == (K * (G + 2) * H, D)
+    theirs = np.arange(np.prod(ours.shape)).reshape(ours.shape)
+    q, k, v = ours.split(theirs)
     assert (q.shape, k.shape, v.shape) == ((D, K, G, H), (D, K, H), (D, K, H))
     assert q[4, 1, 1, 2] == theirs[1 * 12 + 1 * 3 + 2, 4]
     assert k[0, 1, 2] == theirs[1 * 12 + 2 * 3 + 2, 0]
     assert v[3, 0, 1] == theirs[0 * 12 + 3 * 3 + 1, 3]
-    np.testing.assert_array_equal(layout.join([q, k, v]), theirs)
+    np.testing.assert_array_equal(ours.join([q, k, v]), theirs)
 
 
 def test_parts_of_a_tensor_may_differ_in_size():
-    layout = Layout("D[KGH|KH|KH]", ("DKGH", "DKH", "DKH"), {"K": 2, "G": 3, "H": 4, "D": 5})
+    ours = TensorFormat("D[KGH|KH|KH]", ("DKGH", "DKH", "DKH"), {"K": 2, "G": 3, "H": 4, "D": 5})
     theirs = np.arange(5 * 40).reshape(5, 40)
-    assert layout.shape == (5, 40)
-    np.testing.assert_array_equal(layout.split(theirs)[1][3], theirs[3, 24:32].reshape(2, 4))
-    np.testing.assert_array_equal(layout.join(layout.split(theirs)), theirs)
+    assert ours.shape == (5, 40)
+    np.testing.assert_array_equal(ours.split(theirs)[1][3], theirs[3, 24:32].reshape(2, 4))
+    np.testing.assert_array_equal(ours.join(ours.split(theirs)), theirs)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -241,7 +241,7 @@ def test_weights_pass_through_the_memory_of_the_host(llama: Path, imported: Path
     theirs = json.loads((llama / "config.json").read_text())
     family = huggingface.family_of(theirs)
     with jax.default_device(other):
-        params = weights.load(llama, family, family.read(theirs))
+        params = weights.read_parameters(llama, family, family.read(theirs))
     assert {device for leaf in jax.tree.leaves(params) for device in leaf.devices()} == {host}
     monkeypatch.setattr(jax, "devices", lambda *_: [other])
     assert restore.on_the_host(run_folder.load_config(imported)).mesh.devices.ravel().tolist() == [host]
@@ -266,7 +266,7 @@ family = family_of(read_json(folder / "config.json"))
 config = family.read(read_json(folder / "config.json"))
 shapes(config)
 before = peak()
-params = weights.load(folder, family, config)
+params = weights.read_parameters(folder, family, config)
 print((peak() - before) * 1024 / (folder / "model.safetensors").stat().st_size)
 """
     environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[1])}

@@ -34,6 +34,7 @@ from llm_jax.model.config import ModelConfig
 from llm_jax.model.transformer import Transformer, forward
 from llm_jax.ops.sampling import Sampling
 from llm_jax.plan import describe
+from llm_jax.runs import folder as run_folder
 from llm_jax.runs import loop, restore
 from llm_jax.runs.loop import train
 from llm_jax.runs.start import load_recipe
@@ -369,7 +370,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def heldout_pairs(folder: Path) -> list[list[str]]:
-    shards = loop.open_run_data(folder, loop.run.load_config(folder), print)
+    shards = loop.open_run_data(folder, run_folder.load_config(folder), print)
     store = shards.split("heldout")
     texts = [shards.tokenizer.decode(store.read(a, b - 1)) for a, b in itertools.pairwise(store.offsets.tolist())]
     return [text.split("\t") for text in texts]
@@ -456,7 +457,9 @@ def test_a_class_is_scored_as_transformers_does(tmp_path: Path):
     about = huggingface.read_json(tmp_path / "config.json")
     family = huggingface.family_of(about)
     config = family.read(about)
-    params = weights.load(tmp_path, family, config) | {"classes": {"table": jnp.asarray(scorer.score.weight.detach())}}
+    params = weights.read_parameters(tmp_path, family, config) | {
+        "classes": {"table": jnp.asarray(scorer.score.weight.detach())}
+    }
     lengths = np.array([3, 9, 1, 6])
     tokens = np.random.default_rng(0).integers(1, 40, size=(4, 9)) * (np.arange(9) < lengths[:, None])
     with torch.no_grad():

@@ -43,9 +43,7 @@ def classify(
     """
     separator = resolve(task, tokenizer, special=special).separator
     ids = prompt_ids(config, tokenizer, [task.ask(prompt) for prompt in prompts], begin, special)
-    config = replace(
-        config, **{"attention.implementation": None}
-    )  # what suits rows of training length may decline these
+    config = replace(config, **{"attention.implementation": None})  # one for rows of training length may decline these
     answers = []
     for first in range(0, len(ids), BATCH):
         tokens, _ = padded(ids[first : first + BATCH], config.max_seq_len)

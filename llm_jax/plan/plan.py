@@ -275,7 +275,7 @@ def plan(config: RunConfig, topology: Topology, price: float | None = None, fold
         optimizer=bytes_here(state.opt_state),
         host=bytes_here(state, host=True),
         gradients=int(numbers_here(state.params, mesh) * gradient_bytes(config, mesh)),
-        temporaries=dict(liveness.places(liveness.live(module)).most_common()) if module else {},
+        temporaries=dict(liveness.by_module(liveness.live(module)).most_common()) if module else {},
         traffic=traffic,
         more=sum(one.count is None for one in sent),
         flops=flops,
