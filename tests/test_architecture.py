@@ -1,6 +1,7 @@
 """The house of DESIGN: imports point down only, wherever in a file they stand."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -22,7 +23,7 @@ FLOORS = [
     (r"infer", 3),
     (r"model", 2),
     (r"ops|data", 1),
-    (r"config|keys|tree|files|log|recipes|sharding|processes|meeting|peers|runtime|chips|__version__", 0),
+    (r"config|keys|tree|files|log|recipes|sharding|processes|runtime|chips|__version__", 0),
 ]
 VAGUE = {"utils", "util", "common", "base", "helpers", "helper", "manager", "misc"}
 
@@ -75,6 +76,20 @@ def test_a_file_imports_lower_floors_or_its_own_folder_only():
         if other.startswith("llm_jax.") and not may_import(module(path), other)
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    modules = {module(path).removesuffix(".__init__") for path in FILES} - {"llm_jax"}
+    graph = {}
+    for path in FILES:
+        found = set(imports(path)) & modules
+        # `from a import b` gives both: the package `a` is meant only where `b` is a name in it.
+        packages = {name for name in found if any(other.startswith(f"{name}.") for other in found)}
+        graph[module(path).removesuffix(".__init__")] = found - packages
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
 def test_every_file_stands_on_a_floor():

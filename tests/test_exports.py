@@ -197,7 +197,7 @@ def test_transformers_loads_every_export(name: str):
     loaded = transformers.AutoModelForCausalLM.from_config(config)
     assert type(loaded).__name__ == family.architecture
     if model.experts is None:  # which transformers fuses
-        ours = {tensor.name: tensor.layout.shape for tensor in family.tensors_of(model, shapes)}
+        ours = {tensor.name: tensor.format.shape for tensor in family.tensors_of(model, shapes)}
         found = {name: tuple(x.shape) for name, x in loaded.named_parameters()}
         if "embed_out.weight" in ours:  # the name of a NeoX's head on disk
             found["embed_out.weight"] = found.pop("lm_head.weight")

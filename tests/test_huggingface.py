@@ -30,12 +30,12 @@ from tiny_run import console, write_corpus
 from llm_jax.cli.main import main
 from llm_jax.compat import huggingface, safetensors, weights
 from llm_jax.compat.huggingface import export_run, fetch, import_run, open_tokenizer
-from llm_jax.compat.layout import Layout
+from llm_jax.compat.tensor_format import TensorFormat
 from llm_jax.compat.tokenizers import ends_of, files_of, merges_of
 from llm_jax.config import override
-from llm_jax.data import tokenizer
+from llm_jax.data import bpe, tokenizer
 from llm_jax.data.config import DataConfig
-from llm_jax.data.imported import ImportedTokenizer
+from llm_jax.data.imported_tokenizer import ImportedTokenizer
 from llm_jax.data.loader import heldout_rows
 from llm_jax.data.prepare import prepare
 from llm_jax.data.shards import open_shards
@@ -64,7 +64,7 @@ def save_model(folder: Path, theirs: Mapping[str, Any], dtype: str = "float32", 
     family = family_of(theirs)
     config = family.read(theirs)
     shapes = weights.shapes_of(count.shapes(config))
-    tensors = {tensor.name: tensor.layout.shape for tensor in family.tensors_of(config, shapes)}
+    tensors = {tensor.name: tensor.format.shape for tensor in family.tensors_of(config, shapes)}
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({**theirs, "dtype": dtype}))
@@ -97,23 +97,23 @@ def imported(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_layout_says_where_each_of_our_numbers_stands():
     """By hand: for head k, its two queries, then its key, then its value, each of H numbers."""
     K, G, H, D = 2, 2, 3, 5
-    layout = Layout("(K[GH|H|H])D", ("DKGH", "DKH", "DKH"), {"K": K, "G": G, "H": H, "D": D})
-    assert layout.shape == (K * (G + 2) * H, D)
-    theirs = np.arange(np.prod(layout.shape)).reshape(layout.shape)
-    q, k, v = layout.split(theirs)
+    ours = TensorFormat("(K[GH|H|H])D", ("DKGH", "DKH", "DKH"), {"K": K, "G": G, "H": H, "D": D})
+    assert ours.shape == (K * (G + 2) * H, D)
+    theirs = np.arange(np.prod(ours.shape)).reshape(ours.shape)
+    q, k, v = ours.split(theirs)
     assert (q.shape, k.shape, v.shape) == ((D, K, G, H), (D, K, H), (D, K, H))
     assert q[4, 1, 1, 2] == theirs[1 * 12 + 1 * 3 + 2, 4]
     assert k[0, 1, 2] == theirs[1 * 12 + 2 * 3 + 2, 0]
     assert v[3, 0, 1] == theirs[0 * 12 + 3 * 3 + 1, 3]
-    np.testing.assert_array_equal(layout.join([q, k, v]), theirs)
+    np.testing.assert_array_equal(ours.join([q, k, v]), theirs)
 
 
 def test_parts_of_a_tensor_may_differ_in_size():
-    layout = Layout("D[KGH|KH|KH]", ("DKGH", "DKH", "DKH"), {"K": 2, "G": 3, "H": 4, "D": 5})
+    ours = TensorFormat("D[KGH|KH|KH]", ("DKGH", "DKH", "DKH"), {"K": 2, "G": 3, "H": 4, "D": 5})
     theirs = np.arange(5 * 40).reshape(5, 40)
-    assert layout.shape == (5, 40)
-    np.testing.assert_array_equal(layout.split(theirs)[1][3], theirs[3, 24:32].reshape(2, 4))
-    np.testing.assert_array_equal(layout.join(layout.split(theirs)), theirs)
+    assert ours.shape == (5, 40)
+    np.testing.assert_array_equal(ours.split(theirs)[1][3], theirs[3, 24:32].reshape(2, 4))
+    np.testing.assert_array_equal(ours.join(ours.split(theirs)), theirs)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -243,7 +243,7 @@ def test_weights_pass_through_the_memory_of_the_host(llama: Path, imported: Path
     theirs = json.loads((llama / "config.json").read_text())
     family = huggingface.family_of(theirs)
     with jax.default_device(other):
-        params = weights.load(llama, family, family.read(theirs))
+        params = weights.read_parameters(llama, family, family.read(theirs))
     assert {device for leaf in jax.tree.leaves(params) for device in leaf.devices()} == {host}
     monkeypatch.setattr(jax, "devices", lambda *_: [other])
     assert restore.on_the_host(run_folder.load_config(imported)).mesh.devices.ravel().tolist() == [host]
@@ -268,7 +268,7 @@ family = family_of(read_json(folder / "config.json"))
 config = family.read(read_json(folder / "config.json"))
 shapes(config)
 before = peak()
-params = weights.load(folder, family, config)
+params = weights.read_parameters(folder, family, config)
 print((peak() - before) * 1024 / (folder / "model.safetensors").stat().st_size)
 """
     environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -555,7 +555,7 @@ def test_an_imported_tokenizer_is_kept_as_it_is(tmp_path: Path):
     there = folder_of(byte_level(), tmp_path / "theirs")
     coder = opened(there)
     coder.save(tmp_path / "kept")
-    again = tokenizer.load(tmp_path / "kept")
+    again = tokenizer.load_tokenizer(tmp_path / "kept")
     assert (again.fingerprint, again.name, again.begin_of_text) == (coder.fingerprint, "someone/theirs", 0)
     assert (again.begins, again.end_ids, again.special_tokens) == (True, (1, 5), {"<s>": 0, "</s>": 1})
     assert (again.encode(TEXT) == coder.encode(TEXT)).all()
@@ -563,7 +563,7 @@ def test_an_imported_tokenizer_is_kept_as_it_is(tmp_path: Path):
         assert content == (there / name).read_bytes()
     (tmp_path / "kept" / "tokenizer.json").write_text(with_byte_fallback(), encoding="utf-8")
     with pytest.raises(ValueError, match=r"is damaged: its tokenizer.json is another; import the model again"):
-        tokenizer.load(tmp_path / "kept")
+        tokenizer.load_tokenizer(tmp_path / "kept")
 
 
 def test_a_text_begins_with_the_token_that_the_model_knows_for_it(tmp_path: Path):
@@ -603,7 +603,7 @@ def test_added_tokens_that_the_model_has_no_room_for_are_left_out(tmp_path: Path
     coder = opened(there, 300)
     assert (coder.vocab_size, coder.encode("<image>", special=True).max() < 300) == (300, True)
     coder.save(tmp_path / "kept")
-    again = tokenizer.load(tmp_path / "kept")
+    again = tokenizer.load_tokenizer(tmp_path / "kept")
     assert (again.fingerprint, again.vocab_size) == (coder.fingerprint, 300)
 
 
@@ -711,7 +711,7 @@ def test_a_file_that_is_no_tokenizer_is_named():
 def ours() -> list[Tokenizer]:
     """The second has an entry that no merges lead to, which a whole piece of text may be."""
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"mats": 256}
-    odd = tokenizer._bpe("odd", r"\w+|\W", ranks, {END_OF_TEXT: 257})
+    odd = bpe.from_ranks("odd", r"\w+|\W", ranks, {END_OF_TEXT: 257})
     return [tokenizer.train(320, [TEXT]), odd, tokenizer.ByteTokenizer(), tokenizer.CharTokenizer(TEXT)]
 
 

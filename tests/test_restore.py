@@ -66,8 +66,8 @@ def test_a_mixture_of_prepared_and_other_text_is_scored_whole(finished: Path, tm
     config = run_folder.load_config(finished)
     found = open_text(uri, finished, config, lambda line: None, "story")
     whole, _ = all_text(found, config.data)
-    assert [part.documents.stop - part.documents.start for part in whole.parts] == [20, 9, 1]
-    assert [float(part.share) for part in whole.parts] == [0.25, 0.5, 0.25]
+    assert [source.documents.stop - source.documents.start for source in whole.sources] == [20, 9, 1]
+    assert [float(source.share) for source in whole.sources] == [0.25, 0.5, 0.25]
     prepare(str(prepared), tmp_path / "other", tokenizer="char", heldout=0.05, heldout_by="tail")
     with pytest.raises(ValueError, match=r"other is in the tokens of char, but .* knows those of byte"):
         open_text(uri.replace("/out:", "/other:"), finished, config, lambda line: None, "story")

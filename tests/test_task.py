@@ -457,7 +457,9 @@ def test_a_class_is_scored_as_transformers_does(tmp_path: Path):
     about = huggingface.read_json(tmp_path / "config.json")
     family = huggingface.family_of(about)
     config = family.read(about)
-    params = weights.load(tmp_path, family, config) | {"classes": {"table": jnp.asarray(scorer.score.weight.detach())}}
+    params = weights.read_parameters(tmp_path, family, config) | {
+        "classes": {"table": jnp.asarray(scorer.score.weight.detach())}
+    }
     lengths = np.array([3, 9, 1, 6])
     tokens = np.random.default_rng(0).integers(1, 40, size=(4, 9)) * (np.arange(9) < lengths[:, None])
     with torch.no_grad():

@@ -260,7 +260,7 @@ def show(args: Namespace) -> None:
     if args.json:
         _print_json(dataclasses.asdict(description))
     else:
-        Console(width=None if sys.stdout.isatty() else 120).print(pages.render(description))
+        Console(width=None if sys.stdout.isatty() else 120).print(description)
 
 
 def plan(args: Namespace) -> None:
@@ -292,13 +292,13 @@ def plan(args: Namespace) -> None:
     searched = search.search(config, topology, args.compiles or 6, args.price, report=_say) if args.search else None
     found = plans.plan(config, topology, args.price) if searched is None else searched.tried[0].plan
     if args.json:
-        planned = {} if found is None else plans.as_json(found)
-        _print_json(planned | ({} if searched is None else search.as_json(searched)))
+        planned = {} if found is None else found.to_json()
+        _print_json(planned | ({} if searched is None else searched.to_json()))
         return
     if found is not None:
-        console.print(plans.render(found))
+        console.print(found)
     if searched is not None:
-        console.print(search.render(searched))
+        console.print(searched)
 
 
 def _config(args: Namespace) -> "RunConfig":
@@ -345,7 +345,7 @@ def compare(args: Namespace) -> None:
         print(compare.table(result))  # before the page: a disk may have no room for that
     compare.write(result, folder, name)
     if args.json:
-        _print_json(compare.as_json(result))
+        _print_json(result.to_json())
     else:
         print(f"read {folder}/compare.html")
 
@@ -376,7 +376,7 @@ def verify(args: Namespace) -> None:
         found.append(verdict)
         print(checks.line(verdict), file=sys.stderr if args.json else sys.stdout, flush=True)
     if args.json:
-        _print_json(checks.as_json(found))
+        _print_json(checks.verdicts_to_json(found))
     if all(verdict.refused for verdict in found):
         raise ValueError(f"none of {len(found)} layouts can be, for the reasons above; name other --axes")
     if different := [verdict.layout for verdict in found if verdict.equal is False]:
@@ -409,7 +409,7 @@ def check(args: Namespace) -> None:
         found.append(finding)
         say(checks.line(finding))
     if args.json:
-        _print_json(checks.as_json(found))
+        _print_json(checks.findings_to_json(found))
     if wrong := [f"{finding.what} on {finding.device}" for finding in found if not finding.right]:
         raise ValueError(
             f"wrong here: {', '.join(wrong)}; train nothing on it before another version of jaxlib, or its way around, "
@@ -500,7 +500,7 @@ def _print_keys(config: "RunConfig", *, json: bool) -> None:
     if json:
         _print_json(pages.keys_as_json(config))
     else:
-        Console(width=None if sys.stdout.isatty() else 120).print(pages.render_keys(config))
+        Console(width=None if sys.stdout.isatty() else 120).print(pages.keys_table(config))
 
 
 def tokenize(args: Namespace) -> None:
@@ -522,7 +522,7 @@ def tokenize(args: Namespace) -> None:
         raise ValueError(f"--column {args.column} is one of what a tokenizer learns from; add --train URI")
     given = sys.stdin.read() if args.text is None and args.decode is None else args.text or ""
     inside = Path(args.tokenizer) / "tokenizer"  # of a run, or of prepared data
-    coder = tokenizer.load(inside) if inside.is_dir() else tokenizer.build(args.tokenizer, lambda: [given])
+    coder = tokenizer.load_tokenizer(inside) if inside.is_dir() else tokenizer.build(args.tokenizer, lambda: [given])
     if not args.special:
         _say_what_is_spelled(coder, [given])
     tokens = coder.encode(given, special=args.special).tolist() if args.decode is None else args.decode

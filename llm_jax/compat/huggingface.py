@@ -23,7 +23,7 @@ from llm_jax.compat.outside import optional, read_json
 from llm_jax.compat.tokenizers import ends_of, files_of
 from llm_jax.config import nearest
 from llm_jax.data.config import DataConfig
-from llm_jax.data.imported import ImportedTokenizer, files_in
+from llm_jax.data.imported_tokenizer import ImportedTokenizer, files_in
 from llm_jax.data.tokenizer import Tokenizer, build
 from llm_jax.files import whole_folder, write_json
 from llm_jax.model.config import ModelConfig
@@ -76,7 +76,7 @@ def import_run(
     for line in (safetensors.passed_over(there), ignored(family, theirs)):
         if line is not None:
             report(line)
-    params = weights.load(there, family, model)
+    params = weights.read_parameters(there, family, model)
     with whole_folder(folder, "import") as scratch:
         coder.save(scratch / "tokenizer")
         # The ids of tokens are those of the model's own tokenizer.
@@ -139,7 +139,7 @@ def export_run(
         for name, content in files.items():
             (scratch / name).parent.mkdir(exist_ok=True)
             (scratch / name).write_bytes(content)
-        weights.save(scratch / "model.safetensors", chosen, model, params, dtype or model.dtype, kept)
+        weights.write_parameters(scratch / "model.safetensors", chosen, model, params, dtype or model.dtype, kept)
     return chosen
 
 

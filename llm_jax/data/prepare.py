@@ -21,10 +21,10 @@ from llm_jax.data import sources
 from llm_jax.data.config import DataConfig, check_heldout, parse_uri
 from llm_jax.data.generated import GENERATED
 from llm_jax.data.pool import encode_all, watched
-from llm_jax.data.shards import FORMAT, SPLITS, Manifest, Split, is_prepared, names_a_column, read_manifest, sha256_of
+from llm_jax.data.shards import FORMAT, SPLITS, Manifest, Split, is_prepared, names_a_column, read_manifest
 from llm_jax.data.sources import Document
-from llm_jax.data.tokenizer import Tokenizer, build, load
-from llm_jax.files import whole_folder, write_json, written
+from llm_jax.data.tokenizer import Tokenizer, build, load_tokenizer
+from llm_jax.files import sha256_of, whole_folder, write_json, written
 
 SETTINGS = ("tokenizer", "separator", "column", "end_of_text", "heldout", "heldout_by", "special")
 SHARD_TOKENS = 1 << 25
@@ -132,7 +132,7 @@ def cached(config: DataConfig, cache_dir: str | Path, report: Report = _silent) 
         return given
     key = settings | {"format": FORMAT, "reader": READER, "content": _content(config.uri)}
     if Path(config.tokenizer).is_dir():
-        key["tokenizer"] = load(config.tokenizer).fingerprint
+        key["tokenizer"] = load_tokenizer(config.tokenizer).fingerprint
     folder = Path(cache_dir) / _digest(key)
     if not folder.exists():
         try:
@@ -339,7 +339,7 @@ def _check_sides(manifest: Manifest) -> None:
 def _check_agreement(settings: Mapping[str, Any], manifest: Manifest) -> None:
     made = {name: getattr(manifest, name) for name in settings}
     folder = Path(settings["tokenizer"])
-    if folder.is_dir() and load(folder).fingerprint == manifest.tokenizer_fingerprint:
+    if folder.is_dir() and load_tokenizer(folder).fingerprint == manifest.tokenizer_fingerprint:
         made["tokenizer"] = settings["tokenizer"]  # one that is saved is known by its ids, not by its place
     differ = [name for name in settings if made[name] != settings[name]]
     if differ:

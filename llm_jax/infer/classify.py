@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from llm_jax.config import replace
 from llm_jax.data.task import TaskConfig, resolve
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.infer.generate import BATCH, padded, prompt_ids
@@ -42,8 +43,7 @@ def classify(
     """
     separator = resolve(task, tokenizer, special=special).separator
     ids = prompt_ids(config, tokenizer, [task.ask(prompt) for prompt in prompts], begin, special)
-    # What was chosen for rows of training length may decline these.
-    config = dataclasses.replace(config, attention=dataclasses.replace(config.attention, implementation=None))
+    config = replace(config, **{"attention.implementation": None})  # one for rows of training length may decline these
     answers = []
     for first in range(0, len(ids), BATCH):
         tokens, _ = padded(ids[first : first + BATCH], config.max_seq_len)

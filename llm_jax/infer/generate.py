@@ -12,6 +12,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
+from llm_jax.config import replace
 from llm_jax.data.task import Task, TaskConfig, resolve
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.model.cache import Cache, init_cache
@@ -198,7 +199,7 @@ class Sampler:
             raise ValueError("a classifier generates nothing; let it answer by infer/classify.py")
         self.tokenizer, self.begin, self.special = tokenizer, begin, special
         # What was chosen for rows of training length may decline a single query.
-        self.config = dataclasses.replace(config, attention=dataclasses.replace(config.attention, implementation=None))
+        self.config = replace(config, **{"attention.implementation": None})
         self._params = unstack(config, in_dtype(params, config.dtype))
         self._task = None if task is None else resolve(task, tokenizer, special=special)
         self._ask = (lambda prompt: prompt) if task is None else task.ask

@@ -94,10 +94,10 @@ def evaluate(
         raise ValueError("nothing to evaluate: not one held-out token; prepare the data with heldout above 0")
     if lengths.any():
         sums[seen, 2] = text_bytes(store, seen, sums[seen, 1], sums[seen, 2])
-    found = [(part, sums[part.documents]) for part in store.parts]
+    found = [(part, sums[part.documents]) for part in store.sources]
     found = [(part, own[own[:, 1] > 0]) for part, own in found if own[:, 1].any()]
     result = _summary([own for _, own in found], [float(part.share) for part, _ in found], task is not None)
-    if len(store.parts) == 1:
+    if len(store.sources) == 1:
         return result
     return dataclasses.replace(
         result, sources={part.name: _summary([own], [1.0], task is not None) for part, own in found}

@@ -131,7 +131,7 @@ def load_code(folder: Path) -> dict[str, dict[str, str | None]]:
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of the run in `folder`."""
-    return tokenizer.load(Path(folder) / "tokenizer")
+    return tokenizer.load_tokenizer(Path(folder) / "tokenizer")
 
 
 def create(

@@ -58,10 +58,10 @@ def config_from(
     rate = recipe.model.attention.dropout if drops else 0.0
     attention = dataclasses.replace(theirs.attention, dropout=rate)
     model = dataclasses.replace(theirs, attention=attention, dropout=recipe.model.dropout, remat=recipe.model.remat)
-    start = [f"init_from={folder}"]
+    start = {"model": model, "init_from": str(folder)}
     if not any(text.startswith("data.tokenizer=") for text in assignments):
-        start.append(f"data.tokenizer={Path(folder) / 'tokenizer'}")
-    config = override(recipe, [*start, *assignments], model=model)
+        start["data.tokenizer"] = str(Path(folder) / "tokenizer")
+    config = override(recipe, assignments, **start)
     for owner, other, line in (
         (recipe.model, model, f"the model is that of {folder}, in place of the recipe's"),
         (config.model, model, f"the model of {folder} is changed by hand"),

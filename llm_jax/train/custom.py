@@ -62,14 +62,16 @@ class Custom:
         for field in getattr(loss, "needs", ()):
             if field not in BATCH_FIELDS:
                 raise ValueError(f"the loss needs {field!r}, and batches can have {', '.join(BATCH_FIELDS)} besides")
+        own: Any = loss
         if optimizer is None or isinstance(optimizer, optax.GradientTransformation):
-            return cls(loss, optimizer)
-        made = optimizer() if callable(optimizer) else optimizer
+            return cls(own, optimizer)
+        made: Any = optimizer() if callable(optimizer) else optimizer
         if not isinstance(made, optax.GradientTransformation):
             raise ValueError(
                 f"optimizer={optimizer!r} is no optax transformation, nor a function without arguments that makes one"
             )
-        return cls(loss, made, optimizer)
+        maker: Any = optimizer
+        return cls(own, made, maker)
 
     @property
     def needs(self) -> tuple[str, ...]:
