@@ -30,7 +30,6 @@ from tiny_run import console, write_corpus
 from llm_jax.cli.main import main
 from llm_jax.compat import huggingface, safetensors, weights
 from llm_jax.compat.huggingface import export_run, fetch, import_run, open_tokenizer
-from llm_jax.compat.tensor_format import TensorFormat
 from llm_jax.compat.tokenizers import ends_of, files_of, merges_of
 from llm_jax.config import override
 from llm_jax.data import bpe, tokenizer
@@ -92,28 +91,6 @@ def imported(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # ---- the format
-
-
-def test_a_layout_says_where_each_of_our_numbers_stands():
-    """By hand: for head k, its two queries, then its key, then its value, each of H numbers."""
-    K, G, H, D = 2, 2, 3, 5
-    ours = TensorFormat("(K[GH|H|H])D", ("DKGH", "DKH", "DKH"), {"K": K, "G": G, "H": H, "D": D})
-    assert ours.shape == (K * (G + 2) * H, D)
-    theirs = np.arange(np.prod(ours.shape)).reshape(ours.shape)
-    q, k, v = ours.split(theirs)
-    assert (q.shape, k.shape, v.shape) == ((D, K, G, H), (D, K, H), (D, K, H))
-    assert q[4, 1, 1, 2] == theirs[1 * 12 + 1 * 3 + 2, 4]
-    assert k[0, 1, 2] == theirs[1 * 12 + 2 * 3 + 2, 0]
-    assert v[3, 0, 1] == theirs[0 * 12 + 3 * 3 + 1, 3]
-    np.testing.assert_array_equal(ours.join([q, k, v]), theirs)
-
-
-def test_parts_of_a_tensor_may_differ_in_size():
-    ours = TensorFormat("D[KGH|KH|KH]", ("DKGH", "DKH", "DKH"), {"K": 2, "G": 3, "H": 4, "D": 5})
-    theirs = np.arange(5 * 40).reshape(5, 40)
-    assert ours.shape == (5, 40)
-    np.testing.assert_array_equal(ours.split(theirs)[1][3], theirs[3, 24:32].reshape(2, 4))
-    np.testing.assert_array_equal(ours.join(ours.split(theirs)), theirs)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -374,7 +351,7 @@ def test_a_folder_that_could_not_be_filled_is_gone(
         raise OSError(errno.ENOSPC, "no space", "disk")
 
     monkeypatch.setattr(run_folder, "save_config", fail)  # the last that is written, each time
-    monkeypatch.setattr(weights, "save", fail)
+    monkeypatch.setattr(weights, "write_parameters", fail)
     assert main(["import", str(llama), "--run", str(tmp_path / "run"), "--tokenizer", "byte"]) == 2
     assert main(["export", str(imported), "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.count("no space left on the disk") == 2
