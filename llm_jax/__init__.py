@@ -21,6 +21,7 @@ guard()  # before JAX starts: a compiler with known faults does not run unguarde
 if TYPE_CHECKING:
     from llm_jax.compat.huggingface import export_hf as export_hf
     from llm_jax.compat.huggingface import import_hf as import_hf
+    from llm_jax.config import replace as replace
     from llm_jax.data.config import DataConfig as DataConfig
     from llm_jax.data.task import TaskConfig as TaskConfig
     from llm_jax.data.tokenizer import open_tokenizer as tokenizer  # noqa: F401
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 _HOMES = {
     # train and use
     "recipe": "runs.start:recipe",
+    "replace": "config:replace",
     "fit": "runs.fit:fit",
     "resume": "runs.fit:resume",
     "Run": "runs.run:Run",

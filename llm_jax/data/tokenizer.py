@@ -39,6 +39,7 @@ __all__ = [
     "Tokenizer",
     "build",
     "load_tokenizer",
+    "open_tokenizer",
     "train",
 ]
 
@@ -71,6 +72,15 @@ def build(spec: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
     if not os.path.isdir(spec):  # False also for a name that no file can have
         raise ValueError(f"unknown tokenizer {spec!r}, and no folder of that name; {nearest(spec, SPECS)}")
     return load_tokenizer(spec)
+
+
+def open_tokenizer(name: str | Path, texts: Iterable[str] = ()) -> Tokenizer:
+    """Return a tokenizer by its name (`gpt2`, `byte`, `train:4096`, ...), or that of a run or of prepared data.
+
+    `char` and `train:N` learn from `texts`. Raise `ValueError` for a name that is none, with those that are.
+    """
+    inside = Path(name) / "tokenizer"
+    return load_tokenizer(inside) if inside.is_dir() else build(str(name), lambda: texts)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

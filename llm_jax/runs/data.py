@@ -3,11 +3,13 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from llm_jax import processes, runtime
 from llm_jax.data.config import DataConfig, parse_uri
+from llm_jax.data.given import stored
 from llm_jax.data.loader import IGNORE, Batch, heldout_rows
 from llm_jax.data.mixture import Mixture, open_folders
 from llm_jax.data.prepare import cached_sources, cuts_of
@@ -38,6 +40,11 @@ def _prepared(config: RunConfig, report: Report) -> list[Path]:
 
     first = [Path(folder) for folder in processes.from_first(lambda: [str(folder) for folder in find()])]
     return first if all(folder.is_dir() for folder in first) else find()  # a cache of this machine's own
+
+
+def given_data(documents: Any, config: RunConfig, report: Report) -> str:
+    """Return the address of documents that a program gives, stored in the cache of this machine."""
+    return stored(documents, config.data, runtime.cache_folder() / "data", report)
 
 
 def open_run_data(folder: Path, config: RunConfig, report: Report) -> Shards | Mixture:

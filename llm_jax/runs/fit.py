@@ -1,19 +1,20 @@
 """`fit` starts a run and `resume` continues one; both leave a folder that explains itself."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from rich.console import Console
 
 from llm_jax import log, processes
-from llm_jax.config import override
+from llm_jax.config import override, replace
 from llm_jax.runs import folder as run_folder
 from llm_jax.runs.checkpoint import Progress
-from llm_jax.runs.data import open_data, open_run_data
+from llm_jax.runs.data import given_data, open_data, open_run_data
 from llm_jax.runs.loop import loop, report
 from llm_jax.runs.refusals import check_layout, disk_failed, moved_away
 from llm_jax.runs.run import Run
@@ -33,17 +34,21 @@ def fit(
     *,
     loss: Loss | None = None,
     optimizer: Optimizer | None = None,
+    data: Iterable[str] | Iterable[np.ndarray] | None = None,
     metrics: Watcher | Sequence[Watcher] = (),
     console: Console | None = None,
     command: str = "",
 ) -> Run:
     """Train a model: start a run of `config` in `folder`, and return it. A failed start leaves nothing there.
 
-    `loss` is a function `(model, params, batch, key) -> (sum, {name: sum})` in place of `config.loss`, its sums over
-    the targets that count (`train/custom.py`). `optimizer` is an optax transformation, or a function that makes one, in
-    place of `config.optimizer`, its learning rate inside. `metrics` are callbacks `(step, state, metrics)` after every
-    step: what they return, `{name: scalar}`, is logged, and `raise llm_jax.Stop("why")` ends the run with a checkpoint.
-    They see device arrays: one that reads a number makes the device wait.
+    loss: a function `(model, params, batch, key) -> (sum, {name: sum})` in place of `config.loss`, its sums over the
+    targets that count (`train/custom.py`).
+    optimizer: an optax transformation, or a function that makes one, in place of `config.optimizer`; its learning rate
+    is inside.
+    data: documents in place of `config.data.uri`: texts, arrays of token ids, or one array of ids with ends of text.
+    metrics: callbacks `(step, state, metrics)` after every step. What they return, `{name: scalar}`, is logged, and
+    `raise llm_jax.Stop("why")` ends the run with a checkpoint. They see device arrays: one that reads a number makes
+    the device wait.
 
     Raise `ValueError` for what can't work, `Diverged` after `config.patience` bad steps in a row. Ctrl-C saves a
     checkpoint, and returns.
@@ -52,6 +57,8 @@ def fit(
     processes.from_first(lambda: run_folder.check_free(folder, config))
     console = console or Console()
     check_before_data(config, custom)
+    if data is not None:
+        config = replace(config, **{"data.uri": given_data(data, config, on(console))})
     session = Session.open(config, folder, console, open_data(config, on(console)), custom, _watchers(metrics))
     with processes.watched(_way_on(folder)):
         state = session.begin()
