@@ -19,7 +19,8 @@ from llm_jax.infer import generate as module
 from llm_jax.infer.generate import Piece, Row, begin_rows, continuations, generate, in_turn, next_token, stream
 from llm_jax.model.cache import init_cache
 from llm_jax.model.config import AttentionConfig, ModelConfig
-from llm_jax.model.transformer import Transformer, unstack
+from llm_jax.model.stack import unstack
+from llm_jax.model.transformer import Transformer
 from llm_jax.ops.attention import Sparse
 from llm_jax.ops.experts import Experts
 from llm_jax.ops.position import Rotary

@@ -17,7 +17,8 @@ from llm_jax.data.task import Task, TaskConfig, resolve
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.model.cache import Cache, init_cache
 from llm_jax.model.config import ModelConfig
-from llm_jax.model.transformer import Transformer, forward, head_table, unstack
+from llm_jax.model.stack import unstack
+from llm_jax.model.transformer import Transformer, forward, head_table
 from llm_jax.ops.loss import unembed
 from llm_jax.ops.sampling import NO_TOKEN, Sampling, sample
 

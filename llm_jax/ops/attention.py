@@ -18,8 +18,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from llm_jax.ops.collectives import auto_axis_size
 from llm_jax.ops.position import alibi_slopes
-from llm_jax.sharding import size_of
 
 # A finite stand-in for minus infinity: a row that may see nothing gets a uniform pattern instead of NaN.
 MASKED = -1e30
@@ -417,12 +417,12 @@ def attention(
     known = IMPLEMENTATIONS | ACROSS
     if implementation is not None and implementation not in known:
         raise ValueError(f"unknown attention {implementation!r}; known: {', '.join(known)}")
-    if tap is not None and implementation == "zigzag" and size_of("context") > 1:
+    if tap is not None and implementation == "zigzag" and auto_axis_size("context") > 1:
         raise Declined("the tokens of a zigzag are out of order; look at them with model.attention.implementation=ring")
     if tap is not None:
         return reference(q, k, v, mask, scores, tap, dropout=dropout)
     names = [implementation] if implementation in IMPLEMENTATIONS else candidates(q.shape[1])
-    if size_of("context") > 1:
+    if auto_axis_size("context") > 1:
         names = [across(implementation)]
     declined = ""
     for name in names[:-1]:
