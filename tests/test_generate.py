@@ -21,8 +21,8 @@ from llm_jax.model.cache import init_cache
 from llm_jax.model.config import AttentionConfig, ModelConfig
 from llm_jax.model.stack import unstack
 from llm_jax.model.transformer import Transformer
-from llm_jax.ops.attention import Sparse
 from llm_jax.ops.experts import Experts
+from llm_jax.ops.mask import Sparse
 from llm_jax.ops.position import Rotary
 from llm_jax.ops.sampling import Sampling
 

@@ -13,9 +13,10 @@ from llm_jax.model.init import normal
 from llm_jax.model.norm import Norm
 from llm_jax.model.stack import Index
 from llm_jax.model.taps import tap, tapped
-from llm_jax.ops.attention import Dropout, Mask, attention
+from llm_jax.ops.attention import Dropout, attention
 from llm_jax.ops.collectives import reduce_scatter_tokens
 from llm_jax.ops.gradient import add_bias, linear
+from llm_jax.ops.mask import Mask
 from llm_jax.ops.position import rotary
 from llm_jax.sharding import constrain
 

@@ -4,8 +4,9 @@ import dataclasses
 from typing import Literal
 
 from llm_jax.config import check_choices, check_ranges, nearest
-from llm_jax.ops.attention import Scores, Sparse
+from llm_jax.ops.attention import Scores
 from llm_jax.ops.experts import Experts
+from llm_jax.ops.mask import Sparse
 from llm_jax.ops.position import Rotary
 
 # The named activations in the order of the forward pass, and the path of each in the module tree; `model/taps.py`

@@ -28,10 +28,10 @@ from llm_jax.model.linear_attention import LinearAttention
 from llm_jax.model.norm import Norm
 from llm_jax.model.stack import Index, gather, n_scanned, slot_of
 from llm_jax.model.taps import tap
-from llm_jax.ops.attention import Mask
 from llm_jax.ops.collectives import all_gather_tokens, auto_axis_size
 from llm_jax.ops.gradient import embed, lookup, settle
 from llm_jax.ops.loss import unembed
+from llm_jax.ops.mask import Mask
 from llm_jax.ops.position import sinusoidal
 from llm_jax.ops.ring import zigzag_order
 from llm_jax.sharding import constrain

@@ -20,8 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
-from llm_jax.ops.attention import MASKED, Declined, Mask, Scores, platform
+from llm_jax.ops.attention import MASKED, Declined, Scores, platform
 from llm_jax.ops.collectives import shard_map_by_letters
+from llm_jax.ops.mask import Mask
 from llm_jax.ops.position import alibi_slopes
 
 # Sides of a tile; the largest that divides the row is taken. A register of a TPU has 128 lanes, which smaller tiles
@@ -74,7 +75,7 @@ def tags_of(mask: Mask, B: int, L: int) -> Int[Array, "B T L"] | None:
     ahead = jnp.full((B, L), 0 if mask.causal else L)
     if mask.prefix is not None:
         ahead = jnp.where(mask.prefix, L, ahead)
-    behind = jnp.where(mask.places(L) < mask.sinks, L, L if mask.window is None else mask.window)
+    behind = jnp.where(mask.document_positions(L) < mask.sinks, L, L if mask.window is None else mask.window)
     return jnp.stack([segment, ahead, jnp.broadcast_to(behind, (B, L))], axis=1)
 
 

@@ -18,9 +18,10 @@ import numpy as np
 from jaxtyping import PyTree
 
 from llm_jax.model.stack import n_scanned
-from llm_jax.ops.attention import Mask, Scores, attention
+from llm_jax.ops.attention import Scores, attention
 from llm_jax.ops.gradient import linear, lookup
 from llm_jax.ops.loss import IGNORE, cross_entropy
+from llm_jax.ops.mask import Mask
 from llm_jax.ops.norm import layer_norm, rms_norm
 from llm_jax.plan.verify import GAPS, Answer, bounds_of, rows, shrunk
 from llm_jax.runtime import JAXLIB, known_faults, open_faults

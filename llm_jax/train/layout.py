@@ -12,7 +12,8 @@ from jaxtyping import Array, Int
 from llm_jax.data.loader import Batch
 from llm_jax.model.config import SOFTMAX, ModelConfig
 from llm_jax.model.transformer import Transformer
-from llm_jax.ops.attention import Dropout, Mask, attention
+from llm_jax.ops.attention import Dropout, attention
+from llm_jax.ops.mask import Mask
 from llm_jax.ops.ring import zigzag_order
 from llm_jax.sharding import ROWS, row_shards
 from llm_jax.train.config import RunConfig

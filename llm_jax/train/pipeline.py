@@ -23,10 +23,10 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from llm_jax.data.loader import Batch
 from llm_jax.model.attention import Context
 from llm_jax.model.transformer import Transformer
-from llm_jax.ops.attention import Mask
 from llm_jax.ops.collectives import shard_map_by_letters
 from llm_jax.ops.gradient import after
 from llm_jax.ops.loss import IGNORE
+from llm_jax.ops.mask import Mask
 from llm_jax.train.balance import LOAD, expert_sums
 from llm_jax.train.step import LossConfig, Metrics, Scored, cast, losses_of, microbatches, scored
 from llm_jax.train.timetable import Timetable, Work
