@@ -14,7 +14,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jaxprs import equations
 
 from llm_jax.ops import kernels
-from llm_jax.ops.attention import LONG, Declined, Mask, Scores, Sparse, attention, platform
+from llm_jax.ops.attention import LONG, Declined, Scores, attention, platform
+from llm_jax.ops.mask import Mask, Sparse
 from llm_jax.sharding import ACTIVATION_AXES, MeshConfig, make_mesh, spec
 
 L = 384  # three tiles of 128

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.ops.attention import Declined, Mask, Scores, Sparse, attention
+from llm_jax.ops.attention import Declined, Scores, attention
+from llm_jax.ops.mask import Mask, Sparse
 from llm_jax.ops.ring import Ring, parts_of, zigzag_order
 from llm_jax.sharding import MeshConfig, make_mesh
 

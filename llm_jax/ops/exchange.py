@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from llm_jax.ops.collectives import manual_axes, manual_axis_size
 from llm_jax.ops.experts import Groups, arrange, dispatch, mix, restore
-from llm_jax.sharding import by_hand, parts
 
 AXIS = "expert"
 ROOM = 1.5  # for each device in a round, times what it gets of an even router
@@ -41,11 +41,11 @@ def exchange(
     matrices: tuple[Float[Array, "_ _ _"], ...],
 ) -> Float[Array, "T D"]:
     """The weighted sum of what each token's experts make of it, wherever along `expert` they are."""
-    n, A = parts(AXIS), experts.size
+    n, A = manual_axis_size(AXIS), experts.size
     room = min(math.ceil(ROOM * A / n), A)
     groups = arrange(experts, n * len(matrices[0]))
     fullest = groups.sizes.reshape(n, -1).sum(1).max()
-    rounds = jax.lax.pmax(-(-fullest // room), tuple(sorted(by_hand())))
+    rounds = jax.lax.pmax(-(-fullest // room), tuple(sorted(manual_axes())))
     return _in_rounds(functools.partial(_one_round, work, room), rounds, groups, (x, weights, matrices))
 
 
@@ -78,7 +78,7 @@ def arriving(sizes: Int[Array, "n E"], room: int) -> Groups:
 def _one_round(work: Work, room: int, turn: Int[Array, ""] | int, groups: Groups, inputs: Inputs) -> Array:
     """What the assignments that travel in round `turn` bring their tokens."""
     x, weights, matrices = inputs
-    sent = leaving(groups, parts(AXIS), room, turn)
+    sent = leaving(groups, manual_axis_size(AXIS), room, turn)
     rows, here = _swapped(dispatch(x, sent)), arriving(_swapped(sent.sizes), room)
     made = work(dispatch(rows, here), here.sizes, *matrices)
     return mix(_swapped(restore(made, here)), sent, weights)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from llm_jax.sharding import on_each_device
+from llm_jax.ops.collectives import shard_map_by_letters
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def route(
     probabilities = jax.nn.softmax(logits, axis=-1)
     scores = probabilities if bias is None else probabilities + jnp.expand_dims(bias, every)
     # The compiler would gather the scores of all tokens on every device, on a CPU for one.
-    experts = on_each_device(best, "BSX BSX", jax.lax.stop_gradient(scores))
+    experts = shard_map_by_letters(best, "BSX BSX", jax.lax.stop_gradient(scores))
     chosen = jax.nn.one_hot(experts, config.number)  # sums with it spare a gather, and its gradient a scatter
     weights = (chosen * probabilities[..., None, :]).sum(-1)
     if config.renormalise:

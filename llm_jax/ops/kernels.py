@@ -20,9 +20,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
-from llm_jax.ops.attention import MASKED, Declined, Mask, Scores, platform
+from llm_jax.ops.attention import MASKED, Declined, Scores, platform
+from llm_jax.ops.collectives import shard_map_by_letters
+from llm_jax.ops.mask import Mask
 from llm_jax.ops.position import alibi_slopes
-from llm_jax.sharding import on_each_device
 
 # Sides of a tile; the largest that divides the row is taken. A register of a TPU has 128 lanes, which smaller tiles
 # would leave empty; with 1024 the backward pass under all rules exceeds the 16 MiB that a kernel gets on v5e and v5p,
@@ -74,7 +75,7 @@ def tags_of(mask: Mask, B: int, L: int) -> Int[Array, "B T L"] | None:
     ahead = jnp.full((B, L), 0 if mask.causal else L)
     if mask.prefix is not None:
         ahead = jnp.where(mask.prefix, L, ahead)
-    behind = jnp.where(mask.places(L) < mask.sinks, L, L if mask.window is None else mask.window)
+    behind = jnp.where(mask.document_positions(L) < mask.sinks, L, L if mask.window is None else mask.window)
     return jnp.stack([segment, ahead, jnp.broadcast_to(behind, (B, L))], axis=1)
 
 
@@ -320,7 +321,7 @@ def flash(
     )
     q = q * jnp.asarray(scores.factor(H), q.dtype)
     slopes = jnp.asarray(alibi_slopes(K * G).reshape(K, G, 1, 1), jnp.float32) if scores.alibi else None
-    return on_each_device(
+    return shard_map_by_letters(
         by_head(functools.partial(_attend, tiles)), "BLKGH BSKH BSKH KG11 BTS BLKGH", q, k, v, slopes, tags
     )
 
@@ -346,7 +347,7 @@ def splash(
     q, ids = q * jnp.asarray(scores.factor(H), q.dtype), None
     if mask.segments is not None:
         ids = splash_attention_kernel.SegmentIds(mask.segments, mask.segments)
-    return on_each_device(
+    return shard_map_by_letters(
         by_head(lambda q, k, v, _, ids: attend(q, k, v, ids)), "BLKGH BSKH BSKH KG BS BLKGH", q, k, v, None, ids
     )
 
@@ -398,4 +399,4 @@ def tokamax(
         )
         return out.reshape(q.shape)
 
-    return on_each_device(kernel, "BLKGH BSKH BSKH BLKGH", q, k, v)
+    return shard_map_by_letters(kernel, "BLKGH BSKH BSKH BLKGH", q, k, v)

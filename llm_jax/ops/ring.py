@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from llm_jax.ops.attention import MASKED, Declined, Mask, Scores, attention, score
+from llm_jax.ops.attention import MASKED, Declined, Scores, attention, score
+from llm_jax.ops.collectives import auto_axis_size, shard_map_by_letters
+from llm_jax.ops.mask import Mask
 from llm_jax.ops.position import alibi_slopes
-from llm_jax.sharding import on_each_device, size_of
 
 AXIS = "context"
 BLOCK = 128  # queries whose scores exist at one time
@@ -107,7 +108,7 @@ def _for_training(name: str, mask: Mask) -> None:
 
 
 def _around(name: str, q: Array, k: Array, v: Array, mask: Mask, scores: Scores, number: int) -> Array:
-    devices, L, (K, G) = size_of(AXIS), q.shape[1], q.shape[2:4]
+    devices, L, (K, G) = auto_axis_size(AXIS), q.shape[1], q.shape[2:4]
     _for_training(name, mask)
     if L % (devices * number):
         raise Declined(f"{name} cuts rows into {devices * number} parts, got {L} tokens; use a multiple of that")
@@ -119,7 +120,7 @@ def _around(name: str, q: Array, k: Array, v: Array, mask: Mask, scores: Scores,
         whole = dataclasses.replace(mask, segments=known.whole(segments), prefix=known.whole(prefix))
         return _ring(known, q, k, v, whole, slopes)
 
-    return on_each_device(attend, "BLKGH BSKH BSKH BS BS KG BLKGH", q, k, v, mask.segments, mask.prefix, slopes)
+    return shard_map_by_letters(attend, "BLKGH BSKH BSKH BS BS KG BLKGH", q, k, v, mask.segments, mask.prefix, slopes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -241,7 +242,7 @@ def _rows(q: Float[Array, "B L K G H"]) -> tuple[int, ...]:
 
 def ulysses(q: Array, k: Array, v: Array, mask: Mask, scores: Scores) -> Array:
     """Whole rows of a share of the heads: an all-to-all before attention, of any implementation, and one behind it."""
-    devices, heads = size_of(AXIS), q.shape[2] // size_of("tensor")
+    devices, heads = auto_axis_size(AXIS), q.shape[2] // auto_axis_size("tensor")
     _for_training("ulysses", mask)
     if scores.alibi:
         raise Declined("ulysses has no alibi, whose slopes differ by head; 'ring' and 'zigzag' have")
@@ -258,4 +259,4 @@ def ulysses(q: Array, k: Array, v: Array, mask: Mask, scores: Scores) -> Array:
         out = attention(q, k, v, whole, scores)
         return jax.lax.all_to_all(out, AXIS, split_axis=1, concat_axis=2, tiled=True)
 
-    return on_each_device(attend, "BLKGH BSKH BSKH BS BS BLKGH", q, k, v, mask.segments, mask.prefix)
+    return shard_map_by_letters(attend, "BLKGH BSKH BSKH BS BS BLKGH", q, k, v, mask.segments, mask.prefix)

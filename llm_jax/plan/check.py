@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from llm_jax.ops.attention import Mask, Scores, attention
+from llm_jax.model.stack import n_scanned
+from llm_jax.ops.attention import Scores, attention
 from llm_jax.ops.gradient import linear, lookup
 from llm_jax.ops.loss import IGNORE, cross_entropy
+from llm_jax.ops.mask import Mask
 from llm_jax.ops.norm import layer_norm, rms_norm
 from llm_jax.plan.verify import GAPS, Answer, bounds_of, rows, shrunk
 from llm_jax.runtime import JAXLIB, known_faults, open_faults
@@ -124,7 +126,7 @@ def small(config: RunConfig) -> RunConfig:
     """Return `config` as `verify` shrinks it, and still less deep: eager, every operation is a program of its own."""
     one = dataclasses.replace(shrunk(config), pipeline=PipelineConfig(), accumulate=1)
     c = one.model
-    layers = min(c.n_layers, 2 * len(c.layers) + c.n_layers - c.scanned)
+    layers = min(c.n_layers, 2 * len(c.layers) + c.n_layers - n_scanned(c))
     data = dataclasses.replace(one.data, batch_size=4)
     return dataclasses.replace(one, model=dataclasses.replace(c, n_layers=layers), data=data)
 

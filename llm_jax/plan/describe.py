@@ -23,6 +23,7 @@ from llm_jax.data.loader import Batch, as_told
 from llm_jax.keys import REQUIRED, keys, value_at
 from llm_jax.model.config import TAPS, ModelConfig
 from llm_jax.model.count import active_parameters, flops_per_token, parameter_counts
+from llm_jax.model.stack import kinds_of, locate
 from llm_jax.model.taps import capture
 from llm_jax.model.transformer import Transformer
 from llm_jax.train.config import RunConfig
@@ -118,20 +119,20 @@ def activations(c: ModelConfig, params: PyTree, tokens: jax.ShapeDtypeStruct) ->
     """The tokens, and every tap in the order in which they meet it; those inside layers once for each kind of layer."""
     found = jax.eval_shape(functools.partial(capture, Transformer(c)), params, tokens) | {"tokens": tokens}
     inside = {name for name, place in TAPS.items() if place.startswith("layers/")}
-    kinds: dict[str, list[int]] = {}
-    for layer in range(c.n_layers):
-        kinds.setdefault(c.layers[layer % len(c.layers)], []).append(layer)
+    by_kind: dict[str, list[int]] = {}
+    for layer, kind in enumerate(kinds_of(c)):
+        by_kind.setdefault(kind, []).append(layer)
     outside: dict[str, list[int]] = {"": []}
     names = list(TAPS)
     stages = (
         (["tokens", *names[: names.index("resid_pre")]], outside),
-        ([name for name in names if name in inside], kinds),
+        ([name for name in names if name in inside], by_kind),
         (names[names.index("resid_post") + 1 :], outside),
     )
     for stage, places in stages:
         for kind, layers in places.items():
             for name in stage:
-                if kind and not c.layer(layers[0]).has(name):
+                if kind and not locate(c, layers[0]).kind.has(name):
                     continue
                 letters, meaning = meanings(c, kind)[name]
                 x = found[name]

@@ -17,6 +17,7 @@ from jaxtyping import Float, PyTree
 from llm_jax.config import replace
 from llm_jax.data.loader import IGNORE, Batch, as_told
 from llm_jax.model.config import ModelConfig
+from llm_jax.model.stack import n_scanned
 from llm_jax.ops.attention import ACROSS
 from llm_jax.ops.position import Rotary
 from llm_jax.sharding import MeshConfig
@@ -229,7 +230,7 @@ def small_model(c: ModelConfig, L: int) -> ModelConfig:
         attention = dataclasses.replace(attention, window=min(attention.window, 6), sinks=min(attention.sinks, 2))
     if attention.sparse is not None:
         attention = dataclasses.replace(attention, sparse=dataclasses.replace(attention.sparse, block=4))
-    rotary = dataclasses.replace(c.rotary, **_shorter(c.rotary, c.rotary.turned(like(c.H, 16)) // 2, L))
+    rotary = dataclasses.replace(c.rotary, **_shorter(c.rotary, c.rotary.rotated(like(c.H, 16)) // 2, L))
     if experts is not None:
         number = like(experts.number, 8)
         width = None if experts.d_ff is None else like(experts.d_ff, 32)
@@ -238,7 +239,7 @@ def small_model(c: ModelConfig, L: int) -> ModelConfig:
         c,
         vocab_size=like(c.vocab_size, 64),
         d_model=like(c.d_model, 32),
-        n_layers=like(c.scanned // period, 8) * period + c.n_layers - c.scanned,
+        n_layers=like(n_scanned(c) // period, 8) * period + c.n_layers - n_scanned(c),
         n_heads=K * min(c.G, 2),
         n_kv_heads=K,
         head_dim=like(c.H, 16),

@@ -12,9 +12,10 @@ from jaxtyping import Array, Int
 from llm_jax.data.loader import Batch
 from llm_jax.model.config import SOFTMAX, ModelConfig
 from llm_jax.model.transformer import Transformer
-from llm_jax.ops.attention import Dropout, Mask, attention
+from llm_jax.ops.attention import Dropout, attention
+from llm_jax.ops.mask import Mask
 from llm_jax.ops.ring import zigzag_order
-from llm_jax.sharding import ROWS, row_parts
+from llm_jax.sharding import ROWS, row_shards
 from llm_jax.train.config import RunConfig
 from llm_jax.train.pipeline import Pipeline
 from llm_jax.train.timetable import PipelineConfig, Timetable
@@ -56,7 +57,7 @@ def check(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
 
 
 def _check_rows(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
-    size, accumulate, shards = config.data.batch_size, config.accumulate, row_parts(mesh)
+    size, accumulate, shards = config.data.batch_size, config.accumulate, row_shards(mesh)
     rows, least = size // accumulate, shards * accumulate
     if size % least:
         raise ValueError(
@@ -133,7 +134,7 @@ def check_attention(config: RunConfig, mesh: Mesh) -> None:
     if parts == 1 and not rate:
         return
     model = config.model if parts == 1 else split(config.model, parts)
-    shape = row_parts(mesh), config.data.seq_len, model.K
+    shape = row_shards(mesh), config.data.seq_len, model.K
     q, k = (jax.ShapeDtypeStruct((*shape, *x, model.H), model.dtype) for x in ((model.G,), ()))
     choice = {"scores": model.scores, "implementation": model.attention.implementation}
 
