@@ -9,6 +9,7 @@ ASCII digits, with a point or an exponent: neither `1_000` nor the digits of ano
 import dataclasses
 import difflib
 import functools
+import importlib
 import itertools
 import json
 import math
@@ -358,3 +359,15 @@ def html_table(config: Any) -> str:
             shown = shown if key.default == value else f"<b>{shown}</b>"
             rows.append(f"<tr><td><code>{key.name}</code></td><td>{shown}</td><td>{escape(key.meaning)}</td></tr>")
     return f"<table><tr><th>key</th><th>value</th><th>meaning</th></tr>{''.join(rows)}</table>"
+
+
+def import_object(path: str) -> Any:
+    """Return what `package.module:name` names. Raise `ValueError` where there is no such thing here."""
+    module, _, name = path.partition(":")
+    try:
+        return functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"{path} can't be imported here ({error}); start from the folder that holds {module.partition('.')[0]}, or "
+            "put that on PYTHONPATH"
+        ) from None

@@ -20,6 +20,8 @@ from llm_jax import tree as trees
 
 Axes = str | tuple[str, ...] | None
 
+WHOLE = "_"  # the letter of an axis that no table knows, and no mesh axis splits
+
 # The path of a parameter -> the letters of its axes. First match wins; no match raises.
 LETTERS: tuple[tuple[str, str], ...] = (
     (r"/ns_coeffs$", ""),  # Muon's three numbers
@@ -202,6 +204,9 @@ def letters_of(path: str, shape: tuple[int, ...]) -> str:
     has the letters of its parameter without those it is averaged over. Raises `ValueError` if no row of `LETTERS`
     matches.
     """
+    if own := re.search(r"layers(\S*)/mixer/", path):  # of a user's own, whole on every device that has its layer
+        stacked = not own[1].startswith("_")
+        return "N" * stacked + WHOLE * (len(shape) - stacked)
     letters = "" if math.prod(shape) == 1 else trees.first_match(LETTERS, path)
     matrix = trees.first_match((*TABLES, *MATRICES), path) if letters else None
     if matrix is not None:

@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from llm_jax.model.config import ModelConfig
-from llm_jax.model.stack import Index, n_softmax
+from llm_jax.model.config import ModelConfig, own_mixer
+from llm_jax.model.stack import Index, n_remembering
 from llm_jax.ops.linear_attention import State
 
 
@@ -17,7 +17,8 @@ class Cache:
     """What layers remember of the tokens so far; row b holds `length[b]` of them, left-aligned.
 
     The N layers of softmax attention keep keys and values, the M layers of linear attention a state of fixed size and
-    the last inputs of their short convolution. Where rotary angles depend on the length of a text, `reach` is the
+    the last inputs of their short convolution, and layers of a user's own what they like, by their import path. Where
+    rotary angles depend on the length of a text, `reach` is the
     length of each row when it is done, so that its first keys are rotated as its last queries are; `init_cache` sets it
     to the size of the cache.
     """
@@ -28,6 +29,7 @@ class Cache:
     recent: Float[Array, "M B W K G2 H"]
     length: Int[Array, " B"]
     reach: Int[Array, " B"] | None = None
+    own: dict[str, PyTree] = dataclasses.field(default_factory=dict)
 
     def write(self, slot: Index, k: Float[Array, "B L K H"], v: Float[Array, "B L K H"]) -> "Cache":
         """Write keys and values of L new tokens after those in a slot; `advance` adds them to `length`."""
@@ -56,6 +58,15 @@ class Cache:
         """Return the state of a linear layer, and the last inputs of its convolution."""
         return jax.tree.map(lambda buffer: _take(buffer, slot), self.state), _take(self.recent, slot)
 
+    def own_state(self, path: str, slot: Index) -> PyTree:
+        """Return the state of a layer of the mixer `path`."""
+        return jax.tree.map(lambda buffer: _take(buffer, slot), self.own[path])
+
+    def keep_own(self, path: str, slot: Index, state: PyTree) -> "Cache":
+        """Replace the state of a layer of the mixer `path`."""
+        kept = jax.tree.map(lambda buffer, new: buffer.at[slot].set(new.astype(buffer.dtype)), self.own[path], state)
+        return dataclasses.replace(self, own=self.own | {path: kept})
+
     def spread(self, flags: Bool[Array, "B L"]) -> Bool[Array, "B S"]:
         """Return flags of L new tokens at the indices where their keys are written, and False elsewhere."""
         nothing = jnp.zeros((self.k.shape[1], self.k.shape[2]), bool)
@@ -76,10 +87,15 @@ def _take(buffer: Array, slot: Index) -> Array:
 
 def init_cache(config: ModelConfig, batch: int, max_len: int) -> Cache:
     """Return an empty cache for `batch` rows of up to `max_len` tokens: `config.dtype`, but states are float32."""
-    c, N = config, n_softmax(config)
-    M, width = c.n_layers - N, c.attention.convolution - 1
+    c, layers = config, n_remembering(config)
+    N, M, width = layers.pop("keys", 0), layers.pop("state", 0), c.attention.convolution - 1
     empty = jnp.zeros((N, batch, max_len, c.K, c.H), c.dtype)
     state = State(jnp.zeros((M, batch, c.K, c.H, c.H)), jnp.zeros((M, batch, c.K, c.H)))
     recent = jnp.zeros((M, batch, width, c.K, c.G + 2, c.H), c.dtype)
     reach = jnp.full(batch, max_len, jnp.int32) if c.positions == "rotary" and c.rotary.by_length else None
-    return Cache(empty, empty, state, recent, jnp.zeros(batch, jnp.int32), reach)
+    own = {path: _repeated(own_mixer(path).init_state(c, batch, max_len), n) for path, n in layers.items()}
+    return Cache(empty, empty, state, recent, jnp.zeros(batch, jnp.int32), reach, own)
+
+
+def _repeated(state: PyTree, layers: int) -> PyTree:
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (layers, *x.shape)), state)

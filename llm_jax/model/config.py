@@ -1,9 +1,9 @@
 """The configuration of a model: which pieces there are, and how they fit together."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
-from llm_jax.config import check_choices, check_ranges, nearest
+from llm_jax.config import check_choices, check_ranges, import_object, nearest
 from llm_jax.ops.attention import Scores
 from llm_jax.ops.experts import Experts
 from llm_jax.ops.mask import Sparse
@@ -49,6 +49,19 @@ MIXERS = (*SOFTMAX, "linear", "delta")
 Implementation = Literal["reference", "chunked", "flash", "splash", "cudnn", "tokamax", "ring", "zigzag", "ulysses"]
 
 
+def is_own(mixer: str) -> bool:
+    """Return whether a mixer is a class of the user's own, by its import path `package.module:Name`."""
+    return ":" in mixer
+
+
+def own_mixer(path: str) -> Any:
+    """Return the class that a layer names. Raise `ValueError` where it can't be imported, or is no `Mixer`."""
+    cls = import_object(path)
+    if not hasattr(cls, "init_state") or not hasattr(cls, "axes"):
+        raise ValueError(f"model.layers: {path} is no subclass of llm_jax.Mixer (model/mixer.py); make it one")
+    return cls
+
+
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """The kind of a layer, written `mixer` or `mixer+moe` in the layer pattern."""
@@ -56,10 +69,19 @@ class Layer:
     mixer: str
     moe: bool
 
+    @property
+    def memory(self) -> str:
+        """What it remembers of earlier tokens, and so whose slots of the cache it counts with."""
+        if self.mixer in SOFTMAX:
+            return "keys"
+        return self.mixer if is_own(self.mixer) else "state"
+
     def has(self, tap: str) -> bool:
         """Return whether a layer of this kind has the activation `tap`."""
         if tap in ("attn_scores", "pattern"):
             return self.mixer in SOFTMAX
+        if tap in ("q", "k", "v", "z"):
+            return not is_own(self.mixer)
         return self.moe if tap == "router" else not (self.moe and tap in ("mlp_pre", "mlp_post"))
 
 
@@ -115,7 +137,8 @@ class ModelConfig:
       d_ff: width of the feed-forward. None: `4 * d_model`, or if gated 8/3 of it rounded up to a multiple of 64, at
         the same cost.
       layers: the kinds of layers, repeated until there are `n_layers`: how each mixes tokens (`global`, `local`,
-        `sparse`, `nope` (no positions), `linear`, `delta`), and `+moe` if its feed-forward is a mixture of experts.
+        `sparse`, `nope` (no positions), `linear`, `delta`, or the import path of a class of your own,
+        `my.module:Mixer`), and `+moe` if its feed-forward is a mixture of experts.
       attention: what attention sees, and how it scores.
       experts: the mixture of experts of `+moe` layers; None: there is none.
       positions: how the model knows the position of a token; `learned`, `sinusoidal` are added to the embedding.
@@ -211,7 +234,9 @@ class ModelConfig:
             )
         for text in self.layers:
             mixer, plus, feedforward = text.partition("+")
-            if mixer not in MIXERS or (plus and feedforward != "moe"):
+            if is_own(mixer) and feedforward in ("", "moe"):
+                own_mixer(mixer)
+            elif mixer not in MIXERS or (plus and feedforward != "moe"):
                 raise ValueError(
                     f"model.layers: {text!r} is no kind of layer; {nearest(mixer, MIXERS)} A mixture of experts is "
                     f"{mixer if mixer in MIXERS else 'global'}+moe"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from llm_jax import tree as trees
-from llm_jax.model.config import SOFTMAX, Layer, ModelConfig
+from llm_jax.model.config import SOFTMAX, Layer, ModelConfig, is_own
 from llm_jax.model.stack import locate
 from llm_jax.model.transformer import Transformer
 
@@ -16,7 +16,7 @@ from llm_jax.model.transformer import Transformer
 COMPONENTS: tuple[tuple[str, str], ...] = (
     (r"^embedding/", "embedding"),
     (r"^positions/", "positions"),
-    (r"/attention/", "attention"),
+    (r"/(attention|mixer)/", "attention"),
     (r"/feedforward/", "feedforward"),
     (r"/experts/", "experts"),
     (r"_norm/", "norms"),
@@ -71,6 +71,8 @@ def _used(c: ModelConfig, path: str, leaf: jax.ShapeDtypeStruct) -> int:
 
 def _visible_keys(c: ModelConfig, kind: Layer, seq_len: int) -> float:
     """Return how many keys a query of a layer sees, on average over a row."""
+    if is_own(kind.mixer):
+        return 0.0  # what it does beyond its matrices, nobody knows
     if kind.mixer not in SOFTMAX:
         return float(c.H)
     if kind.mixer == "sparse" and c.attention.sparse is not None:

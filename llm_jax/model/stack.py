@@ -3,7 +3,8 @@
 The pattern `model.layers`, of P layers, repeats until there are `n_layers`; layer i has offset i % P in its period.
 Whole periods run in a scan: parameters and taps of layer i are row i // P of what is stacked at `layers/{offset}`, or
 at `layers` if P is 1. Layers after the last whole period are not stacked, and are called `layers_{i}`. In the cache,
-softmax attention (keys and values) and linear attention (a state) count their slots separately.
+softmax attention (keys and values), linear attention (a state) and each mixer of a user's own count their slots
+separately.
 
     n_layers=5, layers=("delta", "global")
 
@@ -13,6 +14,7 @@ softmax attention (keys and values) and linear attention (a state) count their s
     slot       0          0          1          1          2
 """
 
+import collections
 import dataclasses
 import functools
 import operator
@@ -23,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
-from llm_jax.model.config import SOFTMAX, TAPS, Layer, ModelConfig
+from llm_jax.model.config import TAPS, Layer, ModelConfig
 
 Index = Int[Array, ""] | int  # of a layer, or of a slot: traced inside the scan
 
@@ -66,13 +68,13 @@ def n_scanned(c: ModelConfig) -> int:
 
 def slot_of(c: ModelConfig, offset: int, layer: Index) -> Index:
     """Return the cache slot of `layer`, which may be traced; its offset in the period may not."""
-    same = [(kind.mixer in SOFTMAX) == (c.period[offset].mixer in SOFTMAX) for kind in c.period]
+    same = [kind.memory == c.period[offset].memory for kind in c.period]
     return layer // len(same) * sum(same) + sum(same[:offset])
 
 
-def n_softmax(c: ModelConfig) -> int:
-    """Return how many layers have softmax attention; all others have linear attention."""
-    return sum(locate(c, layer).kind.mixer in SOFTMAX for layer in range(c.n_layers))
+def n_remembering(c: ModelConfig) -> dict[str, int]:
+    """Return how many layers there are of each kind of memory: `keys`, `state`, or the path of a user's own mixer."""
+    return dict(collections.Counter(locate(c, layer).kind.memory for layer in range(c.n_layers)))
 
 
 def layers_at(c: ModelConfig, path: str) -> list[int]:

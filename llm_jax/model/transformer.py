@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from llm_jax.model.attention import Attention, Context
 from llm_jax.model.cache import Cache
-from llm_jax.model.config import SOFTMAX, ModelConfig
+from llm_jax.model.config import SOFTMAX, ModelConfig, is_own, own_mixer
 from llm_jax.model.feedforward import FeedForward, MixtureOfExperts, Utilisation
 from llm_jax.model.init import normal
 from llm_jax.model.linear_attention import LinearAttention
@@ -76,8 +76,14 @@ class Block(nn.Module):
 
         def attention(x: Array, norm: Map = unchanged) -> Array:
             nonlocal cache
-            mixer = Attention if kind.mixer in SOFTMAX else LinearAttention
-            y, cache = mixer(c, kind.mixer, name="attention")(all_gather_tokens(x), context, slot, cache)
+            x = all_gather_tokens(x)
+            if is_own(kind.mixer):
+                state = None if cache is None else cache.own_state(kind.mixer, slot)
+                y, state = own_mixer(kind.mixer)(c, name="mixer")(x, context, state)
+                cache = None if cache is None else cache.keep_own(kind.mixer, slot, state)
+            else:
+                mixer = Attention if kind.mixer in SOFTMAX else LinearAttention
+                y, cache = mixer(c, kind.mixer, name="attention")(x, context, slot, cache)
             return output("attn_out", norm(y))
 
         def feedforward(x: Array, norm: Map = unchanged) -> Array:
