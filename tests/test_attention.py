@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import llm_jax.ops.attention
-import llm_jax.ops.kernels
+import llm_jax.ops.fast_attention
 from llm_jax.ops.attention import IMPLEMENTATIONS, LONG, Declined, Dropout, attention, candidates, heard
 from llm_jax.ops.mask import Mask
 
@@ -22,7 +22,7 @@ def test_an_implementation_that_declines_says_why():
 @pytest.mark.parametrize("backend", ["cpu", "tpu", "gpu", "another"])
 def test_it_is_said_once_who_attends_and_why_others_declined(backend: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(llm_jax.ops.attention, "platform", lambda: backend)
-    monkeypatch.setattr(llm_jax.ops.kernels, "platform", lambda: backend)
+    monkeypatch.setattr(llm_jax.ops.fast_attention, "platform", lambda: backend)
     q, k = (jax.ShapeDtypeStruct((1, 8200, *heads, 8), jnp.float32) for heads in ((2, 1), (2,)))
     said = []
     with heard(said.append):

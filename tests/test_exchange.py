@@ -50,7 +50,7 @@ def test_every_assignment_leaves_once_for_the_device_of_its_expert(experts: np.n
         counts = np.stack([(of[:, device] == expert).sum(1) for expert in own], 1)
         np.testing.assert_array_equal(counts, sent.sizes[:, device])
         assert (np.diff(of[:, device]) >= 0).all()  # sorted by expert, and the empty ones last
-    for order, place in zip(sent.order, sent.place, strict=True):
+    for order, place in zip(sent.order, sent.row_of, strict=True):
         np.testing.assert_array_equal(np.append(order, none)[place], np.where(place < n * room, np.arange(none), none))
         assert (place < n * room).sum() == (order < none).sum()
 
@@ -61,7 +61,7 @@ def test_what_arrives_is_sorted_by_expert_and_empty_rows_are_behind(sizes: list[
     here = jax.tree.map(np.asarray, jax.jit(arriving, static_argnums=1)(jnp.array(sizes), room))
     experts = np.concatenate([np.repeat(range(3), [*row, room - sum(row)]) for row in sizes])
     np.testing.assert_array_equal(experts[here.order], np.sort(experts))
-    np.testing.assert_array_equal(here.order[here.place], np.arange(3 * room))
+    np.testing.assert_array_equal(here.order[here.row_of], np.arange(3 * room))
     np.testing.assert_array_equal(here.sizes, np.sum(sizes, 0))
 
 

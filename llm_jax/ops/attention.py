@@ -169,7 +169,7 @@ def without_dropout(file: str, name: str) -> Implementation:
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": reference,
     "chunked": imported("chunked", "chunked"),
-    **{name: without_dropout("kernels", name) for name in ("flash", "splash", "cudnn", "tokamax")},
+    **{name: without_dropout("fast_attention", name) for name in ("flash", "splash", "cudnn", "tokamax")},
 }
 # For rows whose tokens are split over the mesh axis `context`. On a mesh without it these names mean None.
 ACROSS: dict[str, Implementation] = {name: without_dropout("ring", name) for name in ("ring", "zigzag", "ulysses")}
