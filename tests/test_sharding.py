@@ -102,8 +102,8 @@ def test_weights_are_split_over_fsdp_and_tensor(mesh: Mesh):
 
 
 def test_a_leaf_without_a_row_raises(mesh: Mesh):
-    with pytest.raises(ValueError, match="no row matches 'layers/mixer/w_new'"):
-        shardings({"layers": {"mixer": {"w_new": jnp.zeros((2, 3))}}}, mesh)
+    with pytest.raises(ValueError, match="no row matches 'layers/attention/w_new'"):
+        shardings({"layers": {"attention": {"w_new": jnp.zeros((2, 3))}}}, mesh)
 
 
 def test_a_leaf_of_another_rank_than_its_row_raises(mesh: Mesh):
