@@ -25,7 +25,9 @@ for rows in (32_768, 40_001, 65_536):
     wrong[rows] = len(off)
     print(f"{rows:,} rows: {len(off):,} wrong", f"from index {off[0]:,} on" if len(off) else "")
     if len(off):
-        print(f"  sum of all: {found.sum() / right.sum() - 1:+.2%}; of the wrong rows: {found[off].sum() / right[off].sum() - 1:+.2%}")
+        print(
+            f"  sum of all: {found.sum() / right.sum() - 1:+.2%}; of the wrong rows: {found[off].sum() / right[off].sum() - 1:+.2%}"
+        )
 assert wrong[32_768] == wrong[65_536] == 0
 assert (wrong[40_001] > 0) == (sys.argv[1] == "wrong"), wrong
 PYTHON

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# jax and jaxlib 0.10.2 on a CPU (0.12.0.1 too): jnp.multiply.outer of an array whose second axis is split over devices.
+# jax and jaxlib 0.10.2 on a CPU (0.12.0.1 too): jnp.multiply.outer of an array whose second axis is split over
+# devices.
 #
-# Each result is a product of two numbers, and lies where its row lies: one would expect that nothing is sent, as by the
-# same product with a new axis.
-# Seen: an all-gather of the whole array. `outer` flattens both arguments first, and the split axis is not the outer one
-# of the flat array. Rotary angles, positions times frequencies, are such a product. Compiled for a TPU v5e (libtpu 0.0.52)
-# the flattening is simplified away in time, and nothing is sent.
+# Each result is a product of two numbers, and lies where its row lies: one would expect that nothing is sent, as by
+# the same product with a new axis.
+# Seen: an all-gather of the whole array. `outer` flattens both arguments first, and the split axis is not the outer
+# one of the flat array. Rotary angles, positions times frequencies, are such a product. Compiled for a TPU v5e (libtpu
+# 0.0.52) the flattening is simplified away in time, and nothing is sent.
 set -euo pipefail
 folder=$(mktemp -d) && trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3}" -m venv "$folder" && "$folder/bin/pip" install -q jax==0.10.2 jaxlib==0.10.2

@@ -37,7 +37,9 @@ for name, function in {"ragged_dot": jax.lax.ragged_dot, "batched": batched}.ite
     compiled = jax.jit(function).lower(x, w, sizes).compile()
     operations, temporary = compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
     times[name] = seconds(compiled)
-    print(f"{name}: {operations / needed:.2f} times the operations needed, {temporary / x.nbytes:.0f} times x in temporaries")
+    print(
+        f"{name}: {operations / needed:.2f} times the operations needed, {temporary / x.nbytes:.0f} times x in temporaries"
+    )
     assert (operations > 7.9 * needed) == (temporary >= EXPERTS * x.nbytes) == (name == "ragged_dot")
 print(f"ragged_dot takes {times['ragged_dot'] / times['batched']:.0f} times the CPU time of the batched product")
 assert times["ragged_dot"] > 4 * times["batched"]

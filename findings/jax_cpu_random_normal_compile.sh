@@ -2,10 +2,10 @@
 # jax and jaxlib 0.10.2 on a CPU (0.12.0.1 too): how long one jax.random.normal of a fixed shape takes to compile.
 #
 # It is one line, drawn once: one would expect it to compile faster than the gradient of a feed-forward layer.
-# Seen: it takes ten times as long. Nearly all of it is the threefry hash (jax.random.bits alone takes most; the inverse
-# error function little), unrolled, and optimized by LLVM anew for each shape: eight leaves of eight shapes take five
-# times as long as one. Without LLVM's optimizations they take a small part of it, and eight draws inside lax.map, of one
-# shape, about as long as one.
+# Seen: it takes ten times as long. Nearly all of it is the threefry hash (jax.random.bits alone takes most; the
+# inverse error function little), unrolled, and optimized by LLVM anew for each shape: eight leaves of eight shapes
+# take five times as long as one. Without LLVM's optimizations they take a small part of it, and eight draws inside
+# lax.map, of one shape, about as long as one.
 set -euo pipefail
 folder=$(mktemp -d) && trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3}" -m venv "$folder" && "$folder/bin/pip" install -q jax==0.10.2 jaxlib==0.10.2

@@ -2,14 +2,14 @@
 # jax and jaxlib 0.10.2, libtpu 0.0.52: lax.scan over a stack of layers whose first axis, the layers, is split.
 #
 # Eight layers on eight devices, one each: one would expect that an iteration fetches the one layer it reads.
-# Seen: every device gathers the whole stack, then slices a layer out of it: compiled for a CPU once, before the loop; for
-# a TPU v5e in each of the eight iterations, which send eight times the stack. So a device that keeps an eighth of the
-# weights needs room for all of them. Where the layers' own rows are split instead, an iteration gathers one layer.
+# Seen: every device gathers the whole stack, then slices a layer out of it: compiled for a CPU once, before the loop;
+# for a TPU v5e in each of the eight iterations, which send eight times the stack. So a device that keeps an eighth of
+# the weights needs room for all of them. Where the layers' own rows are split instead, an iteration gathers one layer.
 set -euo pipefail
 folder=$(mktemp -d) && trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3}" -m venv "$folder" && "$folder/bin/pip" install -q jax==0.10.2 jaxlib==0.10.2 libtpu==0.0.52
 export JAX_PLATFORMS=cpu ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_LOG_DIR=disabled TPU_SKIP_MDS_QUERY=1
-export TPU_ACCELERATOR_TYPE=v5litepod-4 TPU_WORKER_HOSTNAMES=localhost TPU_WORKER_ID=0 # asked for, whatever is compiled for
+export TPU_ACCELERATOR_TYPE=v5litepod-4 TPU_WORKER_HOSTNAMES=localhost TPU_WORKER_ID=0 # asked for by any target
 "$folder/bin/python" - <<'PYTHON'
 import re
 

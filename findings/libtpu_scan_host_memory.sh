@@ -11,7 +11,7 @@ set -euo pipefail
 folder=$(mktemp -d) && trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3}" -m venv "$folder" && "$folder/bin/pip" install -q jax==0.10.2 jaxlib==0.10.2 libtpu==0.0.52
 export JAX_PLATFORMS=cpu ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_LOG_DIR=disabled TPU_SKIP_MDS_QUERY=1
-export TPU_ACCELERATOR_TYPE=v5litepod-4 TPU_WORKER_HOSTNAMES=localhost TPU_WORKER_ID=0 # asked for, whatever is compiled for
+export TPU_ACCELERATOR_TYPE=v5litepod-4 TPU_WORKER_HOSTNAMES=localhost TPU_WORKER_ID=0 # asked for by any target
 "$folder/bin/python" - <<'PYTHON'
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,9 @@ for function in (update, scan, fori_loop):
     jitted = jax.jit(function, donate_argnums=(0, 1), out_shardings=(on_device, (on_host, on_host)))
     found = jitted.lower(*arguments).compile().memory_analysis()
     device[function], host[function] = found.temp_size_in_bytes, found.host_temp_size_in_bytes
-    print(f"{function.__name__}: temporaries {device[function] / GB:.2f} GB on the device, {host[function] / GB:.2f} on the host")
+    print(
+        f"{function.__name__}: temporaries {device[function] / GB:.2f} GB on the device, {host[function] / GB:.2f} on the host"
+    )
 moments = found.host_argument_size_in_bytes
 assert device[update] > 1.9 * moments
 assert device[scan] > 3 * device[fori_loop]

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# jax and jaxlib 0.10.2 with libtpu 0.0.52, compiling for 16 chips of v5e: a batch times a weight, both split over chips.
+# jax and jaxlib 0.10.2 with libtpu 0.0.52, compiling for 16 chips of v5e: a batch times a weight, both split over
+# chips.
 #
 # One would expect what the partitioner does on CPUs and GPUs: an all-gather of the weight, then one product.
 # Seen: no all-gather. The product becomes a loop, a "windowed einsum": in each iteration collective-permutes bring the
@@ -11,7 +12,7 @@ set -euo pipefail
 folder=$(mktemp -d) && trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3}" -m venv "$folder" && "$folder/bin/pip" install -q jax==0.10.2 jaxlib==0.10.2 libtpu==0.0.52
 export JAX_PLATFORMS=cpu ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_LOG_DIR=disabled TPU_SKIP_MDS_QUERY=1
-export TPU_ACCELERATOR_TYPE=v5litepod-4 TPU_WORKER_HOSTNAMES=localhost TPU_WORKER_ID=0 # asked for, whatever is compiled for
+export TPU_ACCELERATOR_TYPE=v5litepod-4 TPU_WORKER_HOSTNAMES=localhost TPU_WORKER_ID=0 # asked for by any target
 "$folder/bin/python" - <<'PYTHON'
 import re
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # orbax-checkpoint 0.12.8: one bit of the file that holds an array changes after the checkpoint was written.
 #
-# One would expect that restore notices: a checkpoint outlives disks, copies and object stores, and the format could keep
-# a checksum beside the data.
+# One would expect that restore notices: a checkpoint outlives disks, copies and object stores, and the format could
+# keep a checksum beside the data.
 # Seen: of 40 single flips, in 40 places of the largest file, all restore without an error and 40 give other numbers.
 set -euo pipefail
 folder=$(mktemp -d) && trap 'rm -rf "$folder"' EXIT

@@ -3,8 +3,8 @@
 #
 # add_bos_token says whether a text begins with the token that begins texts. One would expect that it is read, as the
 # release before reads it for a LlamaTokenizerFast.
-# Seen: the two releases give other ids for the same files. 4.57.1 follows add_bos_token; 5.23.0 follows the post-processor
-# of tokenizer.json, whatever add_bos_token says, and keeps the attribute. No warning about it.
+# Seen: the two releases give other ids for the same files. 4.57.1 follows add_bos_token; 5.23.0 follows the
+# post-processor of tokenizer.json, whatever add_bos_token says, and keeps the attribute. No warning about it.
 set -euo pipefail
 folder=$(mktemp -d) && trap 'rm -rf "$folder"' EXIT
 for version in 4.57.1 5.23.0; do
@@ -29,10 +29,17 @@ def ids(post_processor: bool, add_bos_token: bool) -> list[int]:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.add_special_tokens(["<s>", "</s>"])
     if post_processor:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[BEGIN, END])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[BEGIN, END]
+        )
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(f"{folder}/tokenizer.json")
-        config = {"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": add_bos_token}
+        config = {
+            "tokenizer_class": "LlamaTokenizerFast",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "add_bos_token": add_bos_token,
+        }
         Path(folder, "tokenizer_config.json").write_text(json.dumps(config))
         return transformers.AutoTokenizer.from_pretrained(folder)("ab")["input_ids"]
 
