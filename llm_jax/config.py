@@ -8,6 +8,7 @@ ASCII digits, with a point or an exponent: neither `1_000` nor the digits of ano
 
 import dataclasses
 import difflib
+import functools
 import itertools
 import json
 import math
@@ -15,9 +16,10 @@ import re
 import types
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from llm_jax.keys import choices, keys, kinds, suggestions
+from llm_jax.keys import REQUIRED, choices, keys, kinds, suggestions, value_at
 
 Config = TypeVar("Config")
 
@@ -52,36 +54,57 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], where: str = "") -> 
     return cls(**{key: _coerce(value, hints[key], where + key) for key, value in values.items()})
 
 
-def override(config: Config, assignments: Sequence[str], **fields: Any) -> Config:
-    """`config` with each `"a.b=value"` applied, checked by type and by every `__post_init__`.
+def replace(config: Config, **changes: Any) -> Config:
+    """Return `config` with new values by path: `replace(config, steps=9, **{"model.n_layers": 4})`.
 
-    `fields` take the place of whole fields before that. All take effect together, so that two fields which must agree
-    can change in one call. Raises `ValueError` for a key that is unknown, and says which may be meant, or that is set
-    twice.
+    All take effect together, so that two fields which must agree can change in one call. Raises `ValueError` for an
+    unknown path, a value of another type (text for a number too), and a config that can't be.
+    """
+    new, known = override(config, (), **changes), {key.name: key for key in keys(type(config))}
+    for path, value in changes.items():
+        if isinstance(value, str) and not isinstance(functools.reduce(getattr, path.split("."), new), str):
+            raise _wrong_type(value, kinds(known[path].kind), path)
+    return new
+
+
+def override(config: Config, assignments: Sequence[str], **changes: Any) -> Config:
+    """Return `config` with each `"a.b=value"` of the command line applied, and `changes` as in `replace` before them.
+
+    Raises `ValueError` for a key that is unknown, with the likely ones, or that is set twice, and as `replace` does.
     """
     known = {key.name: key for key in keys(type(config))}
+    groups = {path: value for path, value in changes.items() if dataclasses.is_dataclass(value) and "." not in path}
     values: dict[str, Any] = {}
+    for path, value in changes.items():
+        if path not in known:
+            raise _unknown(type(config), path, plain(value))
+        if path not in groups:
+            _insert(values, path, value)
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
             example = "model.n_layers=8, without blanks"
             raise ValueError(f"expected key=value, got {_short(assignment)}; for example {example}")
-        *groups, leaf = key.split(".")
         below_a_value = any(key.startswith(f"{name}.") for name, at in known.items() if at.group is None)
         if key not in known and not below_a_value:
             raise _unknown(type(config), key, text)
         if key in known and known[key].group and text != "none" and (meant := suggestions(key, type(config))):
             raise ValueError(f"{key} is a group of keys; did you mean {_as_typed(meant, text)}?")
-        branch = values
-        for depth, group in enumerate(groups, 1):
-            branch = branch.setdefault(group, {})
-            if not isinstance(branch, dict):
-                raise _mixed(".".join(groups[:depth]))
-        if isinstance(branch.get(leaf), dict):
-            raise _mixed(key)
-        if branch.setdefault(leaf, text) != text:
-            raise ValueError(f"{key} is set twice, to {_short(branch[leaf])} and to {_short(text)}; keep one of them")
-    return _replace(config, values, "", fields)
+        _insert(values, key, text)
+    return _replace(config, values, "", groups)
+
+
+def _insert(values: dict[str, Any], path: str, value: Any) -> None:
+    """Put `value` at `path` of nested dicts. Raises `ValueError` if another value, or a group of values, is there."""
+    *groups, leaf = path.split(".")
+    for depth, group in enumerate(groups, 1):
+        values = values.setdefault(group, {})
+        if not isinstance(values, dict):
+            raise _mixed(".".join(groups[:depth]))
+    if isinstance(values.get(leaf), dict):
+        raise _mixed(path)
+    if values.setdefault(leaf, value) != value:
+        raise ValueError(f"{path} is set twice, to {_short(values[leaf])} and to {_short(value)}; keep one of them")
 
 
 def checked(config: Config) -> Config:
@@ -183,8 +206,11 @@ def _coerce(value: Any, kind: Any, where: str) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return _coerce_union(value, arguments, where)
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type) and isinstance(value, Mapping):
-        return from_dict(kind, value, where + ".")
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if isinstance(value, kind):
+            return value
+        if isinstance(value, Mapping):
+            return from_dict(kind, value, where + ".")
     if origin is Literal and value in arguments:
         return value
     if origin is tuple and (items := _items(value)) is not None:
@@ -304,3 +330,31 @@ def _abbreviated(value: Any, other: Any) -> str:
     text = plain(value)
     alike = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, plain(other), strict=False))))
     return text if len(text) < 40 else f"{text[: max(12, alike + 1)]}..."
+
+
+def check_exact(config: Any, cls: type) -> None:
+    """Raise `ValueError` for a config of a subclass, of `cls` or of the class of a field: config.json would lose it."""
+    if type(config) is not cls:
+        raise ValueError(
+            f"{type(config).__name__} is a subclass of {cls.__name__}, which config.json can't bring back; use "
+            f"{cls.__name__} itself, and pass code of your own as fit(loss=..., optimizer=..., metrics=...) or as "
+            "model.layers=my.module:Mixer"
+        )
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        value = getattr(config, field.name)
+        for named in (hints[field.name], *get_args(hints[field.name])):
+            if dataclasses.is_dataclass(named) and isinstance(named, type) and isinstance(value, named):
+                check_exact(value, named)
+
+
+def html_table(config: Any) -> str:
+    """Return a config as a table for a notebook: each key, its value, bold where not the default, and its meaning."""
+    rows = []
+    for key in keys(type(config)):
+        value = value_at(config, key)
+        if key.group is None and value is not REQUIRED:
+            shown = escape(plain(value))
+            shown = shown if key.default == value else f"<b>{shown}</b>"
+            rows.append(f"<tr><td><code>{key.name}</code></td><td>{shown}</td><td>{escape(key.meaning)}</td></tr>")
+    return f"<table><tr><th>key</th><th>value</th><th>meaning</th></tr>{''.join(rows)}</table>"

@@ -1,5 +1,6 @@
-"""Files and folders that appear whole or not at all, JSON that has the expected shape, and one owner for a folder."""
+"""Files and folders that appear whole or not at all, JSON of an expected shape, checksums, and locks on folders."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,8 +15,8 @@ import filelock
 
 Types = type | tuple[type, ...]
 
-STALE_SECONDS = 60.0  # no write of ours takes so long; a part that is older belongs to a killed process
-ABANDONED_SECONDS = 86_400.0  # whoever fills a folder adds a file more often, should a store not know of locks
+STALE_SECONDS = 60.0  # no write takes so long: an older unfinished file belongs to a killed process
+ABANDONED_SECONDS = 86_400.0  # a process that fills a folder adds files more often; for file systems without locks
 NAMES = {
     dict: "an object",
     list: "a list",
@@ -27,27 +28,27 @@ NAMES = {
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write `path` so that whoever reads it, even after a crash, finds the old content or the new.
+    """Write `path` so that a reader, even after a crash, finds either the old content or the new.
 
-    What a killed process left of an earlier write is removed.
+    Removes what killed processes left of earlier writes. Raises `OSError`, naming `path`, if it can't be written.
     """
-    for part in path.parent.glob(f".{_literal(path.name)}.*.part"):
-        if _age(part) > STALE_SECONDS:
-            part.unlink(missing_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    for stale in path.parent.glob(f".{_literal(path.name)}.*.part"):
+        if _age(stale) > STALE_SECONDS:
+            stale.unlink(missing_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with _named(path, part), written(part) as file:
+        with _named(path, unfinished), written(unfinished) as file:
             file.write(content.encode() if isinstance(content, str) else content)
-        os.replace(part, path)
+        os.replace(unfinished, path)
     finally:
-        part.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 @contextmanager
 def written(path: Path) -> Iterator[BinaryIO]:
-    """Give a new file to write; after the block all of it is on the disk. Raises `OSError`, with its name, if not.
+    """Yield a new file to write; after the block all of it is on the disk. Raises `OSError`, naming `path`, if not.
 
-    NumPy's own ways to write one (`tofile`, and `save` to a file) miss a disk that is full by the last few kilobytes.
+    NumPy's own writers (`tofile`, and `save` to a file) don't notice a disk that runs full in the last few kilobytes.
     """
     with _named(path, path), open(path, "wb") as file:
         yield file
@@ -56,12 +57,12 @@ def written(path: Path) -> Iterator[BinaryIO]:
 
 
 def strict(value: Any) -> Any:
-    """Return `value` as JSON has it: NaN and the infinities, for which that has no word, are null."""
+    """Return `value` as strict JSON has it: NaN and the infinities become null."""
     return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write `values` as indented JSON, whole or not at all."""
+    """Write `values` as indented JSON, whole or not at all. Raises like `write_whole`."""
     write_whole(path, json.dumps(values, indent=2) + "\n")
 
 
@@ -69,23 +70,32 @@ def read_json(path: Path, fields: Mapping[str, Types] | None = None, *, advice: 
     """Return the object in the JSON file `path`.
 
     `fields` are the names it must have, each with the type or types of its value. `advice` is what to do about a bad
-    file, and ends the message. Raises `ValueError`, one line, for a file that is missing, is no JSON, or has another
-    shape; whatever the file holds, no other exception.
+    file, and ends the message. Raises `ValueError`, one line, for a file that is missing, is not JSON, or has another
+    shape; no other exception, whatever the file holds.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; {advice}") from None
     except OSError as error:
         raise ValueError(f"{path} can't be read ({error.strerror}); {advice}") from None
+    return parse_json(content, fields, str(path), advice=advice)
+
+
+def parse_json(
+    content: str | bytes, fields: Mapping[str, Types] | None = None, where: str = "", *, advice: str
+) -> dict[str, Any]:
+    """Return the object in `content`, JSON in UTF-8. Raises `ValueError`, naming `where`, as `read_json` does."""
+    try:
+        found = json.loads(content if isinstance(content, str) else content.decode())
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, an integer of 5,000 digits, 10,000 brackets
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ValueError(f"{path} is not JSON ({reason}); {advice}") from None
-    return check_fields(found, fields or {}, str(path), advice=advice)
+        raise ValueError(f"{where} is not JSON ({reason}); {advice}") from None
+    return check_fields(found, fields or {}, where, advice=advice)
 
 
 def check_fields(found: Any, fields: Mapping[str, Types], where: str, *, advice: str) -> dict[str, Any]:
-    """Return `found`, an object of JSON with these fields. Raises `ValueError`, naming `where`, for anything else."""
+    """Return `found`, a JSON object with these fields. Raises `ValueError`, naming `where`, for anything else."""
     if not isinstance(found, dict):
         raise ValueError(f"{where} holds {_name(type(found))}, expected an object; {advice}")
     for name, types in fields.items():
@@ -99,14 +109,19 @@ def check_fields(found: Any, fields: Mapping[str, Types], where: str, *, advice:
     return found
 
 
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal. Raises `OSError` if it can't be read."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @contextmanager
 def whole_folder(folder: Path, purpose: str) -> Iterator[Path]:
-    """Give a folder to fill, which takes the name `folder` at the end of the block, and is removed if that fails.
+    """Yield a folder to fill, which is renamed to `folder` at the end of the block, and removed if that fails.
 
-    Until then it is a sibling whose name says what it is for, as `.llama.import.x3k2/`; what a killed process left of
-    the same purpose is removed first, under another name if it is a day old: a cache may never ask for that one again.
-    Raises `OSError` where `folder` exists by then, or can't be made or filled: it names what is in the way as it would
-    be called in `folder`.
+    Until then it is a sibling named after its purpose, like `.llama.import.x3k2/`. What a killed process left for the
+    same purpose is removed first; under another name if it is a day old, as a cache may never ask for that one again.
+    Raises `OSError` if `folder` exists by then, or can't be made or filled; paths inside are named as if in `folder`.
     """
     parent = folder.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
@@ -117,13 +132,13 @@ def whole_folder(folder: Path, purpose: str) -> Iterator[Path]:
     try:
         scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     except OSError as error:
-        error.filename = str(folder)  # in place of a name drawn at random
+        error.filename = str(folder)  # instead of the random name
         raise
     try:
         with _named(folder, scratch / "whole"), filelock.FileLock(scratch / "lock"):
             (filling := scratch / "whole").mkdir()
             yield filling
-            if folder.is_symlink() or folder.exists():  # a rename replaces an empty folder without a word
+            if folder.is_symlink() or folder.exists():  # a rename silently replaces an empty folder
                 raise FileExistsError(17, "exists by now", str(folder))
             os.rename(filling, folder)
     finally:
@@ -132,7 +147,7 @@ def whole_folder(folder: Path, purpose: str) -> Iterator[Path]:
 
 @contextmanager
 def _named(path: Path, scratch: Path) -> Iterator[None]:
-    """Let an `OSError` that names nothing, or something in `scratch`, name `path`, which that is to become."""
+    """Make an `OSError` that names nothing, or something in `scratch`, name `path`, which `scratch` will become."""
     try:
         yield
     except OSError as error:
@@ -140,13 +155,13 @@ def _named(path: Path, scratch: Path) -> Iterator[None]:
             error.filename = str(error.filename).replace(str(scratch), str(path))
         elif error.strerror is not None:
             error.filename = str(path)
-        else:  # a text and no more
+        else:  # a message only
             error.args = tuple(str(each).replace(str(scratch), str(path)) for each in error.args)
         raise
 
 
 def _remove_abandoned(scratch: Path) -> None:
-    """Remove the folder of a `whole_folder` whose process has ended: the system releases a lock with its process."""
+    """Remove the folder of a `whole_folder` whose process has ended: a lock ends with its process."""
     lock = scratch / "lock"
     if not lock.exists() and _age(scratch) < STALE_SECONDS:
         return  # its owner is about to lock it
@@ -160,7 +175,7 @@ def _remove_abandoned(scratch: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Own `folder` among all processes that call this. Raises `BlockingIOError` at once where another one owns it."""
+    """Hold the lock on `folder` in the block. Raises `BlockingIOError` at once if another process holds it."""
     try:
         with filelock.FileLock(folder / ".lock", timeout=0):
             yield
@@ -169,7 +184,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _age(path: Path) -> float:
-    """Seconds since `path` was written; 0 where it is gone, or not ours to see."""
+    """Return the seconds since `path` was written; 0 if it is gone, or not readable."""
     try:
         return time.time() - path.stat().st_mtime
     except OSError:
@@ -177,7 +192,7 @@ def _age(path: Path) -> float:
 
 
 def _literal(name: str) -> str:
-    """`name` as a pattern that matches itself alone."""
+    """Return `name` as a glob pattern that matches only itself."""
     return "".join(f"[{character}]" if character in "*?[" else character for character in name)
 
 

@@ -174,15 +174,31 @@ FIELDS: tuple[tuple[str, str, Callable[[float], str], str], ...] = (
 )
 
 
+class _Cell:
+    """A line in the output of a notebook's cell, replaced in its position."""
+
+    def __init__(self) -> None:
+        from IPython.display import display  # a notebook has it
+
+        self._handle, self._shown = display({"text/plain": ""}, raw=True, display_id=True), -math.inf
+
+    def show(self, text: str, *, last: bool) -> None:
+        """Replace the line, twice a second at most: a browser draws slower than a small model trains."""
+        if last or time.monotonic() - self._shown >= 0.5:
+            self._shown = time.monotonic()
+            self._handle.update({"text/plain": text}, raw=True)
+
+
 class _Progress:
-    """A bar with the newest numbers below it on a terminal; a plain line now and then anywhere else."""
+    """A bar and the newest numbers on a terminal, a line in a notebook, a plain line now and then elsewhere."""
 
     def __init__(self, console: Console, total: int, start: int) -> None:
         self._console, self._total, self._step = console, total, start
         self._count, self._numbers, self._left = f"{start:,}/{total:,}", Text(), ""
         self._began: tuple[int, float] | None = None  # step and time of the first row: the compile is over
         self._printed = (-math.inf, -math.inf)  # step and time of the last plain line
-        moving = console.is_terminal and not console.is_dumb_terminal
+        moving = console.is_terminal and not console.is_dumb_terminal and not console.is_jupyter
+        self._cell = _Cell() if console.is_jupyter else None
         self.live = Live(console=console, get_renderable=self._bar) if moving else None
 
     def update(self, step: int, row: Mapping[str, Any]) -> None:
@@ -193,11 +209,15 @@ class _Progress:
         if step > self._began[0]:
             seconds_a_step = (now - self._began[1]) / (step - self._began[0])
             self._left = f"{duration(seconds_a_step * max(0, self._total - step))} left"
+        line = f"step {self._count}  {self._numbers}  {self._left}".rstrip()
+        if self._cell:
+            self._cell.show(line, last=step >= self._total)
+            return
         # Where nothing can move, a run prints about twenty lines, and is never silent for over a minute.
         due = step - self._printed[0] >= self._total / 20 or now - self._printed[1] >= 60
         if not self.live and (due or step >= self._total):
             self._printed = (step, now)
-            self.print(f"step {self._count}  {self._numbers}  {self._left}".rstrip())
+            self.print(line)
 
     def print(self, text: str) -> None:
         # A sample's [brackets] and :colons: are no markup, and a piped line is not cut at eighty characters.

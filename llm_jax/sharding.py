@@ -9,7 +9,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.experimental import mesh_utils
@@ -202,26 +202,36 @@ def letters_of(path: str, shape: tuple[int, ...]) -> str:
     return letters[1:] if letters.startswith("N") and len(letters) == len(shape) + 1 else letters
 
 
-def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """A `NamedSharding` for every leaf of `tree` (arrays or shapes): parameters, or a train state of them.
+def shardings(tree: Any, mesh: Mesh | AbstractMesh, unknown: Literal["raise", "whole"] = "raise") -> Any:
+    """Return a `NamedSharding` for every leaf of `tree` (arrays or shapes): parameters, or a train state of them.
 
-    Raises `ValueError` for a leaf that no row of `LETTERS` matches, or whose axis does not divide evenly.
+    Raise `ValueError` for a leaf that no row of `LETTERS` matches, or whose axis does not divide evenly. With `unknown`
+    of `whole`, for the state of an optimizer that these tables don't know, such a leaf is whole on every device.
     """
 
     def one(path: str, leaf: Any) -> NamedSharding:
-        letters = letters_of(path, leaf.shape)
-        if letters and len(letters) != len(leaf.shape):
-            raise ValueError(f"{path} has shape {leaf.shape}, but its letters are {letters!r}")
-        partition = spec(letters, PARAMETER_AXES)
-        for letter, axis, size in zip(letters, partition, leaf.shape, strict=False):
-            if axis is not None and size % mesh.shape[axis]:
-                raise ValueError(
-                    f"{path}: axis {letter}={size} does not divide over mesh axis {axis}={mesh.shape[axis]}; "
-                    f"change mesh.{axis} or pad {letter} to {-(-size // mesh.shape[axis]) * mesh.shape[axis]}"
-                )
-        return NamedSharding(mesh, partition)
+        try:
+            return _leaf_sharding(path, leaf.shape, mesh)
+        except ValueError:
+            if unknown == "raise":
+                raise
+            return NamedSharding(mesh, PartitionSpec())
 
     return trees.map_with_path(one, tree)
+
+
+def _leaf_sharding(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> NamedSharding:
+    letters = letters_of(path, shape)
+    if letters and len(letters) != len(shape):
+        raise ValueError(f"{path} has shape {shape}, but its letters are {letters!r}")
+    partition = spec(letters, PARAMETER_AXES)
+    for letter, axis, size in zip(letters, partition, shape, strict=False):
+        if axis is not None and size % mesh.shape[axis]:
+            raise ValueError(
+                f"{path}: axis {letter}={size} does not divide over mesh axis {axis}={mesh.shape[axis]}; "
+                f"change mesh.{axis} or pad {letter} to {-(-size // mesh.shape[axis]) * mesh.shape[axis]}"
+            )
+    return NamedSharding(mesh, partition)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

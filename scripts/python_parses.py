@@ -16,11 +16,8 @@ from pathlib import Path
 
 from llm_jax.data.mixture import Mixture
 from llm_jax.data.shards import Shards
-from llm_jax.infer.generate import generate
-from llm_jax.ops.sampling import Sampling
-from llm_jax.runs import folder as run_folder
-from llm_jax.runs import loop, restore
-from llm_jax.train.step import cast
+from llm_jax.runs.data import open_run_data
+from llm_jax.runs.run import Run
 
 SIGNATURE = re.compile(r"^def \w+\([^()\n]*\):\n", re.MULTILINE)
 
@@ -33,7 +30,7 @@ def prompts(shards: Shards | Mixture) -> Iterator[str]:
 
 
 def function(prompt: str, text: str) -> str:
-    """`prompt` and the indented lines behind it."""
+    """`prompt` and the indented lines after it."""
     whole = text.split("\n")[:-1]
     body = itertools.takewhile(lambda line: not line or line[0].isspace(), whole)
     return prompt + "\n".join(body) + "\n"
@@ -54,19 +51,10 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.7)
     arguments = parser.parse_args()
 
-    config = run_folder.load_config(arguments.run)
-    shards = loop.open_run_data(arguments.run, config, print)
+    run = Run.open(arguments.run)
+    shards = open_run_data(arguments.run, run.config, print)
     starts = list(itertools.islice(prompts(shards), arguments.count))
-    params, _ = restore.restore(arguments.run, restore.on_one_device(config))
-    texts = generate(
-        config.model,
-        cast(params, config.model.dtype),
-        shards.tokenizer,
-        starts,
-        sampling=Sampling(temperature=arguments.temperature),
-        max_tokens=arguments.tokens,
-        begin=config.data.end_of_text,
-    )
+    texts = run.generate(starts, temperature=arguments.temperature, max_tokens=arguments.tokens)
     sources = [function(prompt, text) for prompt, text in zip(starts, texts, strict=True)]
     good = [source for source in sources if parses(source)]
     print("\n\n".join(good[:3]))

@@ -1,6 +1,7 @@
 """The house of DESIGN: imports point down only, wherever in a file they stand."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -17,9 +18,9 @@ PAGE = PACKAGE.parent / "docs" / "architecture.md"
 
 # (modules or folders below llm_jax, floor, what lives there): the first row that matches names the floor. This is the
 # one place where the floors are written: `python tests/test_architecture.py` writes the table of docs/architecture.md.
-GROUND = "config|keys|tree|files|log|recipes|sharding|processes|meeting|peers|runtime|chips"
+GROUND = "config|keys|tree|files|log|recipes|sharding|processes|runtime|chips"
 FLOORS = [
-    (r"__main__", 8, "`python -m llm_jax`"),
+    (r"__init__|__main__", 8, "`import llm_jax`, the front door, which starts no JAX by itself; `python -m llm_jax`"),
     (r"cli", 7, "the command line: grammar and errors, what each verb does, what is written to a terminal"),
     (r"compat", 6, "other libraries' models: weights and files of Hugging Face, the PyTorch twin"),
     (r"plan", 5, "what is known before a run: shapes, memory, communication and time; every mesh held to one device"),
@@ -30,7 +31,7 @@ FLOORS = [
     (r"ops", 1, "pure functions on arrays: attention and its kernels, experts, positions, norms, loss, sampling"),
     (r"data", 1, "text to batches, in NumPy: tokenizers, sources, shards, packing; JAX in `loader.py` only"),
     (GROUND, 0, "configs, pytrees by path, two sharding tables, files, how processes start and agree"),
-    (r"__\w+__", 0, ""),
+    (r"__version__", 0, ""),
 ]
 VAGUE = {"utils", "util", "common", "base", "helpers", "helper", "manager", "misc"}
 
@@ -93,6 +94,20 @@ def test_a_file_imports_lower_floors_or_its_own_folder_only():
         if other.startswith("llm_jax.") and not may_import(module(path), other)
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    modules = {module(path).removesuffix(".__init__") for path in FILES} - {"llm_jax"}
+    graph = {}
+    for path in FILES:
+        found = set(imports(path)) & modules
+        # `from a import b` gives both: the package `a` is meant only where `b` is a name in it.
+        packages = {name for name in found if any(other.startswith(f"{name}.") for other in found)}
+        graph[module(path).removesuffix(".__init__")] = found - packages
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
 def test_every_file_stands_on_a_floor():

@@ -16,7 +16,7 @@ from llm_jax.data.task import IGNORE as TASK_IGNORE
 from llm_jax.ops.attention import attention
 from llm_jax.ops.loss import IGNORE as LOSS_IGNORE
 from llm_jax.ops.loss import cross_entropy
-from llm_jax.runs.loop import open_data
+from llm_jax.runs.data import open_data
 from llm_jax.train.batch import check_batch
 from llm_jax.train.program import Program
 

@@ -15,7 +15,7 @@ from tiny_run import tiny
 from llm_jax import runtime
 from llm_jax.cli.main import main
 from llm_jax.plan import check as checks
-from llm_jax.plan.check import BOUND, PIECES, Finding, Piece, as_json, compare, line, one_of_each_kind
+from llm_jax.plan.check import BOUND, PIECES, Finding, Piece, compare, findings_to_json, line, one_of_each_kind
 
 ROOT = Path(__file__).parents[1]
 TINY = tiny(Path("nowhere"))
@@ -87,7 +87,7 @@ def test_the_verb_fails_by_its_status_where_something_is_wrong(
 
 
 def test_everything_is_there_for_machines():
-    written = as_json([Finding("cpu", "norm", 1e-7, 2e-7, BOUND), Finding("cpu", "loss", 1.0, None, BOUND)])
+    written = findings_to_json([Finding("cpu", "norm", 1e-7, 2e-7, BOUND), Finding("cpu", "loss", 1.0, None, BOUND)])
     assert [finding["right"] for finding in written["findings"]] == [True, False]
     assert all(fault["guarded"] for fault in written["known_faults"])
     assert json.loads(json.dumps(written)) == json.loads(json.dumps(written))

@@ -17,7 +17,7 @@ import pytest
 from llm_jax import runtime
 from llm_jax.cli.main import main
 from llm_jax.compat import compare as module
-from llm_jax.compat.compare import Comparison, Gap, as_json, check, compare, table, write
+from llm_jax.compat.compare import Comparison, Gap, check, compare, table, write
 from llm_jax.compat.sides import Side, Stretch
 from llm_jax.model.config import AttentionConfig
 from llm_jax.train.config import RunConfig
@@ -138,7 +138,7 @@ def test_the_page_is_whole_and_says_what_the_file_says(played: Comparison, tmp_p
 
 def test_what_is_not_a_number_is_null_in_the_file(played: Comparison):
     lost = dataclasses.replace(played.sides["jax"], loss=[float("nan")] * 25)
-    found = as_json(dataclasses.replace(played, sides=played.sides | {"jax": lost}))
+    found = dataclasses.replace(played, sides=played.sides | {"jax": lost}).to_json()
     assert found["sides"]["jax"]["loss"] == [None] * 25
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_jax.config import check_ranges, checked, from_dict, nearest, override, plain, to_dict
+from llm_jax.config import check_ranges, checked, from_dict, nearest, override, plain, replace, to_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +180,32 @@ def test_overrides_take_effect_together_and_none_is_lost():
         override(config, ["wagons=9", "limit=10", "wagons=8"])
     with pytest.raises(ValueError, match="wagons=9 exceeds limit=6"):
         override(config, ["wagons=9"])
+
+
+def test_values_by_path_take_effect_together_and_so_do_assignments():
+    config = replace(Train(wagons=3, limit=5), wagons=8, limit=9, **{"engine.rate": 2, "spare.fuel": "oil"})
+    assert config == Train(wagons=8, limit=9, engine=Engine(rate=2.0), spare=Engine(fuel="oil"))
+    assert replace(config, spare=None, engine=Engine(7)) == Train(wagons=8, limit=9, engine=Engine(7))
+    both = override(Train(wagons=3, limit=5), ["wagons=8", "engine.power=2"], limit=9, engine=Engine(rate=0.25))
+    assert both == Train(wagons=8, limit=9, engine=Engine(power=2, rate=0.25))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"wagons": "8"}, "wagons takes a whole number, got '8'"),
+        ({"limit": "none"}, "limit takes a whole number or none, got 'none'"),
+        ({"stops": "a,b"}, "stops takes values of type text separated by commas, got 'a,b'"),
+        ({"engine.rate": True}, "engine.rate takes a number, got True"),
+        ({"engine.fuel": "gas"}, "engine.fuel takes one of coal, oil, got 'gas'"),
+        ({"engine.pwer": 2}, "unknown config key 'engine.pwer'; did you mean engine.power=2?"),
+        ({"engine": 2}, "engine takes a group of values"),
+        ({"wagons": 9, "limit": 8}, "wagons=9 exceeds limit=8"),
+    ],
+)
+def test_a_value_of_another_type_or_path_is_refused_and_text_is_no_number(changes: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        replace(Train(wagons=1), **changes)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ LLAMA_70B = RunConfig(
 
 def printed(description: describe.Description, width: int = 120) -> str:
     out = io.StringIO()
-    Console(file=out, width=width).print(describe.render(description))
+    Console(file=out, width=width).print(description)
     return out.getvalue()
 
 

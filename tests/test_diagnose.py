@@ -11,8 +11,8 @@ import pytest
 from llm_jax import tree
 from llm_jax.data.loader import Batch, Loader
 from llm_jax.ops.experts import Experts
+from llm_jax.runs.data import open_data
 from llm_jax.runs.diagnose import diagnose
-from llm_jax.runs.loop import open_data
 from llm_jax.sharding import MeshConfig
 from llm_jax.train.config import RunConfig
 from llm_jax.train.program import Program

@@ -197,7 +197,7 @@ def test_transformers_loads_every_export(name: str):
     loaded = transformers.AutoModelForCausalLM.from_config(config)
     assert type(loaded).__name__ == family.architecture
     if model.experts is None:  # which transformers fuses
-        ours = {tensor.name: tensor.layout.shape for tensor in family.tensors_of(model, shapes)}
+        ours = {tensor.name: tensor.format.shape for tensor in family.tensors_of(model, shapes)}
         found = {name: tuple(x.shape) for name, x in loaded.named_parameters()}
         if "embed_out.weight" in ours:  # the name of a NeoX's head on disk
             found["embed_out.weight"] = found.pop("lm_head.weight")
@@ -238,7 +238,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def exported(folder: Path, out: Path, **options: Any) -> dict[str, Any]:
-    params, _ = restore.restore(folder, restore.on_one_device(run_folder.load_config(folder)), report=quiet)
+    params, _ = restore.weights(folder, restore.on_one_device(run_folder.load_config(folder)), report=quiet)
     export_run(folder, params, out, report=quiet, **options)
     return json.loads((out / "config.json").read_text())
 
@@ -315,7 +315,7 @@ def test_the_dropout_of_an_original_stays_its_own_unless_a_run_has_one(case: str
 def test_a_model_that_its_family_can_not_say_goes_out_as_another(original: Path, tmp_path: Path):
     import_run(str(original), tmp_path / "run", tokenizer="byte", report=quiet)
     config = run_folder.load_config(tmp_path / "run")
-    params, _ = restore.restore(tmp_path / "run", restore.on_one_device(config), report=quiet)
+    params, _ = restore.weights(tmp_path / "run", restore.on_one_device(config), report=quiet)
     for part in ("attention", "feedforward"):
         params["layers"][part] = {name: x for name, x in params["layers"][part].items() if not name.startswith("b_")}
     model = override(config.model, ["bias=none", "layers=local", "attention.window=4"])
@@ -344,7 +344,7 @@ def test_weights_that_are_no_numbers_are_named_and_counted(tmp_path: Path):
 
 def test_weights_beyond_the_range_of_the_file_are_named(original: Path, tmp_path: Path):
     import_run(str(original), tmp_path / "run", tokenizer="byte", report=quiet)
-    params, _ = restore.restore(
+    params, _ = restore.weights(
         tmp_path / "run", restore.on_one_device(run_folder.load_config(tmp_path / "run")), report=quiet
     )
     table = np.array(params["embedding"]["table"])

@@ -59,7 +59,7 @@ def compare(case: str, folder: Path) -> float:
     quiet = lambda _: None  # noqa: E731
     imported = import_run(str(there), here, tokenizer="byte", report=quiet)
     config = imported.model
-    params, _ = restore.restore(here, restore.on_one_device(imported), report=quiet)
+    params, _ = restore.weights(here, restore.on_one_device(imported), report=quiet)
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=(2, 24))
     taps = capture(Transformer(config), params, jnp.asarray(tokens, jnp.int32))
     with torch.no_grad():
@@ -120,7 +120,7 @@ def random_file(case: str, path: Path, without: str = "", **more: tuple[int, ...
     """A safetensors file of the case's tensors, all numbers different; without one tensor, and with others."""
     family, config = model_of(case)
     shapes = weights.shapes_of(count.shapes(config))
-    tensors = {tensor.name: tensor.layout.shape for tensor in family.tensors_of(config, shapes)} | more
+    tensors = {tensor.name: tensor.format.shape for tensor in family.tensors_of(config, shapes)} | more
     tensors.pop(without, None)
     rng = np.random.default_rng(0)
     write_file(path, tensors, "float32", lambda name: rng.normal(size=tensors[name]).astype(np.float32))
@@ -130,8 +130,8 @@ def random_file(case: str, path: Path, without: str = "", **more: tuple[int, ...
 def test_tensors_come_back_byte_for_byte(case: str, tmp_path: Path):
     family, config = model_of(case)
     random_file(case, tmp_path / "model.safetensors")
-    params = weights.load(tmp_path, family, config)
-    weights.save(tmp_path / "back.safetensors", family, config, params, "float32")
+    params = weights.read_parameters(tmp_path, family, config)
+    weights.write_parameters(tmp_path / "back.safetensors", family, config, params, "float32")
     there, back = (open_file(tmp_path / f"{name}.safetensors") for name in ("model", "back"))
     assert list(there) == list(back)
     assert all(there[name].read().tobytes() == back[name].read().tobytes() for name in there)
@@ -409,7 +409,7 @@ def test_no_family_has_a_map_and_a_lack():
 def test_tensors_that_are_not_the_models_are_named(change: dict[str, Any], says: str, tmp_path: Path):
     random_file("olmo2", tmp_path / "model.safetensors", **change)
     with pytest.raises(ValueError, match=f"not those of the olmo2 in config.json; {says}"):
-        weights.load(tmp_path, *model_of("olmo2"))
+        weights.read_parameters(tmp_path, *model_of("olmo2"))
 
 
 def test_old_files_are_read_buffers_missing_prefix_and_all(tmp_path: Path):
@@ -419,7 +419,7 @@ def test_old_files_are_read_buffers_missing_prefix_and_all(tmp_path: Path):
     old = {name.removeprefix("transformer."): tensor.read() for name, tensor in new.items()}
     old |= {"h.0.attn.bias": np.ones((1, 1, 40, 40), np.float32), "h.0.attn.masked_bias": np.zeros((), np.float32)}
     write_file(tmp_path / "model.safetensors", {n: a.shape for n, a in old.items()}, "float32", old.__getitem__)
-    params = weights.load(tmp_path, *model_of("gpt2"))
+    params = weights.read_parameters(tmp_path, *model_of("gpt2"))
     np.testing.assert_array_equal(params["embedding"]["table"], old["wte.weight"])
 
 
@@ -432,10 +432,10 @@ def test_a_tied_head_may_be_in_the_file_if_it_is_the_embedding(tmp_path: Path):
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         write_file(tmp_path / "model.safetensors", shapes, "float32", tensors.__getitem__)
         if fits:
-            weights.load(tmp_path, family, config)
+            weights.read_parameters(tmp_path, family, config)
         else:
             with pytest.raises(ValueError, match=r"ties lm_head.weight to model.embed_tokens.weight, but they differ"):
-                weights.load(tmp_path, family, config)
+                weights.read_parameters(tmp_path, family, config)
 
 
 def shapes_of(config: ModelConfig) -> Shapes:

@@ -1,6 +1,5 @@
 """A damaged run folder gives what it gave, or one line that says what is damaged: never another number."""
 
-import functools
 import json
 import random
 import shutil
@@ -9,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import console, tiny, write_corpus
+from tiny_run import console, evaluated, tiny, write_corpus
 
 from llm_jax import log, tree
 from llm_jax.data.shards import open_shards
 from llm_jax.runs.checkpoint import Checkpoints
+from llm_jax.runs.fit import fit
 from llm_jax.runs.folder import check_data, first_machine, load_config, load_tokenizer, shards_folders
-from llm_jax.runs.loop import train
 from llm_jax.runs.report import write_report
-from llm_jax.runs.restore import evaluate
 from llm_jax.runs.seal import changes, seal_of_folder
 from llm_jax.train.program import Program
 
@@ -83,7 +81,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLM_JAX_CACHE", str(folder / "cache"))
         config = tiny(write_corpus(folder / "corpus"), steps=3, prompts=("ab",), sample_every=3)
-        train(config, folder / "run", console=console())
+        fit(config, folder / "run", console=console())
         program = Program.on_one_device(config)
         yield folder / "run", program, seal_of_folder(folder / "run"), weights(folder / "run", program)
 
@@ -158,11 +156,11 @@ def test_a_damaged_file_of_a_checkpoint_gives_no_other_weights(finished, tmp_pat
 
 def test_a_damaged_folder_is_evaluated_as_it_was_or_not_at_all(finished, tmp_path: Path):
     whole, *_ = finished
-    expected = evaluate(whole, report=quiet)[0].loss
+    expected = evaluated(whole)[0].loss
     run, draw = shutil.copytree(whole, tmp_path / "run"), random.Random(2)
     for name in ("config.json", "data.json", "environment.json", "metrics.jsonl") * 6:
         damaged(draw, run / name)
-        found = one_line_or(functools.partial(evaluate, report=quiet), run)
+        found = one_line_or(evaluated, run)
         assert found is None or found[0].loss == pytest.approx(expected, rel=1e-6), name
         shutil.copy(whole / name, run / name)
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_imported import END, gpt2_like, llama2_like, t5_like
+from test_imported_tokenizer import END, gpt2_like, llama2_like, t5_like
 
 from llm_jax.data import tokenizer
-from llm_jax.data.imported import ImportedTokenizer
-from llm_jax.data.tokenizer import Tokenizer
+from llm_jax.data.imported_tokenizer import ImportedTokenizer
+from llm_jax.data.tokenizer_interface import Tokenizer, fingerprint_of
 
 SECONDS = 12.0  # a fuzzer's
 ODD: list[Any] = [
@@ -99,10 +99,10 @@ def test_a_mutated_encoding_json_is_read_or_refused(tmp_path: Path):
         meta, ranks = mutated(json.loads(text), draw), cut(ranks or b" ", draw)
         if draw.randrange(3) and isinstance(meta, dict):  # else the digest refuses most
             encoding = meta.get("encoding")
-            meta["fingerprint"] = tokenizer._digest(encoding if isinstance(encoding, dict) else {}, ranks)
+            meta["fingerprint"] = fingerprint_of(encoding if isinstance(encoding, dict) else {}, ranks)
         (tmp_path / "encoding.json").write_bytes(cut(json.dumps(meta).encode(), draw))
         (tmp_path / "ranks.tiktoken").write_bytes(ranks)
-        return tokenizer.load(tmp_path)
+        return tokenizer.load_tokenizer(tmp_path)
 
     opened, refused = fuzz(open_one)
     assert min(opened, refused) > 10

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from jaxtyping import PyTree
+from tiny_run import generate, sampler
 
 from llm_jax.data.tokenizer import ByteTokenizer
 from llm_jax.infer import generate as module
-from llm_jax.infer.generate import Piece, Row, begin_rows, continuations, generate, in_turn, next_token, stream
+from llm_jax.infer.generate import Piece, Row, Sampler, begin_rows, continuations, next_token, row_by_row
 from llm_jax.model.cache import init_cache
 from llm_jax.model.config import AttentionConfig, ModelConfig
 from llm_jax.model.transformer import Transformer, unstack
@@ -171,7 +172,7 @@ def test_each_row_may_fill_the_context_whatever_the_others_have_used():
     endless = ByteTokenizer()
     endless.end_ids = ()  # no token ends a row
     options = {"sampling": GREEDY, "max_tokens": 99, "begin": False}
-    pieces = list(stream(CONFIG, weights(), endless, ["ab", "x" * 40], **options))
+    pieces = list(sampler(CONFIG, weights(), endless, dict(options)).stream(["ab", "x" * 40], GREEDY, max_tokens=99))
     texts = ["".join(piece.text for piece in pieces if piece.row == row) for row in (0, 1)]
     assert texts[:1] == generate(CONFIG, weights(), endless, ["ab"], **options)
     assert len(texts[0]) > len(texts[1])
@@ -306,7 +307,7 @@ def test_a_row_out_of_room_gives_up_what_it_held_back():
 
 def test_the_pieces_of_a_stream_are_the_texts_of_generate():
     options = {"max_tokens": 12, "stop": ["e", "x"], "seed": 3}
-    pieces = list(stream(CONFIG, weights(), TEXT, PROMPTS, **options))
+    pieces = list(Sampler(CONFIG, weights(), TEXT).stream(PROMPTS, **options))
     texts = ["".join(piece.text for piece in pieces if piece.row == row) for row in range(len(PROMPTS))]
     assert texts == generate(CONFIG, weights(), TEXT, PROMPTS, **options)
     assert all(isinstance(piece, Piece) for piece in pieces)
@@ -317,9 +318,9 @@ def test_the_pieces_of_a_stream_are_the_texts_of_generate():
 def test_rows_in_turn_come_one_after_the_other_and_as_soon_as_they_may(order: list[int]):
     grows = [Piece(row, f"{row}{n}", None) for n, row in enumerate(order)]
     pieces = [*grows, *(Piece(row, "", "stop") for row in (1, 0, 2))]
-    shown = list(in_turn(pieces))
+    shown = list(row_by_row(pieces))
     assert shown == sorted(pieces, key=lambda piece: piece.row)
     read = iter(pieces)
-    live = list(itertools.islice(in_turn(read), order.count(0)))  # all of row 0, without reading further
+    live = list(itertools.islice(row_by_row(read), order.count(0)))  # all of row 0, without reading further
     assert live == [piece for piece in grows if piece.row == 0]
     assert not live or next(read) == pieces[pieces.index(live[-1]) + 1]

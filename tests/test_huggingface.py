@@ -30,12 +30,11 @@ from tiny_run import console, write_corpus
 from llm_jax.cli.main import main
 from llm_jax.compat import huggingface, safetensors, weights
 from llm_jax.compat.huggingface import export_run, fetch, import_run, open_tokenizer
-from llm_jax.compat.layout import Layout
 from llm_jax.compat.tokenizers import ends_of, files_of, merges_of
 from llm_jax.config import override
-from llm_jax.data import tokenizer
+from llm_jax.data import bpe, tokenizer
 from llm_jax.data.config import DataConfig
-from llm_jax.data.imported import ImportedTokenizer
+from llm_jax.data.imported_tokenizer import ImportedTokenizer
 from llm_jax.data.loader import heldout_rows
 from llm_jax.data.prepare import prepare
 from llm_jax.data.shards import open_shards
@@ -45,7 +44,9 @@ from llm_jax.infer.generate import prompt_ids
 from llm_jax.model import count
 from llm_jax.model.transformer import Transformer, forward
 from llm_jax.runs import folder as run_folder
-from llm_jax.runs import loop, restore
+from llm_jax.runs import restore
+from llm_jax.runs.fit import fit
+from llm_jax.runs.start import load_recipe
 from llm_jax.tree import fingerprint
 
 TEXT = "The cat's mat: 12345 mats, naïve 🐈\n\n    def sit(mat):\n\treturn  mat  # <|endoftext|> </s>\r\n ß"
@@ -62,7 +63,7 @@ def save_model(folder: Path, theirs: Mapping[str, Any], dtype: str = "float32", 
     family = family_of(theirs)
     config = family.read(theirs)
     shapes = weights.shapes_of(count.shapes(config))
-    tensors = {tensor.name: tensor.layout.shape for tensor in family.tensors_of(config, shapes)}
+    tensors = {tensor.name: tensor.format.shape for tensor in family.tensors_of(config, shapes)}
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({**theirs, "dtype": dtype}))
@@ -90,28 +91,6 @@ def imported(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # ---- the format
-
-
-def test_a_layout_says_where_each_of_our_numbers_stands():
-    """By hand: for head k, its two queries, then its key, then its value, each of H numbers."""
-    K, G, H, D = 2, 2, 3, 5
-    layout = Layout("(K[GH|H|H])D", ("DKGH", "DKH", "DKH"), {"K": K, "G": G, "H": H, "D": D})
-    assert layout.shape == (K * (G + 2) * H, D)
-    theirs = np.arange(np.prod(layout.shape)).reshape(layout.shape)
-    q, k, v = layout.split(theirs)
-    assert (q.shape, k.shape, v.shape) == ((D, K, G, H), (D, K, H), (D, K, H))
-    assert q[4, 1, 1, 2] == theirs[1 * 12 + 1 * 3 + 2, 4]
-    assert k[0, 1, 2] == theirs[1 * 12 + 2 * 3 + 2, 0]
-    assert v[3, 0, 1] == theirs[0 * 12 + 3 * 3 + 1, 3]
-    np.testing.assert_array_equal(layout.join([q, k, v]), theirs)
-
-
-def test_parts_of_a_tensor_may_differ_in_size():
-    layout = Layout("D[KGH|KH|KH]", ("DKGH", "DKH", "DKH"), {"K": 2, "G": 3, "H": 4, "D": 5})
-    theirs = np.arange(5 * 40).reshape(5, 40)
-    assert layout.shape == (5, 40)
-    np.testing.assert_array_equal(layout.split(theirs)[1][3], theirs[3, 24:32].reshape(2, 4))
-    np.testing.assert_array_equal(layout.join(layout.split(theirs)), theirs)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -241,7 +220,7 @@ def test_weights_pass_through_the_memory_of_the_host(llama: Path, imported: Path
     theirs = json.loads((llama / "config.json").read_text())
     family = huggingface.family_of(theirs)
     with jax.default_device(other):
-        params = weights.load(llama, family, family.read(theirs))
+        params = weights.read_parameters(llama, family, family.read(theirs))
     assert {device for leaf in jax.tree.leaves(params) for device in leaf.devices()} == {host}
     monkeypatch.setattr(jax, "devices", lambda *_: [other])
     assert restore.on_the_host(run_folder.load_config(imported)).mesh.devices.ravel().tolist() == [host]
@@ -266,7 +245,7 @@ family = family_of(read_json(folder / "config.json"))
 config = family.read(read_json(folder / "config.json"))
 shapes(config)
 before = peak()
-params = weights.load(folder, family, config)
+params = weights.read_parameters(folder, family, config)
 print((peak() - before) * 1024 / (folder / "model.safetensors").stat().st_size)
 """
     environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -281,7 +260,7 @@ print((peak() - before) * 1024 / (folder / "model.safetensors").stat().st_size)
 
 def test_an_imported_run_is_of_the_weights_in_the_files(llama: Path, imported: Path):
     config = run_folder.load_config(imported)
-    params, step = restore.restore(imported, restore.on_one_device(config), report=quiet)
+    params, step = restore.weights(imported, restore.on_one_device(config), report=quiet)
     file = safetensors.open_folder(llama)
     q = file["model.layers.1.self_attn.q_proj.weight"].read()  # [KGH D]
     assert step == 0
@@ -294,7 +273,7 @@ def test_bfloat16_weights_are_computed_with_and_given_back_as_they_were(tmp_path
     there = save_model(tmp_path / "theirs", config_json("gemma2"), "bfloat16", shards=2)
     config = import_run(str(there), tmp_path / "run", tokenizer="byte", report=quiet)
     assert config.model.dtype == "bfloat16"
-    params, _ = restore.restore(tmp_path / "run", restore.on_one_device(config), report=quiet)
+    params, _ = restore.weights(tmp_path / "run", restore.on_one_device(config), report=quiet)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
     export_run(tmp_path / "run", params, tmp_path / "out")
     before, after = safetensors.open_folder(there), safetensors.open_folder(tmp_path / "out")
@@ -304,10 +283,10 @@ def test_bfloat16_weights_are_computed_with_and_given_back_as_they_were(tmp_path
 
 def test_an_exported_run_imports_as_the_same_run(imported: Path, tmp_path: Path):
     config = run_folder.load_config(imported)
-    params, _ = restore.restore(imported, restore.on_one_device(config), report=quiet)
+    params, _ = restore.weights(imported, restore.on_one_device(config), report=quiet)
     assert export_run(imported, params, tmp_path / "out").name == "llama"
     again = import_run(str(tmp_path / "out"), tmp_path / "again", tokenizer="byte", report=quiet)
-    there, _ = restore.restore(tmp_path / "again", restore.on_one_device(again), report=quiet)
+    there, _ = restore.weights(tmp_path / "again", restore.on_one_device(again), report=quiet)
     assert again.model == config.model
     assert fingerprint(there) == fingerprint(params)
 
@@ -330,7 +309,7 @@ def test_training_goes_on_from_an_imported_run(imported: Path, tmp_path: Path):
     )
     config = override(config, ["data.seq_len=32", "data.batch_size=8", "data.heldout=0.2", "optimizer.warmup_steps=1"])
     by = console()
-    loop.train(config, tmp_path / "run", console=by)
+    fit(config, tmp_path / "run", console=by)
     assert f"restored from {imported} at step 0: weights, nothing else" in by.file.getvalue()
 
 
@@ -372,7 +351,7 @@ def test_a_folder_that_could_not_be_filled_is_gone(
         raise OSError(errno.ENOSPC, "no space", "disk")
 
     monkeypatch.setattr(run_folder, "save_config", fail)  # the last that is written, each time
-    monkeypatch.setattr(weights, "save", fail)
+    monkeypatch.setattr(weights, "write_parameters", fail)
     assert main(["import", str(llama), "--run", str(tmp_path / "run"), "--tokenizer", "byte"]) == 2
     assert main(["export", str(imported), "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.count("no space left on the disk") == 2
@@ -420,7 +399,7 @@ def test_a_model_that_sees_the_whole_question_is_not_exported_as_one_that_does_n
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "tokenizer").symlink_to(imported / "tokenizer")
     run_folder.save_config(tmp_path / "run", translator)
-    params, _ = restore.restore(imported, restore.on_one_device(config), report=quiet)
+    params, _ = restore.weights(imported, restore.on_one_device(config), report=quiet)
     with pytest.raises(ValueError, match=r"sees the whole question at once .* every family .* sees no token ahead"):
         export_run(tmp_path / "run", params, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -553,7 +532,7 @@ def test_an_imported_tokenizer_is_kept_as_it_is(tmp_path: Path):
     there = folder_of(byte_level(), tmp_path / "theirs")
     coder = opened(there)
     coder.save(tmp_path / "kept")
-    again = tokenizer.load(tmp_path / "kept")
+    again = tokenizer.load_tokenizer(tmp_path / "kept")
     assert (again.fingerprint, again.name, again.begin_of_text) == (coder.fingerprint, "someone/theirs", 0)
     assert (again.begins, again.end_ids, again.special_tokens) == (True, (1, 5), {"<s>": 0, "</s>": 1})
     assert (again.encode(TEXT) == coder.encode(TEXT)).all()
@@ -561,7 +540,7 @@ def test_an_imported_tokenizer_is_kept_as_it_is(tmp_path: Path):
         assert content == (there / name).read_bytes()
     (tmp_path / "kept" / "tokenizer.json").write_text(with_byte_fallback(), encoding="utf-8")
     with pytest.raises(ValueError, match=r"is damaged: its tokenizer.json is another; import the model again"):
-        tokenizer.load(tmp_path / "kept")
+        tokenizer.load_tokenizer(tmp_path / "kept")
 
 
 def test_a_text_begins_with_the_token_that_the_model_knows_for_it(tmp_path: Path):
@@ -601,7 +580,7 @@ def test_added_tokens_that_the_model_has_no_room_for_are_left_out(tmp_path: Path
     coder = opened(there, 300)
     assert (coder.vocab_size, coder.encode("<image>", special=True).max() < 300) == (300, True)
     coder.save(tmp_path / "kept")
-    again = tokenizer.load(tmp_path / "kept")
+    again = tokenizer.load_tokenizer(tmp_path / "kept")
     assert (again.fingerprint, again.vocab_size) == (coder.fingerprint, 300)
 
 
@@ -709,7 +688,7 @@ def test_a_file_that_is_no_tokenizer_is_named():
 def ours() -> list[Tokenizer]:
     """The second has an entry that no merges lead to, which a whole piece of text may be."""
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"mats": 256}
-    odd = tokenizer._bpe("odd", r"\w+|\W", ranks, {END_OF_TEXT: 257})
+    odd = bpe.from_ranks("odd", r"\w+|\W", ranks, {END_OF_TEXT: 257})
     return [tokenizer.train(320, [TEXT]), odd, tokenizer.ByteTokenizer(), tokenizer.CharTokenizer(TEXT)]
 
 
@@ -750,7 +729,7 @@ def test_transformers_loads_an_exported_run_and_computes_the_same(tmp_path: Path
     config = override(config, [f"data.uri={corpus}", *changes, *sizes])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLM_JAX_CACHE", str(tmp_path / "cache"))
-        loop.train(config, tmp_path / "run", console=console())
+        fit(config, tmp_path / "run", console=console())
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--dtype", "float32"]) == 0
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
     theirs, coder = (
@@ -762,7 +741,7 @@ def test_transformers_loads_an_exported_run_and_computes_the_same(tmp_path: Path
     assert theirs(text)["input_ids"] == [coder.begin_of_text, *ids.tolist()]  # as documents began in training
     assert run_folder.begins(tmp_path / "run", config, coder)
     assert (theirs.eos_token_id, model.config.eos_token_id) == (coder.end_of_text,) * 2
-    params, _ = restore.restore(tmp_path / "run", restore.on_one_device(config), report=quiet)
+    params, _ = restore.weights(tmp_path / "run", restore.on_one_device(config), report=quiet)
     out = forward(Transformer(override(config.model, ["dtype=float32"])), params, jnp.asarray(ids)[None])
     with torch.no_grad():
         logits = model(torch.from_numpy(ids.astype(np.int64))[None]).logits.numpy()

@@ -130,7 +130,7 @@ def test_windows_shift_from_epoch_to_epoch_and_never_overlap(stores):
 def spans(ours: Loader, step: int) -> list[tuple[int, int]]:
     epoch, row = divmod(step, ours.steps_per_epoch)
     order, shift = ours._sources[0].order(epoch)
-    return ours._sources[0].plan.spans(int(order[row]), shift)
+    return ours._sources[0].packing.spans(int(order[row]), shift)
 
 
 def test_a_seed_in_its_second_epoch_is_not_the_next_seed_in_its_first(stores):

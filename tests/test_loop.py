@@ -18,11 +18,14 @@ import pytest
 from rich.console import Console
 from tiny_run import console, last_checkpoint, rows, said, write_corpus
 
-from llm_jax import tree
-from llm_jax.runs import loop
+from llm_jax import log, tree
+from llm_jax.runs import folder as run_folder
+from llm_jax.runs import loop, session
 from llm_jax.runs.checkpoint import Checkpoints
+from llm_jax.runs.fit import fit, resume
 from llm_jax.runs.folder import create, owned
-from llm_jax.runs.loop import Diverged, Session, resume, train
+from llm_jax.runs.refusals import Diverged
+from llm_jax.runs.session import Session
 from llm_jax.train.config import RunConfig
 from llm_jax.train.program import Program
 
@@ -32,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def finished_run(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "run"
-    train(config, folder, console=console())
+    fit(config, folder, console=console())
     return folder
 
 
@@ -85,7 +88,7 @@ def test_a_finished_run_has_a_row_for_each_step_its_last_and_best_checkpoints_an
 def test_a_folder_that_holds_a_run_is_refused_before_anything_is_computed(finished: Path, config, say):
     before = (finished / "metrics.jsonl").read_bytes()
     with pytest.raises(ValueError, match=f"already holds a run; go on with it: llm-jax resume {finished}"):
-        train(config, finished, console=say)
+        fit(config, finished, console=say)
     assert (finished / "metrics.jsonl").read_bytes() == before
     assert said(say) == ""
 
@@ -94,7 +97,7 @@ def test_a_folder_that_holds_a_run_is_refused_before_anything_is_computed(finish
 def test_what_fails_before_the_first_step_leaves_nothing(error, config, tmp_path: Path, say, monkeypatch):
     before_step(monkeypatch, fail_at(0, error))
     with pytest.raises(type(error)):
-        train(config, tmp_path / "runs" / "a", console=say)
+        fit(config, tmp_path / "runs" / "a", console=say)
     assert not (tmp_path / "runs" / "a").exists()
 
 
@@ -114,7 +117,7 @@ def test_what_can_not_work_is_refused_with_nothing_written(changes, message, con
         part = dataclasses.replace(getattr(config, group), **{name: value})
         config = dataclasses.replace(config, **{group: part})
     with pytest.raises(ValueError, match=message):
-        train(config, tmp_path / "run", console=say)
+        fit(config, tmp_path / "run", console=say)
     assert not (tmp_path / "run").exists()
 
 
@@ -130,7 +133,7 @@ def test_prompts_that_can_not_be_written_from_are_refused_before_the_first_step(
 ):
     data = dataclasses.replace(config.data, end_of_text=end_of_text)
     with pytest.raises(ValueError, match=says):
-        train(dataclasses.replace(config, data=data, prompts=prompts), tmp_path / "run", console=say)
+        fit(dataclasses.replace(config, data=data, prompts=prompts), tmp_path / "run", console=say)
     assert not (tmp_path / "run").exists()
 
 
@@ -138,11 +141,11 @@ def test_a_disk_that_is_full_at_the_first_file_leaves_nothing(config, tmp_path, 
     def full(folder: Path, config: RunConfig) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(loop.run, "save_config", full)
+    monkeypatch.setattr(run_folder, "save_config", full)
     (tmp_path / "empty").mkdir()
     for name, stays in (("new", False), ("empty", True)):
         with pytest.raises(OSError, match="No space left"):
-            train(config, tmp_path / name, console=say)
+            fit(config, tmp_path / name, console=say)
         assert (tmp_path / name).exists() == stays
     assert not list((tmp_path / "empty").iterdir())
 
@@ -151,15 +154,15 @@ def test_a_disk_that_is_full_at_the_first_file_leaves_nothing(config, tmp_path, 
 def test_a_run_of_relative_paths_goes_on_from_another_folder(config, tmp_path, say, monkeypatch):
     monkeypatch.chdir(Path(config.data.uri).parent)
     data = dataclasses.replace(config.data, uri=Path(config.data.uri).name)
-    train(dataclasses.replace(config, data=data, steps=3), tmp_path / "run", console=say)
+    fit(dataclasses.replace(config, data=data, steps=3), tmp_path / "run", console=say)
     monkeypatch.chdir(tmp_path)
-    assert resume("run", steps=4, console=say).step == 4
+    assert resume("run", steps=4, console=say).progress.step == 4
 
 
 def test_init_from_takes_the_best_weights_and_nothing_else(finished: Path, config, tmp_path, say, monkeypatch):
     before_step(monkeypatch, fail_at(2, RuntimeError("stop here")))
     with pytest.raises(RuntimeError, match="stop here"):
-        train(dataclasses.replace(config, init_from=str(finished)), tmp_path / "run", console=say)
+        fit(dataclasses.replace(config, init_from=str(finished)), tmp_path / "run", console=say)
     state, progress = last_checkpoint(tmp_path / "run", config)
     best, _ = last_checkpoint(finished, config)
     assert progress.step == 0
@@ -172,7 +175,7 @@ def test_init_from_says_in_what_the_models_differ(finished: Path, config, tmp_pa
     before_step(monkeypatch, fail_at(0, RuntimeError("stop here")))
     model = dataclasses.replace(config.model, dropout=0.0)
     with pytest.raises(RuntimeError, match="stop here"):
-        train(dataclasses.replace(config, model=model, init_from=str(finished)), tmp_path / "run", console=say)
+        fit(dataclasses.replace(config, model=model, init_from=str(finished)), tmp_path / "run", console=say)
     assert "is not quite this one: dropout is 0.1 there, 0.0 here" in said(say)
 
 
@@ -180,14 +183,14 @@ def test_init_from_a_model_of_another_shape_is_an_error_with_both(finished: Path
     model = dataclasses.replace(config.model, d_ff=64)
     message = r"params/layers/feedforward/w_down is float32 \[2, 32, 32\] there, float32 \[2, 64, 32\] here"
     with pytest.raises(ValueError, match=message):
-        train(dataclasses.replace(config, model=model, init_from=str(finished)), tmp_path / "run", console=say)
+        fit(dataclasses.replace(config, model=model, init_from=str(finished)), tmp_path / "run", console=say)
     assert not (tmp_path / "run").exists()
 
 
 def test_init_from_a_run_with_another_tokenizer_is_an_error_that_names_its_own(finished, config, tmp_path, say):
     data = dataclasses.replace(config.data, tokenizer="char")
     with pytest.raises(ValueError, match=f"knows the tokens of byte.* set data.tokenizer={finished}/tokenizer"):
-        train(dataclasses.replace(config, data=data, init_from=str(finished)), tmp_path / "run", console=say)
+        fit(dataclasses.replace(config, data=data, init_from=str(finished)), tmp_path / "run", console=say)
 
 
 # Going on.
@@ -209,7 +212,7 @@ def test_resume_says_what_it_restores_and_that_the_schedule_stretches(finished: 
 )
 def test_rates_that_differ_look_different(rates, says: str, finished: Path, say, monkeypatch):
     before_step(monkeypatch, fail_at(8, RuntimeError("stop here")))
-    monkeypatch.setattr(loop, "make_schedule", lambda _, total: lambda step: rates[total - 8])
+    monkeypatch.setattr(session, "make_schedule", lambda _, total: lambda step: rates[total - 8])
     with pytest.raises(RuntimeError, match="stop here"):
         resume(finished, steps=9, console=say)
     assert f"steps 8 -> 9: the cosine schedule stretches{says}" in said(say)
@@ -227,7 +230,7 @@ def test_resume_passes_over_a_damaged_checkpoint_and_saves_its_step_again(finish
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-    assert resume(finished, console=say).step == 8
+    assert resume(finished, console=say).progress.step == 8
     assert f"passed over the checkpoint of step 8, {finished}/checkpoints/8: it is damaged" in said(say)
     assert f"set aside {finished}/checkpoints/8.damaged" in said(say)
     assert f"resumed {finished} at step 6 of 8" in said(say)
@@ -248,17 +251,17 @@ def test_rows_that_are_gone_are_named_on_resume(finished: Path, say, monkeypatch
 
 
 def test_what_was_measured_last_is_returned_and_that_nothing_stopped_it(finished: Path, config, say):
-    progress = resume(finished, steps=9, console=say)
+    progress = resume(finished, steps=9, console=say).progress
     assert progress.heldout_loss == rows(finished)[-1]["heldout_loss"]
     assert not progress.stopped
 
 
 @pytest.mark.slow
 def test_the_best_checkpoint_from_before_a_resume_stays_and_is_read(finished: Path, config, say, monkeypatch):
-    original = Session.evaluate
-    monkeypatch.setattr(Session, "evaluate", lambda *a: dataclasses.replace(original(*a), loss=9.0))
+    original = loop.heldout
+    monkeypatch.setattr(loop, "heldout", lambda *a: dataclasses.replace(original(*a), loss=9.0))
     before = Checkpoints(finished, read_only=True).best()
-    assert resume(finished, steps=12, console=say).heldout_loss == 9
+    assert resume(finished, steps=12, console=say).progress.heldout_loss == 9
     assert before == 8
     assert steps(finished) == [12, 9, 8]
     with Checkpoints(finished, read_only=True) as checkpoints:
@@ -289,11 +292,11 @@ def test_a_run_whose_folder_is_moved_stops_and_says_where_it_is(config, tmp_path
     before_step(monkeypatch, act)
     message = f"{there} was moved or removed while its run trained; the last good checkpoint is of step 4, "
     with pytest.raises(ValueError, match=f"{message}.* resume {moved}"):
-        train(config, there, console=say)
+        fit(config, there, console=say)
     assert [path.name for path in there.iterdir()] == ["notes.txt"]
     monkeypatch.undo()
     monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path / "cache"))
-    assert resume(moved, console=say).step == 8
+    assert resume(moved, console=say).progress.step == 8
     assert [row["step"] for row in rows(moved)] == list(range(1, 9))
 
 
@@ -306,12 +309,12 @@ def forget_shards(folder: Path) -> None:
 def test_resume_needs_no_text_while_its_shards_are_there(finished: Path, config, tmp_path, say):
     gone = dataclasses.replace(config.data, uri=str(tmp_path / "deleted.txt"))
     edit_config(finished, dataclasses.replace(config, data=gone, steps=9))
-    assert resume(finished, console=say).step == 9
+    assert resume(finished, console=say).progress.step == 9
 
 
 def test_resume_without_its_shards_prepares_them_again(finished: Path, config, say):
     forget_shards(finished)
-    assert resume(finished, steps=9, console=say).step == 9
+    assert resume(finished, steps=9, console=say).progress.step == 9
 
 
 def test_resume_on_changed_data_is_an_error_with_what_changed(finished: Path, config, tmp_path, say):
@@ -333,7 +336,7 @@ def test_resume_with_the_config_of_another_model_is_an_error_with_both_sizes(fin
 
 
 def edit_config(folder: Path, config: RunConfig) -> None:
-    loop.run.save_config(folder, config)
+    run_folder.save_config(folder, config)
 
 
 # What goes wrong on the way.
@@ -349,7 +352,7 @@ def poisoned(state: Any) -> Any:
 def test_a_run_that_diverges_stops_with_the_step_the_documents_and_the_layer(config, tmp_path, say, monkeypatch):
     before_step(monkeypatch, lambda step, state: poisoned(state) if step == 5 else state)
     with pytest.raises(Diverged) as error:
-        train(dataclasses.replace(config, patience=3), tmp_path / "run", console=say)
+        fit(dataclasses.replace(config, patience=3), tmp_path / "run", console=say)
     assert re.fullmatch(
         r"loss, gradient or update was not finite in 3 steps in a row; at step 8, on documents .*\.txt.*, \.\.\.: "
         r"the first activation to go bad is mlp_out of layer 1; the last good checkpoint is of step 4; "
@@ -379,7 +382,7 @@ def test_updates_that_are_not_finite_stop_a_run_whose_checkpoints_all_are(config
     huge = dataclasses.replace(config.optimizer, learning_rate=3e38, name="lion")
     message = r"in 2 steps in a row; .*: loss and gradient are finite; the update makes \S+ NaN, infinite, or too large"
     with pytest.raises(Diverged, match=f"{message} to square; the last good checkpoint is of step 0; start anew"):
-        train(dataclasses.replace(config, optimizer=huge, patience=2), tmp_path / "run", console=say)
+        fit(dataclasses.replace(config, optimizer=huge, patience=2), tmp_path / "run", console=say)
     assert [row["skipped"] for row in rows(tmp_path / "run")] == [1, 2]
     state, progress = last_checkpoint(tmp_path / "run", dataclasses.replace(config, optimizer=huge))
     assert progress.step == 0
@@ -388,7 +391,7 @@ def test_updates_that_are_not_finite_stop_a_run_whose_checkpoints_all_are(config
 
 def test_a_run_whose_last_step_is_skipped_is_finished(config, tmp_path, say, monkeypatch):
     skip_step(monkeypatch, 7)
-    assert train(config, tmp_path / "run", console=say).skipped_in_a_row == 1
+    assert fit(config, tmp_path / "run", console=say).progress.skipped_in_a_row == 1
     assert steps(tmp_path / "run")[0] == 8
     with pytest.raises(ValueError, match="is finished at step 8"):
         resume(tmp_path / "run", console=say)
@@ -403,7 +406,7 @@ def test_a_signal_during_the_last_save_does_not_break_it(config, tmp_path, say, 
         wait(self)
 
     monkeypatch.setattr(Checkpoints, "wait", interrupted)
-    assert not train(dataclasses.replace(config, steps=3), tmp_path / "run", console=say).stopped
+    assert not fit(dataclasses.replace(config, steps=3), tmp_path / "run", console=say).progress.stopped
     assert steps(tmp_path / "run")[0] == 3
 
 
@@ -414,7 +417,7 @@ def test_a_run_that_a_signal_stopped_says_so_and_has_the_last_loss(config, tmp_p
         return state
 
     before_step(monkeypatch, act)
-    progress = train(config, tmp_path / "run", console=say)
+    progress = fit(config, tmp_path / "run", console=say).progress
     assert (progress.step, progress.stopped) == (6, True)
     assert progress.heldout_loss == rows(tmp_path / "run")[3]["heldout_loss"]
     assert not last_checkpoint(tmp_path / "run", config)[1].stopped
@@ -422,7 +425,7 @@ def test_a_run_that_a_signal_stopped_says_so_and_has_the_last_loss(config, tmp_p
 
 def test_a_bad_step_is_skipped_and_counted_and_the_run_goes_on(config, tmp_path, say, monkeypatch):
     skip_step(monkeypatch, 2)
-    progress = train(config, tmp_path / "run", console=say)
+    progress = fit(config, tmp_path / "run", console=say).progress
     assert (progress.step, progress.skipped, progress.skipped_in_a_row) == (8, 1, 0)
     bad = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[2]
     assert json.loads(bad)["loss"] is None
@@ -436,7 +439,7 @@ def test_a_disk_that_is_full_at_the_first_checkpoint_advises_to_start_again(conf
     monkeypatch.setattr(Checkpoints, "save", save)
     message = "No space left on device; there is no checkpoint yet; fix this, then start again"
     with pytest.raises(ValueError, match=message):
-        train(config, tmp_path / "run", console=say)
+        fit(config, tmp_path / "run", console=say)
     assert not (tmp_path / "run").exists()
 
 
@@ -445,7 +448,7 @@ def test_a_run_that_another_process_trains_is_left_alone(finished: Path, say):
     with owned(finished), pytest.raises(ValueError, match=f"another process trains in {finished}; stop it"):
         resume(finished, steps=9, console=say)
     assert (finished / "metrics.jsonl").read_text() == before
-    assert resume(finished, steps=9, console=say).step == 9
+    assert resume(finished, steps=9, console=say).progress.step == 9
 
 
 def test_two_starts_in_one_folder_make_one_run(config, tmp_path: Path, say, monkeypatch):
@@ -458,7 +461,7 @@ def test_two_starts_in_one_folder_make_one_run(config, tmp_path: Path, say, monk
     original = Session.begin
     monkeypatch.setattr(Session, "begin", begin)
     with pytest.raises(ValueError, match="already holds a run"):
-        train(config, tmp_path / "run", console=say)
+        fit(config, tmp_path / "run", console=say)
     assert (tmp_path / "run" / "config.json").exists()
 
 
@@ -468,16 +471,16 @@ def test_a_full_disk_is_one_line_with_the_last_good_checkpoint(config, tmp_path,
             raise OSError(28, "No space left on device")
         original(self, step, values)
 
-    original = loop.log.MetricsLog.write
-    monkeypatch.setattr(loop.log.MetricsLog, "write", write)
+    original = log.MetricsLog.write
+    monkeypatch.setattr(log.MetricsLog, "write", write)
     folder = tmp_path / "run"
     message = f"^{folder}: No space left on device; the last good checkpoint is of step 4; .* llm-jax resume"
     with pytest.raises(ValueError, match=message) as error:
-        train(config, folder, console=say)
+        fit(config, folder, console=say)
     assert "\n" not in str(error.value)
     monkeypatch.undo()
     monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path / "cache"))
-    assert resume(folder, console=say).step == 8
+    assert resume(folder, console=say).progress.step == 8
 
 
 @pytest.mark.slow

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llm_jax import meeting, peers
-from llm_jax.meeting import Address
+from llm_jax.processes import connections, meeting
+from llm_jax.processes.meeting import Address
 
 
 def free_port() -> int:
@@ -38,7 +38,7 @@ def test_all_processes_meet_and_the_port_is_free_again():
     assert found == {1: None, 2: None, 3: None}
     assert address is not None
     host, _, port = address.rpartition(":")
-    peers.listen(host, int(port)).close()
+    connections.listen(host, int(port)).close()
 
 
 def test_everyone_hears_who_is_missing(monkeypatch: pytest.MonkeyPatch):
@@ -60,7 +60,7 @@ def test_a_number_given_twice_is_named(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_port_that_is_taken_is_named():
-    with peers.listen("127.0.0.1", 0) as other:
+    with connections.listen("127.0.0.1", 0) as other:
         port = other.getsockname()[1]
         with pytest.raises(ValueError, match=r"process 0 can't listen at .*\d \(Address already in use\); use another"):
             meeting.meet(Address(f"127.0.0.1:{port}", 2, 0, None))

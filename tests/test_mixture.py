@@ -173,7 +173,7 @@ def test_a_run_says_how_often_it_sees_its_data_and_how_many_tokens(kind: str, fo
 
 def test_a_document_knows_its_source(folder: Path, opened):
     store = opened["documents"].split("train")
-    documents = [(part.documents.start, part.documents.stop - 1) for part in store.parts]
+    documents = [(source.documents.start, source.documents.stop - 1) for source in store.sources]
     origins = store.origins([number for pair in documents for number in pair])
     assert [origin.split("#")[0] for origin in origins] == [f"{letter}.jsonl" for letter in LETTERS for _ in "12"]
     whole = Loader(store, config(folder))

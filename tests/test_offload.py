@@ -22,7 +22,7 @@ from llm_jax.plan.describe import describe
 from llm_jax.plan.plan import bytes_here, plan
 from llm_jax.plan.topology import parse_topology
 from llm_jax.runs.checkpoint import Checkpoints, Progress
-from llm_jax.runs.loop import open_data
+from llm_jax.runs.data import open_data
 from llm_jax.sharding import MeshConfig, make_mesh
 from llm_jax.train.config import RunConfig
 from llm_jax.train.offload import HOST, advanced, waiting

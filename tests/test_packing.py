@@ -6,14 +6,14 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 
-from llm_jax.data.packing import Plan, pack, windows
+from llm_jax.data.packing import Packing, pack, windows
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=60)
 SEQ_LENS = st.integers(1, 20)
 
 
-def rows(plan: Plan) -> list[list[tuple[int, int]]]:
-    return [plan.spans(row) for row in range(plan.n_rows)]
+def rows(packing: Packing) -> list[list[tuple[int, int]]]:
+    return [packing.spans(row) for row in range(packing.n_rows)]
 
 
 def by_hand(lengths: list[int], seq_len: int) -> list[list[int]]:
@@ -50,8 +50,8 @@ def test_packing_cuts_no_document_that_fits_a_row_and_loses_no_token(lengths: li
 
 def test_packing_fills_rows_of_prose_almost_wholly():
     lengths = np.random.default_rng(0).geometric(1 / 300, size=20_000)
-    plan = pack(lengths, 1024)
-    assert lengths.sum() / (plan.n_rows * 1024) > 0.999
+    packing = pack(lengths, 1024)
+    assert lengths.sum() / (packing.n_rows * 1024) > 0.999
 
 
 @hypothesis.given(st.integers(0, 200), SEQ_LENS)
@@ -64,8 +64,8 @@ def test_windows_hold_every_target_once(n_targets: int, seq_len: int):
 
 @hypothesis.given(st.integers(0, 200), SEQ_LENS)
 def test_windows_shifted_by_all_their_slack_end_with_the_last_target(n_targets: int, seq_len: int):
-    plan = windows(n_targets, seq_len)
-    assert 0 <= plan.slack < seq_len
-    if plan.n_rows:
-        ((_, stop),) = plan.spans(plan.n_rows - 1, plan.slack)
+    packing = windows(n_targets, seq_len)
+    assert 0 <= packing.slack < seq_len
+    if packing.n_rows:
+        ((_, stop),) = packing.spans(packing.n_rows - 1, packing.slack)
         assert stop == n_targets

@@ -8,6 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from test_bpe import TEXT, trained
+
+from llm_jax.data import pool
 
 
 def session(leader: int) -> list[int]:
@@ -43,3 +46,24 @@ def test_a_killed_prepare_leaves_no_process_and_the_next_one_clears_its_folder(t
     (tmp_path / "text.jsonl").write_text("".join(lines))
     subprocess.run(command, check=True, capture_output=True, **where)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_pool_encodes_many_texts_as_one_process_does(monkeypatch, tmp_path):
+    monkeypatch.setattr(pool, "BATCH_CHARS", 1000)
+    texts = [TEXT[i : i + 400] for i in range(20)] * 4
+    trained().save(tmp_path)
+    monkeypatch.setattr(pool, "BATCHES_ALONE", 2)
+    encoded = list(pool.encode_all(tmp_path, iter(texts)))
+    assert [ids.tolist() for ids in encoded] == [trained().encode(text).tolist() for text in texts]
+
+
+def die(folder: str, texts: list[str], special: bool):
+    os._exit(1)
+
+
+def test_a_process_that_dies_is_an_error_with_a_next_move(monkeypatch, tmp_path):
+    monkeypatch.setattr(pool, "BATCHES_ALONE", 0)
+    monkeypatch.setattr(pool, "_encode_batch", die)
+    trained().save(tmp_path)
+    with pytest.raises(ValueError, match=r"a process that tokenizes died.*__main__"):
+        list(pool.encode_all(tmp_path, ["text"]))

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from tiny_run import rows, write_corpus
 
-from llm_jax import log, processes
+from llm_jax import log
 from llm_jax.data.loader import DataConfig
 from llm_jax.model.config import ModelConfig
+from llm_jax.processes import watch
 from llm_jax.sharding import MeshConfig
 from llm_jax.train.config import RunConfig
 from llm_jax.train.optimizer import OptimizerConfig
@@ -36,7 +37,8 @@ from tiny_run import batch_hash
 from llm_jax import processes, tree
 from llm_jax.data.loader import Loader
 from llm_jax.sharding import MeshConfig
-from llm_jax.runs import loop, folder as run_folder
+from llm_jax.runs import folder as run_folder
+from llm_jax.runs.data import open_data
 from llm_jax.runs.checkpoint import Checkpoints
 from llm_jax.train.program import Program
 
@@ -47,7 +49,7 @@ with processes.joined(coordinator, int(n), int(i)):
         program = Program.on(dataclasses.replace(run_folder.load_config(folder), mesh=mesh))
         with Checkpoints(folder) as checkpoints:
             state, progress = checkpoints.restore(program.abstract_state, print)
-        loader = Loader(loop.open_data(program.config, print).split("train"), program.config.data, rows=program.rows)
+        loader = Loader(open_data(program.config, print).split("train"), program.config.data, rows=program.rows)
         batch = program.put(loader.batch(5))
         seen = [tree.fingerprint(processes.gathered(state)), batch_hash(processes.gathered(batch)), progress.step]
         print("seen", *seen, flush=True)
@@ -128,24 +130,28 @@ def steps(folder: Path) -> list[int]:
     return [row["step"] for row in log.read(folder)]
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all runs of this file live, with one cache."""
-    folder = tmp_path_factory.mktemp("processes")
+def make_folder(factory: pytest.TempPathFactory) -> Path:
+    """Make a folder for the runs of a file, with one cache."""
+    folder = factory.mktemp("processes")
     (folder / "tiny.py").write_text(RECIPE.format(corpus=str(write_corpus(folder / "corpus"))))
     return folder
 
 
 @pytest.fixture(scope="module")
-def four(place: Path) -> str:
-    """What a whole run of four processes said; it lies in `place / "four"`."""
-    return done(place, 4, "-m", "llm_jax", "train", "tiny.py", "--run", "four")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def four(runs: Path) -> str:
+    """What a whole run of four processes said; it lies in `runs / "four"`."""
+    return done(runs, 4, "-m", "llm_jax", "train", "tiny.py", "--run", "four")
 
 
 @pytest.mark.slow
-def test_four_processes_train_as_one_does(place: Path, four: str):
-    done(place, 1, "-m", "llm_jax", "train", "tiny.py", "--run", "one")
-    ours, theirs = rows(place / "four"), rows(place / "one")
+def test_four_processes_train_as_one_does(runs: Path, four: str):
+    done(runs, 1, "-m", "llm_jax", "train", "tiny.py", "--run", "one")
+    ours, theirs = rows(runs / "four"), rows(runs / "one")
     assert [list(row) for row in ours] == [list(row) for row in theirs]
     for one, other in zip(ours, theirs, strict=True):
         numbers = [[x for x in row.values() if isinstance(x, int | float)] for row in (one, other)]
@@ -153,17 +159,17 @@ def test_four_processes_train_as_one_does(place: Path, four: str):
 
 
 @pytest.mark.slow
-def test_one_of_four_processes_speaks_and_writes(place: Path, four: str):
+def test_one_of_four_processes_speaks_and_writes(runs: Path, four: str):
     for line in ("on 4 device(s) of 4 processes", "step 6/6", "held-out loss", "done; read four/report.html"):
         assert {row[:3] for row in four.splitlines() if line in row} == {"[0]"}
-    assert steps(place / "four") == [1, 2, 3, 4, 5, 6]
-    assert sorted(path.name for path in (place / "four" / "checkpoints").iterdir()) == ["4", "6"]
+    assert steps(runs / "four") == [1, 2, 3, 4, 5, 6]
+    assert sorted(path.name for path in (runs / "four" / "checkpoints").iterdir()) == ["4", "6"]
 
 
 @pytest.mark.slow
-def test_two_processes_and_one_read_the_state_of_four_and_its_next_batch_on_every_mesh(place: Path, four: str):
-    (place / "look.py").write_text(LOOK)
-    seen = [re.findall("seen .*", done(place, number, "look.py", "four")) for number in (1, 2)]
+def test_two_processes_and_one_read_the_state_of_four_and_its_next_batch_on_every_mesh(runs: Path, four: str):
+    (runs / "look.py").write_text(LOOK)
+    seen = [re.findall("seen .*", done(runs, number, "look.py", "four")) for number in (1, 2)]
     assert [len(lines) for lines in seen] == [3, 6]
     assert len({line for lines in seen for line in lines}) == 1
     assert seen[0][0].endswith(" 6")
@@ -173,53 +179,10 @@ def test_the_launcher_names_the_process_that_died_and_not_the_one_that_noticed_i
     script = f"""
 import os, signal, sys, time
 if sys.argv[-1] == "0":
-    sys.exit({processes.GONE})  # noticed
+    sys.exit({watch.GONE})  # noticed
 time.sleep(0.5)
 os.kill(os.getpid(), signal.SIGKILL)  # reported later, as a large process that is killed may be
 """
     with launched(tmp_path, 2, "-c", script) as launch:
         assert launch.wait(30) == 128 + signal.SIGKILL, launch.text
         assert "[1] ended by SIGKILL, and the others with it" in launch.text
-
-
-@pytest.mark.slow
-def test_a_run_outlives_a_signal_to_one_process_and_then_the_death_of_another(place: Path):
-    folder = place / "stopped"
-    changes = ("steps=1000", "prompts=", "evaluate_every=1000", "mesh.data=-1", "mesh.fsdp=1")
-    words = ("-m", "llm_jax", "train", "tiny.py", "--run", "stopped", *changes)
-    with launched(place, 3, *words) as launch:
-        wait_until(lambda: len(steps(folder)) > 2, launch)
-        os.kill(launch.pids()[2], signal.SIGTERM)
-        assert launch.wait(60) == 128 + signal.SIGTERM, launch.text
-        (stopped,) = re.findall(r"stopped at step ([\d,]+) of 1,000", launch.text)
-    assert (folder / "checkpoints" / stopped).is_dir()
-    assert steps(folder) == list(range(1, int(stopped) + 1))
-
-    with launched(place, 3, "-m", "llm_jax", "resume", "stopped") as launch:
-        wait_until(lambda: len(steps(folder)) > int(stopped) + 5, launch)
-        assert f"resumed stopped at step {stopped}" in launch.text
-        killed = time.monotonic()
-        os.kill(launch.pids()[2], signal.SIGKILL)
-        assert launch.wait(30) == 128 + signal.SIGKILL, launch.text
-        assert time.monotonic() - killed < 30
-        said = re.findall(r"\[(\d)\] llm-jax: error: (.*)", launch.text)
-        assert sorted(number for number, _ in said) == ["0", "1"]
-        assert {line.partition("; ")[0] for _, line in said} == {"process 2 of 3 is gone, and this one stops"}
-        assert "Traceback" not in launch.text
-
-    last = max(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdecimal())
-    text = done(place, 1, "-m", "llm_jax", "resume", "stopped", "--steps", str(last + 2))
-    assert f"resumed stopped at step {last} of {last + 2}" in text
-    assert steps(folder) == list(range(1, last + 3))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [0, 1])
-def test_a_process_that_hangs_is_noticed(place: Path, number: int):
-    folder = place / f"hung-{number}"
-    with launched(place, 2, "-m", "llm_jax", "train", "tiny.py", "--run", folder.name, "steps=100000") as launch:
-        wait_until(lambda: len(steps(folder)) > 1, launch)
-        os.kill(launch.pids()[number], signal.SIGSTOP)
-        assert launch.wait(processes.SILENCE + 30) == processes.GONE, launch.text
-        assert f"process {number} of 2 has not been heard for {processes.SILENCE} s" in launch.text
-        assert "Check failure" not in launch.text

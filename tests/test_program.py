@@ -17,7 +17,7 @@ from llm_jax.model.config import AttentionConfig
 from llm_jax.ops.attention import Sparse
 from llm_jax.ops.experts import Experts
 from llm_jax.runs.checkpoint import Checkpoints, Progress
-from llm_jax.runs.loop import open_data
+from llm_jax.runs.data import open_data
 from llm_jax.sharding import MeshConfig, make_mesh
 from llm_jax.train.config import RunConfig
 from llm_jax.train.program import Program

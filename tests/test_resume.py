@@ -19,8 +19,9 @@ from tiny_run import batch_hash, console, last_checkpoint, rows, said, write_cor
 from llm_jax import tree
 from llm_jax.data.loader import Loader
 from llm_jax.runs.checkpoint import Progress
+from llm_jax.runs.data import open_data
+from llm_jax.runs.fit import fit, resume
 from llm_jax.runs.folder import is_run, load_config
-from llm_jax.runs.loop import open_data, resume, train
 from llm_jax.sharding import MeshConfig
 from llm_jax.train.config import RunConfig
 from llm_jax.train.program import Program
@@ -61,12 +62,12 @@ def kill_at(step: int) -> Callable[[int], None]:
 def uninterrupted(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Hashes]:
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     with watched() as hashes:
-        train(config, folder, console=console())
+        fit(config, folder, console=console())
     return folder, hashes
 
 
 def go_on(config: RunConfig, folder: Path) -> Progress:
-    return resume(folder, console=console()) if is_run(folder) else train(config, folder, console=console())
+    return resume(folder, console=console()) if is_run(folder) else fit(config, folder, console=console())
 
 
 def assert_equal_runs(folder: Path, hashes: Hashes, config: RunConfig, uninterrupted: tuple[Path, Hashes]):
@@ -106,7 +107,7 @@ def test_a_run_killed_between_steps_and_resumed_equals_the_uninterrupted_one(
 @pytest.mark.slow
 def test_a_run_goes_on_in_another_layout_and_in_no_other_config(config: RunConfig, tmp_path: Path, uninterrupted):
     with watched(kill_at(5)), pytest.raises(Killed):
-        train(config, tmp_path / "run", console=console())
+        fit(config, tmp_path / "run", console=console())
     with pytest.raises(ValueError, match=r"model.n_layers=3: .* only mesh., pipeline., .* may change"):
         resume(tmp_path / "run", layout=["model.n_layers=3"])
     screen = console()
@@ -128,9 +129,9 @@ def test_a_mixture_killed_and_resumed_equals_the_uninterrupted_one(config: RunCo
     uri = f"{os.path.relpath(config.data.uri)}:0.7,small:0.3"
     mixed = dataclasses.replace(config, data=dataclasses.replace(config.data, uri=uri))
     with watched() as whole:
-        train(mixed, tmp_path / "whole", console=console())
+        fit(mixed, tmp_path / "whole", console=console())
     with watched(kill_at(5)) as before, pytest.raises(Killed):
-        train(mixed, tmp_path / "run", console=console())
+        fit(mixed, tmp_path / "run", console=console())
     monkeypatch.chdir("/")
     screen = console()
     with watched() as after:
@@ -158,7 +159,7 @@ def test_a_run_that_was_asked_to_stop_and_resumed_equals_the_uninterrupted_one(
 
     folder = tmp_path / "run"
     with watched(ask) as before:
-        assert train(config, folder, console=console()).step == 5
+        assert fit(config, folder, console=console()).progress.step == 5
     assert "stopping after this step, with a checkpoint" in capfd.readouterr().err
     assert last_checkpoint(folder, config)[1].step == 5
     with watched() as after:
@@ -170,7 +171,7 @@ def test_a_run_that_was_asked_to_stop_and_resumed_equals_the_uninterrupted_one(
 DRIVER = """
 import os, pathlib, sys, time
 from tiny_run import batch_hash, tiny
-from llm_jax.runs.loop import resume, train
+from llm_jax.runs.fit import fit, resume
 from llm_jax.train.program import Program
 
 corpus, folder = map(pathlib.Path, sys.argv[2:])
@@ -188,7 +189,7 @@ def slow_rename(source, *rest, **options):
 
 Program.train_step, os.rename = train_step, slow_rename
 if sys.argv[1] == "train":
-    train(tiny(corpus), folder)
+    fit(tiny(corpus), folder)
 else:
     resume(folder)
 """

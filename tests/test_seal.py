@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import console, said, tiny
+from tiny_run import console, evaluated, said, tiny
 
 from llm_jax.config import from_dict, to_dict
 from llm_jax.data.task import TaskConfig
@@ -16,8 +16,8 @@ from llm_jax.data.tokenizer import build
 from llm_jax.ops.experts import Experts
 from llm_jax.runs import restore
 from llm_jax.runs.checkpoint import Checkpoints
+from llm_jax.runs.fit import fit, resume
 from llm_jax.runs.folder import load_config
-from llm_jax.runs.loop import resume, train
 from llm_jax.runs.seal import FREE, LAYOUT, changes, moves, seal
 from llm_jax.train.config import RunConfig
 
@@ -108,7 +108,7 @@ def test_other_microbatches_are_more_than_last_bits_where_they_draw_or_balance(c
 @pytest.fixture(scope="module")
 def finished(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "run"
-    train(dataclasses.replace(config, steps=3), folder, console=console())
+    fit(dataclasses.replace(config, steps=3), folder, console=console())
     return folder
 
 
@@ -129,11 +129,11 @@ def test_a_changed_digit_of_the_config_is_named_by_whoever_reads_the_run(run: Pa
     edit(run, "model.rotary.theta")
     message = f"{run} is no longer what its checkpoint of step 3 was made with: model.rotary.theta is 10000.0 there, 1"
     readers = [
-        lambda: restore.evaluate(run, report=quiet),
-        lambda: restore.restore(run, restore.on_one_device(load_config(run)), report=quiet),
-        lambda: restore.restore(run, restore.on_the_host(load_config(run)), "last", report=quiet),
+        lambda: evaluated(run),
+        lambda: restore.weights(run, restore.on_one_device(load_config(run)), report=quiet),
+        lambda: restore.weights(run, restore.on_the_host(load_config(run)), "last", report=quiet),
         lambda: resume(run, steps=4, console=console()),
-        lambda: train(dataclasses.replace(config, init_from=str(run)), tmp_path / "new", console=console()),
+        lambda: fit(dataclasses.replace(config, init_from=str(run)), tmp_path / "new", console=console()),
     ]
     for read in readers:
         with pytest.raises(ValueError, match=message) as error:
@@ -146,7 +146,7 @@ def test_another_tokenizer_in_the_folder_is_noticed_by_whoever_reads_the_weights
     shutil.rmtree(run / "tokenizer")
     build("char", lambda: ["abcdefgh "]).save(run / "tokenizer")
     with pytest.raises(ValueError, match=r"made with: tokenizer is \w+\.* there, \w+\.* here"):
-        restore.restore(run, restore.on_one_device(load_config(run)), report=quiet)
+        restore.weights(run, restore.on_one_device(load_config(run)), report=quiet)
 
 
 def test_other_data_in_the_folder_is_noticed(run: Path):
@@ -154,7 +154,7 @@ def test_other_data_in_the_folder_is_noticed(run: Path):
     identity["heldout"]["tokens"] += 1
     (run / "data.json").write_text(json.dumps(identity))
     with pytest.raises(ValueError, match=r"made with: heldout.tokens is \d+ there, \d+ here"):
-        restore.restore(run, restore.on_one_device(load_config(run)), report=quiet)
+        restore.weights(run, restore.on_one_device(load_config(run)), report=quiet)
 
 
 def test_what_may_change_is_said_by_what_the_checkpoint_was_made_with(run: Path, monkeypatch):
@@ -186,6 +186,6 @@ def test_a_checkpoint_from_before_there_were_seals_is_still_read(run: Path, conf
         checkpoints.wait()
         assert checkpoints.sealed(3) is None
     (run / "checkpoints").rename(moved / "checkpoints")
-    assert resume(moved, steps=4, console=console()).step == 4
+    assert resume(moved, steps=4, console=console()).progress.step == 4
     with Checkpoints(moved) as checkpoints:
         assert from_dict(RunConfig, (checkpoints.sealed(4) or {})["config"]).steps == 4

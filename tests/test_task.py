@@ -17,7 +17,7 @@ import pytest
 from grid import weights
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_run import console, said
+from tiny_run import console, evaluated, generate, said
 
 from llm_jax import log, runtime
 from llm_jax.cli.main import main
@@ -29,13 +29,14 @@ from llm_jax.data.shards import Shards, open_shards
 from llm_jax.data.task import Task, TaskConfig, resolve
 from llm_jax.data.tokenizer import ByteTokenizer, CharTokenizer
 from llm_jax.infer.classify import classify, probabilities
-from llm_jax.infer.generate import generate, stream
+from llm_jax.infer.generate import Sampler
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.transformer import Transformer, forward
 from llm_jax.ops.sampling import Sampling
 from llm_jax.plan import describe
-from llm_jax.runs import loop, restore
-from llm_jax.runs.loop import train
+from llm_jax.runs import folder as run_folder
+from llm_jax.runs.data import open_run_data
+from llm_jax.runs.fit import fit
 from llm_jax.runs.start import load_recipe
 from llm_jax.train.config import RunConfig
 from llm_jax.train.optimizer import OptimizerConfig
@@ -233,8 +234,8 @@ def test_a_classifier_answers_with_the_class_of_its_pooled_token_whatever_the_ba
         assert answer.answer == CLASSIFY.answers[int(chances.argmax())]
         assert answer.probability == pytest.approx(float(chances.max()), abs=1e-6)
     assert found[4:8] == found[:4]
-    with pytest.raises(ValueError, match=r"a classifier writes nothing; let it answer by infer/classify\.py"):
-        next(stream(HEAD, weights(HEAD), CODER, ["a"]))
+    with pytest.raises(ValueError, match=r"a classifier generates nothing; let it answer by infer/classify\.py"):
+        Sampler(HEAD, weights(HEAD), CODER)
 
 
 def test_the_head_of_a_classifier_has_a_table_of_its_own_and_a_letter():
@@ -281,7 +282,7 @@ def test_the_metrics_count_the_tokens_that_were_read_and_the_loss_those_that_wer
             lambda: RunConfig(HEAD, rows_of(TRANSLATE)),
             "n_classes=2, but the data has no classes; set model.n_classes",
         ),
-        (lambda: RunConfig(HEAD, rows_of(CLASSIFY)), "writes nothing, and prompts=('',) ask it to; set prompts="),
+        (lambda: RunConfig(HEAD, rows_of(CLASSIFY)), "generates no text, and prompts=('',) ask it to; set prompts="),
     ],
 )
 def test_a_task_that_can_not_be_asked_is_refused(make: Any, message: str):
@@ -363,13 +364,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         for task in (TRANSLATE, CLASSIFY):
             say = console()
-            train(tiny(task, write_pairs(folder / f"{task.kind}.txt", task)), folder / task.kind, console=say)
+            fit(tiny(task, write_pairs(folder / f"{task.kind}.txt", task)), folder / task.kind, console=say)
             (folder / f"{task.kind}.said").write_text(said(say))
         yield folder
 
 
 def heldout_pairs(folder: Path) -> list[list[str]]:
-    shards = loop.open_run_data(folder, loop.run.load_config(folder), print)
+    shards = open_run_data(folder, run_folder.load_config(folder), print)
     store = shards.split("heldout")
     texts = [shards.tokenizer.decode(store.read(a, b - 1)) for a, b in itertools.pairwise(store.offsets.tolist())]
     return [text.split("\t") for text in texts]
@@ -383,7 +384,7 @@ def printed(capsys: pytest.CaptureFixture[str], *verb: str) -> str:
 
 @pytest.mark.parametrize("kind", [pytest.param("translate", marks=pytest.mark.slow), "classify"])
 def test_the_accuracy_of_a_run_is_the_share_of_answers_that_it_gives(kind: str, place: Path, capsys):
-    result, step = restore.evaluate(place / kind, checkpoint="last", report=lambda line: None)
+    result, step = evaluated(place / kind, checkpoint="last")
     pairs = heldout_pairs(place / kind)
     prompts = [word for question, _ in pairs for word in ("--prompt", question)]
     answers = json.loads(printed(capsys, "generate", kind, "--temperature", "0", "--json", *prompts))
@@ -456,7 +457,9 @@ def test_a_class_is_scored_as_transformers_does(tmp_path: Path):
     about = huggingface.read_json(tmp_path / "config.json")
     family = huggingface.family_of(about)
     config = family.read(about)
-    params = weights.load(tmp_path, family, config) | {"classes": {"table": jnp.asarray(scorer.score.weight.detach())}}
+    params = weights.read_parameters(tmp_path, family, config) | {
+        "classes": {"table": jnp.asarray(scorer.score.weight.detach())}
+    }
     lengths = np.array([3, 9, 1, 6])
     tokens = np.random.default_rng(0).integers(1, 40, size=(4, 9)) * (np.arange(9) < lengths[:, None])
     with torch.no_grad():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from llm_jax.data import tokenizer
-from llm_jax.data.imported import ImportedTokenizer
+from llm_jax.data.imported_tokenizer import ImportedTokenizer
 from llm_jax.data.loader import IGNORE, Batch, DataConfig, heldout_rows
 from llm_jax.data.prepare import prepare
 from llm_jax.data.shards import TokenStore, open_shards

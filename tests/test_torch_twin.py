@@ -37,7 +37,7 @@ from llm_jax.tree import leaves, map_with_path
 torch = pytest.importorskip("torch")
 
 from llm_jax.compat.torch_step import TorchStep, tensors  # noqa: E402
-from llm_jax.compat.torch_twin import Twin, load, parameters  # noqa: E402
+from llm_jax.compat.torch_twin import Twin, load_parameters, parameters  # noqa: E402
 
 STEPS = 15
 # How far a switch may be off: the logits as a share of the largest, each leaf's gradient as a share of its largest
@@ -278,7 +278,7 @@ def test_parameters_of_another_model_are_named():
     with pytest.raises(
         ValueError, match=r"layers_0/attention/b_o is None here, \(24,\) in the twin; .*; build the twin from"
     ):
-        load(Twin(tiny(bias="all")), weights(tiny(bias="qkv")))
+        load_parameters(Twin(tiny(bias="all")), weights(tiny(bias="qkv")))
 
 
 def test_a_bad_step_changes_nothing_and_the_rate_moves_on():
@@ -294,7 +294,7 @@ def test_a_bad_step_changes_nothing_and_the_rate_moves_on():
 def test_in_bfloat16_they_agree_to_its_digits():
     config = tiny(dtype="bfloat16")
     twin = Twin(config)
-    load(twin, weights(config))
+    load_parameters(twin, weights(config))
     params = jax.tree.map(lambda x: x.astype(config.dtype), weights(config))
     ours = forward(Transformer(config), params, jnp.asarray(rows().tokens)).logits
     assert 1e-4 < distance(twin(torch.from_numpy(rows().tokens).long()).logits.detach(), ours) < 0.05

@@ -17,8 +17,8 @@ import pytest
 from llm_jax import runtime
 from llm_jax.cli.main import main
 from llm_jax.recipes import recipe_docstring, recipes
+from llm_jax.runs import fit, restore
 from llm_jax.runs import folder as run_folder
-from llm_jax.runs import loop, restore
 from llm_jax.runs.checkpoint import Checkpoints
 from llm_jax.runs.evaluate import Evaluation
 from llm_jax.train.program import Program
@@ -175,9 +175,9 @@ def test_the_newest_good_weights_stand_in_for_damaged_ones_unless_a_step_was_ask
     program = restore.on_one_device(run_folder.load_config(copy))
     if which == "4":
         with pytest.raises(ValueError, match=r"no checkpoint that can be read \(tried \[4\]\)"):
-            restore.restore(copy, program, which, report=told.append)
+            restore.weights(copy, program, which, report=told.append)
     else:
-        assert restore.restore(copy, program, which, report=told.append)[1] == 2
+        assert restore.weights(copy, program, which, report=told.append)[1] == 2
     assert "passed over the checkpoint of step 4" in told[0]
 
 
@@ -301,7 +301,7 @@ def test_data_that_cannot_train_leaves_nothing_behind(
 def test_what_no_data_can_put_right_is_refused_before_it_is_prepared(
     changes: list[str], says: str, error: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(loop, "open_data", lambda *args: pytest.fail("the data was prepared"))
+    monkeypatch.setattr(fit, "open_data", lambda *args: pytest.fail("the data was prepared"))
     assert re.search(says, error("train", "tiny.py", "--run", "runs/none", *changes))
 
 

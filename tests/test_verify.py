@@ -23,7 +23,6 @@ from llm_jax.plan.verify import (
     Answer,
     Layout,
     Verdict,
-    as_json,
     bounds_of,
     gradient_gap,
     laid_out,
@@ -32,6 +31,7 @@ from llm_jax.plan.verify import (
     line,
     shrunk,
     small_model,
+    verdicts_to_json,
     verify,
 )
 from llm_jax.recipes import recipes
@@ -50,12 +50,12 @@ def verdicts(config: RunConfig, *wanted: Layout) -> list[Verdict]:
 
 
 def test_a_layout_is_held_to_one_device_and_what_can_not_be_says_why():
-    same, never = verdicts(TINY, Layout(("fsdp", "tensor")), Layout(("pipeline",), ("pipeline.chunks=3",)))
+    same, never = verdicts(TINY, Layout(("fsdp", "tensor")), Layout(("pipeline",), {"pipeline.chunks": 3}))
     assert same.equal
     assert same.mesh == {"fsdp": 4, "tensor": 2}
     assert 0 < same.gaps["gradient"] < BOUNDS["gradient"]
     assert "pipeline.chunks=3" in line(never)
-    assert as_json([same])["layouts"][0]["equal"]
+    assert verdicts_to_json([same])["layouts"][0]["equal"]
 
 
 def test_a_gradient_that_is_a_little_wrong_is_seen():

@@ -16,8 +16,12 @@ from rich.console import Console
 
 from llm_jax import log
 from llm_jax.data.loader import DataConfig
+from llm_jax.data.tokenizer import Tokenizer
+from llm_jax.infer.generate import Sampler
 from llm_jax.model.config import ModelConfig
 from llm_jax.runs.checkpoint import Checkpoints, Progress
+from llm_jax.runs.evaluate import Evaluation
+from llm_jax.runs.run import Run
 from llm_jax.train.config import RunConfig
 from llm_jax.train.optimizer import OptimizerConfig
 from llm_jax.train.program import Program
@@ -62,6 +66,25 @@ def largest_file(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def evaluated(
+    folder: str | Path, uri: str | None = None, checkpoint: str = "best", **options: Any
+) -> tuple[Evaluation, int]:
+    """How well the run in `folder` predicts text, and the step of its weights."""
+    run = Run.open(folder, checkpoint, report=lambda line: None)
+    return run.evaluate(uri, **options), run.step
+
+
+def generate(config: ModelConfig, params: Any, tokenizer: Tokenizer, prompts: Any, **options: Any) -> list[str]:
+    """The continuations of `prompts`; `options` are those of a sampler and of its stream."""
+    return sampler(config, params, tokenizer, options).generate(prompts, **options)
+
+
+def sampler(config: ModelConfig, params: Any, tokenizer: Tokenizer, options: dict[str, Any]) -> Sampler:
+    """A sampler, by the `options` that are its own, which it takes out of the rest."""
+    own = {name: options.pop(name) for name in ("begin", "special", "task") if name in options}
+    return Sampler(config, params, tokenizer, **own)
 
 
 def console() -> Console:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llm_jax.data.tokenizer import Tokenizer
+    from llm_jax.runs.run import Run
     from llm_jax.train.config import RunConfig
 
 
@@ -36,8 +37,8 @@ def train(args: Namespace) -> int:
       llm-jax train quickstart --from runs/deeper --run runs/again        its model, tokenizer and weights
     """
     from llm_jax import processes, runtime
+    from llm_jax.runs import fit
     from llm_jax.runs import folder as run_folder
-    from llm_jax.runs import loop
 
     config = None if args.resume else _config(args)
     folder = Path(args.run or f"runs/{Path(args.config).stem}")
@@ -46,8 +47,8 @@ def train(args: Namespace) -> int:
         if args.resume and processes.from_first(lambda: run_folder.is_run(folder)):
             return _go_on(args, folder)
         config = config or _config(args)
-        progress = loop.train(config, folder, console=_console(args), command=args.command)
-        return _say_what_next(args, folder, progress.step, config.steps)
+        run = fit.fit(config, folder, console=_console(args), command=args.command)
+        return _say_what_next(args, folder, _came_to(run), config.steps)
 
 
 def _go_on(args: Namespace, folder: Path) -> int:
@@ -55,8 +56,8 @@ def _go_on(args: Namespace, folder: Path) -> int:
 
     A run that it came from by --from is not needed any more.
     """
+    from llm_jax.runs import fit
     from llm_jax.runs import folder as run_folder
-    from llm_jax.runs import loop
 
     old = run_folder.load_config(folder)
     whole = args.source_run is None or run_folder.is_run(Path(args.source_run))
@@ -68,7 +69,7 @@ def _go_on(args: Namespace, folder: Path) -> int:
             "choose another --run"
         )
         return _say_what_next(args, folder, old.steps, old.steps)
-    return _say_what_next(args, folder, loop.resume(folder, console=_console(args)).step, old.steps)
+    return _say_what_next(args, folder, _came_to(fit.resume(folder, console=_console(args))), old.steps)
 
 
 def resume(args: Namespace) -> int:
@@ -83,13 +84,18 @@ def resume(args: Namespace) -> int:
       llm-jax resume runs/quickstart mesh.fsdp=4              on other devices, in another layout
     """
     from llm_jax import processes, runtime
-    from llm_jax.runs import folder as run_folder
-    from llm_jax.runs import loop
+    from llm_jax.runs import fit
 
     runtime.start()
     with processes.joined(args.coordinator, args.processes, args.process):
-        progress = loop.resume(args.run, steps=args.steps, layout=args.assignments, console=_console(args))
-        return _say_what_next(args, args.run, progress.step, run_folder.load_config(args.run).steps)
+        run = fit.resume(args.run, steps=args.steps, layout=args.assignments, console=_console(args))
+        return _say_what_next(args, args.run, _came_to(run), run.config.steps)
+
+
+def _came_to(run: "Run") -> int:
+    """How many steps a run has behind it that has just ended."""
+    assert run.progress is not None
+    return run.progress.step
 
 
 def _console(args: Namespace) -> "Console":
@@ -155,49 +161,42 @@ def generate(args: Namespace) -> None:
     """
     from llm_jax import runtime
     from llm_jax.cli import terminal
-    from llm_jax.infer.classify import classify
-    from llm_jax.infer.generate import collect, in_turn, stream
+    from llm_jax.infer.generate import row_by_row
     from llm_jax.ops.sampling import Sampling
-    from llm_jax.runs import folder as run_folder
-    from llm_jax.runs import restore
-    from llm_jax.train.step import cast
+    from llm_jax.runs.run import Run
 
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed {args.seed} must lie between 0 and {2**32 - 1}")
     if args.samples < 1:
-        raise ValueError(f"--samples {args.samples} writes nothing; use 1 or more")
+        raise ValueError(f"--samples {args.samples} generates nothing; use 1 or more")
     if args.samples > 10_000:
         raise ValueError(
             f"--samples {args.samples} do not fit in memory together; use 10000 or less, and another --seed"
         )
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
-    config, tokenizer = run_folder.load_config(args.run), run_folder.load_tokenizer(args.run)
+    run = Run.open(args.run, args.checkpoint, report=_say)
+    reading = {"begin": args.begin, "special": args.special}
+    spelled = not (run.config.data.special if args.special is None else args.special)
     runtime.start()
-    params, step = restore.restore(args.run, restore.on_one_device(config), args.checkpoint, report=_say)
-    params = cast(params, config.model.dtype)
-    task = config.data.task
-    begin = run_folder.begins(Path(args.run), config, tokenizer) if args.begin is None else args.begin
-    special = config.data.special if args.special is None else args.special
-    options = {"max_tokens": args.max_tokens, "stop": args.stop, "begin": begin, "special": special, "task": task}
-    texts = []
-    for number, given in enumerate([args.prompt] if args.prompt else terminal.read_prompts(config.prompts)):
-        if not special:
-            _say_what_is_spelled(tokenizer, given)
-        if task is not None and config.model.n_classes is not None:
-            answers = classify(config.model, params, tokenizer, task, given, begin=begin, special=special)
+    classifies, texts = run.config.model.n_classes is not None, []
+    sampler = None if classifies else run.new_sampler(**reading)
+    for number, given in enumerate([args.prompt] if args.prompt else terminal.read_prompts(run.config.prompts)):
+        if spelled:
+            _say_what_is_spelled(run.tokenizer, given)
+        if sampler is None:
+            answers = run.classify(given, **reading)
             texts += map(dataclasses.asdict, answers)
             if not args.json:
                 terminal.write("".join(f"{a.prompt}  {a.answer}  {a.probability:.2%}\n" for a in answers))
             continue
-        prompts = [config.data.ask(prompt) for prompt in given for _ in range(args.samples)]
-        seed = args.seed + number
-        pieces = stream(config.model, params, tokenizer, prompts, sampling=sampling, seed=seed, **options)
+        prompts = [run.config.data.ask(prompt) for prompt in given for _ in range(args.samples)]
+        options = {"max_tokens": args.max_tokens, "stop": args.stop, "seed": args.seed + number}
         if args.json:
-            texts += [dataclasses.asdict(text) for text in collect(prompts, pieces)]
+            texts += map(dataclasses.asdict, sampler.texts(prompts, sampling, **options))
         else:
-            terminal.write_rows(prompts, in_turn(pieces))
+            terminal.write_rows(prompts, row_by_row(sampler.stream(prompts, sampling, **options)))
     if args.json:
-        _print_json({"run": args.run, "step": step, "texts": texts})
+        _print_json({"run": args.run, "step": run.step, "texts": texts})
 
 
 def evaluate(args: Namespace) -> None:
@@ -211,16 +210,16 @@ def evaluate(args: Namespace) -> None:
       llm-jax evaluate runs/quickstart --data essays/ --json
     """
     from llm_jax import runtime
-    from llm_jax.runs import restore
+    from llm_jax.runs.run import Run
 
     if args.column is not None and args.data is None:
         raise ValueError(f"--column {args.column} is one of other text; add --data URI, or leave it out")
     if args.begin is not None and args.data is None:
         raise ValueError("--begin and --no-begin are for text of yours; add --data URI, or leave them out")
     runtime.start()
-    options = {"column": args.column, "begin": args.begin}
-    result, step = restore.evaluate(args.run, args.data, args.checkpoint, **options, report=_say)
-    found = {"run": args.run, "step": step, **dataclasses.asdict(result)}
+    run = Run.open(args.run, args.checkpoint, report=_say)
+    result = run.evaluate(args.data, column=args.column, begin=args.begin)
+    found = {"run": args.run, "step": run.step, **dataclasses.asdict(result)}
     interval = result.loss_interval
     found["perplexity_interval"] = None if interval is None else [math.exp(min(loss, 700)) for loss in interval]
     if args.json:
@@ -261,7 +260,7 @@ def show(args: Namespace) -> None:
     if args.json:
         _print_json(dataclasses.asdict(description))
     else:
-        Console(width=None if sys.stdout.isatty() else 120).print(pages.render(description))
+        Console(width=None if sys.stdout.isatty() else 120).print(description)
 
 
 def plan(args: Namespace) -> None:
@@ -293,13 +292,13 @@ def plan(args: Namespace) -> None:
     searched = search.search(config, topology, args.compiles or 6, args.price, report=_say) if args.search else None
     found = plans.plan(config, topology, args.price) if searched is None else searched.tried[0].plan
     if args.json:
-        planned = {} if found is None else plans.as_json(found)
-        _print_json(planned | ({} if searched is None else search.as_json(searched)))
+        planned = {} if found is None else found.to_json()
+        _print_json(planned | ({} if searched is None else searched.to_json()))
         return
     if found is not None:
-        console.print(plans.render(found))
+        console.print(found)
     if searched is not None:
-        console.print(search.render(searched))
+        console.print(searched)
 
 
 def _config(args: Namespace) -> "RunConfig":
@@ -346,7 +345,7 @@ def compare(args: Namespace) -> None:
         print(compare.table(result))  # before the page: a disk may have no room for that
     compare.write(result, folder, name)
     if args.json:
-        _print_json(compare.as_json(result))
+        _print_json(result.to_json())
     else:
         print(f"read {folder}/compare.html")
 
@@ -377,7 +376,7 @@ def verify(args: Namespace) -> None:
         found.append(verdict)
         print(checks.line(verdict), file=sys.stderr if args.json else sys.stdout, flush=True)
     if args.json:
-        _print_json(checks.as_json(found))
+        _print_json(checks.verdicts_to_json(found))
     if all(verdict.refused for verdict in found):
         raise ValueError(f"none of {len(found)} layouts can be, for the reasons above; name other --axes")
     if different := [verdict.layout for verdict in found if verdict.equal is False]:
@@ -410,7 +409,7 @@ def check(args: Namespace) -> None:
         found.append(finding)
         say(checks.line(finding))
     if args.json:
-        _print_json(checks.as_json(found))
+        _print_json(checks.findings_to_json(found))
     if wrong := [f"{finding.what} on {finding.device}" for finding in found if not finding.right]:
         raise ValueError(
             f"wrong here: {', '.join(wrong)}; train nothing on it before another version of jaxlib, or its way around, "
@@ -457,7 +456,7 @@ def export(args: Namespace) -> None:
 
     runtime.start()
     program = restore.on_the_host(run_folder.load_config(args.run))
-    params, step = restore.restore(args.run, program, args.checkpoint, report=_say)
+    params, step = restore.weights(args.run, program, args.checkpoint, report=_say)
     family = huggingface.export_run(args.run, params, args.out, family=args.family, dtype=args.dtype, report=_say)
     if args.json:
         _print_json({"out": args.out, "family": family.name, "step": step})
@@ -501,7 +500,7 @@ def _print_keys(config: "RunConfig", *, json: bool) -> None:
     if json:
         _print_json(pages.keys_as_json(config))
     else:
-        Console(width=None if sys.stdout.isatty() else 120).print(pages.render_keys(config))
+        Console(width=None if sys.stdout.isatty() else 120).print(pages.keys_table(config))
 
 
 def tokenize(args: Namespace) -> None:
@@ -523,7 +522,7 @@ def tokenize(args: Namespace) -> None:
         raise ValueError(f"--column {args.column} is one of what a tokenizer learns from; add --train URI")
     given = sys.stdin.read() if args.text is None and args.decode is None else args.text or ""
     inside = Path(args.tokenizer) / "tokenizer"  # of a run, or of prepared data
-    coder = tokenizer.load(inside) if inside.is_dir() else tokenizer.build(args.tokenizer, lambda: [given])
+    coder = tokenizer.load_tokenizer(inside) if inside.is_dir() else tokenizer.build(args.tokenizer, lambda: [given])
     if not args.special:
         _say_what_is_spelled(coder, [given])
     tokens = coder.encode(given, special=args.special).tolist() if args.decode is None else args.decode

@@ -21,9 +21,9 @@ from llm_jax.data.loader import Loader
 from llm_jax.files import strict, write_json, write_whole
 from llm_jax.log import visible
 from llm_jax.runs import folder as run_folder
-from llm_jax.runs import loop
 from llm_jax.runs.chart import GRAY, ORANGE, Series, line_chart
 from llm_jax.runs.checkpoint import Report
+from llm_jax.runs.data import open_data
 from llm_jax.runs.report import PAGE, STYLE
 from llm_jax.train.config import RunConfig
 from llm_jax.train.optimizer import make_schedule
@@ -106,12 +106,16 @@ class Comparison:
     config: dict[str, Any]
     environment: dict[str, Any]
 
+    def to_json(self) -> dict[str, Any]:
+        """Return what compare.json holds; a number that is not finite is null."""
+        return strict(dataclasses.asdict(self))
+
 
 def compare(config: RunConfig, steps: int, report: Report, *, compiled: bool = True, command: str = "") -> Comparison:
     """Trains the first `steps` steps of `config` on each side. Raises `ValueError` for what can't be compared."""
     check(config, steps)
     peak_memory()  # raises here, and not in a process of its own, where nothing measures it
-    shards = loop.open_data(config, report)
+    shards = open_data(config, report)
     Loader(shards.split("train"), config.data).check_horizon(steps)
     rates = np.asarray(make_schedule(config.optimizer, config.steps)(jnp.arange(steps))).tolist()
     job = (config, shards.folders, jax.device_get(Program.on(config).init().params), rates)
@@ -122,7 +126,7 @@ def compare(config: RunConfig, steps: int, report: Report, *, compiled: bool = T
         first = {name: first_steps(side, job, report) for name, side in sides.items()}
         missing |= {name: why for name, why in first.items() if isinstance(why, str)}
         begun = {name: stretch for name, stretch in first.items() if isinstance(stretch, Stretch)}
-        rest = in_turn({name: sides[name] for name in begun}, steps, report)
+        rest = alternate({name: sides[name] for name in begun}, steps, report)
     tokens = config.data.batch_size * config.data.seq_len
     trained = {name: Trained.of([begun[name], *rest[name]], tokens) for name in begun}
     return Comparison(
@@ -148,7 +152,7 @@ def first_steps(side: Side, job: tuple[Any, ...], report: Report) -> Stretch | s
         raise
 
 
-def in_turn(sides: Mapping[str, Side], steps: int, report: Report) -> dict[str, list[Stretch]]:
+def alternate(sides: Mapping[str, Side], steps: int, report: Report) -> dict[str, list[Stretch]]:
     """The rest of `steps`, a stretch of each side a round."""
     parts: dict[str, list[Stretch]] = {name: [] for name in sides}
     for turn in np.array_split(np.arange(WARM_UP, steps), min(ROUNDS, steps - WARM_UP)):
@@ -207,13 +211,8 @@ def table(c: Comparison) -> str:
 def write(c: Comparison, folder: Path, name: str) -> None:
     """Writes compare.json and compare.html there, each all or nothing."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "compare.json", as_json(c))
+    write_json(folder / "compare.json", c.to_json())
     write_whole(folder / "compare.html", page(c, name))
-
-
-def as_json(c: Comparison) -> dict[str, Any]:
-    """What compare.json says: a number that is not finite, for which JSON has no word, is null."""
-    return strict(dataclasses.asdict(c))
 
 
 def page(c: Comparison, name: str) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from llm_jax.compat.config_json import HUGE, check_field, check_known, check_values, short
-from llm_jax.compat.layout import Layout
 from llm_jax.compat.lenses import Lens, Theirs, canonical
+from llm_jax.compat.tensor_format import TensorFormat
 from llm_jax.config import from_dict, to_dict
 from llm_jax.model.config import ModelConfig
 from llm_jax.sharding import LETTERS
@@ -21,10 +21,10 @@ Row = tuple[str, str, tuple[str, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One of their tensors; `homes` are the paths of our leaves in it, and where along the first axes of each."""
+    """One of their tensors; `homes` are the paths of our leaves in it, each with an index of its first axes."""
 
     name: str
-    layout: Layout
+    format: TensorFormat
     homes: tuple[tuple[str, tuple[int, ...]], ...]
 
 
@@ -36,7 +36,7 @@ class Family:
       name: what they call it, `model_type`.
       architecture: the class of transformers that loads it.
       models: those it is known for.
-      tensors: rows of name, layout and leaves.
+      tensors: rows of name, format (`tensor_format.py`) and leaves.
       lenses: what their config says.
       fixed: fields of `ModelConfig` that are the same in all its models.
     """
@@ -119,28 +119,28 @@ class Family:
                 yield from _tensors(row, i, *(("", None) if i is None else c.home(i)), shapes)
 
 
-def _tensors(row: Row, i: int | None, home: str, place: int | None, shapes: Shapes) -> Iterator[Tensor]:
-    """The tensors of a row in one layer, at `home` and its place there: one, one for each expert, or none."""
-    name, layout, leaves = row
+def _tensors(row: Row, i: int | None, home: str, index: int | None, shapes: Shapes) -> Iterator[Tensor]:
+    """Yield the tensors of a row in layer `i`, our `index` of the stack at `home`: one, one per expert, or none."""
+    name, text, leaves = row
     paths = [f"{home}/{leaf}".lstrip("/") for leaf in leaves]
     if not all(path in shapes for path in paths):
         return
-    letters = [first_match(LETTERS, path).removeprefix("N" if place is None else "") for path in paths]
+    letters = [first_match(LETTERS, path).removeprefix("N" if index is None else "") for path in paths]
     sizes = {
         letter: size
         for path, axes in zip(paths, letters, strict=True)
         for letter, size in zip(axes, shapes[path], strict=True)
     }
     for e in range(sizes["E"]) if "{e}" in name else [None]:
-        index = tuple(each for each in (place, e) if each is not None)
-        ours = tuple(axes[len(index) :] for axes in letters)
-        yield Tensor(name.format(i=i, e=e), Layout(layout, ours, sizes), tuple((path, index) for path in paths))
+        first = tuple(each for each in (index, e) if each is not None)
+        ours = tuple(axes[len(first) :] for axes in letters)
+        yield Tensor(name.format(i=i, e=e), TensorFormat(text, ours, sizes), tuple((path, first) for path in paths))
 
 
 def table(text: str) -> tuple[Row, ...]:
-    """Rows of name, layout and leaves, as they are written below."""
+    """Return rows of name, format and leaves, from the text of `tensors.py`."""
     words = (line.split() for line in text.strip().splitlines())
-    return tuple((name, layout, tuple(leaves)) for name, layout, *leaves in words)
+    return tuple((name, letters, tuple(leaves)) for name, letters, *leaves in words)
 
 
 def _config(fields: Mapping[str, Any], origins: Mapping[str, tuple[str, ...]], theirs: Theirs) -> ModelConfig:

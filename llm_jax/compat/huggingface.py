@@ -23,14 +23,16 @@ from llm_jax.compat.outside import optional, read_json
 from llm_jax.compat.tokenizers import ends_of, files_of
 from llm_jax.config import nearest
 from llm_jax.data.config import DataConfig
-from llm_jax.data.imported import ImportedTokenizer, files_in
+from llm_jax.data.imported_tokenizer import ImportedTokenizer, files_in
 from llm_jax.data.tokenizer import Tokenizer, build
 from llm_jax.files import whole_folder, write_json
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.count import parameter_counts
 from llm_jax.runs import folder as run_folder
+from llm_jax.runs import restore
 from llm_jax.runs.checkpoint import Checkpoints, Progress
 from llm_jax.runs.folder import ORIGIN, ORIGIN_DTYPES
+from llm_jax.runs.run import Run
 from llm_jax.runs.seal import seal
 from llm_jax.train.config import RunConfig
 from llm_jax.train.step import TrainState
@@ -76,7 +78,7 @@ def import_run(
     for line in (safetensors.passed_over(there), ignored(family, theirs)):
         if line is not None:
             report(line)
-    params = weights.load(there, family, model)
+    params = weights.read_parameters(there, family, model)
     with whole_folder(folder, "import") as scratch:
         coder.save(scratch / "tokenizer")
         # The ids of tokens are those of the model's own tokenizer.
@@ -88,6 +90,28 @@ def import_run(
             checkpoints.save(TrainState(jnp.zeros((), jnp.int32), params, opt_state={}), Progress())
         run_folder.save_config(scratch, config)
     return config
+
+
+def import_hf(source: str, folder: str | Path, *, tokenizer: str | None = None, report: Report = print) -> Run:
+    """Make a run in `folder` of a model from Hugging Face, and return it: a folder, or a name on the hub.
+
+    `tokenizer` names one of ours in place of the model's own. Raise `ValueError` for what is not there, not known, or
+    more than we can do.
+    """
+    import_run(source, folder, tokenizer=tokenizer, report=report)
+    return Run.open(folder, report=report)
+
+
+def export_hf(
+    run: Run, out: str | Path, *, family: str | None = None, dtype: str | None = None, report: Report = print
+) -> None:
+    """Write the model of `run` to the folder `out`, so that transformers loads it and computes the same.
+
+    `family` is by default that of its import, or the first that can say what the model is; `dtype` that of its
+    computation. Raise `ValueError` where no family can, and for weights that are not finite or don't fit the dtype.
+    """
+    params, _ = restore.weights(run.folder, restore.on_the_host(run.config), run.checkpoint, report=report)
+    export_run(run.folder, params, out, family=family, dtype=dtype, report=report)
 
 
 def ignored(family: Family, theirs: Mapping[str, Any]) -> str | None:
@@ -139,7 +163,7 @@ def export_run(
         for name, content in files.items():
             (scratch / name).parent.mkdir(exist_ok=True)
             (scratch / name).write_bytes(content)
-        weights.save(scratch / "model.safetensors", chosen, model, params, dtype or model.dtype, kept)
+        weights.write_parameters(scratch / "model.safetensors", chosen, model, params, dtype or model.dtype, kept)
     return chosen
 
 

@@ -1,7 +1,7 @@
-"""The tensors of Hugging Face's families: their names, their layouts, and which of our parameters each holds.
+"""The tensors of Hugging Face's families: their names, their formats, and which of our parameters each holds.
 
-A row is one of their tensors, in every layer `{i}` and of every expert `{e}`. Its layout is written as `layout.py`
-says. Rows of parameters that a model does not have are passed over.
+A row is one of their tensors, in every layer `{i}` and of every expert `{e}`. Its format is written in the letters of
+`tensor_format.py`. Rows of parameters that a model does not have are passed over.
 """
 
 from llm_jax.compat.family import table
@@ -108,7 +108,7 @@ GPT2 = table("""
 
 # GPT-2's, but a linear map is (out, in), and each key/value head has its queries, its key and its value together.
 LINEAR = {"D[KGH|KH|KH]": "(K[GH|H|H])D", "[KGH|KH|KH]": "(K[GH|H|H])", "(KGH)D": "D(KGH)", "DF": "FD", "FD": "DF"}
-GPT_BIGCODE = tuple((name, LINEAR.get(layout, layout), leaves) for name, layout, leaves in GPT2)
+GPT_BIGCODE = tuple((name, LINEAR.get(letters, letters), leaves) for name, letters, leaves in GPT2)
 
 NEOX = table("""
     gpt_neox.embed_in.weight                              VD            embedding/table

@@ -9,8 +9,9 @@ from typing import Any
 from llm_jax.compat.config_json import short
 from llm_jax.compat.outside import read_json
 from llm_jax.data import tokenizer_json
-from llm_jax.data.imported import BYTE_LETTERS, ImportedTokenizer, files_in, named_token
+from llm_jax.data.imported_tokenizer import BYTE_LETTERS, ImportedTokenizer, files_in, named_token
 from llm_jax.data.tokenizer import END_OF_TEXT, BPETokenizer, ByteTokenizer, Tokenizer
+from llm_jax.data.tokenizer_interface import MOST_IDS
 
 A, B = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
 PLAIN = {"type": "TemplateProcessing", "single": [A], "pair": [A, B], "special_tokens": {}}  # puts no token
@@ -51,7 +52,7 @@ def ends_of(there: Path) -> tuple[int, ...]:
         found += [] if ids is None else listed
     if not found:
         files = files_in(there)
-        described = tokenizer_json.read(str(there), files["tokenizer.json"], tokenizer_json.MOST_IDS)
+        described = tokenizer_json.read(str(there), files["tokenizer.json"], MOST_IDS)
         named = named_token(str(there), files, described, "eos_token")
         found = [] if named is None else [named]
     return tuple(dict.fromkeys(found))

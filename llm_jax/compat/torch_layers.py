@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llm_jax.compat.torch_positions import turn
+from llm_jax.compat.torch_positions import rotate
 from llm_jax.model.config import ModelConfig
 
 ACTIVATIONS = {
@@ -28,12 +28,12 @@ class Rows:
 
     Attributes:
       masks: by mixer, who sees whom: booleans, or numbers to add to the scores; None: all that came before.
-      turns: by mixer, cosines and sines by which queries and keys are turned.
+      rotations: by mixer, the cosines and sines that rotate queries and keys.
       segments: the document of each token, 0 in the padding.
     """
 
     masks: dict[str, Tensor | None]
-    turns: dict[str, tuple[Tensor, Tensor]]
+    rotations: dict[str, tuple[Tensor, Tensor]]
     segments: Int[Tensor, "B L"]
 
 
@@ -46,7 +46,7 @@ class Use:
     z: Float[Tensor, ""]
 
 
-class Part(nn.Module):
+class TwinModule(nn.Module):
     """A module whose parameters have our names and shapes. Until they are loaded they are zero."""
 
     def declare(self, **shapes: tuple[int, ...]) -> None:
@@ -61,7 +61,7 @@ class Part(nn.Module):
         return y.unflatten(-1, w.shape[x.ndim - 2 :])
 
 
-class Table(Part):
+class Table(TwinModule):
     table: Tensor
 
     def __init__(self, rows: int, width: int) -> None:
@@ -72,7 +72,7 @@ class Table(Part):
         return F.embedding(ids, self.table)
 
 
-class Norm(Part):
+class Norm(TwinModule):
     scale: Tensor
     bias: Tensor
 
@@ -88,7 +88,7 @@ class Norm(Part):
         return F.rms_norm(x, scale.shape, 1 + scale if self.kind == "rmsnorm_1p" else scale, self.eps)
 
 
-class Mixer(Part):
+class Mixer(TwinModule):
     """The projections that every token mixer has, around its `mix`."""
 
     def __init__(self, c: ModelConfig, mixer: str) -> None:
@@ -125,8 +125,8 @@ class SoftmaxAttention(Mixer):
         if c.attention.qk_norm != "none":
             q, k = self._normed(self.q_norm, q), self._normed(self.k_norm, k)
         q, k, v = q.flatten(2, 3).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B heads L H]
-        if self.mixer in rows.turns:
-            q, k = (turn(y, *rows.turns[self.mixer], c.rotary.pairs) for y in (q, k))
+        if self.mixer in rows.rotations:
+            q, k = (rotate(y, *rows.rotations[self.mixer], c.rotary.pairs) for y in (q, k))
         mask = rows.masks[self.mixer]
         if c.attention.softcap is None:
             scale, causal = c.attention.scale, mask is None
@@ -155,9 +155,9 @@ class LinearAttention(Mixer):
         q, k, v = F.elu(q.float()) + 1, F.elu(k.float()) + 1, v.float()
         memory, total = torch.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None]), torch.zeros_like(k[:, 0])
         out = []
-        for t, going_on in enumerate(same_document(rows.segments)):
-            memory = memory * going_on[..., None, None, None] + k[:, t, :, :, None] * v[:, t, :, None]
-            total = total * going_on[..., None, None] + k[:, t]
+        for t, same in enumerate(same_document(rows.segments)):
+            memory = memory * same[..., None, None, None] + k[:, t, :, :, None] * v[:, t, :, None]
+            total = total * same[..., None, None] + k[:, t]
             out.append(q[:, t] @ memory / (q[:, t] @ total[..., None]))
         return torch.stack(out, dim=1).to(x.dtype)
 
@@ -183,8 +183,8 @@ class DeltaRule(Mixer):
         beta = self.linear("beta", x).float().sigmoid()
         memory = torch.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None])
         out = []
-        for t, going_on in enumerate(same_document(rows.segments)):
-            memory = memory * (keep[:, t] * going_on[..., None])[..., None, None]
+        for t, same in enumerate(same_document(rows.segments)):
+            memory = memory * (keep[:, t] * same[..., None])[..., None, None]
             known = (k[:, t, :, None] @ memory).squeeze(2)
             memory = memory + k[:, t, :, :, None] * (beta[:, t, :, None] * (v[:, t] - known))[:, :, None]
             out.append(q[:, t] @ memory)
@@ -200,7 +200,7 @@ class DeltaRule(Mixer):
         return torch.einsum("BLKGHW,BLW,WKGH->BLKGH", past, same.to(x.dtype), self.w_convolution.to(x.dtype))
 
 
-class FeedForward(Part):
+class FeedForward(TwinModule):
     def __init__(self, c: ModelConfig, width: int) -> None:
         super().__init__()
         self.activation, self.gated = ACTIVATIONS[c.activation], c.gated
@@ -214,7 +214,7 @@ class FeedForward(Part):
         return self.linear("down", h * self.linear("up", x) if self.gated else h)
 
 
-class MixtureOfExperts(Part):
+class MixtureOfExperts(TwinModule):
     """A few experts for each token, as its router likes them, and the shared ones; expert by expert."""
 
     w_router: Tensor

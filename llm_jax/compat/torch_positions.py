@@ -9,20 +9,20 @@ from torch import Tensor
 from llm_jax.ops.position import Rotary
 
 
-def turn(
+def rotate(
     x: Float[Tensor, "B heads L H"], cos: Float[Tensor, "B 1 L P"], sin: Float[Tensor, "B 1 L P"], pairs: str
 ) -> Tensor:
     """The first numbers of every head as pairs, each rotated as a complex number."""
-    turned, rest = x.tensor_split([2 * cos.shape[-1]], dim=-1)
+    rotated, rest = x.tensor_split([2 * cos.shape[-1]], dim=-1)
     shape = (-1, 2) if pairs == "interleaved" else (2, -1)  # pairs that lie side by side, or apart
     along = -1 if pairs == "interleaved" else -2
-    real, imaginary = turned.unflatten(-1, shape).unbind(along)
+    real, imaginary = rotated.unflatten(-1, shape).unbind(along)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    turned = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=along)
-    return torch.cat([turned.flatten(-2), rest], dim=-1)
+    rotated = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=along)
+    return torch.cat([rotated.flatten(-2), rest], dim=-1)
 
 
-def turns(r: Rotary, H: int, positions: Int[Tensor, "B L"]) -> tuple[Tensor, Tensor]:
+def rotations(r: Rotary, H: int, positions: Int[Tensor, "B L"]) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the angle of each pair at `positions`, times the amplitude."""
     slow = frequencies(r, H, positions.shape[1])
     angles = positions[:, None, :, None] * slow.to(positions.device, torch.float32)

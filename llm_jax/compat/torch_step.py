@@ -8,7 +8,7 @@ from jaxtyping import Float, Int, PyTree
 from torch import Tensor
 from torch.nn import functional as F
 
-from llm_jax.compat.torch_twin import Twin, load, parameters
+from llm_jax.compat.torch_twin import Twin, load_parameters, parameters
 from llm_jax.data.loader import IGNORE, Batch
 from llm_jax.train.config import RunConfig
 from llm_jax.train.optimizer import DECAYED
@@ -20,7 +20,7 @@ class TorchStep:
 
     def __init__(self, config: RunConfig, params: PyTree, rates: Iterable[float], *, compiled: bool = False) -> None:
         self.config, self.twin, self._rates = config, Twin(config.model), iter(rates)
-        load(self.twin, params)
+        load_parameters(self.twin, params)
         self._loss = torch.compile(self.loss) if compiled else self.loss
         o, groups = config.optimizer, {True: [], False: []}
         for path, parameter in parameters(self.twin).items():

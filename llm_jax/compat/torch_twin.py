@@ -1,7 +1,7 @@
 """The same model in PyTorch: a second opinion on every value, gradient and training curve.
 
     twin = Twin(config)
-    load(twin, params)
+    load_parameters(twin, params)
     twin(tokens).logits                      # what Transformer(config) gives, up to float arithmetic
 
 It is written from the papers, not from `model/`: masks are boolean tensors, attention is PyTorch's own, recurrences are
@@ -30,7 +30,7 @@ from llm_jax.compat.torch_layers import (
     Table,
     Use,
 )
-from llm_jax.compat.torch_positions import alibi_slopes, sinusoidal, turns
+from llm_jax.compat.torch_positions import alibi_slopes, rotations, sinusoidal
 from llm_jax.model.config import SOFTMAX, Layer, ModelConfig
 from llm_jax.model.transformer import unstack
 from llm_jax.tree import leaves
@@ -141,10 +141,10 @@ class Twin(nn.Module):
 
     def _rows(self, positions: Tensor, segments: Tensor | None, prefix: Tensor | None) -> Rows:
         c, mixers = self.config, {layer.mixer for layer in self.config.period}
-        turned = mixers & {"global", "local", "sparse"} if c.positions == "rotary" else set()
+        rotated = mixers & {"global", "local", "sparse"} if c.positions == "rotary" else set()
         return Rows(
             masks={mixer: self._mask(mixer, positions.shape[1], segments, prefix) for mixer in mixers & set(SOFTMAX)},
-            turns={m: turns(c.rotary.local if m == "local" else c.rotary, c.H, positions) for m in turned},
+            rotations={m: rotations(c.rotary.local if m == "local" else c.rotary, c.H, positions) for m in rotated},
             segments=torch.ones_like(positions) if segments is None else segments,
         )
 
@@ -177,7 +177,7 @@ def parameters(twin: Twin) -> dict[str, nn.Parameter]:
     return {name.replace(".", "/").replace("layers/", "layers_"): p for name, p in twin.named_parameters()}
 
 
-def load(twin: Twin, params: PyTree) -> None:
+def load_parameters(twin: Twin, params: PyTree) -> None:
     """Puts our parameters, as `init` makes them, into the twin. Raises `ValueError` for a leaf without its like."""
     # Of arrays in NumPy, whose slices are views: JAX would compile one program a shape.
     ours, theirs = leaves(unstack(twin.config, jax.tree.map(np.asarray, params))), parameters(twin)

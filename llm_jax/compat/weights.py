@@ -23,7 +23,7 @@ from llm_jax.model.count import shapes
 BUFFERS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)(attn|attention)\.(masked_)?bias$")
 
 
-def load(folder: Path, family: Family, config: ModelConfig) -> PyTree:
+def read_parameters(folder: Path, family: Family, config: ModelConfig) -> PyTree:
     """The parameters of the model in `folder`, float32, in the memory of the host: no accelerator need hold them.
 
     Raises `ValueError` with the names of tensors that are missing, have no place, have another shape, or are no
@@ -40,7 +40,7 @@ def load(folder: Path, family: Family, config: ModelConfig) -> PyTree:
     def leaf(path: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
         x = _empty(shape.shape)
         for tensor, part, place in holders[path]:
-            x[place] = tensor.layout.split(stored[tensor.name].read())[part]
+            x[place] = tensor.format.split(stored[tensor.name].read())[part]
             safetensors.check_finite(x[place], f"{stored[tensor.name].file}: {tensor.name}")
         return jax.device_put(x, cpu)
 
@@ -54,7 +54,7 @@ def _empty(shape: tuple[int, ...]) -> np.ndarray:
     return room[start : start + 4 * math.prod(shape)].view(np.float32).reshape(shape)
 
 
-def save(
+def write_parameters(
     path: Path, family: Family, config: ModelConfig, params: PyTree, dtype: str, kept: Mapping[str, str] | None = None
 ) -> None:
     """Write the parameters as the family's tensors, one after another; `kept` are those of another dtype, by name.
@@ -65,10 +65,10 @@ def save(
     tensors = {tensor.name: tensor for tensor in family.tensors_of(config, shapes_of(params))}
 
     def read(name: str) -> np.ndarray:
-        return tensors[name].layout.join([leaves[path][place] for path, place in tensors[name].homes])
+        return tensors[name].format.join([leaves[path][place] for path, place in tensors[name].homes])
 
     dtypes = dict.fromkeys(tensors, dtype) | {name: kind for name, kind in (kept or {}).items() if name in tensors}
-    safetensors.write_file(path, {name: tensor.layout.shape for name, tensor in tensors.items()}, dtypes, read)
+    safetensors.write_file(path, {name: tensor.format.shape for name, tensor in tensors.items()}, dtypes, read)
 
 
 def wider(stored: Mapping[str, Stored]) -> dict[str, str]:
@@ -107,7 +107,7 @@ def matched(
         raise ValueError(
             f"config.json ties {head} to {embedding}, but they differ; set tie_word_embeddings to false there"
         )
-    wanted = {tensor.name: tensor.layout.shape for tensor in tensors}
+    wanted = {tensor.name: tensor.format.shape for tensor in tensors}
     problems = {
         "missing": [name for name in wanted if name not in found],
         "without a place": [name for name in found if name not in wanted],

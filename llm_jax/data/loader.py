@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import flax.struct
@@ -16,32 +16,33 @@ from jaxtyping import Int64
 from llm_jax.data import packing
 from llm_jax.data.config import DataConfig
 from llm_jax.data.mixture import Deal
-from llm_jax.data.packing import Plan
-from llm_jax.data.shards import SPLITS, Part, TokenStore
+from llm_jax.data.packing import Packing
+from llm_jax.data.shards import SPLITS, SourceSlice, TokenStore
 from llm_jax.data.task import IGNORE, Task, resolve
 from llm_jax.log import apart, quantity
 
 __all__ = ["IGNORE", "Batch", "DataConfig", "Loader", "heldout_rows"]
 
-PADDING = -1  # where in the stream a position stands that has no token
-CHECKED = 10_000  # documents at once
+PADDING = -1  # the index in the stream of a position without a token
+CHECKED = 10_000  # documents in memory at once
 LAST_STEP = np.iinfo(np.int64).max
 
-Rows = Any  # int32 [B, L] of NumPy or JAX; in a mapped-over batch whatever stands for them, a sharding say
+Rows = Any  # int32 [B, L] of NumPy or JAX; in a mapped tree whatever replaces them, such as a sharding
 
 
 @flax.struct.dataclass
 class Batch:
     """Rows of tokens.
 
-    tokens: the inputs, 0 in the padding; each document begins with begin-of-text, where the data has ends of text.
-    targets: the token after each, IGNORE where there is none in the same document.
-    segments: which document of its row a token belongs to, from 1; 0 in the padding.
-    positions: how far a token is from the start of its document in this row.
-    documents: the document of each target in the store, -1 where there is none; for evaluation.
-    prefix: whether all of its document sees a token, where a task asks for that.
+    Attributes:
+      tokens: the inputs, 0 in the padding; each document begins with begin-of-text if the data has ends of text.
+      targets: the token after each, IGNORE if there is none in the same document.
+      segments: which document of its row a token belongs to, from 1; 0 in the padding.
+      positions: the distance of a token from the start of its document in this row.
+      documents: the document of each target in the store, -1 if there is none; for evaluation.
+      prefix: whether all tokens of the document attend to a token, if a task needs that.
 
-    A stream that is not told apart into documents has neither segments nor positions.
+    A stream that is not segmented into documents has neither segments nor positions.
     """
 
     tokens: Rows
@@ -53,41 +54,51 @@ class Batch:
 
 
 def tells_documents(config: DataConfig) -> bool:
-    """Whether rows say which document a token belongs to."""
+    """Return whether rows say which document a token belongs to."""
     return config.packing == "documents" or config.end_of_text
 
 
-def as_told(batch: Batch, config: DataConfig) -> Batch:
-    """`batch` without the fields that rows of `config` don't have."""
-    has_prefix = config.task is not None and config.task.kind == "translate"
-    apart = {} if tells_documents(config) else {"segments": None, "positions": None}
-    return dataclasses.replace(batch, **apart, **({} if has_prefix else {"prefix": None}))
+def as_told(batch: Batch, config: DataConfig, needs: Collection[str] = ()) -> Batch:
+    """Return `batch` without the fields that rows of `config` don't have, and nobody `needs`."""
+    absent = {"documents"} if tells_documents(config) else {"documents", "segments", "positions"}
+    if config.task is None or config.task.kind != "translate":
+        absent.add("prefix")
+    return dataclasses.replace(batch, **dict.fromkeys(absent - set(needs)))
 
 
 class Loader:
-    """The training batches of a split, or those `rows` of each that one of several processes reads.
+    """The training batches of a split, or the `rows` of each batch that one of several processes reads.
 
-    Of a split of several sources each row is of one of them. Raises `ValueError` if a source is shorter than a row.
+    If the split has several sources, each row is from one of them. Batches have the fields that `config` calls for, and
+    those that somebody `needs`. Raises `ValueError` if a source is shorter than a row.
     """
 
-    def __init__(self, store: TokenStore, config: DataConfig, *, rows: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        store: TokenStore,
+        config: DataConfig,
+        *,
+        rows: Sequence[int] | None = None,
+        needs: Collection[str] = (),
+    ) -> None:
         self._store, self._config, self._task = store, config, task_of(store, config)
-        self._sources = [_Rows(store, part, config, number) for number, part in enumerate(store.parts)]
-        self._deal = Deal(tuple(part.share for part in store.parts))
+        self._needs = needs
+        self._sources = [_Rows(store, source, config, number) for number, source in enumerate(store.sources)]
+        self._deal = Deal(tuple(source.share for source in store.sources))
         self._rows = range(config.batch_size) if rows is None else rows
 
     @property
     def steps_per_epoch(self) -> int:
-        """How many steps it takes until every row of every source was seen."""
+        """The number of steps until every row of every source has been seen."""
         wanted = [source.n_rows for source in self._sources]
         return _first(lambda step: all(map(operator.ge, self._seen(step), wanted)))
 
     def epochs(self, step: int) -> list[float]:
-        """How many epochs of each source lie before `step`."""
+        """Return how many epochs of each source lie before `step`."""
         return [seen / source.n_rows for seen, source in zip(self._seen(step), self._sources, strict=True)]
 
     def position(self, step: int) -> str:
-        """Where in its data a run is at `step`, in words: its epoch, or that of each source."""
+        """Return where in its data a run is at `step`, in words: its epoch, or that of each source."""
         if len(self._sources) == 1:
             return f"epoch {self.epochs(step)[0]:.2f}"
         names = [source.name for source in self._sources]
@@ -96,7 +107,7 @@ class Loader:
         )
 
     def said(self, steps: int) -> list[str]:
-        """A line for each source: how often `steps` show it, in tokens too, and of several its share of the rows."""
+        """Return a line for each source: its epochs and tokens in `steps`, and its share of the rows if not alone."""
         several, found = len(self._sources) > 1, zip(self._deal.shares, self._sources, self.epochs(steps), strict=True)
         return [
             (f"{source.name}: {float(share):.1%} of the rows, " if several else "data: ")
@@ -106,7 +117,7 @@ class Loader:
         ]
 
     def token_shares(self, step: int) -> dict[str, float]:
-        """Of the tokens before `step` the share of each source, by name; empty where there is only one."""
+        """Return the share of each source in the tokens before `step`, by name; empty if there is only one."""
         if len(self._sources) == 1:
             return {}
         tokens = [source.tokens(seen) for source, seen in zip(self._sources, self._seen(step), strict=True)]
@@ -114,7 +125,7 @@ class Loader:
         return {source.name: count / whole for source, count in zip(self._sources, tokens, strict=True)}
 
     def check_horizon(self, steps: int) -> None:
-        """Raises `ValueError` if `steps` would show rows of a source more often than the config allows."""
+        """Raise `ValueError` if `steps` would show rows of a source more often than the config allows."""
         epochs, batch_size = self._config.epochs, self._config.batch_size
         if epochs is None:
             return
@@ -135,36 +146,39 @@ class Loader:
             )
 
     def batch(self, step: int) -> Batch:
-        """The rows at `step`, the same whenever and wherever it is asked for."""
-        batch = _batch(self._store, self._config, self._task, self._index(step))
-        return dataclasses.replace(batch, documents=None)
+        """Return the rows at `step`: a pure function of the config, the shards and `step`."""
+        batch = _batch(self._store, self._config, self._task, self._index(step), tell=bool(self._needs))
+        return as_told(batch, self._config, self._needs)
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
-        """`batch(start)`, `batch(start + 1)` and so on, read ahead on a thread."""
+        """Iterate over `batch(start)`, `batch(start + 1)` and so on, read ahead by a thread."""
         steps = grain.MapDataset.range(start, LAST_STEP).map(self.batch)
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
     def documents(self, step: int) -> list[int]:
-        """Which documents of the store stand in the rows at `step`."""
+        """Return which documents of the store are in the rows at `step`."""
         index = self._index(step)
         return np.unique(self._store.documents_of(index[index != PADDING])).tolist()
 
     def _seen(self, step: int) -> list[int]:
-        """How many rows of each source lie before `step`."""
+        """Return how many rows of each source lie before `step`."""
         return self._deal.before(step * self._config.batch_size)
 
     def _index(self, step: int) -> Int64[np.ndarray, "B L"]:
-        """Epochs follow each other without a gap: rows that fill no batch begin the next epoch's first."""
-        first, places = step * self._config.batch_size, self._places(step)
-        dealt = (self._deal.source(first + places[row]) for row in self._rows)
+        """Return the index in the store of every token at `step`.
+
+        Epochs follow each other without a gap: rows left over from one begin the first batch of the next.
+        """
+        first, order = step * self._config.batch_size, self._order(step)
+        dealt = (self._deal.source(first + order[row]) for row in self._rows)
         return _index(self._config, [self._sources[source].spans(number) for source, number in dealt])
 
-    def _places(self, step: int) -> Sequence[int]:
-        """Which of the rows dealt to `step` each row of its batch is.
+    def _order(self, step: int) -> Sequence[int]:
+        """Return which of the rows dealt to `step` each row of its batch is.
 
-        Sources take rows in turn, and so do microbatches. In an order drawn at every step, each row of the batch is of
-        each source as often as its share says: so is, on average, each microbatch and what each device has, though in
-        a single step a small one may have rows of few sources.
+        Sources alternate, and so do microbatches. Drawing a new order at every step gives every row of the batch each
+        source as often as its share says. So does, on average, every microbatch and device, though in a single step a
+        small one may have rows of few sources.
         """
         size = self._config.batch_size
         if len(self._sources) == 1:
@@ -175,60 +189,60 @@ class Loader:
 class _Rows:
     """The rows of one source of a store, epoch after epoch."""
 
-    def __init__(self, store: TokenStore, part: Part, config: DataConfig, number: int) -> None:
-        n_tokens = part.tokens.stop - part.tokens.start
+    def __init__(self, store: TokenStore, source: SourceSlice, config: DataConfig, number: int) -> None:
+        n_tokens = source.tokens.stop - source.tokens.start
         if n_tokens <= config.seq_len:
-            where = f" of {part.name}" if len(store.parts) > 1 else ""
+            where = f" of {source.name}" if len(store.sources) > 1 else ""
             raise ValueError(
                 f"{n_tokens} tokens{where} are too few for one row: seq_len={config.seq_len} needs "
                 f"{config.seq_len + 1} with the last target; use more text or a smaller seq_len"
             )
-        self.name = part.name
-        self.plan, self._start = _plan(store, part, config), part.tokens.start
+        self.name = source.name
+        self.packing, self._start = _packing(store, source, config), source.tokens.start
         self._seed = f"{config.seed} {{}}" + (f" {number}" if number else "")
         self.order = functools.lru_cache(maxsize=2)(self._draw_order)
         self._tokens_before = functools.lru_cache(maxsize=2)(self._count_tokens)
 
     @property
     def n_rows(self) -> int:
-        return self.plan.n_rows
+        return self.packing.n_rows
 
     @property
     def n_tokens(self) -> int:
-        """The tokens of an epoch."""
-        return int(self.plan.sizes.sum())
+        """The number of tokens in an epoch."""
+        return int(self.packing.sizes.sum())
 
     def spans(self, number: int) -> list[tuple[int, int]]:
-        """Where in the store the tokens of the row `number` stand, counted over all epochs."""
+        """Return the spans in the store of row `number`, counted over all epochs."""
         epoch, row = divmod(number, self.n_rows)
         order, shift = self.order(epoch)
-        return self.plan.spans(int(order[row]), self._start + shift)
+        return self.packing.spans(int(order[row]), self._start + shift)
 
     def tokens(self, number: int) -> int:
-        """How many tokens the rows before `number` hold."""
+        """Return how many tokens the rows before `number` hold."""
         epoch, row = divmod(number, self.n_rows)
         return epoch * self.n_tokens + int(self._tokens_before(epoch)[row])
 
     def _count_tokens(self, epoch: int) -> Int64[np.ndarray, " n"]:
-        return np.append(0, np.cumsum(self.plan.sizes[self.order(epoch)[0]]))
+        return np.append(0, np.cumsum(self.packing.sizes[self.order(epoch)[0]]))
 
     def _draw_order(self, epoch: int) -> tuple[Int64[np.ndarray, " n_rows"], int]:
-        """The order of the rows in `epoch`, and the shift of its windows.
+        """Draw the order of the rows in `epoch`, and the shift of its windows.
 
-        Seed and epoch are hashed together: seed 0 in epoch 1 has nothing of seed 1 in epoch 0.
+        Seed and epoch are hashed together: seed 0 in epoch 1 is unrelated to seed 1 in epoch 0.
         """
         bits = _bits(self._seed.format(epoch))
-        shift = int(bits.random_raw()) % (self.plan.slack + 1)
+        shift = int(bits.random_raw()) % (self.packing.slack + 1)
         return np.argsort(bits.random_raw(self.n_rows), kind="stable"), shift
 
 
 def _bits(key: str) -> np.random.Philox:
-    """A source of Philox's raw bits, which NumPy promises not to change; its permutations may."""
+    """Return a source of raw Philox bits, which NumPy promises not to change; its permutations may."""
     return np.random.Philox(key=int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "big"))
 
 
 def _first(holds: Callable[[int], bool]) -> int:
-    """The first whole number at which something holds that holds from then on."""
+    """Return the first whole number from which on `holds` is true."""
     size = 1
     while not holds(size):
         size *= 2
@@ -236,31 +250,32 @@ def _first(holds: Callable[[int], bool]) -> int:
 
 
 def heldout_rows(store: TokenStore, config: DataConfig) -> Iterator[Batch]:
-    """The batches of a split, in a fixed order: every token is a target once, if there is one before it to read.
+    """Yield the batches of a split, in a fixed order: every token is a target once, if a token precedes it.
 
-    The batches have `documents`. The last one is filled up with empty rows. Of several sources the first batches have
-    rows by their shares, until one has no more.
+    The batches have `documents`. The last one is filled up with empty rows. If there are several sources, the first
+    batches mix their rows by their shares, until one runs out.
     """
-    task, plans = task_of(store, config), [_plan(store, part, config, partial=True) for part in store.parts]
-    # A packed plan has its longest pieces first; shuffled, and always alike, its first batches are a sample of it all.
-    orders = [np.argsort(np.random.Philox(key=0).random_raw(plan.n_rows), kind="stable") for plan in plans]
-    due = [(np.arange(len(order)) + 0.5) / float(part.share) for order, part in zip(orders, store.parts, strict=True)]
-    source = np.repeat(np.arange(len(plans)), [plan.n_rows for plan in plans])
-    turns = np.argsort(np.concatenate(due), kind="stable")
-    dealt = np.stack([source, np.concatenate(orders)], axis=1)[turns]
+    sources = store.sources
+    task, packings = task_of(store, config), [_packing(store, source, config, partial=True) for source in sources]
+    # Packing puts the longest pieces first; a fixed shuffle makes the first batches a sample of the whole.
+    orders = [np.argsort(np.random.Philox(key=0).random_raw(packing.n_rows), kind="stable") for packing in packings]
+    due = [(np.arange(len(order)) + 0.5) / float(source.share) for order, source in zip(orders, sources, strict=True)]
+    number_of = np.repeat(np.arange(len(packings)), [packing.n_rows for packing in packings])
+    by_due = np.argsort(np.concatenate(due), kind="stable")
+    dealt = np.stack([number_of, np.concatenate(orders)], axis=1)[by_due]
     for first in range(0, len(dealt), config.batch_size):
         rows = dealt[first : first + config.batch_size].tolist()
-        spans = [plans[number].spans(row, store.parts[number].tokens.start) for number, row in rows]
+        spans = [packings[number].spans(row, sources[number].tokens.start) for number, row in rows]
         yield _batch(store, config, task, _index(config, spans + [[]] * (config.batch_size - len(rows))))
 
 
 @functools.lru_cache(maxsize=len(SPLITS))  # every evaluation asks
 def task_of(store: TokenStore, config: DataConfig) -> Task | None:
-    """What `config` asks of the documents of `store`, in its tokens. Raises `ValueError` for one that can't answer."""
+    """Return the task of `config` in the tokens of `store`. Raises `ValueError` for a document that misfits it."""
     if config.task is None:
         return None
     task = resolve(config.task, store.tokenizer, special=config.special)
-    for first in range(0, store.n_documents, CHECKED):  # so that no more than a part is in memory
+    for first in range(0, store.n_documents, CHECKED):  # not all in memory at once
         offsets = store.offsets[first : first + CHECKED + 1]
         wrong = task.misfit(store.read(int(offsets[0]), int(offsets[-1])), offsets - offsets[0], config.seq_len)
         if wrong is not None:
@@ -269,34 +284,35 @@ def task_of(store: TokenStore, config: DataConfig) -> Task | None:
     return task
 
 
-def _plan(store: TokenStore, part: Part, config: DataConfig, *, partial: bool = False) -> Plan:
-    """The rows of a source of `store`, whose tokens count from 0."""
+def _packing(store: TokenStore, source: SourceSlice, config: DataConfig, *, partial: bool = False) -> Packing:
+    """Return the rows of a source of `store`; its tokens count from 0."""
     if config.packing == "documents":
-        offsets = store.offsets[part.documents.start : part.documents.stop + 1]
+        offsets = store.offsets[source.documents.start : source.documents.stop + 1]
         return packing.pack(np.diff(offsets), config.seq_len)
-    n_tokens = part.tokens.stop - part.tokens.start
+    n_tokens = source.tokens.stop - source.tokens.start
     n_targets = n_tokens if config.end_of_text else max(n_tokens - 1, 0)
     return packing.windows(n_targets, config.seq_len, partial=partial)
 
 
 def _index(config: DataConfig, rows: Sequence[list[tuple[int, int]]]) -> Int64[np.ndarray, "B L"]:
-    """Where in the stream each token of a batch stands: the spans of its row in turn, then padding."""
+    """Return the index in the stream of each token of a batch: the spans of its row in order, then padding."""
     index = np.full((len(rows), config.seq_len), PADDING)
     for row, spans in zip(index, rows, strict=True):
-        place = 0
+        filled = 0
         for start, stop in spans:
-            row[place : place + stop - start] = np.arange(start, stop)
-            place += stop - start
+            row[filled : filled + stop - start] = np.arange(start, stop)
+            filled += stop - start
     return index
 
 
-def _batch(store: TokenStore, config: DataConfig, task: Task | None, index: Int64[np.ndarray, "B L"]) -> Batch:
-    """Inputs and targets, a token apart.
+def _batch(
+    store: TokenStore, config: DataConfig, task: Task | None, index: Int64[np.ndarray, "B L"], tell: bool = False
+) -> Batch:
+    """Return the batch of the tokens at `index`; targets are one token after the inputs.
 
-    With end-of-text tokens `index` is where the targets stand, and the input before a document is what the tokenizer
-    begins a text with: of ours the end of another. So every token of a document is a target. Without them `index` is
-    where the inputs stand, and a document's last token has no target.
-    Of these targets a task keeps those that it asks for.
+    With end-of-text tokens `index` is that of the targets, and the input before a document is the tokenizer's
+    begin-of-text, for our own tokenizers the end of another text: every token of a document is a target. Without them
+    `index` is that of the inputs, and the last token of a document has no target. A task keeps some of the targets.
     """
     filled, document = index != PADDING, store.documents_of(index)
     inputs = index - 1 if config.end_of_text else index
@@ -311,15 +327,15 @@ def _batch(store: TokenStore, config: DataConfig, task: Task | None, index: Int6
         targets=np.where(counted, store.take(targets), IGNORE).astype(np.int32),
         documents=np.where(counted, store.documents_of(targets), IGNORE).astype(np.int32),
     )
-    if not tells_documents(config):
+    if not (tell or tells_documents(config)):
         return batch
-    place = np.broadcast_to(np.arange(config.seq_len), index.shape)
+    position = np.broadcast_to(np.arange(config.seq_len), index.shape)  # in the row
     first = np.diff(document, axis=1, prepend=-2) != 0
-    start = np.maximum.accumulate(np.where(first, place, 0), axis=1)
+    start = np.maximum.accumulate(np.where(first, position, 0), axis=1)
     batch = dataclasses.replace(
         batch,
         segments=np.where(filled, np.cumsum(first, axis=1), 0).astype(np.int32),
-        positions=(place - start).astype(np.int32),
+        positions=(position - start).astype(np.int32),
     )
     if task is None:
         return batch

@@ -12,7 +12,7 @@ from jaxtyping import Int64
 
 
 @dataclass(frozen=True)
-class Plan:
+class Packing:
     """The rows of an epoch. Row r is made of the spans `rows[r]` up to `rows[r + 1]`.
 
     All spans may be shifted right together by up to `slack` tokens.
@@ -40,7 +40,7 @@ class Plan:
         return list(zip(starts.tolist(), stops.tolist(), strict=True))
 
 
-def windows(n_targets: int, seq_len: int, *, partial: bool = False) -> Plan:
+def windows(n_targets: int, seq_len: int, *, partial: bool = False) -> Packing:
     """Windows of `seq_len` targets side by side.
 
     `partial` adds the shorter window that may be left at the end; otherwise what is left is slack.
@@ -49,10 +49,10 @@ def windows(n_targets: int, seq_len: int, *, partial: bool = False) -> Plan:
     if partial and slack:
         n_rows, slack = n_rows + 1, 0
     starts = np.arange(n_rows) * seq_len
-    return Plan(np.arange(n_rows + 1), starts, np.minimum(starts + seq_len, n_targets), slack)
+    return Packing(np.arange(n_rows + 1), starts, np.minimum(starts + seq_len, n_targets), slack)
 
 
-def pack(lengths: Int64[np.ndarray, "n_documents"], seq_len: int) -> Plan:
+def pack(lengths: Int64[np.ndarray, "n_documents"], seq_len: int) -> Packing:
     """Documents of `lengths` tokens in rows of at most `seq_len`: best fit, the longest first.
 
     Each document goes into the fullest row that can take it, or into a new one (Johnson, 1973). Only one that
@@ -63,7 +63,7 @@ def pack(lengths: Int64[np.ndarray, "n_documents"], seq_len: int) -> Plan:
     row_of[np.argsort(-sizes, kind="stable")] = _best_fit(np.bincount(sizes, minlength=seq_len + 1), seq_len)
     by_row = np.argsort(row_of, kind="stable")
     starts, sizes = starts[by_row], sizes[by_row]
-    return Plan(np.append(0, np.cumsum(np.bincount(row_of))), starts, starts + sizes)
+    return Packing(np.append(0, np.cumsum(np.bincount(row_of))), starts, starts + sizes)
 
 
 def _pieces(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:

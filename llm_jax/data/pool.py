@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from llm_jax.data.sources import Document
-from llm_jax.data.tokenizer import Tokenizer, load
+from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 BATCH_CHARS = 1 << 20
 BATCHES_ALONE = 8  # done before a pool of processes has started
@@ -25,7 +25,7 @@ def encode_all(folder: str | Path, texts: Iterable[str], *, special: bool = Fals
 
     Holds a few megabytes of text at a time. Raises `ValueError` if a process of the pool dies.
     """
-    tokenizer, batches = load(folder), _batches(texts)
+    tokenizer, batches = load_tokenizer(folder), _batches(texts)
     for batch in itertools.islice(batches, BATCHES_ALONE):
         yield from (tokenizer.encode(text, special=special) for text in batch)
     more = next(batches, None)
@@ -85,7 +85,7 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-_load_once = functools.cache(load)
+_load_once = functools.cache(load_tokenizer)
 
 
 def _encode_batch(folder: str | Path, texts: list[str], special: bool) -> list[np.ndarray]:

@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +21,10 @@ from llm_jax.data import sources
 from llm_jax.data.config import DataConfig, check_heldout, parse_uri
 from llm_jax.data.generated import GENERATED
 from llm_jax.data.pool import encode_all, watched
-from llm_jax.data.shards import FORMAT, SPLITS, Manifest, Split, is_prepared, names_a_column, read_manifest, sha256_of
+from llm_jax.data.shards import FORMAT, SPLITS, Manifest, Split, is_prepared, names_a_column, read_manifest
 from llm_jax.data.sources import Document
-from llm_jax.data.tokenizer import Tokenizer, build, load
-from llm_jax.files import whole_folder, write_json, written
+from llm_jax.data.tokenizer import Tokenizer, build, load_tokenizer
+from llm_jax.files import sha256_of, whole_folder, write_json, written
 
 SETTINGS = ("tokenizer", "separator", "column", "end_of_text", "heldout", "heldout_by", "special")
 SHARD_TOKENS = 1 << 25
@@ -73,12 +73,16 @@ def prepare(
     read = functools.partial(sources.documents, uri, separator, column, report)
     content = sources.fingerprint(uri)
     with _new_folder(Path(out)) as folder:
-        report(f"building the tokenizer {tokenizer} from {uri}" if _learns(tokenizer) else f"tokenizer {tokenizer}")
+        report(f"building the tokenizer {tokenizer} from {uri}" if learns(tokenizer) else f"tokenizer {tokenizer}")
         encoder = build(tokenizer, lambda: (document.text for document in read()))
         encoder.save(folder / "tokenizer")
-        side = _by_hash(heldout) if heldout_by == "hash" else _by_tail(heldout, read())
+        side = (
+            by_hash(heldout)
+            if heldout_by == "hash"
+            else by_tail(heldout, sum(len(document.text.encode()) for document in read()))
+        )
         said = dict(zip(SPLITS, SPLITS if heldout else ("tokenized", ""), strict=True))
-        writers = {name: _SplitWriter(folder, name, encoder, end_of_text, report, said[name]) for name in SPLITS}
+        writers = {name: SplitWriter(folder, name, encoder, end_of_text, report, said[name]) for name in SPLITS}
         documents, again = itertools.tee(read())
         again = again if special else watched(again, encoder, report)
         encoded = encode_all(folder / "tokenizer", (document.text for document in again), special=special)
@@ -100,7 +104,7 @@ def prepare(
             content=content,
             special=special,
         )
-        _check_sides(manifest)
+        check_sides(manifest)
         if sources.fingerprint(uri) != content:
             raise ValueError(f"{uri} changed while it was prepared; wait until it is whole, and prepare it again")
         write_json(folder / "meta.json", dataclasses.asdict(manifest))
@@ -132,7 +136,7 @@ def cached(config: DataConfig, cache_dir: str | Path, report: Report = _silent) 
         return given
     key = settings | {"format": FORMAT, "reader": READER, "content": _content(config.uri)}
     if Path(config.tokenizer).is_dir():
-        key["tokenizer"] = load(config.tokenizer).fingerprint
+        key["tokenizer"] = load_tokenizer(config.tokenizer).fingerprint
     folder = Path(cache_dir) / _digest(key)
     if not folder.exists():
         try:
@@ -155,7 +159,7 @@ def cached_sources(config: DataConfig, cache_dir: str | Path, report: Report = _
         return [cached(config, cache_dir, report)]
     cuts = {uri: cuts_of(config, uri) for uri in uris}
     given, spec = [uri for uri in uris if is_prepared(uri)], config.tokenizer
-    if _learns(spec) and len(given) < len(uris):
+    if learns(spec) and len(given) < len(uris):
         if given:
             raise ValueError(
                 f"{given[0]} has a tokenizer already, which {spec} would not be; set "
@@ -167,7 +171,7 @@ def cached_sources(config: DataConfig, cache_dir: str | Path, report: Report = _
     ]
 
 
-def _learns(spec: str) -> bool:
+def learns(spec: str) -> bool:
     """Whether a tokenizer is made of the text, and not taken as it is."""
     return re.fullmatch(r"char|train:\d+", spec) is not None
 
@@ -239,7 +243,7 @@ def _digest(key: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 
 
-class _SplitWriter:
+class SplitWriter:
     """Write one split, which is `said` so. Holds one shard of tokens, and two numbers a document."""
 
     def __init__(
@@ -306,7 +310,9 @@ def _new_folder(out: Path) -> Iterator[Path]:
         ) from error
 
 
-def _by_hash(heldout: float) -> Callable[[bytes], str]:
+def by_hash(heldout: float) -> Callable[[bytes], str]:
+    """Return the split of a document by the hash of its bytes."""
+
     def side(document: bytes) -> str:
         digest = hashlib.sha256(document).digest()
         return "heldout" if int.from_bytes(digest[:8], "big") < heldout * 2**64 else "train"
@@ -314,9 +320,9 @@ def _by_hash(heldout: float) -> Callable[[bytes], str]:
     return side
 
 
-def _by_tail(heldout: float, documents: Iterable[Document]) -> Callable[[bytes], str]:
-    first = (1 - heldout) * sum(len(document.text.encode()) for document in documents)
-    seen = 0
+def by_tail(heldout: float, total: int) -> Callable[[bytes], str]:
+    """Return the split of each document that comes, of `total` bytes in all: the last ones are held out."""
+    first, seen = (1 - heldout) * total, 0
 
     def side(document: bytes) -> str:
         nonlocal seen
@@ -326,7 +332,7 @@ def _by_tail(heldout: float, documents: Iterable[Document]) -> Callable[[bytes],
     return side
 
 
-def _check_sides(manifest: Manifest) -> None:
+def check_sides(manifest: Manifest) -> None:
     train, heldout = (manifest.splits[name].documents for name in SPLITS)
     if not train or (manifest.heldout and not heldout):
         raise ValueError(
@@ -339,7 +345,7 @@ def _check_sides(manifest: Manifest) -> None:
 def _check_agreement(settings: Mapping[str, Any], manifest: Manifest) -> None:
     made = {name: getattr(manifest, name) for name in settings}
     folder = Path(settings["tokenizer"])
-    if folder.is_dir() and load(folder).fingerprint == manifest.tokenizer_fingerprint:
+    if folder.is_dir() and load_tokenizer(folder).fingerprint == manifest.tokenizer_fingerprint:
         made["tokenizer"] = settings["tokenizer"]  # one that is saved is known by its ids, not by its place
     differ = [name for name in settings if made[name] != settings[name]]
     if differ:

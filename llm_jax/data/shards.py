@@ -10,7 +10,6 @@ heldout_...            likewise
 """
 
 import dataclasses
-import hashlib
 import re
 import types
 from collections.abc import Collection, Iterator, Sequence
@@ -23,8 +22,8 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from llm_jax.data.config import Source
-from llm_jax.data.tokenizer import Tokenizer, load
-from llm_jax.files import Types, check_fields, read_json
+from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from llm_jax.files import Types, check_fields, read_json, sha256_of
 
 FORMAT = 1
 SPLITS = ("train", "heldout")
@@ -62,7 +61,7 @@ class Manifest:
 
 
 @dataclass(frozen=True)
-class Part:
+class SourceSlice:
     """One source in a store: its share of the rows, and its documents and tokens, from the first up to the last."""
 
     name: str
@@ -87,12 +86,12 @@ class TokenStore:
         offsets: Int64[np.ndarray, " n+1"],
         document_bytes: Int64[np.ndarray, " n"],
         origins: Sequence[tuple[Path, int]],
-        parts: Sequence[Part] = (),
+        sources: Sequence[SourceSlice] = (),
     ) -> None:
         self.tokenizer, self.offsets, self.document_bytes = tokenizer, offsets, document_bytes
         self.n_documents, self.n_tokens, self.n_bytes = len(document_bytes), int(offsets[-1]), int(document_bytes.sum())
-        whole = Part("", Fraction(1), slice(0, self.n_documents), slice(0, self.n_tokens))
-        self.parts = tuple(parts) or (whole,)
+        whole = SourceSlice("", Fraction(1), slice(0, self.n_documents), slice(0, self.n_tokens))
+        self.sources = tuple(sources) or (whole,)
         self._shards, self._origins = list(shards), list(origins)
         self._starts = np.cumsum([0, *map(len, self._shards)])
 
@@ -109,7 +108,7 @@ class TokenStore:
             np.concatenate([*starts, tokens[-1:]]),
             np.concatenate([store.document_bytes for store in stores]),
             [file for store in stores for file in store._origins],
-            [Part(source.name, source.share, *span) for source, *span in zip(sources, *spans, strict=False)],
+            [SourceSlice(source.name, source.share, *span) for source, *span in zip(sources, *spans, strict=False)],
         )
 
     def read(self, start: int, stop: int) -> Int32[np.ndarray, "n"]:
@@ -177,7 +176,7 @@ def open_shards(folder: str | Path) -> Shards:
         for file, checksum in split.files.items():
             if not (folder / file).is_file() or sha256_of(folder / file) != checksum:
                 raise ValueError(f"{folder / file} is damaged or missing; delete {folder} and prepare it again")
-    tokenizer = load(folder / "tokenizer")
+    tokenizer = load_tokenizer(folder / "tokenizer")
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
         raise ValueError(f"{folder / 'tokenizer'} did not make these tokens; {ADVICE}")
     if tokenizer.vocab_size != manifest.vocab_size:
@@ -283,9 +282,3 @@ def _map(path: Path, *kinds: str) -> np.ndarray:
 def _lines(path: Path) -> int:
     with open(path, "rb") as file:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

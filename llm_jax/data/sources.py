@@ -22,7 +22,7 @@ from llm_jax.data.addresses import BUILTIN, RECORDS, TABLES, File, brief, files_
 from llm_jax.data.compressed import read_text
 from llm_jax.data.generated import GENERATED
 from llm_jax.data.records import Tally, text_column, texts
-from llm_jax.data.tokenizer import END_OF_TEXT
+from llm_jax.data.tokenizer_interface import END_OF_TEXT
 
 __all__ = ["BUILTIN", "Document", "documents", "fingerprint", "holds_records", "last_written", "names_rows"]
 

@@ -4,12 +4,11 @@ The library takes memory for every id up to the largest, and ends the process, o
 where some fields contradict each other. Here each of these is a `ValueError`; the rest is the library's to refuse.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llm_jax.data.tokenizer import MOST_IDS
-from llm_jax.files import check_fields
+from llm_jax.data.tokenizer_interface import MOST_IDS
+from llm_jax.files import check_fields, parse_json
 
 SAVE_AGAIN = "download it again, or let transformers save the tokenizer anew"
 TOKEN = {"id": int, "content": str}
@@ -45,13 +44,8 @@ def read(name: str, data: bytes, most: int) -> dict[str, Any]:
 
 
 def parse(where: str, data: bytes, fields: Mapping[str, type] | None = None) -> dict[str, Any]:
-    """Return the object of JSON in `data`, with these fields. Raises `ValueError`, naming `where`, for other data."""
-    try:
-        found = json.loads(data.decode())
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ValueError(f"{where} is not JSON ({reason}); {SAVE_AGAIN}") from None
-    return check_fields(found, fields or {}, where, advice=SAVE_AGAIN)
+    """Return the JSON object in `data`, with these fields. Raises `ValueError`, naming `where`, for other data."""
+    return parse_json(data, fields, where, advice=SAVE_AGAIN)
 
 
 def vocabulary_of(found: Mapping[str, Any], where: str) -> dict[str, int]:

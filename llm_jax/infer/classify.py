@@ -1,4 +1,4 @@
-"""Answers from a classifier: every question is read once, and nothing is written."""
+"""Answer questions with a classifier: each is read once, and nothing is generated."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from llm_jax.config import override
+from llm_jax.config import replace
 from llm_jax.data.task import TaskConfig, resolve
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.infer.generate import BATCH, padded, prompt_ids
@@ -39,11 +39,11 @@ def classify(
 ) -> list[Answer]:
     """Return the likeliest of a task's answers to each prompt; `begin` and `special` as for `generate`.
 
-    Raises `ValueError` for a prompt that is too long.
+    Raise `ValueError` for a prompt that is too long.
     """
     separator = resolve(task, tokenizer, special=special).separator
     ids = prompt_ids(config, tokenizer, [task.ask(prompt) for prompt in prompts], begin, special)
-    config = override(config, ["attention.implementation=none"])  # what suits rows of training length may decline these
+    config = replace(config, **{"attention.implementation": None})  # one for rows of training length may decline these
     answers = []
     for first in range(0, len(ids), BATCH):
         tokens, _ = padded(ids[first : first + BATCH], config.max_seq_len)
@@ -57,7 +57,7 @@ def classify(
 def probabilities(
     config: ModelConfig, params: PyTree, tokens: Int[Array, "B L"], pooled: Int[Array, " B"]
 ) -> Float[Array, "B C"]:
-    """Of every class, told at one token of each row; what stands behind it changes nothing."""
+    """Return the probability of every class, read at one token of each row; what comes after it changes nothing."""
     out = forward(Transformer(config), params, tokens, lengths=pooled + 1, logits=False)
     last = out.hidden[jnp.arange(len(tokens)), pooled]
     return jax.nn.softmax(unembed(last, head_table(config, params).astype(last.dtype), config.logit_softcap))

@@ -1,4 +1,4 @@
-"""Text from a model: its prompts in one pass, then a token a row a step."""
+"""Generate text: prompts in one pass, then one token a row a step."""
 
 import codecs
 import dataclasses
@@ -12,17 +12,18 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
-from llm_jax.config import override
+from llm_jax.config import replace
 from llm_jax.data.task import Task, TaskConfig, resolve
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.model.cache import Cache, init_cache
 from llm_jax.model.config import ModelConfig
+from llm_jax.model.precision import in_dtype
 from llm_jax.model.transformer import Transformer, forward, head_table, unstack
 from llm_jax.ops.loss import unembed
 from llm_jax.ops.sampling import NO_TOKEN, Sampling, sample
 
 Finish = Literal["end_of_text", "stop", "length"]
-BATCH = 32  # rows that grow together; further prompts wait for their turn
+BATCH = 32  # rows that grow together; further prompts wait
 
 
 @struct.dataclass
@@ -36,7 +37,7 @@ class Decoding:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def begin_rows(config: ModelConfig, size: int, vocab_size: int, keys: Key[Array, " B"]) -> Decoding:
-    """Rows that have read nothing, with room for `size` tokens each."""
+    """Return rows that have read nothing, with room for `size` tokens each."""
     rows = keys.shape[0]
     return Decoding(init_cache(config, rows, size), jnp.zeros((rows, vocab_size), bool), keys)
 
@@ -62,8 +63,8 @@ def next_token(
     out = forward(model, params, tokens, prefix=prefix, lengths=lengths, cache=state.cache, logits=False)
     assert out.cache is not None
     rows = jnp.arange(tokens.shape[0])
-    place = jnp.arange(tokens.shape[1])[None]
-    read = (place >= uncounted) & (place < lengths[:, None])
+    index = jnp.arange(tokens.shape[1])[None]
+    read = (index >= uncounted) & (index < lengths[:, None])
     seen = state.seen.at[rows[:, None], tokens].max(read)
 
     head = head_table(config, params)[: seen.shape[-1]]
@@ -88,8 +89,8 @@ def continuations(
     """Yield one new token a row, `max_tokens` times. Past `max_seq_len` a row's tokens mean nothing.
 
     `params` are `unstack`ed; ids from `vocab_size` on are never drawn. A row depends on its prompt and key. The
-    question of a `task` is read as its prefix; what is written after it sees all before it anyway. A repetition penalty
-    leaves the first `uncounted` tokens of a prompt alone. A row whose logits are no numbers gets `NO_TOKEN`. Raises
+    question of a `task` is read as its prefix; what comes after sees all before it anyway. A repetition penalty
+    leaves the first `uncounted` tokens of a prompt alone. A row whose logits are no numbers gets `NO_TOKEN`. Raise
     `ValueError` for a prompt with an id that the model does not have: the forward pass would take the nearest one.
     """
     for prompt in prompts:
@@ -115,7 +116,7 @@ def continuations(
 
 
 def padded(prompts: Sequence[Int[np.ndarray, " _"]], most: int) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, " B"]]:
-    """The prompts as rows, filled up on the right, and their lengths.
+    """Return the prompts as rows, filled up on the right, and their lengths.
 
     Widths come in few steps, `most` at most, so that other prompts seldom need another program.
     """
@@ -145,14 +146,14 @@ def prompt_ids(
 ) -> list[Int[np.ndarray, " _"]]:
     """Return the tokens of each prompt, after the one that begins a text where `begin` asks for it.
 
-    `special` reads special tokens in a prompt. Raises `ValueError` for a prompt that has no tokens, or that leaves no
+    `special` reads special tokens in a prompt. Raise `ValueError` for a prompt that has no tokens, or that leaves no
     room in `max_seq_len`.
     """
     start = [tokenizer.begin_of_text] if begin else []
     ids = [np.array([*start, *tokenizer.encode(prompt, special=special)], np.int32) for prompt in prompts]
     if not all(map(len, ids)):
         raise ValueError(
-            "a prompt without tokens says nothing to go on from; give it some text, if only a line break, or --begin"
+            "a prompt without tokens leaves nothing to continue; give it some text, if only a line break, or --begin"
         )
     longest = max(map(len, ids), default=0)
     if longest >= config.max_seq_len:
@@ -163,70 +164,108 @@ def prompt_ids(
     return ids
 
 
-def stream(
-    config: ModelConfig,
-    params: PyTree,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    *,
-    sampling: Sampling = Sampling(),
-    max_tokens: int = 200,
-    stop: Sequence[str] = (),
-    seed: int = 0,
-    begin: bool = True,
-    special: bool = False,
-    task: TaskConfig | None = None,
-) -> Iterator[Piece]:
-    """Yield what the model generates after each prompt, in pieces: whole characters, each as soon as it is certain.
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A prompt, its continuation, and why that ends."""
 
-    A row ends with one of the tokenizer's `end_ids`, before the first `stop` text, after `max_tokens`, or where prompt
-    and text fill `max_seq_len`. `begin` puts the begin-of-text token before each prompt, as a document began in
-    training; of a model that was imported and not trained here, its tokenizer's `begins` is the right value. A
-    repetition penalty does not count that token. `special` reads special tokens in prompts. Prompts are the questions
-    of a `task`, with its separator or without. A row depends on its prompt, its index among `prompts` and `seed`; at
-    temperature 0, on its prompt alone, but where positions are scaled by how long a text may get (`dynamic`,
-    `longrope`): there on `max_tokens` too, once prompt and text may exceed `rotary.original_len`. Raises `ValueError`
-    for a prompt that is empty or too long, for a classifier, and where the weights give no numbers.
+    prompt: str
+    text: str
+    finish: Finish | None
+
+
+class Sampler:
+    """A model ready to generate text: its weights cast to `config.dtype` and unstacked, once.
+
+        sampler = Sampler(config, params, tokenizer)
+        sampler.generate(["def f("], Sampling(temperature=0.5))
+
+    `params` are those of `Transformer(config)`. `begin` puts the begin-of-text token before each prompt, as a document
+    began in training; of a model that was imported and not trained here, its tokenizer's `begins` is the right value.
+    `special` reads special tokens in prompts. Prompts are the questions of a `task`, with its separator or without.
+    Raise `ValueError` for a classifier.
     """
-    if config.n_classes is not None:
-        raise ValueError("a classifier writes nothing; let it answer by infer/classify.py")
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens={max_tokens} writes nothing; use 1 or more")
-    if "" in stop:
-        raise ValueError("an empty stop text would end every text before it begins; leave it out")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed} must lie between 0 and {2**32 - 1}")
-    asked = None if task is None else resolve(task, tokenizer, special=special)
-    prompts = prompts if task is None else [task.ask(prompt) for prompt in prompts]
-    ids = prompt_ids(config, tokenizer, prompts, begin, special)
-    rooms = [min(max_tokens, config.max_seq_len - len(tokens)) for tokens in ids]
-    # What was chosen for rows of training length may decline a single query.
-    config = override(config, ["attention.implementation=none"])
-    params = unstack(config, params)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(ids)))
-    for first in range(0, len(ids), BATCH):
-        batch = slice(first, first + BATCH)
-        rows = [Row(tokenizer, stop, room) for room in rooms[batch]]
-        for tokens in continuations(
-            config,
-            params,
-            ids[batch],
-            keys[batch],
-            vocab_size=tokenizer.vocab_size,
-            sampling=sampling,
-            max_tokens=max(rooms[batch]),
-            task=asked,
-            uncounted=int(begin),
-        ):
-            for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True), start=first):
-                if row.finish is None and ((text := row.add(token)) or row.finish):
-                    yield Piece(i, text, row.finish)
-            if all(row.finish for row in rows):
-                break
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: PyTree,
+        tokenizer: Tokenizer,
+        *,
+        begin: bool = True,
+        special: bool = False,
+        task: TaskConfig | None = None,
+    ) -> None:
+        if config.n_classes is not None:
+            raise ValueError("a classifier generates nothing; let it answer by infer/classify.py")
+        self.tokenizer, self.begin, self.special = tokenizer, begin, special
+        # What was chosen for rows of training length may decline a single query.
+        self.config = replace(config, **{"attention.implementation": None})
+        self._params = unstack(config, in_dtype(params, config.dtype))
+        self._task = None if task is None else resolve(task, tokenizer, special=special)
+        self._ask = (lambda prompt: prompt) if task is None else task.ask
+
+    def stream(
+        self,
+        prompts: Sequence[str],
+        sampling: Sampling = Sampling(),
+        *,
+        max_tokens: int = 200,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> Iterator[Piece]:
+        """Yield the continuation of each prompt in pieces: whole characters, each as soon as it is certain.
+
+        A row ends with one of the tokenizer's `end_ids`, before the first `stop` text, after `max_tokens`, or where
+        prompt and text fill `max_seq_len`. A row depends on its prompt, its index among `prompts` and `seed`; at
+        temperature 0, on its prompt alone, but where positions are scaled by how long a text may get (`dynamic`,
+        `longrope`): there on `max_tokens` too, once prompt and text may exceed `rotary.original_len`. A repetition
+        penalty does not count the begin-of-text token. Raise `ValueError` for a prompt that is empty or too long, and
+        where the weights give no numbers.
+        """
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens={max_tokens} generates nothing; use 1 or more")
+        if "" in stop:
+            raise ValueError("an empty stop text would end every text before it begins; leave it out")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed={seed} must lie between 0 and {2**32 - 1}")
+        ids = prompt_ids(self.config, self.tokenizer, list(map(self._ask, prompts)), self.begin, self.special)
+        rooms = [min(max_tokens, self.config.max_seq_len - len(tokens)) for tokens in ids]
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(ids)))
+        for first in range(0, len(ids), BATCH):
+            batch = slice(first, first + BATCH)
+            rows = [Row(self.tokenizer, stop, room) for room in rooms[batch]]
+            for tokens in continuations(
+                self.config,
+                self._params,
+                ids[batch],
+                keys[batch],
+                vocab_size=self.tokenizer.vocab_size,
+                sampling=sampling,
+                max_tokens=max(rooms[batch]),
+                task=self._task,
+                uncounted=int(self.begin),
+            ):
+                for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True), start=first):
+                    if row.finish is None and ((text := row.add(token)) or row.finish):
+                        yield Piece(i, text, row.finish)
+                if all(row.finish for row in rows):
+                    break
+
+    def texts(self, prompts: Sequence[str], sampling: Sampling = Sampling(), **options: Any) -> list[Text]:
+        """Return each prompt with its continuation and why that ends; `options` as for `stream`."""
+        texts = [Text(prompt, "", None) for prompt in prompts]
+        for piece in self.stream(prompts, sampling, **options):
+            so_far = texts[piece.row]
+            texts[piece.row] = Text(so_far.prompt, so_far.text + piece.text, piece.finish)
+        return texts
+
+    def generate(self, prompts: Sequence[str], sampling: Sampling = Sampling(), **options: Any) -> list[str]:
+        """Return the continuation of each prompt; `options` as for `stream`."""
+        return [text.text for text in self.texts(prompts, sampling, **options)]
 
 
-def in_turn(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """The same pieces, row after row: each row as it grows, once the row before it has ended."""
+def row_by_row(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Yield the same pieces in the order of rows: each row as it grows, once the row before it has ended."""
     waiting: dict[int, list[Piece]] = {}
     row = 0
     for piece in pieces:
@@ -236,32 +275,6 @@ def in_turn(pieces: Iterable[Piece]) -> Iterator[Piece]:
             if ready[-1].finish is None:
                 break
             row += 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """What was written behind a prompt, and why it ends."""
-
-    prompt: str
-    text: str
-    finish: Finish | None
-
-
-def collect(prompts: Sequence[str], pieces: Iterable[Piece]) -> list[Text]:
-    """All that a stream brings, by prompt."""
-    texts = [Text(prompt, "", None) for prompt in prompts]
-    for piece in pieces:
-        so_far = texts[piece.row]
-        texts[piece.row] = Text(so_far.prompt, so_far.text + piece.text, piece.finish)
-    return texts
-
-
-def generate(
-    config: ModelConfig, params: PyTree, tokenizer: Tokenizer, prompts: Sequence[str], **options: Any
-) -> list[str]:
-    """What the model writes behind each prompt, once it is complete; `options` are those of `stream`."""
-    pieces = stream(config, params, tokenizer, prompts, **options)
-    return [text.text for text in collect(prompts, pieces)]
 
 
 class Row:

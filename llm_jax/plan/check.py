@@ -244,8 +244,8 @@ def line(f: Finding) -> str:
     return f"{f.device[:16]:16} {f.what:36} {f.jitted:8.0e} {eager:>8} {f.bound:8.0e}  {word}"
 
 
-def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
-    """Everything, for machines."""
+def findings_to_json(findings: Sequence[Finding]) -> dict[str, Any]:
+    """Return the findings, with the versions and their known faults, for machines."""
     still = {fault for device in one_of_each_kind() for fault in open_faults(device)}
     known = [dataclasses.asdict(fault) | {"guarded": fault not in still} for fault in known_faults()]
     found = [dataclasses.asdict(finding) | {"right": finding.right} for finding in findings]

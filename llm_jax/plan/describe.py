@@ -18,7 +18,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from llm_jax.config import override, plain
+from llm_jax.config import plain, replace
 from llm_jax.data.loader import Batch, as_told
 from llm_jax.keys import REQUIRED, keys, value_at
 from llm_jax.model.config import TAPS, ModelConfig
@@ -83,6 +83,10 @@ class Description:
     tokens_per_step: int
     memory: Memory
 
+    def __rich__(self) -> Group:
+        """Show the walk through the shapes, then what they cost, on a `rich` console."""
+        return _page(self)
+
 
 def describe(config: RunConfig) -> Description:
     """All that follows from `config` without running it."""
@@ -139,7 +143,7 @@ def memory(config: RunConfig, state: TrainState, computed: PyTree, tokens: jax.S
     c = config.model
     kept = everything = residual_bytes(config, computed, tokens)
     if c.remat != "none":
-        everything = residual_bytes(override(config, ["model.remat=none"]), computed, tokens)
+        everything = residual_bytes(replace(config, **{"model.remat": "none"}), computed, tokens)
     return Memory(
         weights=nbytes(state.params),
         gradients=nbytes(state.params),
@@ -232,8 +236,7 @@ LETTERS = {
 WALKED = 3  # up to so many layers are walked through one by one
 
 
-def render(d: Description) -> Group:
-    """The walk through the shapes, then what they cost, for a `rich` console."""
+def _page(d: Description) -> Group:
     legend = [Text.assemble((letter, "cyan"), f" {LETTERS[letter]} {n:,}") for letter, n in d.sizes.items()]
     compute = columns("", "right")
     compute.add_row("a token, forward", metric(d.flops_per_token / 3, "FLOP"))
@@ -309,7 +312,7 @@ def metric(n: int | float, unit: str) -> str:
     return f"{float(mantissa) * 10 ** (int(exponent) % 3):.3g} {' kMGTPEZY'[thousands].strip()}{unit}"
 
 
-def render_keys(config: RunConfig) -> Table:
+def keys_table(config: RunConfig) -> Table:
     """Each key as the command line takes it, its default where that is another, and its meaning."""
     table = columns("", "dim")
     table.add_column(ratio=1)

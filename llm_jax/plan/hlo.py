@@ -129,7 +129,7 @@ def arrays(shape: str) -> list[str]:
     return re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", shape)
 
 
-def parts(shape: str) -> list[str]:
+def tuple_elements(shape: str) -> list[str]:
     """The shapes that a tuple's is made of, which may be tuples."""
     depth, found = 0, [""]
     for piece in re.split(r"([()\[\]{},])", shape[1:-1]):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from llm_jax.plan import hlo
 
-PLACES = (
+MODULES = (
     "cast|embed|attention_norm|feedforward_norm|attention|feedforward|experts|final_norm|head|loss|optimizer|layers"
 )
 
@@ -94,7 +94,7 @@ def _buffers(
     if x.opcode in ("bitcast", "tuple", "opt-barrier", "while"):  # they rename what others have made
         return given
     if x.opcode == "get-tuple-element":
-        sizes = [len(hlo.arrays(part)) for part in hlo.parts(named[x.operands[0]].shape)]
+        sizes = [len(hlo.arrays(element)) for element in hlo.tuple_elements(named[x.operands[0]].shape)]
         index = int(x.attribute(r"index=(\d+)") or 0)
         return given[sum(sizes[:index]) : sum(sizes[: index + 1])]
     scope = _scope(x)
@@ -108,12 +108,12 @@ def _buffers(
     return found
 
 
-def places(scopes: Mapping[str, int]) -> Counter[str]:
+def by_module(scopes: Mapping[str, int]) -> Counter[str]:
     """Bytes by place of the model and direction, where `scopes` have the names that the compiler keeps."""
     found: Counter[str] = Counter()
     for scope, amount in scopes.items():
         again, back = "rematted_computation" in scope, "transpose(" in scope
-        words = re.findall(rf"\b({PLACES})\b", scope.replace("_out_norm", "_norm"))
+        words = re.findall(rf"\b({MODULES})\b", scope.replace("_out_norm", "_norm"))
         name = words[-1] if words else "cast" if scope.startswith("state.params") else "unnamed"
         found[f"{name}{', computed again' if again else ', backward' if back else ''}"] += amount
     return found

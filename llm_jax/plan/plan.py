@@ -142,6 +142,20 @@ class Plan:
         """Of a billion tokens, in the currency of the price."""
         return self.price and self.tokens_per_day and self.price * self.chips * 24 / self.tokens_per_day * 1e9
 
+    def to_json(self) -> dict[str, Any]:
+        """Return every field and what follows from them, for machines."""
+        more = {
+            "fits": self.fits,
+            "step_seconds": self.step_seconds,
+            "tokens_per_day": self.tokens_per_day,
+            "cost_per_billion_tokens": self.cost,
+        }
+        return dataclasses.asdict(self) | more
+
+    def __rich__(self) -> Group:
+        """Show the plan on a `rich` console."""
+        return _page(self)
+
 
 def figures(program: Program, topology: Topology, folder: Path | None = None) -> Figures:
     """Compiles the train step of `program`, or finds in `folder` what came of it before."""
@@ -261,7 +275,7 @@ def plan(config: RunConfig, topology: Topology, price: float | None = None, fold
         optimizer=bytes_here(state.opt_state),
         host=bytes_here(state, host=True),
         gradients=int(numbers_here(state.params, mesh) * gradient_bytes(config, mesh)),
-        temporaries=dict(liveness.places(liveness.live(module)).most_common()) if module else {},
+        temporaries=dict(liveness.by_module(liveness.live(module)).most_common()) if module else {},
         traffic=traffic,
         more=sum(one.count is None for one in sent),
         flops=flops,
@@ -298,19 +312,7 @@ def memory_bytes(config: RunConfig, program: Program) -> float:
     return passes * config.accumulate * whole + 2 * (bytes_here(state) + bytes_here(state, host=True)) + gradients
 
 
-def as_json(p: Plan) -> dict[str, Any]:
-    """Everything, for machines."""
-    more = {
-        "fits": p.fits,
-        "step_seconds": p.step_seconds,
-        "tokens_per_day": p.tokens_per_day,
-        "cost_per_billion_tokens": p.cost,
-    }
-    return dataclasses.asdict(p) | more
-
-
-def render(p: Plan) -> Group:
-    """The plan for a `rich` console."""
+def _page(p: Plan) -> Group:
     gb = functools.partial(metric, unit="B")
     spare, needed = p.limit - p.needed, f"{gb(p.needed)} set apart" if p.tells_memory else f"{UNTOLD},"
     in_use = f", {gb(p.peak)} in use at the peak" if p.tells_memory and p.peak < p.needed else ""

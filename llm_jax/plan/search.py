@@ -6,13 +6,14 @@ Arithmetic orders all that may be tried; the compiler, which is slow and right, 
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Group
 from rich.text import Text
 
+from llm_jax.config import plain
 from llm_jax.model.count import shapes
 from llm_jax.plan.describe import columns, metric, title
 from llm_jax.plan.estimate import predicted
@@ -29,13 +30,24 @@ LEAN = 0.8  # of what arithmetic counts the compiler may need less, where it kee
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A config that may be tried: what it changes and in how many fields, and what arithmetic says of a device."""
+    """A config to try.
 
-    changes: tuple[str, ...]
+    Attributes:
+      changes: the new values by path, as `config.replace` takes them.
+      fields: how many fields differ from the config; an axis size of -1 that is spelled out does not.
+      bytes, seconds_a_token: of a device, by arithmetic.
+    """
+
+    changes: Mapping[str, Any]
     fields: int
     config: RunConfig
     bytes: float = 0
     seconds_a_token: float = 0
+
+    @property
+    def words(self) -> list[str]:
+        """The changes as the command line takes them."""
+        return [f"{path}={plain(value)}" for path, value in self.changes.items()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +69,7 @@ class Tried:
 
     @property
     def name(self) -> str:
-        return " ".join(self.choice.changes) or "the config as it is"
+        return " ".join(self.choice.words) or "the config as it is"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +93,46 @@ class Found:
         """What may fit and changes less than all that was found to."""
         return [one for one in self.left if self.smallest is None or one.fields < self.smallest.choice.fields]
 
+    def to_json(self) -> dict[str, Any]:
+        """Return a row for each config that was compiled, and the changes of the best, for machines."""
+        rows = [
+            {
+                "changes": one.choice.words,
+                "fits": one.fits,
+                "needed": one.plan and one.plan.needed,
+                "step_seconds": one.plan and one.plan.step_seconds,
+                "tokens_per_day": one.plan and one.plan.tokens_per_day,
+                "refused": one.reason or None,
+            }
+            for one in self.tried
+        ]
+        best = {"fastest": self.fastest, "smallest": self.smallest}
+        return {"search": rows} | {name: one and one.choice.words for name, one in best.items()}
+
+    def __rich__(self) -> Group:
+        """Show what was tried, and what came of it."""
+        table = columns("", "right", "right", "right", "dim")
+        table.add_row("changes", "memory", "step at best", "tokens a day", "", style="dim")
+        for one in self.tried:
+            if one.plan is None:
+                table.add_row(one.name, "", "", "", f"refused: {one.reason[:60]}")
+                continue
+            p = one.plan
+            verdict = "fits" if p.fits else f"too large by {metric(p.needed - p.limit, 'B')}"
+            step = "" if p.step_seconds is None else f"{p.step_seconds * 1e3:,.0f} ms"
+            daily = "" if p.tokens_per_day is None else metric(p.tokens_per_day, "")
+            memory = metric(p.needed, "B") if p.tells_memory else "too little to tell"
+            table.add_row(one.name, memory, step, daily, verdict)
+        ends = [Text(f"{len(self.tried)} of {self.considered} choices compiled, in the order of arithmetic", "dim")]
+        if self.fastest is None or self.smallest is None:
+            ends.append(Text("nothing that was compiled fits; allow more --compiles, or take more chips", "bold red"))
+        else:
+            ends.append(Text(f"fastest that fits: {self.fastest.name}", "bold"))
+            if not self.tried[0].fits:
+                known = "that was compiled and fits" if self.smaller else "that makes it fit"
+                ends.append(Text(f"smallest change {known}: {self.smallest.name}", "bold"))
+        return Group(title("Search"), table, *ends)
+
 
 def search(
     config: RunConfig,
@@ -98,14 +150,14 @@ def search(
     devices = topology.devices()  # where they can't be had no choice helps
     check_host(config, topology)
     every = list(choices(config, topology))
-    mine = Choice((), 0, config)
+    mine = Choice({}, 0, config)
     able = [one for one in every if one.changes and LEAN * one.bytes <= topology.chip.memory]
     fast = sorted(able, key=lambda one: (one.seconds_a_token, one.fields))
     small = sorted(able, key=lambda one: (one.fields, one.seconds_a_token))
     found, is_turn_of_small = Found([], small, len(every)), itertools.cycle((True, False))
 
     def attempt(choice: Choice) -> None:
-        report(f"compile {len(found.tried) + 1} of {compiles}: {' '.join(choice.changes) or 'the config as it is'}")
+        report(f"compile {len(found.tried) + 1} of {compiles}: {' '.join(choice.words) or 'the config as it is'}")
         try:
             found.tried.append(Tried(choice, plan(choice.config, topology, price, folder)))
         except ValueError as error:
@@ -145,15 +197,14 @@ def choices(config: RunConfig, topology: Topology) -> Iterator[Choice]:
         rows, layout = whole // share, MeshConfig(**mesh) if axes else config.mesh
         data = dataclasses.replace(config.data, batch_size=rows)
         for accumulate in divisors(rows // shards):
-            parted = dataclasses.replace(config, mesh=layout, data=data, accumulate=accumulate)
-            if not works(check, parted, there):
+            divided = dataclasses.replace(config, mesh=layout, data=data, accumulate=accumulate)
+            if not works(check, divided, there):
                 continue
             for remat, model in models.items():
                 wanted = {"model.remat": remat, "accumulate": accumulate, "data.batch_size": rows}
                 changed = {key: value for key, value in wanted.items() if value != have[key]}
-                changes = tuple(f"{key}={value}" for key, value in (sizes | changed).items())
-                other = dataclasses.replace(parted, model=model)
-                yield Choice(changes, len(axes) + len(changed), other, *predicted(other, mesh, topology))
+                other = dataclasses.replace(divided, model=model)
+                yield Choice(sizes | changed, len(axes) + len(changed), other, *predicted(other, mesh, topology))
 
 
 def splits(devices: int, axes: Sequence[str]) -> Iterator[dict[str, int]]:
@@ -176,45 +227,3 @@ def works(ask: Callable[..., object], *about: Any) -> bool:
     except ValueError:
         return False
     return True
-
-
-def render(found: Found) -> Group:
-    """What was tried, and what came of it, for a `rich` console."""
-    table = columns("", "right", "right", "right", "dim")
-    table.add_row("changes", "memory", "step at best", "tokens a day", "", style="dim")
-    for one in found.tried:
-        if one.plan is None:
-            table.add_row(one.name, "", "", "", f"refused: {one.reason[:60]}")
-            continue
-        p = one.plan
-        verdict = "fits" if p.fits else f"too large by {metric(p.needed - p.limit, 'B')}"
-        step = "" if p.step_seconds is None else f"{p.step_seconds * 1e3:,.0f} ms"
-        daily = "" if p.tokens_per_day is None else metric(p.tokens_per_day, "")
-        memory = metric(p.needed, "B") if p.tells_memory else "too little to tell"
-        table.add_row(one.name, memory, step, daily, verdict)
-    ends = [Text(f"{len(found.tried)} of {found.considered} choices compiled, in the order of arithmetic", "dim")]
-    if found.fastest is None or found.smallest is None:
-        ends.append(Text("nothing that was compiled fits; allow more --compiles, or take more chips", "bold red"))
-    else:
-        ends.append(Text(f"fastest that fits: {found.fastest.name}", "bold"))
-        if not found.tried[0].fits:
-            known = "that was compiled and fits" if found.smaller else "that makes it fit"
-            ends.append(Text(f"smallest change {known}: {found.smallest.name}", "bold"))
-    return Group(title("Search"), table, *ends)
-
-
-def as_json(found: Found) -> dict[str, Any]:
-    """A row for each that was compiled, and the changes of the best, for machines."""
-    rows = [
-        {
-            "changes": list(one.choice.changes),
-            "fits": one.fits,
-            "needed": one.plan and one.plan.needed,
-            "step_seconds": one.plan and one.plan.step_seconds,
-            "tokens_per_day": one.plan and one.plan.tokens_per_day,
-            "refused": one.reason or None,
-        }
-        for one in found.tried
-    ]
-    best = {"fastest": found.fastest, "smallest": found.smallest}
-    return {"search": rows} | {name: one and list(one.choice.changes) for name, one in best.items()}

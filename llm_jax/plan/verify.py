@@ -7,14 +7,14 @@ curve of a short training with the config's own optimizer. Devices are simulated
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Float, PyTree
 
-from llm_jax.config import override
+from llm_jax.config import replace
 from llm_jax.data.loader import IGNORE, Batch, as_told
 from llm_jax.model.config import ModelConfig
 from llm_jax.ops.attention import ACROSS
@@ -46,8 +46,8 @@ AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
 ALONE, PAIRS = ((8,), (4,), (2,)), ((4, 2), (2, 4), (2, 2))
 # What a config can say of how an axis splits, beside its size.
 WAYS = {
-    "context": ("model.attention.implementation=ring", "model.attention.implementation=ulysses"),
-    "pipeline": ("pipeline.schedule=gpipe", "pipeline.chunks=2"),
+    "context": [{"model.attention.implementation": name} for name in ("ring", "ulysses")],
+    "pipeline": [{"pipeline.schedule": "gpipe"}, {"pipeline.chunks": 2}],
 }
 
 
@@ -56,7 +56,7 @@ class Layout:
     """Mesh axes of more than one device, their sizes in order of preference, and settings that go with them."""
 
     axes: tuple[str, ...]
-    settings: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def meshes(self) -> Iterator[MeshConfig]:
         """The meshes to try."""
@@ -64,7 +64,9 @@ class Layout:
             yield MeshConfig(**{"data": 1, **dict(zip(self.axes, sizes, strict=True))})
 
     def __str__(self) -> str:
-        return " x ".join(self.axes) + "".join(f", {setting.rpartition('.')[2]}" for setting in self.settings)
+        return " x ".join(self.axes) + "".join(
+            f", {path.rpartition('.')[2]}={value}" for path, value in self.settings.items()
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Answer:
 
 def layouts() -> list[Layout]:
     """Every axis alone, in each of its ways, and every two together."""
-    alone = [Layout((axis,), ways) for axis in AXES for ways in [(), *((way,) for way in WAYS.get(axis, ()))]]
+    alone = [Layout((axis,), way) for axis in AXES for way in [{}, *WAYS.get(axis, [])]]
     return alone + [Layout(pair) for pair in itertools.combinations(AXES, 2)]
 
 
@@ -125,7 +127,7 @@ def bounds_of(config: RunConfig) -> dict[str, float]:
 
 def laid_out(small: RunConfig, layout: Layout) -> Program:
     """The program on the largest mesh of the layout that it can do. Raises `ValueError` where there is none."""
-    small = override(small, layout.settings)
+    small = replace(small, **layout.settings)
     if "pipeline" not in layout.axes:
         small = dataclasses.replace(small, pipeline=PipelineConfig())
     reason: ValueError | None = None
@@ -183,7 +185,8 @@ def line(v: Verdict) -> str:
     return f"{v.layout:28} {mesh:24} {loss:8.0e} {gradient:9.0e} {curve:9.0e}  {word}"
 
 
-def as_json(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+def verdicts_to_json(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Return the verdicts for machines."""
     layouts = [dataclasses.asdict(verdict) | {"equal": verdict.equal} for verdict in verdicts]
     return {"devices": DEVICES, "steps": STEPS, "layouts": layouts}
 

@@ -58,8 +58,8 @@ class Progress:
       tokens: targets trained on.
       skipped: steps whose loss, gradient or update was not finite.
       skipped_in_a_row: how many of them end the run so far.
-      heldout_loss: as measured at this step, None if it was not; what `train` and `resume` return has the last that
-        was measured.
+      heldout_loss: as measured at this step, None if it was not; what `fit` and `resume` return has the last that was
+        measured.
       stopped: whether a signal ended the run before its last step; of what they return alone.
     """
 
@@ -214,11 +214,11 @@ class Checkpoints:
         Where the best or the last can't be read, it is named, and the newest that can is taken. Raises `ValueError`
         where there is no such checkpoint, or none that can be read.
         """
-        step, found, _ = self._first_readable(self._order(which), {"params": abstract}, report)
+        step, found, _ = self._first_readable(self.order(which), {"params": abstract}, report)
         return found["params"], step
 
-    def _order(self, which: str) -> list[int]:
-        """The steps to try for `which`, one after the other."""
+    def order(self, which: str) -> list[int]:
+        """Return the steps to try for `best`, `last` or a step. Raise `ValueError` where there is no such step."""
         steps = processes.from_first(self.steps)
         if which in ("best", "last"):
             return sorted(steps, key=lambda step: (which == "best" and step != self.best(), -step))

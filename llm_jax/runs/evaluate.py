@@ -16,6 +16,11 @@ from llm_jax.ops.loss import IGNORE
 from llm_jax.train.step import Scored
 
 RESAMPLES = 1000
+SAID = {
+    "heldout_loss": "held-out loss {:.4f}",
+    "bits_per_byte": "{:.4f} bits per byte",
+    "heldout_accuracy": "{:.2%} right",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +51,12 @@ class Evaluation:
     bytes: int
     documents: int
     sources: Mapping[str, "Evaluation"] = dataclasses.field(default_factory=dict)
+
+    def said(self) -> str:
+        """Say it in a line, of a mixture with the held-out loss of each source."""
+        numbers = self.numbers()
+        whole = [text.format(numbers[name]) for name, text in SAID.items() if name in numbers]
+        return "  ".join([*whole, *(f"{name} {source.loss:.4f}" for name, source in self.sources.items())])
 
     def numbers(self) -> dict[str, float]:
         """What a run logs of it; that of a source is `heldout_loss/NAME`."""
@@ -83,10 +94,10 @@ def evaluate(
         raise ValueError("nothing to evaluate: not one held-out token; prepare the data with heldout above 0")
     if lengths.any():
         sums[seen, 2] = text_bytes(store, seen, sums[seen, 1], sums[seen, 2])
-    found = [(part, sums[part.documents]) for part in store.parts]
+    found = [(part, sums[part.documents]) for part in store.sources]
     found = [(part, own[own[:, 1] > 0]) for part, own in found if own[:, 1].any()]
     result = _summary([own for _, own in found], [float(part.share) for part, _ in found], task is not None)
-    if len(store.parts) == 1:
+    if len(store.sources) == 1:
         return result
     return dataclasses.replace(
         result, sources={part.name: _summary([own], [1.0], task is not None) for part, own in found}

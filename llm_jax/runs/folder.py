@@ -1,6 +1,6 @@
 """The folder where everything about a run lives.
 
-config.json  data.json  environment.json  tokenizer/  checkpoints/<step>/  metrics.jsonl  report.html
+config.json  data.json  code.json  environment.json  tokenizer/  checkpoints/<step>/  metrics.jsonl  report.html
 """
 
 import contextlib
@@ -37,7 +37,7 @@ ADVICE = "restore it, or start a new run"  # about a damaged file
 # What came with a model that was imported: its config.json, and the tensors that were in another dtype than the rest.
 ORIGIN, ORIGIN_DTYPES = "huggingface.json", "huggingface_dtypes.json"
 # What `create` lays out before config.json makes a run of it, the first first.
-BEGUN = ("environment.json", "data.json", "tokenizer", ORIGIN, ORIGIN_DTYPES)
+BEGUN = ("environment.json", "data.json", "code.json", "tokenizer", ORIGIN, ORIGIN_DTYPES)
 
 
 def is_run(folder: Path) -> bool:
@@ -117,18 +117,37 @@ def _looks_like_a_run(folder: Path) -> bool:
     return is_run(folder) and (folder / "checkpoints").is_dir()  # models elsewhere have a config.json too
 
 
+def load_code(folder: Path) -> dict[str, dict[str, str | None]]:
+    """Return which code a run has in the place of a part of its config; empty where there is none.
+
+    Raise `ValueError` for a damaged code.json.
+    """
+    path = folder / "code.json"
+    found = read_json(path, advice=ADVICE) if path.exists() else {}
+    for name, known in found.items():
+        check_fields(known, {"sha256": str}, f"{path}: {name}", advice=ADVICE)
+    return {name: {"path": known.get("path"), "sha256": known["sha256"]} for name, known in found.items()}
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of the run in `folder`."""
-    return tokenizer.load(Path(folder) / "tokenizer")
+    return tokenizer.load_tokenizer(Path(folder) / "tokenizer")
 
 
-def create(folder: Path, config: RunConfig, shards: Shards | Mixture, command: str) -> None:
-    """Lays out the folder of a run that begins. Paths in its config are absolute: it goes on from any place."""
+def create(
+    folder: Path, config: RunConfig, shards: Shards | Mixture, command: str, code: Mapping[str, Any] | None = None
+) -> None:
+    """Lay out the folder of a run that begins. Paths in its config are absolute: it resumes from any directory.
+
+    `code` is the record of what stands in the place of a part of the config (`train/custom.py`).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for path in _begun(folder) or ():  # of a process that was killed
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     write_json(folder / "environment.json", environment(command))
     write_json(folder / "data.json", data_identity(shards))
+    if code:
+        write_json(folder / "code.json", code)
     shards.tokenizer.save(folder / "tokenizer")
     for path in (Path(config.init_from or folder) / name for name in (ORIGIN, ORIGIN_DTYPES)):
         if config.init_from is not None and path.is_file():  # it may be exported as what it came as

@@ -127,6 +127,21 @@ def write_report(folder: str | Path) -> Path:
     return folder / "report.html"
 
 
+def card(folder: str | Path) -> str:
+    """Return a run as a piece of HTML for a notebook: what came out of it, and its loss curve."""
+    folder = Path(folder)
+    config, environment = _load(folder / "config.json"), _load(folder / "environment.json")
+    rows = log.read(folder)
+    numbers = columns(rows)
+    facts = "".join(
+        f"<tr><td>{_text(name)}</td><td><b>{_text(value)}</b></td><td>{_text(note)}</td></tr>"
+        for name, value, note in _facts(numbers)
+    )
+    chart = loss_chart(numbers, width=720, height=280) if rows else ""
+    head = f"<b>{_text(str(folder))}</b> {_summary(rows, config, environment)}"
+    return f'<div style="max-width: 45rem">{head}<table>{facts}</table>{chart}</div>'
+
+
 def columns(rows: Rows) -> Columns:
     """The steps and the values of each number in the rows of `log.read(folder)`; empty if there are none."""
     having = {name: [row for row in rows if isinstance(row.get(name), int | float)] for name in NUMBERS}

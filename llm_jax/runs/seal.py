@@ -48,20 +48,25 @@ FREE = (
 )
 
 
-def seal(config: RunConfig, tokenizer: str, data: Mapping[str, Any] | None) -> Seal:
-    """What decides the numbers of a run: its config, the fingerprint of its tokenizer, the identity of its data.
+def seal(
+    config: RunConfig, tokenizer: str, data: Mapping[str, Any] | None, code: Mapping[str, Any] | None = None
+) -> Seal:
+    """Return what decides the numbers of a run: config, code, fingerprint of the tokenizer, identity of the data.
 
-    And the machine, which decides the last bits. `data` is None where a run has none of its own.
+    And the machine, which decides the last bits. `data` is None where a run has none of its own; `code` is what stands
+    in the place of a part of the config.
     """
     found = {"config": to_dict(config), "tokenizer": tokenizer, "machine": run_folder.machine()}
+    if code:
+        found["code"] = dict(code)
     if data is not None:
         found["data"] = run_folder.without_folders(data)
     return json.loads(json.dumps(found))
 
 
-def seal_of(config: RunConfig, shards: Shards | Mixture) -> Seal:
-    """The seal of a run of `config` on `shards`."""
-    return seal(config, shards.tokenizer.fingerprint, run_folder.data_identity(shards))
+def seal_of(config: RunConfig, shards: Shards | Mixture, code: Mapping[str, Any] | None = None) -> Seal:
+    """Return the seal of a run of `config` on `shards`, with `code` of a caller's own."""
+    return seal(config, shards.tokenizer.fingerprint, run_folder.data_identity(shards), code)
 
 
 def seal_of_folder(folder: Path) -> Seal | None:
@@ -70,7 +75,8 @@ def seal_of_folder(folder: Path) -> Seal | None:
         return None
     path = folder / "data.json"
     data = read_json(path, advice=run_folder.ADVICE) if path.exists() else None
-    return seal(run_folder.load_config(folder), run_folder.load_tokenizer(folder).fingerprint, data)
+    code = run_folder.load_code(folder)
+    return seal(run_folder.load_config(folder), run_folder.load_tokenizer(folder).fingerprint, data, code)
 
 
 def changes(there: Seal, here: Seal) -> list[str]:
@@ -78,6 +84,7 @@ def changes(there: Seal, here: Seal) -> list[str]:
     before, now = (_plain(found["config"]) for found in (there, here))
     found = [phrase for phrase in differences(before, now) if not _key(phrase).startswith((*LAYOUT, *FREE))]
     found += differences({"tokenizer": there["tokenizer"]}, {"tokenizer": here["tokenizer"]})
+    found += differences({"code": there.get("code", {})}, {"code": here.get("code", {})})
     if "data" in there and "data" in here:
         found += differences(there["data"], here["data"])
     return found

@@ -1,4 +1,7 @@
-"""SIGTERM and Ctrl-C: the first one asks a run to stop, the second one stops it. Several processes stop as one."""
+"""What asks a run to stop: the first SIGTERM or Ctrl-C, a callback. Several processes stop as one.
+
+A second signal stops it at once.
+"""
 
 import os
 import signal
@@ -17,35 +20,54 @@ STDERR = 2
 last_signal = signal.SIGTERM
 
 
+class Stop(Exception):
+    """Raised by a callback of `fit`: the run saves a checkpoint and ends."""
+
+
+class Stopping:
+    """Asked after every step whether the run stops there. Of several processes all hear yes at the same step."""
+
+    def __init__(self, reached: Callable[[int], bool] | None = None) -> None:
+        self._reached, self._asked = reached, threading.Event()
+
+    def __call__(self, step: int) -> bool:
+        return self._asked.is_set() if self._reached is None else self._reached(step)
+
+    def ask(self) -> None:
+        """Ask the run to stop. A process that is not alone sends itself the signal that JAX tells the others of."""
+        if self._reached is None:
+            self._asked.set()
+        else:
+            signal.raise_signal(signal.SIGTERM)
+
+
 @contextmanager
-def stop_signals() -> Iterator[Callable[[int], bool]]:
-    """Within it, the first SIGTERM or Ctrl-C only turns the yielded function true; a second one acts as ever.
+def stop_signals() -> Iterator[Stopping]:
+    """Within it the first SIGTERM or Ctrl-C only asks to stop; a second one acts as ever.
 
-    The function is called with the number of every step. Of several processes whichever is asked tells the others, and
-    it turns true in all of them at one step, the next that none of them has come to.
-
-    In a thread that is not the main one, where Python allows no handlers, signals act as ever from the first.
+    Of several processes whichever is asked tells the others, and all stop at one step, the next that none of them has
+    come to. In a thread that is not the main one, where Python allows no handlers, signals act as ever from the first.
     """
-    asked = threading.Event()
+    stopping = Stopping()
 
     def ask(number: int, frame: FrameType | None) -> None:
         global last_signal
         last_signal = signal.Signals(number)
-        asked.set()
+        stopping.ask()
         signal.signal(number, before[signal.Signals(number)])
         # Not by print: whoever was interrupted may be in the middle of one.
         os.write(STDERR, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
 
     if threading.current_thread() is not threading.main_thread():
-        yield lambda step: asked.is_set()
+        yield stopping
         return
     if processes.count() > 1:
         with _interrupt_as_termination():
-            yield multihost_utils.reached_preemption_sync_point
+            yield Stopping(multihost_utils.reached_preemption_sync_point)
         return
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda step: asked.is_set()
+        yield stopping
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -53,7 +75,7 @@ def stop_signals() -> Iterator[Callable[[int], bool]]:
 
 @contextmanager
 def _interrupt_as_termination() -> Iterator[None]:
-    """JAX has the handler of SIGTERM, behind Python's back, that tells the other processes; Ctrl-C goes there too."""
+    """Send Ctrl-C where SIGTERM goes: to the handler of JAX, unseen by Python, that tells the other processes."""
     before = signal.signal(signal.SIGINT, lambda number, frame: signal.raise_signal(signal.SIGTERM))
     try:
         yield

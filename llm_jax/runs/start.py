@@ -15,7 +15,10 @@ from llm_jax.train.config import RunConfig
 
 
 def load_recipe(name: str) -> RunConfig:
-    """The config of a recipe, by its name or by the path of a Python file that sets `config = RunConfig(...)`."""
+    """Return the config of a recipe, by its name or by the path of a Python file that sets `config = RunConfig(...)`.
+
+    Raise `ValueError` where there is no such recipe, or it sets no config.
+    """
     path = recipes().get(name, Path(name))
     if path.suffix != ".py" or not path.is_file():
         raise ValueError(f"no recipe or Python file is called {name!r}; {nearest(name, recipes())}")
@@ -24,6 +27,14 @@ def load_recipe(name: str) -> RunConfig:
     if not isinstance(config, RunConfig):
         raise ValueError(f"{path} must set `config = RunConfig(...)`; got {type(config).__name__}")
     return checked(config)
+
+
+def recipe(name: str, *changes: str) -> RunConfig:
+    """Return the config of a recipe, a name of `llm-jax configs` or a Python file, with `changes` such as `steps=200`.
+
+    Raise `ValueError` for a recipe or a key that is none, with the nearest that is.
+    """
+    return override(load_recipe(name), changes)
 
 
 def config_from(
@@ -47,10 +58,10 @@ def config_from(
     rate = recipe.model.attention.dropout if drops else 0.0
     attention = dataclasses.replace(theirs.attention, dropout=rate)
     model = dataclasses.replace(theirs, attention=attention, dropout=recipe.model.dropout, remat=recipe.model.remat)
-    start = [f"init_from={folder}"]
+    start = {"model": model, "init_from": str(folder)}
     if not any(text.startswith("data.tokenizer=") for text in assignments):
-        start.append(f"data.tokenizer={Path(folder) / 'tokenizer'}")
-    config = override(recipe, [*start, *assignments], model=model)
+        start["data.tokenizer"] = str(Path(folder) / "tokenizer")
+    config = override(recipe, assignments, **start)
     for owner, other, line in (
         (recipe.model, model, f"the model is that of {folder}, in place of the recipe's"),
         (config.model, model, f"the model of {folder} is changed by hand"),

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from llm_jax.config import check_ranges
+from llm_jax.config import check_exact, check_ranges, html_table
 from llm_jax.data.config import DataConfig
 from llm_jax.model.config import ModelConfig
 from llm_jax.sharding import MeshConfig
@@ -60,6 +60,7 @@ class RunConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        check_exact(self, RunConfig)
         for name in (
             "steps",
             "accumulate",
@@ -117,4 +118,7 @@ class RunConfig:
                 way += ", or data.task.kind=classify"
             raise ValueError(f"model.n_classes={n_classes}, but the data has {answers or 'no'} classes; {way}")
         if n_classes is not None and self.prompts:
-            raise ValueError(f"a classifier writes nothing, and prompts={self.prompts} ask it to; set prompts=")
+            raise ValueError(f"a classifier generates no text, and prompts={self.prompts} ask it to; set prompts=")
+
+    def _repr_html_(self) -> str:
+        return html_table(self)

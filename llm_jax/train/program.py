@@ -23,6 +23,7 @@ from llm_jax.sharding import MeshConfig, batch_sharding, make_mesh, rows_here, s
 from llm_jax.train.balance import rebalance
 from llm_jax.train.batch import check_batch
 from llm_jax.train.config import RunConfig
+from llm_jax.train.custom import Custom
 from llm_jax.train.layout import check, check_attention, order, ordered, split
 from llm_jax.train.offload import waiting
 from llm_jax.train.optimizer import make_optimizer, make_schedule
@@ -52,14 +53,16 @@ class Program:
 
     config: RunConfig
     mesh: Mesh
+    custom: Custom = Custom()
 
     @classmethod
-    def on(cls, config: RunConfig, devices: Sequence[Any] | None = None) -> "Program":
-        """The program on `devices`, by default all there are. Raises `ValueError` for what can't be split so."""
+    def on(cls, config: RunConfig, devices: Sequence[Any] | None = None, custom: Custom = Custom()) -> "Program":
+        """Return the program on `devices`, by default all there are. Raise `ValueError` for what can't be split so."""
         mesh = make_mesh(config.mesh, devices)
         check(config, mesh)
         check_attention(config, mesh)
-        return cls(config, mesh)
+        custom.check(config, mesh)
+        return cls(config, mesh, custom)
 
     @classmethod
     def on_one_device(cls, config: RunConfig, device: Any = None) -> "Program":
@@ -80,7 +83,11 @@ class Program:
     def abstract_state(self) -> TrainState:
         """Shape, dtype and sharding of every leaf of the train state."""
         shapes = jax.eval_shape(functools.partial(init_state, self.model, self._optimizer), jax.random.key(0))
-        layout = shardings(shapes, self.mesh)
+        if self.custom.optimizer is None:
+            layout = shardings(shapes, self.mesh)
+        else:
+            opt_state = shardings(shapes.opt_state, self.mesh, unknown="whole")
+            layout = dataclasses.replace(shardings(shapes.replace(opt_state=()), self.mesh), opt_state=opt_state)
         for part in WAITING[self.config.offload]:
             layout = dataclasses.replace(layout, **{part: waiting(getattr(layout, part))})
         return jax.tree.map(
@@ -94,7 +101,7 @@ class Program:
         shape, rows = (data.batch_size, data.seq_len), batch_sharding(self.mesh)
         ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
         seen = jax.ShapeDtypeStruct(shape, bool, sharding=rows)
-        batch = as_told(Batch(ids, ids, segments=ids, positions=ids, prefix=seen), data)
+        batch = as_told(Batch(ids, ids, ids, ids, ids, prefix=seen), data, self.custom.needs)
         return batch if self.order is None else dataclasses.replace(batch, positions=ids)
 
     def init(self) -> TrainState:
@@ -113,7 +120,9 @@ class Program:
         c, model = self.config, self.model
         if self.pipeline is not None:
             return self.pipeline.gradient
-        near = make_gradient(make_loss(model, c.loss), c.accumulate, rows_apart(c.model, self.mesh.shape))
+        own = self.custom.loss
+        loss = make_loss(model, c.loss) if own is None else functools.partial(own, model)
+        near = make_gradient(loss, c.accumulate, own is None and rows_apart(c.model, self.mesh.shape))
         if c.offload != "state":
             return near
 
@@ -127,8 +136,9 @@ class Program:
         """The parameters after the update of `step` by a mean gradient, whatever they come to; to be traced."""
         optimizer = optax.with_extra_args_support(self._optimizer)
         updates, _ = optimizer.update(gradient, opt_state, params, norm=optax.tree.norm(gradient))
-        rate = make_schedule(self.config.optimizer, self.config.steps)(step)
-        return optax.apply_updates(params, optax.tree.scale(rate, updates))
+        if self._schedule is not None:
+            updates = optax.tree.scale(self._schedule(step), updates)
+        return optax.apply_updates(params, updates)
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One optimizer step; `state` is donated. Compiles once, and says so by an error if it ever would again.
@@ -193,7 +203,13 @@ class Program:
 
     @functools.cached_property
     def _optimizer(self) -> optax.GradientTransformation:
-        return make_optimizer(self.config.optimizer)
+        return self.custom.optimizer or make_optimizer(self.config.optimizer)
+
+    @property
+    def _schedule(self) -> optax.Schedule | None:
+        """None: an optimizer of the caller's own has one inside."""
+        c = self.config
+        return make_schedule(c.optimizer, c.steps) if self.custom.optimizer is None else None
 
     @functools.cached_property
     def _layout(self) -> TrainState:
@@ -215,11 +231,11 @@ class Program:
         step = make_train_step(
             self.traced_gradient,
             self._optimizer,
-            make_schedule(c.optimizer, c.steps),
+            self._schedule,
             seed=c.seed,
             rebalance=functools.partial(rebalance, c.model) if follow else None,
             # Its iteration is expensive, and it has one moment less. With `offload` there is no room to hold.
-            hold=c.optimizer.name == "muon" and c.offload == "none",
+            hold=c.optimizer.name == "muon" and self.custom.optimizer is None and c.offload == "none",
         )
         replicated = NamedSharding(self.mesh, PartitionSpec())
         chex.clear_trace_counter()  # it counts by name, and every program of this process has a step of that name

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,11 +14,11 @@ from flax import struct
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from llm_jax import tree as trees
 from llm_jax.data.loader import Batch
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.feedforward import Utilisation
-from llm_jax.model.transformer import Transformer, forward, head_table
+from llm_jax.model.precision import in_dtype
+from llm_jax.model.transformer import Output, Transformer, forward, head_table
 from llm_jax.ops.loss import IGNORE, chunked_cross_entropy, cross_entropy, likeliest
 from llm_jax.train.balance import LOAD, expert_sums, utilisation
 from llm_jax.train.offload import advanced, brought, summed
@@ -62,21 +61,13 @@ class LossConfig:
             raise ValueError(f"loss.chunk={self.chunk} must be at least 1; none is no chunks")
 
 
-# What moves by less than bfloat16 can tell, or is read through an exponential. They are small, and stay float32.
-DELICATE = r"/(router_bias|log_rate|b_decay)$"
-
-
 def cast(params: PyTree, dtype: Any) -> PyTree:
-    """The parameters, but for `DELICATE` ones, in the dtype of the computation.
+    """Return the parameters `in_dtype`, those that wait in the host's memory brought to the device.
 
     Done once, before anything is gathered from other devices.
     """
-
-    def one(path: str, x: Array) -> Array:
-        return x if re.search(DELICATE, path) else x.astype(dtype)
-
     with jax.named_scope("cast"):
-        return brought(params, functools.partial(trees.map_with_path, one))
+        return brought(params, functools.partial(in_dtype, dtype=dtype))
 
 
 @struct.dataclass
@@ -89,19 +80,31 @@ class TokenLosses:
     use: Utilisation | None
 
 
-def token_losses(model: Transformer, config: LossConfig, params: PyTree, batch: Batch, **inputs: Any) -> TokenLosses:
-    """What the model makes of the targets of a batch; `inputs` as `Transformer.__call__`."""
-    params = cast(params, model.config.dtype)
-    out = forward(
+def forward_batch(
+    model: Transformer, params: PyTree, batch: Batch, key: Key[Array, ""] | None = None, *, logits: bool = True
+) -> Output:
+    """Run the model on a batch, its parameters `cast` to the dtype of the computation; dropout is on with a `key`.
+
+    `logits=False` stops before the head, for a loss that makes logits chunk by chunk.
+    """
+    return forward(
         model,
-        params,
+        cast(params, model.config.dtype),
         batch.tokens,
         segments=batch.segments,
         positions=batch.positions,
         prefix=batch.prefix,
-        logits=config.chunk is None,
-        **inputs,
+        logits=logits,
+        **({} if key is None else {"train": True, "rngs": {"dropout": key}}),
     )
+
+
+def token_losses(
+    model: Transformer, config: LossConfig, params: PyTree, batch: Batch, key: Key[Array, ""] | None = None
+) -> TokenLosses:
+    """Return what the model makes of the targets of a batch; dropout is on with a `key`."""
+    params = cast(params, model.config.dtype)
+    out = forward_batch(model, params, batch, key, logits=config.chunk is None)
     losses = losses_of(model.config, config, params, batch.targets, out.hidden, out.logits)
     return TokenLosses(*losses, out.hidden, out.use)
 
@@ -156,7 +159,7 @@ def make_loss(model: Transformer, config: LossConfig) -> LossFn:
     """Next-token cross-entropy, summed over the tokens that count, and what uneven experts cost."""
 
     def loss_fn(params: PyTree, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
-        out = token_losses(model, config, params, batch, train=True, rngs={"dropout": key})
+        out = token_losses(model, config, params, batch, key)
         loss, sums = out.loss.sum(), {"nll": out.nll.sum()}
         if out.use is not None:
             assert model.config.experts is not None
@@ -176,13 +179,15 @@ def init_state(model: Transformer, optimizer: optax.GradientTransformation, key:
 def make_train_step(
     gradient: Gradient,
     optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
+    schedule: optax.Schedule | None,
     *,
     seed: int = 0,
     rebalance: Callable[[PyTree, Float[Array, "N E"]], PyTree] | None = None,
     hold: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """One optimizer step over a batch. `gradient` is what `make_gradient` gives, or a program has instead.
+    """Return one optimizer step over a batch. `gradient` is what `make_gradient` gives, or a program has instead.
+
+    The `schedule` scales what the optimizer returns; None: an optimizer of a caller's own has its learning rate inside.
 
     A loss or gradient that is not finite, or an update after which the norm of the parameters would not be, changes
     neither parameters nor optimizer state; the step still counts, so that data and learning rate move on, and
@@ -202,12 +207,13 @@ def make_train_step(
         mean = functools.partial(jax.tree.map, lambda x: x * each.astype(x.dtype))
         loss, sums, norm = mean(loss), mean(sums), optax.tree.norm(mean(gradients))
         tokens = targets if batch.segments is None else (batch.segments != 0).sum()  # what was read, asked or not
-        rate = schedule(state.step)
+        rate = None if schedule is None else schedule(state.step)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         def new(params: PyTree, opt_state: PyTree, gradients: PyTree) -> tuple[PyTree, PyTree]:
             updates, opt_state = optimizer.update(mean(gradients), opt_state, params, norm=norm)
-            return optax.apply_updates(params, optax.tree.scale(rate, updates)), opt_state
+            updates = updates if rate is None else optax.tree.scale(rate, updates)
+            return optax.apply_updates(params, updates), opt_state
 
         given = state.params, state.opt_state, gradients
         held = new(*given)[0] if hold else None
@@ -228,7 +234,8 @@ def make_train_step(
         params, opt_state = advanced(advance, *given)
         if rebalance is not None and load is not None:
             params = rebalance(params, jnp.where(finite, load, 0))  # an even load moves nothing
-        metrics = {"loss": loss, **sums, "grad_norm": norm, "learning_rate": rate}
+        metrics: Metrics = {"loss": loss, **sums, "grad_norm": norm}
+        metrics |= {} if rate is None else {"learning_rate": jnp.asarray(rate)}
         metrics |= {"tokens": tokens, "skipped": ~finite} | ({} if load is None else utilisation(load))
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 

@@ -1,8 +1,8 @@
 """Connections between the processes of one run, on a network where anyone may connect.
 
 Process 0 listens, every other one connects. Each proves to the other that it knows the key of the run: by an HMAC over
-random numbers of both, before anything else is read. What can't prove it (a port scanner, a browser, a client that
-says nothing) is dropped after `GREETING` seconds at the latest, and never ends or blocks the meeting.
+random numbers of both, before anything else is read. A client that can't prove it (a port scanner, a browser, one that
+sends nothing) is dropped after `GREETING` seconds at most, and never ends or blocks the others.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
 GREETING = 10.0  # seconds that one connection has to prove itself
-STRANGERS = 64  # connections that do so at once; one more is closed, and a process of the run tries again
-RETRY = 0.2  # seconds until it does
+STRANGERS = 64  # connections that do so at once; another one is closed, and a process of the run tries again
+RETRY = 0.2  # seconds before it does
 LONGEST = 1 << 16  # bytes of a message
 HELLO = b"llm_jax:1\n"
 NONCE = 16
@@ -32,24 +32,24 @@ class NotOurs(ConnectionError):
 
 
 @dataclass
-class Meeting:
-    """Who came: a connection to each process by its number, and how many others were turned away."""
+class Arrivals:
+    """Who connected: a connection to each process by its number, and the number of rejected strangers."""
 
     peers: dict[int, Connection] = field(default_factory=dict)
     strangers: int = 0
 
 
-def run_key(*parts: object) -> bytes:
-    """The key of a run: what all its processes know, and with `LLM_JAX_SECRET` nobody else."""
-    told = "\0".join([os.environ.get("LLM_JAX_SECRET", ""), *map(str, parts)])
-    return hashlib.sha256(told.encode(errors="surrogateescape")).digest()
+def run_key(*values: object) -> bytes:
+    """Return the key of a run: what all its processes know, and with `LLM_JAX_SECRET` nobody else."""
+    known = "\0".join([os.environ.get("LLM_JAX_SECRET", ""), *map(str, values)])
+    return hashlib.sha256(known.encode(errors="surrogateescape")).digest()
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Listen on `host` where that is an address of this machine or `localhost`, else on all of its addresses.
+    """Listen on `host` if that is an IP address or `localhost`, else on all addresses of this machine.
 
     A name can mean one address here (127.0.1.1, or that of another network card) and another one elsewhere.
-    Raises `OSError` where the port is taken.
+    Raises `OSError` if the port is taken.
     """
     try:
         family = {4: socket.AF_INET, 6: socket.AF_INET6}[ipaddress.ip_address(host).version]
@@ -63,34 +63,34 @@ def listen(host: str, port: int) -> socket.socket:
     return socket.create_server(("", port), backlog=STRANGERS)
 
 
-def gather(listener: socket.socket, key: bytes, count: int, seconds: int | float) -> Meeting:
-    """Accept until processes 1 to `count` - 1 are there, or the time is up: then those that came."""
-    meeting, arrived = Meeting(), queue.SimpleQueue[tuple[int, Connection] | None]()
+def gather(listener: socket.socket, key: bytes, count: int, seconds: int | float) -> Arrivals:
+    """Accept until processes 1 to `count` - 1 are there, or the time is up; return those that came."""
+    arrivals, arrived = Arrivals(), queue.SimpleQueue[tuple[int, Connection] | None]()
     room = threading.BoundedSemaphore(STRANGERS)
     deadline = time.monotonic() + seconds
     listener.settimeout(RETRY / 2)
-    while len(meeting.peers) < count - 1 and time.monotonic() < deadline:
-        with contextlib.suppress(OSError):  # nobody, or one who left already
+    while len(arrivals.peers) < count - 1 and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):  # nobody, or one that is gone already
             connection, _ = listener.accept()
             if room.acquire(blocking=False):
                 threading.Thread(target=_greet, args=(connection, key, arrived, room), daemon=True).start()
             else:
                 connection.close()
         while not arrived.empty():
-            _receive(meeting, arrived.get(), count)
-    return meeting
+            _receive(arrivals, arrived.get(), count)
+    return arrivals
 
 
-def _receive(meeting: Meeting, arrival: tuple[int, Connection] | None, count: int) -> None:
+def _receive(arrivals: Arrivals, arrival: tuple[int, Connection] | None, count: int) -> None:
     if arrival is None:
-        meeting.strangers += 1
+        arrivals.strangers += 1
         return
     number, connection = arrival
-    if number in meeting.peers or not 0 < number < count:
+    if number in arrivals.peers or not 0 < number < count:
         tell(connection, f"--process {number} is another one already; give each process a number of its own".encode())
         connection.close()
     else:
-        meeting.peers[number] = connection
+        arrivals.peers[number] = connection
 
 
 def _greet(
@@ -99,7 +99,7 @@ def _greet(
     arrived: "queue.SimpleQueue[tuple[int, Connection] | None]",
     room: threading.BoundedSemaphore,
 ) -> None:
-    """Put who is at the other end into `arrived`: None for a stranger."""
+    """Put the process at the other end into `arrived`; None for a stranger."""
     try:
         deadline = time.monotonic() + GREETING
         ours = secrets.token_bytes(NONCE)
@@ -119,9 +119,9 @@ def _greet(
 
 
 def connect(host: str, port: int, key: bytes, number: int, seconds: int | float) -> Connection:
-    """Connect to process 0, as process `number`; tries until the time is up.
+    """Connect to process 0, as process `number`; retry until the time is up.
 
-    Raises `NotOurs` where someone with another key is there, `OSError` where nobody is.
+    Raises `NotOurs` if the other end has another key, `OSError` if nobody answers.
     """
     deadline = time.monotonic() + seconds
     while True:
@@ -141,7 +141,7 @@ def _introduce(connection: socket.socket, key: bytes, number: bytes) -> Connecti
         deadline = time.monotonic() + GREETING
         hello, theirs = _split(_read(connection, len(HELLO) + NONCE, deadline), len(HELLO), NONCE)
         if hello != HELLO:
-            raise ConnectionError("another program listens there")  # a run that ends, perhaps
+            raise ConnectionError("another program listens there")  # perhaps a run that is ending
         ours = secrets.token_bytes(NONCE)
         connection.sendall(HELLO + number + ours + _proof(key, b"peer", theirs, ours, number))
         try:
@@ -157,24 +157,24 @@ def _introduce(connection: socket.socket, key: bytes, number: bytes) -> Connecti
 
 
 def tell(connection: Connection, message: bytes) -> None:
-    """Send `message`, or as much of it as may be sent; one that is gone is noticed where it is read."""
+    """Send `message`, cut to `LONGEST` bytes. A peer that is gone is noticed by reading, not here."""
     with contextlib.suppress(OSError):
         connection.send_bytes(message[:LONGEST])
 
 
 def _opened(connection: socket.socket) -> Connection:
-    """The same, for whole messages: it may be silent for hours, while text is prepared."""
+    """Return the connection for whole messages; it may be silent for hours, while text is prepared."""
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     return Connection(connection.detach())
 
 
-def _proof(key: bytes, role: bytes, *parts: bytes) -> bytes:
-    return hmac.digest(key, b"".join([role, *parts]), "sha256")
+def _proof(key: bytes, role: bytes, *values: bytes) -> bytes:
+    return hmac.digest(key, b"".join([role, *values]), "sha256")
 
 
 def _read(connection: socket.socket, size: int, deadline: float) -> bytes:
-    """`size` bytes. Raises `OSError` where they don't come in time, however slowly they come."""
+    """Return `size` bytes. Raises `OSError` unless all arrive before `deadline`."""
     data = b""
     while len(data) < size:
         left = deadline - time.monotonic()
@@ -189,8 +189,8 @@ def _read(connection: socket.socket, size: int, deadline: float) -> bytes:
 
 
 def _split(data: bytes, *sizes: int) -> list[bytes]:
-    parts = []
+    fields = []
     for size in sizes:
-        parts.append(data[:size])
+        fields.append(data[:size])
         data = data[size:]
-    return parts
+    return fields

@@ -1,4 +1,4 @@
-"""Where the processes of a run meet: as the options say, or their scheduler. Who does not come is named."""
+"""Find the other processes of a run, by the options or the scheduler, and name those that are missing."""
 
 import contextlib
 import importlib.util
@@ -13,10 +13,10 @@ from typing import NamedTuple
 from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 from jax._src.clusters import ClusterEnv
 
-from llm_jax import peers
+from llm_jax.processes import connections
 
 FIND = 120  # seconds that the processes have to find each other
-# What schedulers number, here and where JAX looks for itself.
+# Variables that hold numbers, read here or by JAX.
 NUMBERS = (
     *(f"SLURM_{name}" for name in ("STEP_NUM_TASKS", "JOB_ID", "NTASKS", "PROCID", "LOCALID")),
     *(f"OMPI_COMM_WORLD_{name}" for name in ("SIZE", "RANK", "LOCAL_RANK")),
@@ -25,7 +25,7 @@ NUMBERS = (
 
 
 class Address(NamedTuple):
-    """Where the processes of a run meet, how many they are, which one this is, and which devices are its own."""
+    """The address of process 0, how many processes there are, which one this is, and which devices it owns."""
 
     coordinator: str
     processes: int
@@ -42,7 +42,10 @@ class Address(NamedTuple):
 
 
 def address_of(coordinator: str | None, processes: int | None, process: int | None) -> Address | None:
-    """Where to meet: by the options, else as the scheduler says; None for a process that is alone."""
+    """Return the address in the options, else the scheduler's; None for a process that is alone.
+
+    Raises `ValueError` for options or variables that name no address.
+    """
     address = _given(coordinator, processes, process)
     terminal = sys.stdin is not None and sys.stdin.isatty()
     if address is None:
@@ -53,10 +56,10 @@ def address_of(coordinator: str | None, processes: int | None, process: int | No
 
 
 def started_as_one_of_several(environ: Mapping[str, str], *, tpu_vm: bool, terminal: bool) -> bool:
-    """Whether the scheduler that started this process has started others beside it.
+    """Return whether the scheduler that started this process started others with it.
 
-    Only then does JAX look for them. An interactive shell inside an allocation has the variables of the allocation, but
-    is a step of one task; whoever types on one machine of a TPU slice means that machine.
+    Only then JAX looks for them. An interactive shell inside an allocation has the variables of the allocation, but is
+    a step of one task; a command typed on one machine of a TPU slice means that machine.
     """
     slurm = int(environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1 and "SLURM_PROCID" in environ
     kubernetes = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environ.keys()
@@ -66,7 +69,7 @@ def started_as_one_of_several(environ: Mapping[str, str], *, tpu_vm: bool, termi
 
 
 def _check_numbers(environ: Mapping[str, str]) -> None:
-    """Raise `ValueError` for a variable of a scheduler that is no number, as all of `NUMBERS` are."""
+    """Raise `ValueError` for one of the variables `NUMBERS` that is not a number."""
     for name in NUMBERS:
         if not re.fullmatch("[0-9]{0,18}", value := environ.get(name, "")):
             raise ValueError(
@@ -76,7 +79,7 @@ def _check_numbers(environ: Mapping[str, str]) -> None:
 
 
 def _given(coordinator: str | None, processes: int | None, process: int | None) -> Address | None:
-    """The address in the options; None where there is none of them."""
+    """Return the address in the options; None if none is given. Raises `ValueError` if only some are."""
     given = {"--coordinator HOST:PORT": coordinator, "--processes N": processes, "--process I": process}
     if missing := [option for option, value in given.items() if value is None]:
         if len(missing) < len(given):
@@ -94,7 +97,7 @@ def _given(coordinator: str | None, processes: int | None, process: int | None) 
 
 
 def _found(environ: Mapping[str, str]) -> Address:
-    """The address that the scheduler gives."""
+    """Return the scheduler's address. Raises `ValueError` if it does not say."""
     in_pod = "KUBERNETES_SERVICE_HOST" in environ and not running_in_cloud_tpu_vm
     options = "give each process --coordinator HOST:PORT --processes N --process I"
     if in_pod and importlib.util.find_spec("kubernetes") is None:
@@ -105,7 +108,7 @@ def _found(environ: Mapping[str, str]) -> Address:
         told = environ.get("JAX_COORDINATOR_ADDRESS") or slurm_coordinator(environ)
         found = ClusterEnv.auto_detect_unset_distributed_params(told, None, None, None, None, FIND)
         coordinator, processes, process, devices = found
-    except Exception as error:  # of the scheduler's own library, whatever it raises
+    except Exception as error:  # whatever the scheduler's own library raises
         reason = " ".join(str(error).split())
         raise ValueError(f"the scheduler does not say where the processes are ({reason}); {options}") from error
     if coordinator is None or processes is None or process is None:
@@ -114,9 +117,9 @@ def _found(environ: Mapping[str, str]) -> Address:
 
 
 def slurm_coordinator(environ: Mapping[str, str]) -> str | None:
-    """The address of process 0 in a step of SLURM; None elsewhere.
+    """Return the address of process 0 in a step of SLURM; None elsewhere.
 
-    JAX has its port from the number of the job, as here, but reads a list such as `r[1-2]n[01-08]` wrongly.
+    JAX derives the port from the number of the job, as here, but misreads a list such as `r[1-2]n[01-08]`.
     """
     nodes, job = environ.get("SLURM_STEP_NODELIST"), environ.get("SLURM_JOB_ID")
     if nodes is None or job is None:
@@ -126,7 +129,7 @@ def slurm_coordinator(environ: Mapping[str, str]) -> str | None:
 
 
 def first_host(nodes: str) -> str:
-    """The first host of a list of SLURM: `r[1-2]n[01-08],r9` begins with r1n01."""
+    """Return the first host of a SLURM list: r1n01 of `r[1-2]n[01-08],r9`."""
     if shutil.which("scontrol"):
         told = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
         if told.returncode == 0 and told.stdout.split():
@@ -138,29 +141,30 @@ def first_host(nodes: str) -> str:
 
 
 def meet(a: Address) -> str | None:
-    """Wait until all processes are there; gives process 0 the address to which JAX binds.
+    """Wait until all processes are there; return, in process 0, the address that JAX binds to.
 
-    JAX's own meeting ends the process with a stack trace where one is missing, and does not say which.
+    JAX itself ends the process with a stack trace if one is missing, and does not say which. Raises `ValueError`, with
+    the names of those that are missing, or if process 0 can't be reached.
     """
-    key = peers.run_key("meeting", a.processes)
+    key = connections.run_key("meeting", a.processes)
     if a.process:
         _wait_for_the_first(a, key)
         return None
     try:
-        listener = peers.listen(a.host, a.port)
+        listener = connections.listen(a.host, a.port)
     except OSError as error:
         raise ValueError(
             f"process 0 can't listen at {a.coordinator} ({_reason(error)}); use another HOST:PORT"
         ) from None
     with listener:
         address, port = listener.getsockname()[:2]
-        meeting = peers.gather(listener, key, a.processes, FIND)
-    absent = absent_from(meeting, a.processes, a.coordinator)
-    for peer in meeting.peers.values():
-        peers.tell(peer, (absent or "go").encode())
-    for peer in meeting.peers.values():
+        arrivals = connections.gather(listener, key, a.processes, FIND)
+    absent = absent_from(arrivals, a.processes, a.coordinator)
+    for peer in arrivals.peers.values():
+        connections.tell(peer, (absent or "go").encode())
+    for peer in arrivals.peers.values():
         with contextlib.suppress(EOFError, OSError):
-            peer.poll(1)  # until it has closed: who closes first holds the port for a while
+            peer.poll(1)  # until it has closed: the side that closes first keeps the port for a while
         peer.close()
     if absent:
         raise ValueError(absent)
@@ -168,12 +172,13 @@ def meet(a: Address) -> str | None:
 
 
 def _wait_for_the_first(a: Address, key: bytes) -> None:
-    """Wait for process 0 to say that all are there."""
+    """Wait until process 0 says that all are there. Raises `ValueError` if it does not, with the reason."""
     try:
-        with peers.connect(a.host, a.port, key, a.process, FIND) as first:
-            word = first.recv_bytes(peers.LONGEST) if first.poll(FIND + peers.GREETING) else b"it said nothing"
+        with connections.connect(a.host, a.port, key, a.process, FIND) as first:
+            answered = first.poll(FIND + connections.GREETING)
+            word = first.recv_bytes(connections.LONGEST) if answered else b"it said nothing"
     except (EOFError, OSError) as error:
-        what = "does not accept this process" if isinstance(error, peers.NotOurs) else "can't be reached"
+        what = "does not accept this process" if isinstance(error, connections.NotOurs) else "can't be reached"
         raise ValueError(
             f"process 0 of {a.processes} {what} at {a.coordinator} ({_reason(error)}); start all of them "
             f"within {FIND} s, with the same HOST:PORT, --processes and LLM_JAX_SECRET"
@@ -184,16 +189,16 @@ def _wait_for_the_first(a: Address, key: bytes) -> None:
 
 def _reason(error: OSError | EOFError) -> str:
     if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
-        return os.strerror(error.errno)  # without the address, which `strerror` can hold too
+        return os.strerror(error.errno)  # without the address, which `strerror` may contain
     return getattr(error, "strerror", None) or str(error) or "it is gone"
 
 
-def absent_from(meeting: peers.Meeting, processes: int, where: str) -> str:
-    """Who is missing, and what to do; nothing where all are there."""
-    missing = [number for number in range(1, processes) if number not in meeting.peers]
+def absent_from(arrivals: connections.Arrivals, processes: int, where: str) -> str:
+    """Return who is missing, and what to do; empty if all are there."""
+    missing = [number for number in range(1, processes) if number not in arrivals.peers]
     if not missing:
         return ""
-    strangers = f" ({meeting.strangers} connections were no process of this run)" if meeting.strangers else ""
+    strangers = f" ({arrivals.strangers} connections were no process of this run)" if arrivals.strangers else ""
     return (
         f"{_named(missing)} of {processes} did not come to {where} within {FIND} s{strangers}; start all of them "
         "within that time, where they can reach it, with the same HOST:PORT, --processes and LLM_JAX_SECRET"
@@ -201,7 +206,7 @@ def absent_from(meeting: peers.Meeting, processes: int, where: str) -> str:
 
 
 def _named(numbers: Sequence[int]) -> str:
-    """`process 3`, `processes 1, 2 and 3`, or the first few of many."""
+    """Return `process 3`, `processes 1, 2 and 3`, or the first few of many."""
     if len(numbers) == 1:
         return f"process {numbers[0]}"
     shown = list(map(str, numbers)) if len(numbers) <= 8 else [*map(str, numbers[:7]), f"{len(numbers) - 7} more"]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from llm_jax.data import tokenizer_json
-from llm_jax.data.tokenizer import MOST_IDS, NO_BYTES, Tokenizer, library_said
+from llm_jax.data.tokenizer_interface import MOST_IDS, NO_BYTES, Tokenizer, rust_error
 from llm_jax.files import write_whole
 
 # What says how the model reads and writes; the first is the tokenizer itself.
@@ -108,7 +108,7 @@ class ImportedTokenizer(Tokenizer):
         return self._encoding.decode(self._ids_in(tokens), skip_special_tokens=False)
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer into `folder`, for `load`, its own files among it."""
+        """Write the tokenizer into `folder`, for `load_tokenizer`, with its own files."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
             (path := Path(folder) / name).parent.mkdir(exist_ok=True)
@@ -171,7 +171,7 @@ def _encoding(name: str, found: Mapping[str, Any]) -> Any:
     try:
         encoding = tokenizers.Tokenizer.from_str(json.dumps(found))
     except BaseException as error:
-        reason = library_said(error)
+        reason = rust_error(error)
         raise ValueError(
             f"the tokenizer.json of {name} can't be read by tokenizers {tokenizers.__version__} ({reason}); "
             "update the library, or save the tokenizer again"
@@ -186,7 +186,7 @@ def _encoded(name: str, encoding: Any, text: str, *, alone: bool) -> Any:
     try:
         return encoding.encode(text, add_special_tokens=alone)
     except BaseException as error:
-        reason = library_said(error)
+        reason = rust_error(error)
         raise ValueError(f"the tokenizer {name} can't read {text[:40]!r} ({reason}); use another text") from error
 
 

@@ -1,0 +1,192 @@
+"""A run to use: its metrics, its weights, and what its model says of a text."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree
+
+from llm_jax import log
+from llm_jax.data.loader import heldout_rows
+from llm_jax.data.tokenizer import Tokenizer
+from llm_jax.infer.classify import Answer, classify
+from llm_jax.infer.generate import Sampler
+from llm_jax.model.precision import in_dtype
+from llm_jax.model.taps import capture, edit
+from llm_jax.ops.sampling import Sampling
+from llm_jax.runs import folder as run_folder
+from llm_jax.runs import restore
+from llm_jax.runs.checkpoint import Checkpoints, Progress, Report
+from llm_jax.runs.data import all_text, open_run_data, open_text
+from llm_jax.runs.evaluate import Evaluation, evaluate
+from llm_jax.runs.report import card
+from llm_jax.train.config import RunConfig
+from llm_jax.train.program import Program
+
+
+class Run:
+    """The run in a folder. Weights are restored when they are first asked for, and stay on one device.
+
+        run = Run.open("runs/quickstart")
+        run.metrics["loss"][-1], run.evaluate().bits_per_byte
+        run.generate(["def f("], temperature=0.5)
+
+    `checkpoint` is `best` (by held-out loss; the last where none was measured), `last`, or a step. `report` gets a line
+    for what happens on the way. Of a run that `fit` or `resume` returns, `progress` says how far it came and what it
+    last measured; of one that is opened it is None.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        checkpoint: str | int = "best",
+        *,
+        progress: Progress | None = None,
+        report: Report = print,
+    ) -> None:
+        self.folder, self.checkpoint, self.progress = Path(folder), str(checkpoint), progress
+        self.config: RunConfig = run_folder.load_config(self.folder)
+        self._report = report
+
+    @classmethod
+    def open(cls, folder: str | Path, checkpoint: str | int = "best", *, report: Report = print) -> "Run":
+        """Return the run in `folder`. Raise `ValueError` where there is none, and name one nearby."""
+        return cls(folder, checkpoint, report=report)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r}, checkpoint={self.checkpoint!r})"
+
+    def _repr_html_(self) -> str:
+        return card(self.folder)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the run reads with."""
+        return run_folder.load_tokenizer(self.folder)
+
+    @property
+    def metrics(self) -> Mapping[str, np.ndarray]:
+        """What metrics.jsonl has by now, as columns: `step`, and each number, NaN where a row lacks it."""
+        return columns(log.read(self.folder))
+
+    @property
+    def params(self) -> PyTree:
+        """The weights, float32, in the tree of `Transformer(config.model)`."""
+        return self._weights[0]
+
+    @property
+    def step(self) -> int:
+        """The optimizer step of these weights."""
+        if "_weights" in vars(self):
+            return self._weights[1]
+        with Checkpoints(self.folder, read_only=True) as checkpoints:
+            return checkpoints.order(self.checkpoint)[0]
+
+    @functools.cached_property
+    def _weights(self) -> tuple[PyTree, int]:
+        return restore.weights(self.folder, self._program, self.checkpoint, report=self._report)
+
+    @functools.cached_property
+    def _program(self) -> Program:
+        return restore.on_one_device(self.config)
+
+    def evaluate(self, uri: str | None = None, *, column: str | None = None, begin: bool | None = None) -> Evaluation:
+        """Return how well the model predicts what the run held out, or all the text at `uri`.
+
+        Documents at `uri` begin and end as in training. Those of an imported run begin as its tokenizer begins a text:
+        with begin-of-text, and then an end is scored too, or with nothing, and then neither the first token nor an end
+        is. `begin` says otherwise. `column` is the one of rows at `uri` that is text; None: that of the run.
+        """
+        config = self.config
+        if uri is None:
+            store = open_run_data(self.folder, config, self._report).split("heldout")
+            batches = heldout_rows(store, config.data)
+        else:
+            begin = run_folder.begins(self.folder, config, self.tokenizer) if begin is None else begin
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, end_of_text=begin))
+            store, batches = all_text(open_text(uri, self.folder, config, self._report, column), config.data)
+        what = f"what {self.folder} held out" if uri is None else f"all of {uri}"
+        self._report(f"scoring {what}: {store.offsets[-1]:,} tokens of {store.n_documents:,} documents")
+        program = restore.on_all_devices(config)
+        if program.mesh.size == 1:
+            params = self.params
+        else:
+            params, _ = restore.weights(self.folder, program, self.checkpoint, report=self._report)
+        return evaluate(functools.partial(program.score, params), batches, store, config.data.task)
+
+    @functools.cached_property
+    def sampler(self) -> Sampler:
+        """The model ready to generate. Made once a run; prompts begin as the documents did that it was trained on."""
+        return self.new_sampler()
+
+    def new_sampler(self, *, begin: bool | None = None, special: bool | None = None) -> Sampler:
+        """Return a sampler for prompts that begin, or whose special tokens are read, otherwise than in training."""
+        options = self._reading(begin, special)
+        return Sampler(self.config.model, self.params, self.tokenizer, task=self.config.data.task, **options)
+
+    def _reading(self, begin: bool | None, special: bool | None) -> dict[str, bool]:
+        """How prompts are read, where the caller does not say: as documents were in training."""
+        c = self.config
+        return {
+            "begin": run_folder.begins(self.folder, c, self.tokenizer) if begin is None else begin,
+            "special": c.data.special if special is None else special,
+        }
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        sampling: Sampling | None = None,
+        *,
+        max_tokens: int = 200,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        **filters: float,
+    ) -> list[str]:
+        """Return the continuation of each prompt, or of the only one.
+
+        `filters` are the fields of `Sampling`, such as `temperature=0.5`, in the place of a `sampling`. Raise
+        `ValueError` as `Sampler.stream` does.
+        """
+        if sampling is not None and filters:
+            raise ValueError(f"sampling= and {', '.join(filters)}= both say how to sample; give one of them")
+        if unknown := filters.keys() - {field.name for field in dataclasses.fields(Sampling)}:
+            known = ", ".join(field.name for field in dataclasses.fields(Sampling))
+            raise ValueError(f"{min(unknown)}= is no way to sample; there are {known}")
+        chosen = sampling or Sampling(**filters)  # pyright: ignore[reportArgumentType]  (checked by its fields)
+        asked = [prompts] if isinstance(prompts, str) else prompts
+        return self.sampler.generate(asked, chosen, max_tokens=max_tokens, stop=stop, seed=seed)
+
+    def classify(
+        self, prompts: Sequence[str], *, begin: bool | None = None, special: bool | None = None
+    ) -> list[Answer]:
+        """Return the likeliest answer to each prompt. Raise `ValueError` unless the run is a classifier."""
+        model, task = self.config.model, self.config.data.task
+        if task is None or model.n_classes is None:
+            raise ValueError(f"{self.folder} is no classifier; use generate")
+        params = in_dtype(self.params, model.dtype)
+        return classify(model, params, self.tokenizer, task, prompts, **self._reading(begin, special))
+
+    def tokens(self, text: str) -> Int[Array, "1 L"]:
+        """Return `text` as a row of token ids, begun as a document is."""
+        reading = self._reading(None, None)
+        begin = [self.tokenizer.begin_of_text] * reading["begin"]
+        return jnp.array([[*begin, *self.tokenizer.encode(text, special=reading["special"])]], jnp.int32)
+
+    def capture(self, text: str) -> dict[str, Array]:
+        """Return every named activation of a forward pass over `text`: `{"resid_pre": [N, 1, L, D], ...}`."""
+        return capture(self._program.model, self.params, self.tokens(text))
+
+    def edit(self, text: str, edits: Mapping[str, Array]) -> Float[Array, "1 L V"]:
+        """Return the logits over `text` with named activations replaced by `edits`, in the shapes of `capture`."""
+        return edit(self._program.model, self.params, self.tokens(text), edits)
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Return each number of some rows as an array over all of them, NaN where a row lacks it; `step` is int64."""
+    names = dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, int | float))
+    found = {name: np.array([row.get(name, np.nan) for row in rows], float) for name in names}
+    return found | {"step": np.array([row["step"] for row in rows], np.int64)}

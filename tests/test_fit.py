@@ -1,0 +1,128 @@
+"""A run from Python: `fit`, `resume`, and the run that they return."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+from tiny_run import console, said, tiny, write_corpus
+
+import llm_jax as lj
+from llm_jax.runs.report import card
+
+
+def halved(model, params, batch, key):
+    loss, _ = lj.cross_entropy(lj.forward_batch(model, params, batch, key).logits, batch.targets)
+    return loss.sum() / 2, {"nll": loss.sum()}
+
+
+class Watch:
+    """Notes the steps that it sees, and stops at one of them."""
+
+    def __init__(self, stop: int | None = None) -> None:
+        self.seen: list[int] = []
+        self.stop = stop
+
+    def __call__(self, step: int, state: Any, metrics: Any) -> dict[str, jax.Array]:
+        self.seen.append(step)
+        if step == self.stop:
+            raise lj.Stop("this is enough")
+        return {"width": optax.tree.norm(state.params), "ratio": metrics["nll"] / metrics["loss"]}
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory):
+    """A run with code of its own that a callback stopped at step 5 of 8, the callback, and what was printed."""
+    folder, watch, by = tmp_path_factory.mktemp("fit"), Watch(stop=5), console()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLM_JAX_CACHE", str(folder / "cache"))
+        config = tiny(write_corpus(folder / "corpus"), mesh=lj.MeshConfig(data=8))
+        run = lj.fit(config, folder / "run", loss=halved, optimizer=optax.adam(1e-3), metrics=watch, console=by)
+        yield run, watch, said(by)
+
+
+def test_a_callback_sees_every_step_adds_metrics_and_stops_the_run(stopped):
+    run, watch, text = stopped
+    assert watch.seen == [1, 2, 3, 4, 5] == run.metrics["step"].tolist()
+    assert (run.progress.step, run.progress.stopped) == (5, True)
+    assert "step 5: this is enough" in text
+    np.testing.assert_allclose(run.metrics["ratio"][:4], 2, rtol=1e-6)
+    assert np.isnan(run.metrics["width"][4])  # it stopped before it could return one
+    assert np.isfinite(run.metrics["width"][:4]).all()
+
+
+def test_a_run_returns_what_it_last_measured_and_evaluates_to_the_same(stopped):
+    run, _, _ = stopped
+    assert run.progress.heldout_loss == pytest.approx(run.metrics["heldout_loss"][3])
+    assert run.step in (4, 5)
+    assert run.evaluate().loss == pytest.approx(run.progress.heldout_loss, rel=1e-5)
+    assert "Run(" in repr(run)
+
+
+def test_metrics_are_columns_with_nan_where_a_row_has_no_number(stopped):
+    columns = stopped[0].metrics
+    assert {len(column) for column in columns.values()} == {5}
+    assert np.isnan(columns["heldout_loss"]).tolist() == [True, True, True, False, True]
+
+
+def test_a_run_generates_by_the_fields_of_sampling_and_refuses_others(stopped):
+    run, _, _ = stopped
+    one = run.generate(["ab", "c"], temperature=0.0, max_tokens=4)
+    assert one == run.generate(["ab", "c"], lj.Sampling(temperature=0.0), max_tokens=4)
+    assert run.sampler is run.sampler
+    with pytest.raises(ValueError, match="temprature= is no way to sample; there are temperature, top_k"):
+        run.generate("ab", temprature=1.0)
+    with pytest.raises(ValueError, match="sampling= and temperature= both say how to sample"):
+        run.generate("ab", lj.Sampling(), temperature=1.0)
+
+
+def test_a_run_shows_its_activations_and_computes_with_others_in_their_place(stopped):
+    run, _, _ = stopped
+    taps, (_, length) = run.capture("ab cd"), run.tokens("ab cd").shape
+    assert taps["resid_pre"].shape == (2, 1, length, 32)
+    np.testing.assert_allclose(run.edit("ab cd", {"resid_post": taps["resid_post"]}), taps["logits"], atol=1e-5)
+
+
+def test_a_notebook_shows_a_run_and_a_config(stopped):
+    run, _, _ = stopped
+    assert run._repr_html_() == card(run.folder)
+    assert "<svg" in run._repr_html_()
+    assert "<code>optimizer.warmup_steps</code></td><td><b>2</b>" in run.config._repr_html_()
+
+
+def test_resume_says_before_the_first_step_what_code_it_needs(stopped):
+    run, _, _ = stopped
+    record = json.loads((run.folder / "code.json").read_text())
+    assert record["loss"]["path"] == f"{__name__}:halved"
+    with pytest.raises(ValueError, match=r"was trained with optimizer= from no module of its own"):
+        lj.resume(run.folder, console=console())
+    with pytest.raises(ValueError, match=r"the optimizer of .* has other code than it was trained with"):
+        lj.resume(run.folder, optimizer=optax.adam(2e-3), console=console())
+    assert len(run.metrics["step"]) == 5
+
+
+@pytest.mark.slow
+def test_a_run_with_own_code_resumes_with_it(stopped):
+    run, _, _ = stopped
+    again = lj.resume(run.folder, optimizer=optax.adam(1e-3), console=console())
+    assert (again.progress.step, again.progress.stopped) == (8, False)
+    assert again.metrics["step"].tolist() == list(range(1, 9))
+
+
+def test_a_metric_that_is_there_already_is_refused(config, tmp_path: Path):
+    def again(step: int, state: Any, metrics: Any) -> dict[str, Any]:
+        return {"loss": metrics["loss"]}
+
+    with pytest.raises(ValueError, match="a metric is called 'loss' already; return it under another name"):
+        lj.fit(config, tmp_path / "run", metrics=[again], console=console())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_is_a_config_with_changes():
+    config = lj.recipe("quickstart", "steps=200", "data.batch_size=16")
+    assert (config.steps, config.data.batch_size) == (200, 16)
+    with pytest.raises(ValueError, match=r"did you mean model\.n_layers=3"):
+        lj.recipe("quickstart", "n_layer=3")

@@ -1,0 +1,62 @@
+"""Documents from a Python program: stored once, by their content, and read as text and shards are."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llm_jax.data.config import DataConfig
+from llm_jax.data.given import stored
+from llm_jax.data.prepare import cached
+from llm_jax.data.shards import open_shards
+from llm_jax.data.sources import documents
+from llm_jax.data.tokenizer import ByteTokenizer
+
+CONFIG = DataConfig(tokenizer="byte", heldout=0.3, seq_len=4)
+TEXTS = [f"text number {n}" for n in range(30)]
+
+
+def quiet(line: str) -> None: ...
+
+
+def test_texts_are_a_file_of_rows_that_is_stored_once(tmp_path: Path):
+    address = stored(iter(TEXTS), CONFIG, tmp_path, quiet)
+    assert [document.text for document in documents(address)] == TEXTS
+    assert stored(TEXTS, CONFIG, tmp_path, quiet) == address != stored(TEXTS[1:], CONFIG, tmp_path, quiet)
+    assert len(list((tmp_path / "given").iterdir())) == 2
+
+
+@pytest.mark.parametrize("by", ["hash", "tail"])
+def test_ids_are_shards_of_the_same_documents_however_they_come(tmp_path: Path, by):
+    config, coder = DataConfig(tokenizer="byte", heldout=0.3, heldout_by=by, seq_len=4), ByteTokenizer()
+    rows = [np.array(coder.encode(text)) for text in TEXTS]
+    stream = np.concatenate([np.append(row, coder.end_of_text) for row in rows])
+    address = stored(rows, config, tmp_path, quiet)
+    assert stored(stream, config, tmp_path, quiet) == address
+    shards = open_shards(cached(DataConfig(**vars(config) | {"uri": address}), tmp_path, quiet))
+    found = [
+        coder.decode(np.concatenate(list(store.read_document(n)))[:-1])
+        for store in map(shards.split, ("train", "heldout"))
+        for n in range(store.n_documents)
+    ]
+    assert sorted(found) == sorted(TEXTS)
+    assert shards.split("train").n_bytes + shards.split("heldout").n_bytes == sum(map(len, TEXTS))
+
+
+@pytest.mark.parametrize(
+    ("given", "tokenizer", "message"),
+    [
+        ("one text", "byte", "is one text or a path; give a list of texts, or set data.uri"),
+        (3, "byte", "data=3 is no iterable of texts"),
+        ([], "byte", "data= holds no document"),
+        (["a", 3], "byte", "document 1 of data= is no text but int"),
+        ([[1, 2], [0.5]], "byte", r"document 1 of data= has shape \(1,\) of float64"),
+        ([[1], [300]], "byte", "document 1 of data= has the id 300, and the tokenizer byte has 0 to 256"),
+        ([[1]], "train:300", "data.tokenizer=train:300 would learn from text; name the tokenizer that made them"),
+    ],
+    ids=["text", "number", "empty", "mixed", "floats", "ids", "learns"],
+)
+def test_what_is_no_data_is_refused(tmp_path: Path, given, tokenizer, message):
+    with pytest.raises(ValueError, match=message):
+        stored(given, DataConfig(tokenizer=tokenizer, seq_len=4), tmp_path, quiet)
+    assert not list(tmp_path.glob("given/*"))
