@@ -10,6 +10,8 @@ from urllib.parse import unquote, urldefrag
 import pytest
 from test_architecture import FLOORS, GROUND, PACKAGE
 
+import llm_jax
+
 for name in ("mkdocs", "material", "mkdocstrings_handlers"):
     pytest.importorskip(name, reason="pip install 'llm-jax[docs]'")
 
@@ -32,6 +34,14 @@ def test_every_link_of_the_site_leads_to_a_file_of_it(site: Path):
             target = unquote(urldefrag(link).url)
             if target and not re.match(r"[a-z]+:|//|/", target):
                 assert (page.parent / target).exists(), f"{page.relative_to(site)} links to {link}"
+
+
+def test_each_name_of_the_front_door_leads_to_its_documentation(site: Path):
+    links = dict(re.findall(r'href="([^"]+)"><code>(\w+)</code></a>', (site / "reference" / "index.html").read_text()))
+    assert {name: anchor for anchor, name in links.items()}.keys() == set(dir(llm_jax)) - {"__version__"}
+    for link in links:
+        page, anchor = link.split("#")
+        assert f'id="{anchor}"' in (site / "reference" / page).read_text()
 
 
 def test_the_site_loads_nothing_from_elsewhere(site: Path):
