@@ -10,20 +10,28 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.smoke
+
 PACKAGE = Path(__file__).parents[1] / "llm_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
+PAGE = PACKAGE.parent / "docs" / "architecture.md"
 
-# (module below llm_jax, floor): the first row that matches names the floor.
+# (modules or folders below llm_jax, floor, what lives there): the first row that matches names the floor. This is the
+# one place where the floors are written: `python tests/test_architecture.py` writes the table of docs/architecture.md.
+GROUND = "config|keys|tree|files|log|recipes|sharding|processes|runtime|chips"
 FLOORS = [
-    (r"__init__|__main__", 8),
-    (r"cli", 7),
-    (r"compat", 6),
-    (r"plan|runs", 5),
-    (r"train", 4),
-    (r"infer", 3),
-    (r"model", 2),
-    (r"ops|data", 1),
-    (r"config|keys|tree|files|log|recipes|sharding|processes|runtime|chips|__version__", 0),
+    (r"__init__|__main__", 8, "`import llm_jax`, the front door, which starts no JAX by itself; `python -m llm_jax`"),
+    (r"cli", 7, "the command line: grammar and errors, what each verb does, what is written to a terminal"),
+    (r"compat", 6, "other libraries' models: weights and files of Hugging Face, the PyTorch twin"),
+    (r"plan", 5, "what is known before a run: shapes, memory, communication and time; every mesh held to one device"),
+    (r"runs", 5, "a run over time and on disk: the loop, checkpoints and their seal, evaluation, the report"),
+    (r"train", 4, "a training step without a disk: its config, the loss and its gradient, the optimizer, the program"),
+    (r"infer", 3, "generation and classification with a trained model"),
+    (r"model", 2, "the transformer, the only folder that imports `flax.linen`"),
+    (r"ops", 1, "pure functions on arrays: attention and its kernels, experts, positions, norms, loss, sampling"),
+    (r"data", 1, "text to batches, in NumPy: tokenizers, sources, shards, packing; JAX in `loader.py` only"),
+    (GROUND, 0, "configs, pytrees by path, two sharding tables, files, how processes start and agree"),
+    (r"__version__", 0, ""),
 ]
 VAGUE = {"utils", "util", "common", "base", "helpers", "helper", "manager", "misc"}
 
@@ -35,16 +43,26 @@ def module(path: Path) -> str:
 
 
 def floor(name: str) -> int:
-    for pattern, level in FLOORS:
+    for pattern, level, _ in FLOORS:
         if re.fullmatch(rf"llm_jax\.({pattern})(\..*)?", name):
             return level
-    raise ValueError(f"{name} stands on no floor; give it a row in FLOORS and in docs/architecture.md")
+    raise ValueError(f"{name} stands on no floor; give it a row in FLOORS")
 
 
 def room(name: str) -> str:
     """The folder a module stands in; files at the top of the package share one."""
     first = name.split(".")[1]
     return first if (PACKAGE / first).is_dir() else ""
+
+
+def table() -> str:
+    """The floors as docs/architecture.md shows them."""
+    rows = ["| floor | room | what lives there |", "|---|---|---|"]
+    for pattern, level, words in FLOORS:
+        if words:
+            names = [name + ("/" if (PACKAGE / name).is_dir() else ".py") for name in pattern.split("|")]
+            rows.append(f"| {level} | {' '.join(f'`{name}`' for name in names)} | {words} |")
+    return "\n".join(rows)
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -94,6 +112,10 @@ def test_no_file_imports_itself_by_way_of_others():
 
 def test_every_file_stands_on_a_floor():
     assert all(floor(module(path)) >= 0 for path in FILES)
+
+
+def test_the_page_on_the_layout_has_the_floors_as_they_are():
+    assert f"\n\n{table()}\n\n" in PAGE.read_text(), "python tests/test_architecture.py writes them there"
 
 
 def test_only_the_model_knows_flax_linen():
@@ -167,3 +189,7 @@ def test_every_module_is_imported_where_posix_modules_are_missing():
     plain = [name for name in names if not name.endswith("__main__") and ".torch_" not in name]
     done = subprocess.run([sys.executable, "-c", HIDING, *plain], cwd=PACKAGE.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+if __name__ == "__main__":
+    PAGE.write_text(re.sub(r"^\| floor .*?\n(?!\|)", lambda _: f"{table()}\n", PAGE.read_text(), flags=re.M | re.S))

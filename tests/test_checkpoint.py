@@ -82,6 +82,7 @@ def run(two_checkpoints: Path, tmp_path: Path) -> Path:
     return shutil.copytree(two_checkpoints, tmp_path / "run")
 
 
+@pytest.mark.smoke
 def test_a_checkpoint_gives_back_every_bit(run: Path):
     state, progress, told = restore(run)
     assert tree.fingerprint(state) == tree.fingerprint(state_of(20))

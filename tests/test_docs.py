@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("findings/*.md")])
 RECIPES = sorted(ROOT.glob("configs/[!_]*.py"))
 FENCE = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"(?:^ *(?:\$ )?|[|&] )(?:\w+=\S+ )*llm-jax (.+)$", re.MULTILINE)
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 def blocks(page: Path, *languages: str) -> Iterator[str]:
@@ -32,7 +36,7 @@ def commands(page: Path) -> Iterator[list[str]]:
         yield list(takewhile(lambda word: not re.fullmatch(r"[();<>|&]+", word), lexer))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     session: dict[str, object] = {"__name__": page.stem}
@@ -40,7 +44,8 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path
         exec(compile(block, page, "exec"), session)
 
 
-@pytest.mark.parametrize("page", [*PAGES, *RECIPES], ids=lambda page: page.name)
+@pytest.mark.smoke
+@pytest.mark.parametrize("page", [*PAGES, *RECIPES], ids=name)
 def test_the_commands_of_a_page_are_commands(page: Path):
     from llm_jax.cli.main import parser
 
@@ -52,7 +57,7 @@ def test_the_commands_of_a_page_are_commands(page: Path):
                 pytest.fail(f"no such command: llm-jax {shlex.join(words)}")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_the_rows_of_a_table_begin_and_end_with_a_bar(page: Path):
     """What does not is a row to some readers of Markdown, and text to others."""
     for block in re.split(r"\n\s*\n", FENCE.sub("", page.read_text())):
@@ -63,7 +68,8 @@ def test_the_rows_of_a_table_begin_and_end_with_a_bar(page: Path):
                 assert row.endswith("|"), row
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.smoke
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_the_links_of_a_page_lead_to_a_file(page: Path):
     for target in re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"

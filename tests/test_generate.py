@@ -97,6 +97,7 @@ def test_cached_decode_gives_the_logits_of_the_full_forward_at_every_position_of
         cache, lengths = out.cache, lengths + 1
 
 
+@pytest.mark.smoke
 def test_a_greedy_batch_gives_each_prompt_what_the_full_forward_gives_it_alone():
     together = generate(CONFIG, weights(), TEXT, PROMPTS, sampling=GREEDY, max_tokens=12)
     assert together == [full_forward_greedy(prompt, 12) for prompt in PROMPTS]

@@ -73,7 +73,7 @@ def curve(name: str) -> dict[str, list[float]]:
     return {name: [float(f"{x:.7g}") for x in metrics[name].tolist()] for name in ("loss", "grad_norm")}
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [pytest.param("rotary_gated_adamw", marks=pytest.mark.smoke), "learned_dropout_lion"])
 def test_the_curve_is_the_one_written_down(name: str):
     golden, found = json.loads((FOLDER / f"{name}.json").read_text()), curve(name)
     # JAX 0.10 and 0.12 differ by 1e-6 in the loss and by 6e-5 in the norm, as sums in another order would.

@@ -37,6 +37,7 @@ def said(capsys: pytest.CaptureFixture[str], status: int, expected: int = 2) -> 
     return err
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_help_of_a_verb_explains_it_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit, match="0"):
@@ -260,6 +261,7 @@ def run(program: str, *words: str, **options: object) -> subprocess.CompletedPro
     return subprocess.run([sys.executable, "-c", program, *words], text=True, stderr=-1, **options)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("words", [["configs"], ["tokenize", "text"], ["train", "--help"]], ids=" ".join)
 def test_what_needs_no_jax_answers_without_it(words: list[str]):
     program = """

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import llm_jax
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -20,6 +22,15 @@ def test_the_extra_for_hugging_face_is_what_is_imported_from_there():
         assert re.search(rf"import {name}\b|from {name}\b|optional\(\"{name}\"\)", code), name
     for name in names + [re.split("[>=[]", requirement)[0] for requirement in extras["parity"]]:
         assert re.search(rf"^{name}==", (ROOT / "constraints.txt").read_text(), re.MULTILINE), name
+
+
+@pytest.mark.smoke
+def test_the_version_is_that_of_the_change_log_and_of_the_citation():
+    released = re.search(r"^## (\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert released
+    assert cited
+    assert llm_jax.__version__ == released[1] == cited[1]
 
 
 @pytest.fixture(scope="module")

@@ -93,6 +93,7 @@ def test_a_moment_lies_where_its_parameter_lies(optimizer: str, mesh: Mesh):
         assert all(found[path].spec == PartitionSpec() for path in set(moments) - set(alike))
 
 
+@pytest.mark.smoke
 def test_weights_are_split_over_fsdp_and_tensor(mesh: Mesh):
     found = {path: sharding.spec for path, sharding in leaves(shardings(shapes(EVEN), mesh)).items()}
     assert found["layers/attention/w_q"] == PartitionSpec("pipeline", "fsdp", "tensor", None, None)

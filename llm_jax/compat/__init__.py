@@ -1,1 +1,1 @@
-"""Other worlds: the models and files of Hugging Face, and the same model in PyTorch."""
+"""The models and files of Hugging Face, in and out; the same model in PyTorch."""

@@ -1,1 +1,1 @@
-"""From a trained model to text."""
+"""From a trained model to text, or to a class."""

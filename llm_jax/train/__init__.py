@@ -1,1 +1,1 @@
-"""Training: the optimizer, the step, checkpoints, evaluation, the run folder and the loop."""
+"""A training step, without a disk: its config, the loss and its gradient, the optimizer, the compiled program."""
