@@ -117,7 +117,7 @@ def chunked(
         drop = None if dropout is None else functools.partial(dropout, block=start)
         return attend(q_s, k_s, v_s, seen, mask.distance(L, S, queries, keys), scores, drop=drop)
 
-    def scan(block: Callable, blocks: Any) -> Array:
+    def scan(block: Callable[..., Any], blocks: Any) -> Array:
         _, out = jax.lax.scan(jax.checkpoint(block, prevent_cse=False), None, blocks)
         return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])
 
