@@ -257,31 +257,11 @@ class ModelConfig:
                 f"model.n_kv_heads={self.K} does not divide model.n_heads={self.n_heads}; use a divisor, as {divisor}"
             )
         if self.positions == "rotary":
-            self._check_rotary()
+            self.rotary.check(self.H)
         if self.positions == "sinusoidal" and self.d_model % 2:
             raise ValueError(
                 f"sinusoidal positions come in pairs: model.d_model={self.d_model} must be even; use {self.d_model + 1}"
             )
-
-    def _check_rotary(self) -> None:
-        rotated, scaling = self.rotary.rotated(self.H), self.rotary.scaling
-        share = "" if self.rotary.fraction == 1 else f" x rotary.fraction={self.rotary.fraction}"
-        if rotated % 2 or not rotated:
-            raise ValueError(
-                f"rotary positions rotate pairs: head_dim={self.H}{share} must be even; set model.head_dim={self.H + 1}"
-            )
-        if scaling in ("ntk", "dynamic") and rotated == 2:
-            raise ValueError(
-                f"rotary.scaling={scaling} slows all pairs but the first, and head_dim={self.H}{share} has no other; "
-                f"set model.head_dim={2 * self.H}, or rotary.scaling=none"
-            )
-        for name in ("short_factors", "long_factors"):
-            factors = getattr(self.rotary, name)
-            if scaling == "longrope" and len(factors) != rotated // 2:
-                raise ValueError(
-                    f"rotary.{name} has {len(factors)} numbers where head_dim={self.H}{share} has {rotated // 2} "
-                    "pairs; give one for each"
-                )
 
     @property
     def K(self) -> int:
