@@ -173,7 +173,7 @@ def test_the_first_axes_cross_slices_and_within_them_neighbours_stay_so():
 
 
 def test_slices_that_do_not_divide_over_the_first_axes_are_refused():
-    message = r"2 slices do not divide .* 2 of them would lie along data=3; use mesh.data=2, and change those behind"
+    message = r"2 slices do not divide .* 2 of them would lie along data=3; use mesh.data=2, and change those after it"
     with pytest.raises(ValueError, match=message):
         make_mesh(MeshConfig(data=3, fsdp=8), chips(6, 2, slices=2))
     with pytest.raises(ValueError, match=r"4 slices .*: 2 of them would lie along data=3; use mesh.data=2, and"):

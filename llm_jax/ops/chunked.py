@@ -98,8 +98,8 @@ def chunked(
         return scan(block, jnp.asarray(band.starts))
 
     def own(band: Band) -> Array:
-        def block(_: None, part: tuple[Array, Array]) -> tuple[None, Array]:
-            start, index = part
+        def block(_: None, inputs: tuple[Array, Array]) -> tuple[None, Array]:
+            start, index = inputs
             queries, keys = queries_of(start), jnp.minimum(index, S - 1)
             return None, attend_to(start, queries, keys, (wide_k[:, keys], wide_v[:, keys]), index)
 

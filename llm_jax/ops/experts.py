@@ -208,8 +208,8 @@ BLOCK = 128
 
 
 def _in_blocks(x: Array, w: Array, sizes: Array) -> Array:
-    def expert(y: Array, part: tuple[Array, ...]) -> tuple[Array, None]:
-        matrix, start, end = part
+    def expert(y: Array, inputs: tuple[Array, ...]) -> tuple[Array, None]:
+        matrix, start, end = inputs
 
         def step(y: Array, first: Array, own: Array) -> Array:
             return _add(y, first, jnp.where(own, _block(x, first), 0) @ matrix)
@@ -222,8 +222,8 @@ def _in_blocks(x: Array, w: Array, sizes: Array) -> Array:
 
 
 def _in_blocks_backward(x: Array, w: Array, sizes: Array, g: Array) -> tuple[Array, Array]:
-    def expert(dx: Array, part: tuple[Array, ...]) -> tuple[Array, Array]:
-        matrix, start, end = part
+    def expert(dx: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
+        matrix, start, end = inputs
 
         def step(sums: tuple[Array, Array], first: Array, own: Array) -> tuple[Array, Array]:
             dx, dw = sums
