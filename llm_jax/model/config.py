@@ -56,6 +56,12 @@ class Layer:
     mixer: str
     moe: bool
 
+    @classmethod
+    def of(cls, text: str) -> "Layer":
+        """Return the kind that `text` spells."""
+        mixer, plus, _ = text.partition("+")
+        return cls(mixer, bool(plus))
+
     def has(self, tap: str) -> bool:
         """Return whether a layer of this kind has the activation `tap`."""
         if tap in ("attn_scores", "pattern"):
@@ -288,7 +294,7 @@ class ModelConfig:
     @property
     def period(self) -> tuple[Layer, ...]:
         """The kinds of the layers of one period, in order; `model/stack.py` says which layer has which."""
-        return tuple(Layer(text.partition("+")[0], "+" in text) for text in self.layers)
+        return tuple(map(Layer.of, self.layers))
 
     @property
     def head(self) -> str:
