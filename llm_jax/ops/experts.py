@@ -170,8 +170,9 @@ def mix(rows: Float[Array, "R D"], groups: Groups, weights: Float[Array, "T k"])
 
 @jax.custom_vjp
 def _permuted(x: Array, order: Array, inverse: Array) -> Array:
-    """Return `x[order]`, 0 where that is no row. Its gradient is a gather too: autodiff would scatter, as it can't know
-    that no row comes twice.
+    """Return `x[order]`, 0 where that is no row.
+
+    Its gradient is a gather too: autodiff would scatter, as it can't know that no row comes twice.
     """
     whole = len(order) == len(inverse)
     return x.at[order].get(mode="promise_in_bounds" if whole else "fill", fill_value=0)

@@ -1,6 +1,6 @@
 """The mask of attention: which query may see which key, by rules that kernels can read.
 
-`reference` materialises it as booleans. Others skip whole blocks that nobody sees, which `Mask.view` says in NumPy.
+`reference` materialises it as booleans. Others skip whole blocks that no query sees, which `Mask.view` says in NumPy.
 """
 
 import dataclasses
