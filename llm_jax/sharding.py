@@ -169,9 +169,10 @@ def _across_slices(sizes: Mapping[str, int], slices: int) -> list[int]:
     for axis, size in sizes.items():
         if left % size and size % left:
             fit = [n for n in range(1, rest + 1) if rest % n == 0 and (left % n == 0 or n % left == 0)]
+            nearest = min(fit, key=lambda n: abs(n - size))
             raise ValueError(
                 f"{slices} slices do not divide over the first axes of mesh {dict(sizes)}: {left} of them would lie "
-                f"along {axis}={size}; use mesh.{axis}={min(fit, key=lambda n: abs(n - size))}, and change those behind"
+                f"along {axis}={size}; use mesh.{axis}={nearest}, and change those after it"
             )
         across.append(min(left, size))
         left, rest = left // across[-1], rest // size

@@ -98,7 +98,7 @@ def test_a_prompt_may_arrive_in_pieces(layers: tuple[str, ...]):
     np.testing.assert_allclose(jnp.concatenate(found, axis=1), full(config), rtol=1e-5, atol=3e-5)
 
 
-def test_a_prefix_sees_itself_both_ways_and_what_is_written_after_it_sees_the_past():
+def test_a_prefix_sees_itself_both_ways_and_what_comes_after_it_the_past():
     """As in one pass over the row, whose first tokens are its prefix."""
     prefix = jnp.arange(L)[None] < LENGTHS[:, None]
     model = Transformer(TINY)

@@ -62,7 +62,7 @@ def test_without_a_mesh_every_collective_returns_what_it_is_given():
     assert all_gather(x, "NVD") is all_gather_tokens(x) is reduce_scatter_tokens(x) is x
 
 
-def test_a_gathered_parameter_is_whole_and_its_gradient_is_the_shard_of_a_sum():
+def test_a_gathered_parameter_is_whole_and_its_gradient_a_shard_of_the_sum():
     table, x = jnp.arange(48.0).reshape(8, 6), jnp.arange(24.0).reshape(4, 6)
 
     def loss(table: jax.Array, x: jax.Array) -> jax.Array:
@@ -92,7 +92,7 @@ def test_tokens_are_gathered_or_scattered_over_tensor(function: Callable, layout
     assert found == layouts
 
 
-def test_the_gradient_of_a_sum_over_devices_is_there_already_and_sends_nothing():
+def test_the_gradient_of_a_sum_over_devices_sends_nothing():
     def loss(x: jax.Array, weights: jax.Array) -> jax.Array:
         return (shard_map_by_letters(lambda x: psum(x.sum(0), "tensor"), "FD D", x) * weights).sum()
 

@@ -158,7 +158,7 @@ def test_chunked_attention_equals_the_reference(case: str):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_an_implementation_equals_the_reference_or_declines_as_is_written_down(name: str):
+def test_an_implementation_equals_the_reference_or_declines_as_recorded(name: str):
     lack, there = NEEDS.get(name, ("", True))
     if not there:
         pytest.skip(lack)

@@ -107,7 +107,7 @@ HOW = {"once": lambda layer: layer, "in a scan": lambda layer: functools.partial
     ],
     ids=str,
 )
-def test_experts_elsewhere_give_what_experts_here_give_and_no_token_is_dropped(mesh: MeshConfig, how: str):
+def test_experts_elsewhere_compute_what_experts_here_do_for_every_token(mesh: MeshConfig, how: str):
     inputs = normal(T, D), normal(T, k), normal(E, D, F), normal(E, F, D)
     g = normal(T, D)
 
@@ -129,7 +129,7 @@ def test_experts_elsewhere_give_what_experts_here_give_and_no_token_is_dropped(m
             np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max(), err_msg=name)
 
 
-def test_an_even_router_pays_one_round_and_all_devices_agree_on_the_rounds_of_an_uneven_one():
+def test_an_even_router_takes_one_round_and_all_devices_agree_on_more():
     runs = []
 
     def counted(rows: jax.Array, sizes: jax.Array, w: jax.Array) -> jax.Array:

@@ -84,7 +84,7 @@ def test_routing_is_what_a_loop_over_the_tokens_does(config: Experts, biased: bo
 
 
 @pytest.mark.parametrize("active", [1, 2, 4])
-def test_the_balance_loss_is_k_for_an_even_router_and_more_for_one_with_a_favourite(active: int):
+def test_the_balance_loss_is_k_for_an_even_router_and_else_more(active: int):
     config = Experts(4, active, renormalise=False)
     even = 1e-3 * jnp.stack([jnp.roll(jnp.arange(4.0), shift) for shift in range(4)])
     np.testing.assert_allclose(routed(even, config).balance_loss, active, rtol=1e-5)

@@ -116,7 +116,7 @@ def test_who_does_not_know_rope_parameters_reads_the_same_positions(case: str, s
     assert family.read(theirs) == family.read({"rope_parameters": now} | theirs)
 
 
-def test_positions_that_readers_of_before_would_take_for_others_are_refused():
+def test_positions_that_older_readers_would_misread_are_refused():
     _, model = positions("llama llama3", "longrope")
     with pytest.raises(ValueError, match=r"factor=3.0 is not model.max_seq_len=64 / model.rotary.original_len=16"):
         choose(override(model, ["rotary.factor=3.0"]), {}, "llama")
@@ -126,7 +126,7 @@ def test_positions_that_readers_of_before_would_take_for_others_are_refused():
 
 
 @pytest.mark.parametrize("change", ["factor=3.0", "amplitude=1.5"])
-def test_a_phi3_that_readers_of_before_would_take_for_another_is_one_they_refuse(change: str):
+def test_a_phi3_that_older_readers_would_misread_is_one_they_refuse(change: str):
     family, model = positions("phi3 long", "longrope")
     model = override(model, [f"rotary.{change}"])
     assert family.misfits(model, {}) == []

@@ -84,7 +84,7 @@ def test_a_token_seen_often_gets_its_whole_gradient_in_bfloat16():
     assert gradient.tolist() == [[1000], [0]]
 
 
-def test_tokens_go_to_the_rows_of_a_table_that_is_split_and_the_table_stays():
+def test_ids_are_sent_to_the_rows_of_a_split_table_and_the_table_is_not():
     table, ids = (
         jnp.asarray(np.random.default_rng(0).normal(size=(48, 64)), jnp.float32),
         jnp.arange(32).reshape(4, 8) % 11,

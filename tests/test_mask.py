@@ -37,13 +37,13 @@ def test_queries_of_a_cache_are_the_last_of_its_keys():
 
 
 def test_without_a_cache_there_are_as_many_keys_as_queries():
-    with pytest.raises(ValueError, match="2 queries and 3 keys need kv_length to say where the queries stand"):
+    with pytest.raises(ValueError, match="2 queries and 3 keys need kv_length for the positions of the queries"):
         Mask().materialise(2, 3)
 
 
 def test_segments_are_of_all_tokens():
     cached = Mask(segments=jnp.array([[1, 1, 2, 2]]), kv_length=jnp.array([4]))
-    with pytest.raises(ValueError, match="segments of 4 tokens can't tell 2 queries and 4 keys apart"):
+    with pytest.raises(ValueError, match="segments of 4 tokens don't fit 2 queries and 4 keys"):
         cached.materialise(2, 4)
 
 

@@ -74,7 +74,7 @@ def test_the_sinusoidal_table_equals_its_formula(d_model: int):
     np.testing.assert_allclose(found[0], expected, atol=1e-5)
 
 
-def test_a_part_of_the_head_is_turned_as_a_head_of_its_own_and_the_rest_is_left():
+def test_a_share_of_the_head_is_rotated_like_a_whole_head_the_rest_is_not():
     found = rotary(X, POSITIONS, Rotary(fraction=0.5))
     np.testing.assert_allclose(found[..., :4], rotary(X[..., :4], POSITIONS, PLAIN), rtol=1e-6)
     assert (found[..., 4:] == X[..., 4:]).all()
@@ -94,7 +94,7 @@ def test_interleaved_pairs_are_the_halves_in_another_order():
 
 
 @pytest.mark.parametrize("scaling", ["dynamic", "longrope"])
-def test_angles_that_go_by_the_length_are_of_each_row_and_known_before_where_it_is(scaling: str):
+def test_angles_by_length_are_those_of_each_row_and_static_where_it_is(scaling: str):
     lists = {"short_factors": (1.0, 1.5, 2.0, 2.5), "long_factors": (2.0, 3.0, 4.0, 5.0)}
     config = Rotary(scaling=scaling, factor=4.0, original_len=8, **lists if scaling == "longrope" else {})
     lengths = [8, 9] if scaling == "longrope" else [5, 12]
@@ -116,7 +116,7 @@ def test_linear_scaling_is_a_slower_count_of_positions():
     np.testing.assert_allclose(scaled, rotary(X, POSITIONS, PLAIN), atol=1e-5)
 
 
-def test_ntk_scaling_leaves_the_fastest_pair_and_slows_the_slowest_by_the_factor():
+def test_ntk_scaling_keeps_the_fastest_pair_and_slows_the_slowest_in_full():
     ratio = Rotary(scaling="ntk", factor=FACTOR).frequencies(SIZE) / PLAIN.frequencies(SIZE)
     np.testing.assert_allclose(ratio, FACTOR ** (-np.arange(SIZE // 2) / (SIZE // 2 - 1)), rtol=1e-12)
 

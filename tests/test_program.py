@@ -145,7 +145,7 @@ def test_experts_on_several_devices_train_and_are_used_as_on_one(config: RunConf
     ],
     ids=["none", "six"],
 )
-def test_experts_that_do_not_divide_over_the_mesh_are_refused_with_what_does(experts: Experts | None, message: str):
+def test_experts_that_do_not_divide_are_refused_with_what_does(experts: Experts | None, message: str):
     config = tiny(Path("nowhere"), mesh=MeshConfig(expert=4))
     layers = ("global",) if experts is None else ("global+moe",)
     model = dataclasses.replace(config.model, layers=layers, experts=experts)
@@ -220,7 +220,7 @@ def test_what_a_mesh_can_not_split_is_refused_with_the_nearest_that_it_can(
         _ = Program.on(config).abstract_state
 
 
-def test_a_microbatch_that_does_not_divide_over_the_devices_is_an_error_with_the_numbers(config: RunConfig):
+def test_a_microbatch_that_does_not_divide_is_an_error_with_the_numbers(config: RunConfig):
     message = (
         r"4 rows \(data.batch_size=16 / accumulate=4\) does not divide over data x fsdp x expert = 8 .*"
         r"use data.batch_size=32"
@@ -236,7 +236,7 @@ def test_a_second_trace_of_the_train_step_is_an_error(config: RunConfig, batches
         program.train_step(state, dataclasses.replace(batches[0], segments=None))
 
 
-def test_each_program_of_a_process_compiles_its_step_once_after_init_or_restore(config, batches, tmp_path, caplog):
+def test_each_program_compiles_its_step_once_after_init_or_restore(config, batches, tmp_path, caplog):
     jax.config.update("jax_log_compiles", True)
     try:
         with caplog.at_level(logging.WARNING, logger="jax"):
@@ -282,7 +282,7 @@ def test_a_step_lowered_for_devices_that_are_given_lies_on_these(config: RunConf
     )
 
 
-def test_dropout_of_the_pattern_that_nobody_can_do_is_refused_before_the_first_step(tmp_path: Path):
+def test_dropout_of_the_pattern_that_none_can_do_is_refused_at_the_start(tmp_path: Path):
     config = tiny(tmp_path)
     for words in (["model.attention.implementation=flash"], ["mesh.context=2"]):
         with pytest.raises(ValueError, match=r"model\.attention\.dropout=0\.1"):

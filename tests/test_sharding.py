@@ -112,7 +112,7 @@ def test_a_leaf_of_another_rank_than_its_row_raises(mesh: Mesh):
         shardings({"embedding": {"table": jnp.zeros((2, 3, 4))}}, mesh)
 
 
-def test_an_axis_that_does_not_divide_is_named_with_the_next_size_that_does(mesh: Mesh):
+def test_an_axis_that_does_not_divide_is_named_with_the_next_that_does(mesh: Mesh):
     message = "V=15 does not divide over mesh axis tensor=2; change mesh.tensor or pad V to 16"
     with pytest.raises(ValueError, match=f"embedding/table: axis {message}"):
         shardings(shapes(tiny(vocab_size=15)), mesh)
@@ -162,7 +162,7 @@ def steps(mesh: Mesh, axis: str) -> set[int]:
     return set(np.abs(np.diff(places, axis=mesh.axis_names.index(axis))).sum(-1).flat)
 
 
-def test_slices_lie_along_the_first_axes_and_within_them_neighbours_are_neighbours():
+def test_the_first_axes_cross_slices_and_within_them_neighbours_stay_so():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4, tensor=2), chips(4, 2, slices=2))
     assert [{chip.slice_index for chip in row.flat} for row in mesh.devices[0]] == [{0}, {1}]
     assert steps(mesh, "fsdp") == steps(mesh, "tensor") == {1}
@@ -173,8 +173,8 @@ def test_slices_lie_along_the_first_axes_and_within_them_neighbours_are_neighbou
     ]
 
 
-def test_slices_that_do_not_divide_over_the_first_axes_are_refused_with_the_nearest_size_that_does():
-    message = r"2 slices do not divide .* 2 of them would lie along data=3; use mesh.data=2, and change those behind"
+def test_slices_that_do_not_divide_over_the_first_axes_are_refused():
+    message = r"2 slices do not divide .* 2 of them would lie along data=3; use mesh.data=2, and change those after it"
     with pytest.raises(ValueError, match=message):
         make_mesh(MeshConfig(data=3, fsdp=8), chips(6, 2, slices=2))
     with pytest.raises(ValueError, match=r"4 slices .*: 2 of them would lie along data=3; use mesh.data=2, and"):
@@ -185,13 +185,13 @@ def test_a_mesh_axis_may_be_a_part_of_an_axis_of_the_topology():
     assert make_mesh(MeshConfig(data=2, fsdp=8), chips(4, 4)).shape["fsdp"] == 8
 
 
-def test_rows_of_a_batch_are_split_over_data_fsdp_and_expert_and_their_tokens_over_context(mesh: Mesh):
+def test_rows_are_split_over_data_fsdp_and_expert_and_tokens_over_context(mesh: Mesh):
     assert batch_sharding(mesh).spec == PartitionSpec(("data", "fsdp", "expert"), "context")
     assert row_shards(mesh) == 4
     assert row_shards(make_mesh(MeshConfig(data=1, fsdp=2, expert=4))) == 8
 
 
-def test_experts_are_split_over_expert_and_all_else_is_whole_on_every_device_of_it():
+def test_experts_are_split_over_expert_and_all_else_is_whole_on_it():
     config = tiny(vocab_size=16, layers=("global+moe",), experts=Experts(number=4, d_ff=8, balance="bias"))
     found = leaves(shardings(shapes(config), make_mesh(MeshConfig(data=2, expert=4))))
     split = {path.split("/")[-1]: sharding.spec for path, sharding in found.items() if "expert" in sharding.spec}

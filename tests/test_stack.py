@@ -8,7 +8,17 @@ from grid import GRID, TINY, shapes, tiny
 
 from llm_jax.model.cache import init_cache
 from llm_jax.model.config import TAPS, ModelConfig
-from llm_jax.model.stack import gather, kinds_of, layers_at, layers_with, locate, n_scanned, rows_by_path, unstack
+from llm_jax.model.stack import (
+    gather,
+    kinds_of,
+    layers_at,
+    layers_with,
+    locate,
+    n_scanned,
+    rows_by_path,
+    slot_of,
+    unstack,
+)
 from llm_jax.ops.experts import Experts
 from llm_jax.tree import leaves
 
@@ -16,14 +26,9 @@ ODD = tiny(n_layers=5, layers=("delta", "global+moe"), experts=Experts(number=4,
 
 
 def test_the_layers_of_a_pattern_are_where_the_picture_says():
-    found = [(where.path, where.row, where.slot) for where in (locate(ODD, layer) for layer in range(5))]
-    assert found == [
-        ("layers/0", 0, 0),
-        ("layers/1", 0, 0),
-        ("layers/0", 1, 1),
-        ("layers/1", 1, 1),
-        ("layers_4", None, 2),
-    ]
+    found = [(where.path, where.row) for where in (locate(ODD, layer) for layer in range(5))]
+    assert found == [("layers/0", 0), ("layers/1", 0), ("layers/0", 1), ("layers/1", 1), ("layers_4", None)]
+    assert [slot_of(ODD, layer % 2, layer) for layer in range(5)] == [0, 0, 1, 1, 2]
     assert kinds_of(ODD) == ["delta", "global+moe", "delta", "global+moe", "delta"]
     assert n_scanned(ODD) == 4
     assert [(where.path, where.row) for where in (locate(TINY, layer) for layer in range(2))] == [
@@ -46,11 +51,12 @@ def test_every_layer_has_parameters_at_its_path_and_row(config: ModelConfig):
 @pytest.mark.parametrize("config", [TINY, ODD, *GRID[:6]], ids=range(8))
 def test_layers_of_one_kind_of_memory_have_slots_without_a_gap(config: ModelConfig):
     cache = jax.eval_shape(lambda: init_cache(config, 1, 4))
-    located = [locate(config, layer) for layer in range(config.n_layers)]
-    softmax = [where.slot for where in located if where.kind.has("pattern")]
-    linear = [where.slot for where in located if not where.kind.has("pattern")]
-    assert softmax == list(range(cache.k.shape[0]))
-    assert linear == list(range(cache.state.memory.shape[0]))
+    slots: dict[bool, list] = {True: [], False: []}  # of softmax attention, and of linear
+    for layer in range(config.n_layers):
+        offset = layer % len(config.layers)
+        slots[locate(config, layer).kind.has("pattern")].append(slot_of(config, offset, layer))
+    assert slots[True] == list(range(cache.k.shape[0]))
+    assert slots[False] == list(range(cache.state.memory.shape[0]))
 
 
 def test_the_rows_of_a_tap_are_those_of_the_layers_that_have_it():

@@ -82,7 +82,7 @@ def test_what_is_captured_is_what_the_names_say(taps: dict[str, jax.Array], logi
 
 
 @pytest.mark.parametrize("name", [name for name in TAPS if locate(TINY, 0).kind.has(name)])
-def test_editing_in_what_was_captured_changes_nothing_and_anything_else_does(
+def test_an_edit_with_what_was_captured_changes_nothing_any_other_does(
     name: str, taps: dict[str, jax.Array], logits: jax.Array
 ):
     run = jax.jit(lambda x: edit(MODEL, weights(TINY), TOKENS, {name: x}))

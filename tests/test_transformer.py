@@ -188,7 +188,7 @@ def test_dropout_depends_on_its_key_only():
     assert (first != other).any()
 
 
-def test_dropout_of_attention_is_in_training_alone_and_each_layer_has_its_own():
+def test_dropout_of_attention_is_in_training_only_and_differs_by_layer():
     """There are fewer keys than numbers in a head, no two alike, so what was mixed of the values says how."""
     tokens = jnp.arange(2 * L).reshape(2, L) % 14
     changes = {"head_dim": 12, "n_kv_heads": None}

@@ -76,6 +76,12 @@ class Layer:
             return "keys"
         return self.mixer if is_own(self.mixer) else "state"
 
+    @classmethod
+    def of(cls, text: str) -> "Layer":
+        """Return the kind that `text` spells."""
+        mixer, plus, _ = text.partition("+")
+        return cls(mixer, bool(plus))
+
     def has(self, tap: str) -> bool:
         """Return whether a layer of this kind has the activation `tap`."""
         if tap in ("attn_scores", "pattern"):
@@ -282,31 +288,11 @@ class ModelConfig:
                 f"model.n_kv_heads={self.K} does not divide model.n_heads={self.n_heads}; use a divisor, as {divisor}"
             )
         if self.positions == "rotary":
-            self._check_rotary()
+            self.rotary.check(self.H)
         if self.positions == "sinusoidal" and self.d_model % 2:
             raise ValueError(
                 f"sinusoidal positions come in pairs: model.d_model={self.d_model} must be even; use {self.d_model + 1}"
             )
-
-    def _check_rotary(self) -> None:
-        rotated, scaling = self.rotary.rotated(self.H), self.rotary.scaling
-        share = "" if self.rotary.fraction == 1 else f" x rotary.fraction={self.rotary.fraction}"
-        if rotated % 2 or not rotated:
-            raise ValueError(
-                f"rotary positions rotate pairs: head_dim={self.H}{share} must be even; set model.head_dim={self.H + 1}"
-            )
-        if scaling in ("ntk", "dynamic") and rotated == 2:
-            raise ValueError(
-                f"rotary.scaling={scaling} slows all pairs but the first, and head_dim={self.H}{share} has no other; "
-                f"set model.head_dim={2 * self.H}, or rotary.scaling=none"
-            )
-        for name in ("short_factors", "long_factors"):
-            factors = getattr(self.rotary, name)
-            if scaling == "longrope" and len(factors) != rotated // 2:
-                raise ValueError(
-                    f"rotary.{name} has {len(factors)} numbers where head_dim={self.H}{share} has {rotated // 2} "
-                    "pairs; give one for each"
-                )
 
     @property
     def K(self) -> int:
@@ -333,7 +319,7 @@ class ModelConfig:
     @property
     def period(self) -> tuple[Layer, ...]:
         """The kinds of the layers of one period, in order; `model/stack.py` says which layer has which."""
-        return tuple(Layer(text.partition("+")[0], "+" in text) for text in self.layers)
+        return tuple(map(Layer.of, self.layers))
 
     @property
     def head(self) -> str:

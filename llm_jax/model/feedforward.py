@@ -1,20 +1,19 @@
 """The feed-forward layer: plain, gated, or a mixture of experts."""
 
 import functools
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.init import normal
 from llm_jax.model.taps import tap
-from llm_jax.ops.collectives import manual_axis_size, psum, reduce_scatter_tokens, shard_map_by_letters
-from llm_jax.ops.exchange import exchange
-from llm_jax.ops.experts import arrange, dispatch, grouped, mix, route
+from llm_jax.ops.collectives import reduce_scatter_tokens, shard_map_by_letters
+from llm_jax.ops.exchange import serve
+from llm_jax.ops.experts import route
 from llm_jax.ops.gradient import add_bias, linear, settle
 from llm_jax.sharding import constrain
 
@@ -59,43 +58,6 @@ class Utilisation:
     load: Float[Array, "*N E"]
     balance_loss: Float[Array, "*N"]
     z_loss: Float[Array, "*N"]
-
-
-def serve(
-    activation: Callable[[Array], Array],
-    x: Float[Array, "B L D"],
-    experts: Int[Array, "B L X"],
-    weights: Float[Array, "B L X"],
-    *matrices: Float[Array, "E _ _"],
-) -> Float[Array, "B L D"]:
-    """Return the weighted sum of what the X experts of each token compute, on each device for its own tokens.
-
-    A device with all experts sorts its tokens by expert, and sends none. Over `tensor` each device has a shard of the
-    experts' width, and the sum is over these too.
-    """
-    tokens, chosen, shares = (y.reshape(-1, y.shape[-1]) for y in (x, experts, weights))
-    work = functools.partial(_apply, activation)
-    if manual_axis_size("expert") > 1:
-        out = exchange(work, tokens, chosen, shares, matrices)
-    else:
-        groups = arrange(chosen, len(matrices[0]))
-        out = mix(work(dispatch(tokens, groups), groups.sizes, *matrices), groups, shares)
-    return psum(out.reshape(x.shape), "tensor")
-
-
-def _apply(
-    activation: Callable[[Array], Array],
-    rows: Float[Array, "R D"],
-    sizes: Int[Array, " E"],
-    *matrices: Float[Array, "E _ _"],
-) -> Float[Array, "R D"]:
-    """Apply to each row its expert's feed-forward; rows are sorted by expert."""
-    *ups, down = matrices
-    h, *more = (grouped(rows, matrix, sizes) for matrix in ups)
-    h = activation(h)
-    for other in more:  # gated
-        h = h * other
-    return grouped(h, down, sizes)
 
 
 class MixtureOfExperts(nn.Module):

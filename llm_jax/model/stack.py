@@ -38,22 +38,20 @@ class Location:
       kind: how it mixes tokens, and whether its feed-forward is a mixture of experts.
       path: of its parameters and taps in the tree.
       row: its index along the leading N of what is at `path`; None: that is not stacked.
-      slot: its index in the cache, among layers that keep the same kind of memory.
     """
 
     kind: Layer
     path: str
     row: int | None
-    slot: int
 
 
 def locate(c: ModelConfig, layer: int) -> Location:
     """Return where layer `layer` is, an index from 0 to `n_layers - 1`."""
     row, offset = divmod(layer, len(c.layers))
-    kind, slot = c.period[offset], int(slot_of(c, offset, layer))
+    kind = Layer.of(c.layers[offset])
     if layer >= n_scanned(c):
-        return Location(kind, f"layers_{layer}", None, slot)
-    return Location(kind, "layers" if len(c.layers) == 1 else f"layers/{offset}", row, slot)
+        return Location(kind, f"layers_{layer}", None)
+    return Location(kind, "layers" if len(c.layers) == 1 else f"layers/{offset}", row)
 
 
 def kinds_of(c: ModelConfig) -> list[str]:
@@ -67,7 +65,10 @@ def n_scanned(c: ModelConfig) -> int:
 
 
 def slot_of(c: ModelConfig, offset: int, layer: Index) -> Index:
-    """Return the cache slot of `layer`, which may be traced; its offset in the period may not."""
+    """Return the slot of `layer` in the cache, among layers that keep the same kind of memory.
+
+    The layer may be traced, its offset in the period may not.
+    """
     same = [kind.memory == c.period[offset].memory for kind in c.period]
     return layer // len(same) * sum(same) + sum(same[:offset])
 

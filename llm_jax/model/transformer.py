@@ -71,6 +71,7 @@ class Block(nn.Module):
     def __call__(self, carry: Carry, layer: Index, context: Context) -> tuple[Carry, Utilisation | None]:
         c, (x, cache), use = self.config, carry, None
         kind, slot = c.period[self.offset], slot_of(c, self.offset, layer)
+        # Each form of residual calls some of these norms; one that is not called has no parameters.
         attention_norm, feedforward_norm = Norm(c, name="attention_norm"), Norm(c, name="feedforward_norm")
         attention_out, feedforward_out = Norm(c, name="attention_out_norm"), Norm(c, name="feedforward_out_norm")
 

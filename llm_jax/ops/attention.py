@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextvars import ContextVar
 from typing import Protocol, runtime_checkable
 
@@ -197,7 +197,7 @@ _listener: ContextVar[Callable[[str], object]] = ContextVar("listener", default=
 
 
 @contextlib.contextmanager
-def heard(report: Callable[[str], object]) -> Iterator[None]:
+def heard(report: Callable[[str], object]) -> Generator[None]:
     """Call `report` within it with a line, once, that says which implementation runs and why faster ones declined."""
     token = _listener.set(functools.cache(report))
     try:
@@ -226,6 +226,15 @@ def across(implementation: str | None) -> str:
     return implementation or "ring"
 
 
+def check_mask(mask: object) -> None:
+    """Raise `ValueError` for an array instead of a `Mask`: kernels read its fields, and skip what these hide."""
+    if not isinstance(mask, Mask):
+        raise ValueError(
+            f"mask is a {type(mask).__name__}, expected a Mask, which says who sees whom by rules; use "
+            "Mask(causal=False) where all see all, and Mask(segments=...) with a segment apart for what none may see"
+        )
+
+
 def attention(
     q: Float[Array, "B L K G H"],
     k: Float[Array, "B S K H"],
@@ -242,14 +251,9 @@ def attention(
     `implementation=None` takes the first of `FASTEST` that accepts; a name takes that one, or raises `Declined`, a
     `ValueError`, with the reason. A `tap` is shown scores and pattern, so the reference runs. `dropout` is for
     training, and for implementations that hold a pattern. Rows that are split over `mesh.context` take one of `ACROSS`,
-    by default `ring`. Raises `ValueError` for an unknown name, and for an array instead of a `Mask`: kernels read its
-    fields, and never compute what these hide.
+    by default `ring`. Raises `ValueError` for an unknown name, and for an array instead of a `Mask`.
     """
-    if not isinstance(mask, Mask):
-        raise ValueError(
-            f"mask is a {type(mask).__name__}, expected a Mask, which says who sees whom by rules; use "
-            "Mask(causal=False) where all see all, and Mask(segments=...) with a segment apart for what none may see"
-        )
+    check_mask(mask)
     known = IMPLEMENTATIONS | ACROSS
     if implementation is not None and implementation not in known:
         raise ValueError(f"unknown attention {implementation!r}; known: {', '.join(known)}")

@@ -98,8 +98,8 @@ def chunked(
         return scan(block, jnp.asarray(band.starts))
 
     def own(band: Band) -> Array:
-        def block(_: None, part: tuple[Array, Array]) -> tuple[None, Array]:
-            start, index = part
+        def block(_: None, inputs: tuple[Array, Array]) -> tuple[None, Array]:
+            start, index = inputs
             queries, keys = queries_of(start), jnp.minimum(index, S - 1)
             return None, attend_to(start, queries, keys, (wide_k[:, keys], wide_v[:, keys]), index)
 
@@ -117,7 +117,7 @@ def chunked(
         drop = None if dropout is None else functools.partial(dropout, block=start)
         return attend(q_s, k_s, v_s, seen, mask.distance(L, S, queries, keys), scores, drop=drop)
 
-    def scan(block: Callable, blocks: Any) -> Array:
+    def scan(block: Callable[..., Any], blocks: Any) -> Array:
         _, out = jax.lax.scan(jax.checkpoint(block, prevent_cse=False), None, blocks)
         return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])
 

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from llm_jax.ops.collectives import manual_axes, manual_axis_size
-from llm_jax.ops.experts import Groups, arrange, dispatch, mix, restore
+from llm_jax.ops.collectives import manual_axes, manual_axis_size, psum
+from llm_jax.ops.experts import Groups, arrange, dispatch, grouped, mix, restore
 
 AXIS = "expert"
 ROOM = 1.5  # rows for each device in a round, relative to what an even router sends it
@@ -31,6 +31,43 @@ ROOM = 1.5  # rows for each device in a round, relative to what an even router s
 Work = Callable[..., Float[Array, "R D"]]
 # The tokens, the weights of their assignments, and the matrices of the experts on this device.
 Inputs = tuple[Float[Array, "T D"], Float[Array, "T k"], tuple[Float[Array, "_ _ _"], ...]]
+
+
+def serve(
+    activation: Callable[[Array], Array],
+    x: Float[Array, "B L D"],
+    experts: Int[Array, "B L X"],
+    weights: Float[Array, "B L X"],
+    *matrices: Float[Array, "E _ _"],
+) -> Float[Array, "B L D"]:
+    """Return the weighted sum of what the X experts of each token compute, on each device for its own tokens.
+
+    A device with all experts sorts its tokens by expert, and sends none. Over `tensor` each device has a shard of the
+    experts' width, and the sum is over these too.
+    """
+    tokens, chosen, shares = (y.reshape(-1, y.shape[-1]) for y in (x, experts, weights))
+    work = functools.partial(_apply, activation)
+    if manual_axis_size(AXIS) > 1:
+        out = exchange(work, tokens, chosen, shares, matrices)
+    else:
+        groups = arrange(chosen, len(matrices[0]))
+        out = mix(work(dispatch(tokens, groups), groups.sizes, *matrices), groups, shares)
+    return psum(out.reshape(x.shape), "tensor")
+
+
+def _apply(
+    activation: Callable[[Array], Array],
+    rows: Float[Array, "R D"],
+    sizes: Int[Array, " E"],
+    *matrices: Float[Array, "E _ _"],
+) -> Float[Array, "R D"]:
+    """Apply to each row its expert's feed-forward; rows are sorted by expert."""
+    *ups, down = matrices
+    h, *more = (grouped(rows, matrix, sizes) for matrix in ups)
+    h = activation(h)
+    for other in more:  # gated
+        h = h * other
+    return grouped(h, down, sizes)
 
 
 def exchange(

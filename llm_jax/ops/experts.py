@@ -170,8 +170,9 @@ def mix(rows: Float[Array, "R D"], groups: Groups, weights: Float[Array, "T k"])
 
 @jax.custom_vjp
 def _permuted(x: Array, order: Array, inverse: Array) -> Array:
-    """Return `x[order]`, 0 where that is no row. Its gradient is a gather too: autodiff would scatter, as it can't know
-    that no row comes twice.
+    """Return `x[order]`, 0 where that is no row.
+
+    Its gradient is a gather too: autodiff would scatter, as it can't know that no row comes twice.
     """
     whole = len(order) == len(inverse)
     return x.at[order].get(mode="promise_in_bounds" if whole else "fill", fill_value=0)
@@ -208,8 +209,8 @@ BLOCK = 128
 
 
 def _in_blocks(x: Array, w: Array, sizes: Array) -> Array:
-    def expert(y: Array, part: tuple[Array, ...]) -> tuple[Array, None]:
-        matrix, start, end = part
+    def expert(y: Array, inputs: tuple[Array, ...]) -> tuple[Array, None]:
+        matrix, start, end = inputs
 
         def step(y: Array, first: Array, own: Array) -> Array:
             return _add(y, first, jnp.where(own, _block(x, first), 0) @ matrix)
@@ -222,8 +223,8 @@ def _in_blocks(x: Array, w: Array, sizes: Array) -> Array:
 
 
 def _in_blocks_backward(x: Array, w: Array, sizes: Array, g: Array) -> tuple[Array, Array]:
-    def expert(dx: Array, part: tuple[Array, ...]) -> tuple[Array, Array]:
-        matrix, start, end = part
+    def expert(dx: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
+        matrix, start, end = inputs
 
         def step(sums: tuple[Array, Array], first: Array, own: Array) -> tuple[Array, Array]:
             dx, dw = sums

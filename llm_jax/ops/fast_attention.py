@@ -108,7 +108,7 @@ def splash(
     if mask.causal or mask.window is not None:
         reach = None if mask.window is None else mask.window - 1
         seen = splash_attention_mask.LocalMask((L, L), (reach, 0 if mask.causal else None), offset=0)
-    attend: Callable[..., Array] = splash_attention_kernel.make_splash_mqa_single_device(
+    attend: Any = splash_attention_kernel.make_splash_mqa_single_device(
         splash_attention_mask.MultiHeadMask([seen] * G),
         block_sizes=splash_attention_kernel.BlockSizes(side, side, side, side, side, side, side, side),
         attn_logits_soft_cap=scores.softcap,

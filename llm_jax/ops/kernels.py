@@ -110,6 +110,7 @@ def _scores(
 
 
 def _forward_kernel(tiles: Tiles, *refs: Ref) -> None:
+    """Add up attention of query block i over the key blocks it visits (arXiv:2307.08691, alg. 1)."""
     blocks_ref, counts_ref, q_ref, k_ref, v_ref, slope_ref, q_tags_ref, k_tags_ref = refs[:8]
     o_ref, lse_ref, m_ref, l_ref, acc_ref = refs[8:]
     i, t = pl.program_id(0), pl.program_id(2)
@@ -146,8 +147,10 @@ def _pattern_and_ds(tiles: Tiles, i: Array, j: Array, *refs: Ref) -> tuple[Array
 
 
 def _dq_kernel(tiles: Tiles, *refs: Ref) -> None:
-    blocks_ref, counts_ref, *reads, dq_ref, acc_ref = refs
+    """Add up dq of query block i over the key blocks it visits (arXiv:2307.08691, alg. 2)."""
+    blocks_ref, counts_ref, *reads = refs[:11]
     _, k_ref, *_ = reads
+    dq_ref, acc_ref = refs[11:]
     i, t = pl.program_id(0), pl.program_id(2)
 
     @pl.when(t == 0)
@@ -165,8 +168,10 @@ def _dq_kernel(tiles: Tiles, *refs: Ref) -> None:
 
 
 def _dkv_kernel(tiles: Tiles, *refs: Ref) -> None:
-    blocks_ref, counts_ref, *reads, dk_ref, dv_ref, dk_acc_ref, dv_acc_ref = refs
+    """Add up dk and dv of key block j over the query blocks it visits, for all query heads g (alg. 2)."""
+    blocks_ref, counts_ref, *reads = refs[:11]
     q_ref, *_, do_ref = reads
+    dk_ref, dv_ref, dk_acc_ref, dv_acc_ref = refs[11:]
     j, g, t = pl.program_id(0), pl.program_id(1), pl.program_id(2)
 
     @pl.when((g == 0) & (t == 0))
@@ -216,7 +221,7 @@ def specs_of(side: int, H: int, slopes: Array | None, tags: Array | None, i: Blo
     )
 
 
-def row(n: Any, t: Any, blocks: Any) -> Any:
+def kept(n: Any, t: Any, blocks: Any) -> Any:
     """Return the block that row n of the grid keeps."""
     return n
 
@@ -236,7 +241,7 @@ def _forward(
     """Return o [G L H] and lse [G 1 L]. Each row of the grid keeps a block of queries, and visits blocks of keys."""
     (G, L, H), side = q.shape, tiles.side
     blocks, counts = visits(tiles.view)
-    spec = specs_of(side, H, slopes, tags, i=row, j=visited)
+    spec = specs_of(side, H, slopes, tags, i=kept, j=visited)
     call = functools.partial(
         pl.pallas_call,
         functools.partial(_forward_kernel, tiles),
@@ -260,12 +265,20 @@ def _forward(
 
 
 def _backward_q(
-    tiles: Tiles, q: Float[Array, "G L H"], k: Array, v: Array, slopes: Array | None, tags: Array | None, *more: Array
+    tiles: Tiles,
+    q: Float[Array, "G L H"],
+    k: Array,
+    v: Array,
+    slopes: Array | None,
+    tags: Array | None,
+    lse: Float[Array, "G 1 L"],
+    delta: Float[Array, "G 1 L"],
+    do: Float[Array, "G L H"],
 ) -> Sequence[Array]:
-    """Return dq [G L H], given lse, delta and do. The grid is that of `_forward`."""
+    """Return dq [G L H]. The grid is that of `_forward`."""
     (G, _, H), side = q.shape, tiles.side
     blocks, counts = visits(tiles.view)
-    spec = specs_of(side, H, slopes, tags, i=row, j=visited)
+    spec = specs_of(side, H, slopes, tags, i=kept, j=visited)
     call = functools.partial(
         pl.pallas_call,
         functools.partial(_dq_kernel, tiles),
@@ -281,16 +294,24 @@ def _backward_q(
         cost_estimate=_cost(q, counts, side, products=3),
         name="flash_backward_q",
     )
-    return _run(call, blocks, counts, q, k, v, slopes, tags, tags, *more)
+    return _run(call, blocks, counts, q, k, v, slopes, tags, tags, lse, delta, do)
 
 
 def _backward_kv(
-    tiles: Tiles, q: Float[Array, "G L H"], k: Array, v: Array, slopes: Array | None, tags: Array | None, *more: Array
+    tiles: Tiles,
+    q: Float[Array, "G L H"],
+    k: Array,
+    v: Array,
+    slopes: Array | None,
+    tags: Array | None,
+    lse: Float[Array, "G 1 L"],
+    delta: Float[Array, "G 1 L"],
+    do: Float[Array, "G L H"],
 ) -> Sequence[Array]:
-    """Return dk and dv [S H], given lse, delta and do. Each row keeps a block of keys, and visits blocks of queries."""
+    """Return dk and dv [S H]. Each row of the grid keeps a block of keys, and visits blocks of queries."""
     (G, _, H), side = q.shape, tiles.side
     blocks, counts = visits(tiles.view.T)
-    spec = specs_of(side, H, slopes, tags, i=visited, j=row)
+    spec = specs_of(side, H, slopes, tags, i=visited, j=kept)
     call = functools.partial(
         pl.pallas_call,
         functools.partial(_dkv_kernel, tiles),
@@ -306,7 +327,7 @@ def _backward_kv(
         cost_estimate=_cost(q, counts, side, products=4),
         name="flash_backward_kv",
     )
-    return _run(call, blocks, counts, q, k, v, slopes, tags, tags, *more)
+    return _run(call, blocks, counts, q, k, v, slopes, tags, tags, lse, delta, do)
 
 
 def _cost(q: Float[Array, "G L H"], counts: np.ndarray, side: int, products: int) -> pl.CostEstimate:
@@ -349,10 +370,10 @@ def _flash_forward(
 
 
 def _flash_backward(tiles: Tiles, saved: tuple[Any, ...], do: Array) -> tuple[Any, ...]:
-    *reads, o, lse = saved
+    q, k, v, slopes, tags, o, lse = saved
     delta = (o.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1)[:, None]
-    (dq,) = _backward_q(tiles, *reads, lse, delta, do)
-    dk, dv = _backward_kv(tiles, *reads, lse, delta, do)
+    (dq,) = _backward_q(tiles, q, k, v, slopes, tags, lse, delta, do)
+    dk, dv = _backward_kv(tiles, q, k, v, slopes, tags, lse, delta, do)
     return dq, dk, dv, None, None
 
 

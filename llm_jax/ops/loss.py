@@ -91,8 +91,8 @@ def chunked_cross_entropy(
         wide = all_gather(table, "VD").astype(jnp.float32)
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
-        def one(_: None, part: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
-            x, y = part
+        def one(_: None, inputs: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
+            x, y = inputs
             logits = constrain(unembed(x, wide.astype(table.dtype), softcap), "BLV")
             return None, cross_entropy(logits, y, **terms)
 

@@ -1,6 +1,6 @@
 """The mask of attention: which query may see which key, by rules that kernels can read.
 
-`reference` materialises it as booleans. Others skip whole blocks that nobody sees, which `Mask.view` says in NumPy.
+`reference` materialises it as booleans. Others skip whole blocks that no query sees, which `Mask.view` says in NumPy.
 """
 
 import dataclasses
@@ -96,7 +96,7 @@ class Mask:
         if self.kv_length is not None:
             positions = queries[None] + (self.kv_length - L)[:, None]
         elif L != S:
-            raise ValueError(f"{L} queries and {S} keys need kv_length to say where the queries stand")
+            raise ValueError(f"{L} queries and {S} keys need kv_length for the positions of the queries")
         else:
             positions = queries[None]
         return positions[:, :, None] - keys[None, None]
@@ -130,7 +130,7 @@ class Mask:
         if self.segments is not None:
             if (self.segments.shape[1],) * 2 != (L, S):
                 held = self.segments.shape[1]
-                raise ValueError(f"segments of {held} tokens can't tell {L} queries and {S} keys apart")
+                raise ValueError(f"segments of {held} tokens don't fit {L} queries and {S} keys")
             mine = self.segments if queries is None else self.segments[:, queries]
             mask &= mine[:, :, None] == self.segments[:, None, keys]
         return mask

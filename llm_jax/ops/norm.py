@@ -1,6 +1,6 @@
 """Layer norm and RMS norm, with gradients of their own.
 
-XLA's CPU compiler makes of the gradient by autodiff several reductions that each read their whole input again; the form
+XLA's CPU compiler turns the gradient of autodiff into several reductions that each read their whole input; the form
 below saves two numbers a token, and is the same mathematics (a test compares it with autodiff).
 """
 

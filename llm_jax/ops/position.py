@@ -75,6 +75,27 @@ class Rotary:
             if any(factor <= 0 for factor in factors):
                 raise ValueError(f"rotary.{name}={min(factors)} must be positive, as every factor of longrope")
 
+    def check(self, H: int) -> None:
+        """Raise `ValueError` for heads of size H that can't be rotated so."""
+        rotated, scaling = self.rotated(H), self.scaling
+        share = "" if self.fraction == 1 else f" x rotary.fraction={self.fraction}"
+        if rotated % 2 or not rotated:
+            raise ValueError(
+                f"rotary positions rotate pairs: head_dim={H}{share} must be even; set model.head_dim={H + 1}"
+            )
+        if scaling in ("ntk", "dynamic") and rotated == 2:
+            raise ValueError(
+                f"rotary.scaling={scaling} slows all pairs but the first, and head_dim={H}{share} has no other; "
+                f"set model.head_dim={2 * H}, or rotary.scaling=none"
+            )
+        for name in ("short_factors", "long_factors"):
+            factors = getattr(self, name)
+            if scaling == "longrope" and len(factors) != rotated // 2:
+                raise ValueError(
+                    f"rotary.{name} has {len(factors)} numbers where head_dim={H}{share} has {rotated // 2} pairs; "
+                    "give one for each"
+                )
+
     @property
     def local(self) -> "Rotary":
         """The rotary embedding of local layers."""

@@ -39,9 +39,7 @@ class Sampling:
                 f"temperature={self.temperature} is neither 0 nor from {low:g} to {high:g}; 0 is greedy, 1 is the "
                 "model's own"
             )
-        k = self.top_k
-        if k is not None and not (isinstance(k, int | np.integer) and _within(k, 1.0, math.inf)):
-            raise ValueError(f"top_k={k} is no number of tokens to keep; use 1 or more, or leave it out")
+        _check_top_k(self.top_k)
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             if value is not None and not (_within(value, 0.0, 1.0) and value > 0):
@@ -51,6 +49,12 @@ class Sampling:
             raise ValueError(
                 f"repetition_penalty={self.repetition_penalty} does not lie from {low:g} to {high:g}; 1 is none"
             )
+
+
+def _check_top_k(k: object) -> None:
+    """Raise `ValueError` for anything but None and a whole number from 1 on."""
+    if k is not None and not (isinstance(k, int | np.integer) and _within(k, 1.0, math.inf)):
+        raise ValueError(f"top_k={k} is no number of tokens to keep; use 1 or more, or leave it out")
 
 
 def _within(value: object, low: float, high: float) -> bool:
