@@ -398,11 +398,11 @@ def test_no_family_has_a_map_and_a_lack():
     ("change", "says"),
     [
         ({"without": "model.norm.weight"}, "missing: model.norm.weight. Are"),
-        ({"model.extra.weight": (3,)}, "without a place: model.extra.weight. Are"),
+        ({"model.extra.weight": (3,)}, "unknown: model.extra.weight. Are"),
         ({"model.norm.weight": (23,)}, r"of another shape: model.norm.weight \[23\] instead of \[24\]"),
         (
             {"without": "model.layers.2.self_attn.k_proj.weight", "more": (1,)},
-            "missing: model.*; without a place: more",
+            "missing: model.*; unknown: more",
         ),
     ],
 )

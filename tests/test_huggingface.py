@@ -450,7 +450,7 @@ def test_a_hub_that_does_not_answer_is_said_with_the_way_out(monkeypatch: pytest
         raise ConnectionError("no route\nto host")
 
     hub(snapshot_download, monkeypatch)
-    with pytest.raises(ValueError, match=r"and the hub does not give it \(no route to host\); .* folder"):
+    with pytest.raises(ValueError, match=r"and the hub does not provide it \(no route to host\); .* folder"):
         fetch("someone/llama")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match=r"this needs huggingface_hub; install it: pip install 'llm-jax\[hf\]'"):
