@@ -96,7 +96,7 @@ def distances(ours: Trained, theirs: Trained, number: str) -> Float[np.ndarray, 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What compare.json holds. The keys of `sides`, `gaps` and `missing` (why a side is absent) are those of `NAMES`."""
+    """What compare.json holds. The keys of `sides`, `gaps` and `missing`, reasons why one is absent, are in `NAMES`."""
 
     steps: int
     tokens_per_step: int

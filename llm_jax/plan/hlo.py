@@ -317,7 +317,7 @@ def _groups(x: Instruction, devices: int) -> list[list[int]] | None:
 
 
 def _transposed(sizes: Sequence[int], order: Sequence[int]) -> list[int]:
-    """`arange(prod(sizes)).reshape(sizes).transpose(order).ravel()`."""
+    """Return `arange(prod(sizes)).reshape(sizes).transpose(order).ravel()`."""
     strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
     indices = itertools.product(*(range(sizes[axis]) for axis in order))
     return [sum(i * strides[axis] for i, axis in zip(index, order, strict=True)) for index in indices]
