@@ -356,7 +356,7 @@ def test_a_folder_that_could_not_be_filled_is_gone(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_import_into_a_folder_that_is_there_is_refused_before_anything_is_read(tmp_path: Path, capsys: Any):
+def test_an_import_into_an_existing_folder_is_refused_before_any_reading(tmp_path: Path, capsys: Any):
     """The model may be a download of hours."""
     for name, holds in (("empty", "exists"), ("notes.txt", "exists"), ("config.json", "already holds a run")):
         (folder := tmp_path / f"for {name}").mkdir()
@@ -390,7 +390,7 @@ def test_an_export_that_fails_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_that_sees_the_whole_question_is_not_exported_as_one_that_does_not(imported: Path, tmp_path: Path):
+def test_a_model_with_a_prefix_is_not_exported_as_a_causal_one(imported: Path, tmp_path: Path):
     config = run_folder.load_config(imported)
     task = TaskConfig("translate")
     translator = dataclasses.replace(config, data=dataclasses.replace(config.data, task=task, packing="documents"))
@@ -398,7 +398,7 @@ def test_a_model_that_sees_the_whole_question_is_not_exported_as_one_that_does_n
     (tmp_path / "run" / "tokenizer").symlink_to(imported / "tokenizer")
     run_folder.save_config(tmp_path / "run", translator)
     params, _ = restore.restore(imported, restore.on_one_device(config), report=quiet)
-    with pytest.raises(ValueError, match=r"sees the whole question at once .* every family .* sees no token ahead"):
+    with pytest.raises(ValueError, match=r"sees the whole question at once .* every family .* is causal"):
         export_run(tmp_path / "run", params, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

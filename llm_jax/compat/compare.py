@@ -153,7 +153,7 @@ def first_steps(side: Side, job: tuple[Any, ...], report: Report) -> Stretch | s
 
 
 def alternate(sides: Mapping[str, Side], steps: int, report: Report) -> dict[str, list[Stretch]]:
-    """Take the rest of `steps` in rounds, in each a stretch of every side in turn."""
+    """Take the rest of `steps` in rounds, each with a stretch of every side."""
     taken: dict[str, list[Stretch]] = {name: [] for name in sides}
     for steps_of_round in np.array_split(np.arange(WARM_UP, steps), min(ROUNDS, steps - WARM_UP)):
         for name, side in sides.items():

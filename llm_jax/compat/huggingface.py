@@ -121,7 +121,7 @@ def export_run(
     if task is not None and task.kind == "translate":
         raise ValueError(
             f"{folder} sees the whole question at once (data.task.kind=translate), but every family of "
-            "docs/architectures.md sees no token ahead, and would write something else; let llm-jax generate answer"
+            "docs/architectures.md is causal, and would generate something else; use llm-jax generate"
         )
     origin = read_json(folder / ORIGIN) if (folder / ORIGIN).is_file() else {}
     chosen = choose(model, weights.shapes_of(params), family, origin.get("model_type"))
@@ -212,7 +212,7 @@ def choose(model: ModelConfig, shapes: Shapes, name: str | None, origin: str | N
     closest = min(misfits, key=lambda name: len(misfits[name]))
     if misfits[closest]:
         raise ValueError(
-            f"no family can say what this model is; the closest, {closest}, lacks {', '.join(misfits[closest])}. "
+            f"no family can express this model; the closest, {closest}, lacks {', '.join(misfits[closest])}. "
             "A model that is to be exported must be one of docs/architectures.md"
         )
     return FAMILIES[closest]

@@ -22,7 +22,7 @@ def files_of(tokenizer: Tokenizer, max_len: int, *, begins: bool = False) -> Map
     """Return tokenizer files by name: those of an imported tokenizer, or tokenizer.json and its config.
 
     `begins` makes the tokenizer put begin-of-text before a text, as documents began in training. If an imported one
-    does otherwise, its files change in this alone.
+    does otherwise, only this changes in its files.
     """
     if isinstance(tokenizer, ImportedTokenizer):
         changed = {} if begins == tokenizer.begins else _begun(tokenizer, begins=begins)

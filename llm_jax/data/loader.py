@@ -260,7 +260,7 @@ def heldout_rows(store: TokenStore, config: DataConfig) -> Iterator[Batch]:
         yield _batch(store, config, task, _index(config, spans + [[]] * (config.batch_size - len(rows))))
 
 
-@functools.lru_cache(maxsize=len(SPLITS))  # every evaluation asks
+@functools.lru_cache(maxsize=len(SPLITS))  # every evaluation calls it
 def task_of(store: TokenStore, config: DataConfig) -> Task | None:
     """Return the task of `config` in the tokens of `store`. Raises `ValueError` for a document that misfits it."""
     if config.task is None:
@@ -328,5 +328,5 @@ def _batch(store: TokenStore, config: DataConfig, task: Task | None, index: Int6
     )
     if task is None:
         return batch
-    asked = task.asked(batch.tokens, batch.targets, batch.segments)
-    return dataclasses.replace(batch, targets=asked.targets, prefix=asked.prefix)
+    selected = task.select(batch.tokens, batch.targets, batch.segments)
+    return dataclasses.replace(batch, targets=selected.targets, prefix=selected.prefix)

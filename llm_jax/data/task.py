@@ -46,7 +46,7 @@ class TaskConfig:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Selected:
     """The targets of a batch that a task keeps, and the tokens that all of their document attends to; None: none."""
 
     targets: Int32[np.ndarray, "B L"]
@@ -61,19 +61,19 @@ class Task:
     separator: int
     answers: Int64[np.ndarray, " C"]
 
-    def asked(
+    def select(
         self,
         tokens: Int32[np.ndarray, "B L"],
         targets: Int32[np.ndarray, "B L"],
         segments: Int32[np.ndarray, "B L"],
-    ) -> Asked:
+    ) -> Selected:
         """Keep the targets that answer: all of the answer and its end, or its class at the separator."""
         question = self.question(tokens, segments)
         last = question & (tokens == self.separator)
         if self.kind == "translate":
-            return Asked(np.where(question & ~last, IGNORE, targets), question)
+            return Selected(np.where(question & ~last, IGNORE, targets), question)
         classes = (targets[..., None] == self.answers).argmax(-1).astype(np.int32)
-        return Asked(np.where(last, classes, np.int32(IGNORE)), None)
+        return Selected(np.where(last, classes, np.int32(IGNORE)), None)
 
     def question(self, tokens: Int[np.ndarray, "B L"], segments: Int[np.ndarray, "B L"]) -> Bool[np.ndarray, "B L"]:
         """Return which tokens belong to the question of their document: all up to its first separator, inclusive."""

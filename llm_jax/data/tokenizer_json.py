@@ -10,7 +10,7 @@ from typing import Any
 from llm_jax.data.tokenizer_interface import MOST_IDS
 from llm_jax.files import check_fields, parse_json
 
-SAVE_AGAIN = "download it again, or let transformers save the tokenizer anew"
+SAVE_AGAIN = "download it again, or let transformers save the tokenizer again"
 TOKEN = {"id": int, "content": str}
 VOCABULARY = {"BPE": dict, "WordPiece": dict, "WordLevel": dict, "Unigram": list}  # by the type of the model
 
