@@ -43,6 +43,7 @@ from llm_jax.model import count
 from llm_jax.model.transformer import Transformer, forward
 from llm_jax.runs import folder as run_folder
 from llm_jax.runs import loop, restore
+from llm_jax.runs.start import load_recipe
 from llm_jax.tree import fingerprint
 
 TEXT = "The cat's mat: 12345 mats, naïve 🐈\n\n    def sit(mat):\n\treturn  mat  # <|endoftext|> </s>\r\n ß"

@@ -23,7 +23,7 @@ from rich.console import Group
 from rich.text import Text
 
 from llm_jax import tree as trees
-from llm_jax.files import write_whole
+from llm_jax.files import parse_json, write_whole
 from llm_jax.plan import hlo, liveness
 from llm_jax.plan.describe import columns, metric, shares, title
 from llm_jax.plan.estimate import flops_a_token, gradient_bytes, numbers_here, rate_along
@@ -168,7 +168,7 @@ def figures(program: Program, topology: Topology, folder: Path | None = None) ->
     key = hashlib.sha256("\n".join([lowered.as_text(), str(topology), *_compilers(), *known]).encode()).hexdigest()[:32]
     path = folder / f"{key}.json.gz"
     if path.exists():
-        return Figures(**json.loads(gzip.decompress(path.read_bytes())))
+        return Figures(**parse_json(gzip.decompress(path.read_bytes()), where=str(path), advice="delete it"))
     found = _compiled(lowered, bytes_here((program.abstract_state, program.abstract_batch)))
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(path, gzip.compress(json.dumps(dataclasses.asdict(found)).encode()))
