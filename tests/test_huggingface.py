@@ -201,7 +201,7 @@ def test_what_an_imported_run_does_not_have_is_said(words: list[str], imported: 
         (lambda there: (there / "config.json").unlink(), "config.json is missing; name the folder of a model"),
         (lambda there: (there / "config.json").write_text("{"), "config.json is not JSON"),
         (lambda there: (there / "config.json").write_text("[]"), "config.json holds a list, expected an object"),
-        (lambda there: (there / "config.json").write_text('{"model_type": "bert"}'), "a family without a map"),
+        (lambda there: (there / "config.json").write_text('{"model_type": "bert"}'), "an unknown family"),
         (lambda there: (there / "model.safetensors").unlink(), "has no model.safetensors"),
         (lambda there: None, "has no tokenizer.json. .* --tokenizer gpt2"),
     ],
@@ -253,8 +253,8 @@ def test_a_folder_that_holds_a_run_is_not_written_to(llama: Path, imported: Path
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--family", "lama"], "--family lama: a family without a map; did you mean 'llama'"),
-        (["--family", "gpt_oss"], "--family gpt_oss: a family without a map; it needs learned sinks"),
+        (["--family", "lama"], "--family lama: an unknown family; did you mean 'llama'"),
+        (["--family", "gpt_oss"], "--family gpt_oss: an unknown family; it needs learned sinks"),
         (["--family", "qwen3"], "closest, qwen3, lacks model.attention.qk_norm=none"),
         (["--checkpoint", "7"], "no checkpoint of step 7"),
     ],
@@ -414,7 +414,7 @@ def test_an_imported_tokenizer_is_kept_as_it_is(tmp_path: Path):
     for name, content in files_of(again, 10, begins=True).items():
         assert content == (there / name).read_bytes()
     (tmp_path / "kept" / "tokenizer.json").write_text(with_byte_fallback(), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"is damaged: its tokenizer.json is another; import the model again"):
+    with pytest.raises(ValueError, match=r"is damaged: its tokenizer.json has changed; import the model again"):
         tokenizer.load_tokenizer(tmp_path / "kept")
 
 
@@ -506,7 +506,7 @@ def test_an_end_that_is_no_id_is_refused_at_the_import(end: Any, tmp_path: Path)
             400,
             "token 999 is to end a text, but the tokenizer someone/theirs has the ids 0 to 299",
         ),
-        ({}, 20, "the tokenizer someone/theirs has 300 ids, but the model knows 20; name another: --tokenizer"),
+        ({}, 20, "the tokenizer someone/theirs has 300 ids, but the model has 20; name another: --tokenizer"),
     ],
 )
 def test_a_tokenizer_that_does_not_fit_is_refused(more: dict[str, Any], vocab_size: int, says: str, tmp_path: Path):

@@ -132,8 +132,8 @@ def test_what_a_config_leaves_out_is_what_transformers_takes():
         ("llama llama3", {"hidden_act": ["silu"]}, r'has hidden_act=\["silu"\], a list; expected a string'),
         ("llama llama3", {"num_hidden_layers": 0}, "num_hidden_layers=0; expected 1 to 4,096"),
         ("qwen3", {"num_hidden_layers": 0, "layer_types": None}, "num_hidden_layers=0; expected 1 to 4,096"),
-        ("gemma2", {"query_pre_attn_scalar": None}, "has query_pre_attn_scalar=null, which is no such value"),
-        ("gemma3_text", {"sliding_window_pattern": 0}, "has .*sliding_window_pattern=0, which is no such value"),
+        ("gemma2", {"query_pre_attn_scalar": None}, "has query_pre_attn_scalar=null, which is not a valid value"),
+        ("gemma3_text", {"sliding_window_pattern": 0}, "has .*sliding_window_pattern=0, which is not a valid value"),
         ("gpt2", {"n_head": "five"}, "n_head=five, a string; expected a number"),
         ("smollm3", {"layer_types": ["sliding_attention"] * 5}, "a window and without positions"),
         (

@@ -12,10 +12,10 @@ from llm_jax.compat.missing import LACKS
 @pytest.mark.parametrize(
     ("theirs", "says"),
     [
-        ({"model_type": "lama"}, "lama, a family without a map; known: arcee, .* starcoder2"),
+        ({"model_type": "lama"}, "lama, an unknown family; known: arcee, .* starcoder2"),
         ({"model_type": "gemma3", "text_config": {}}, "an encoder of images or sound, .* save the text model alone"),
-        ({}, "null, a family"),
-        ({"model_type": [1]}, r"\[1\], a family"),
+        ({}, "null, an unknown family"),
+        ({"model_type": [1]}, r"\[1\], an unknown family"),
         (
             {"model_type": "gpt_oss"},
             "it needs learned sinks, clamped SwiGLU, biases in experts .*, which llm-jax lacks",

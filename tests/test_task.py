@@ -266,7 +266,7 @@ def test_metrics_count_all_tokens_read_and_the_loss_the_targets_kept():
     ("make", "message"),
     [
         (lambda: TaskConfig("classify"), "task.kind=classify chooses among answers; got (); set task.answers=yes,no"),
-        (lambda: TaskConfig("translate", answers=("a",)), "writes any answer; leave out task.answers=a"),
+        (lambda: TaskConfig("translate", answers=("a",)), "generates any answer; leave out task.answers=a"),
         (lambda: rows_of(TRANSLATE, packing="windows"), "packing=windows cuts them; use packing=documents"),
         (lambda: rows_of(TRANSLATE, end_of_text=False), "must learn where an answer ends; set end_of_text=true"),
         (
@@ -293,9 +293,9 @@ def test_a_task_that_can_not_be_asked_is_refused(make: Any, message: str):
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["ab\tyes", "no separator", "ab\tno"], "a.jsonl#1 is no question with its answer: it has no separator"),
-        (["ab\tyes", "ab\tmaybe"], "a.jsonl#1 is no question with its answer: its answer begins like none of"),
-        (["ab\tyes", "ab\t"], "a.jsonl#1 is no question with its answer: its answer begins like none of"),
+        (["ab\tyes", "no separator", "ab\tno"], "a.jsonl#1 is not a question and its answer: it has no separator"),
+        (["ab\tyes", "ab\tmaybe"], "a.jsonl#1 is not a question and its answer: its answer begins like none of"),
+        (["ab\tyes", "ab\t"], "a.jsonl#1 is not a question and its answer: its answer begins like none of"),
         (
             ["ab\tyes", "abc" * 9 + "\tno"],
             "its 31 tokens exceed seq_len=24, which would split question and answer",
@@ -334,7 +334,7 @@ def test_of_documents_in_parts_the_right_one_is_named(tmp_path: Path, monkeypatc
         "".join(json.dumps({"text": f"ab\t{text}"}) + "\n" for text in ["yes"] * 3 + ["x"])
     )
     prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", tokenizer="byte", heldout=0.0)
-    with pytest.raises(ValueError, match=r"a.jsonl#3 is no question with its answer"):
+    with pytest.raises(ValueError, match=r"a.jsonl#3 is not a question and its answer"):
         Loader(open_shards(tmp_path / "out").split("train"), rows_of(CLASSIFY))
 
 
@@ -427,7 +427,7 @@ def test_other_text_of_the_same_form_is_scored_and_any_other_refused(place: Path
     assert json.loads(printed(capsys, "evaluate", "translate", "--data", "more.txt", "--json"))["documents"] == 2
     (place / "prose.txt").write_text("abc")
     assert main(["evaluate", "translate", "--data", "prose.txt"]) == 2
-    assert "prose.txt#0 is no question with its answer: it has no separator" in capsys.readouterr().err
+    assert "prose.txt#0 is not a question and its answer: it has no separator" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["translate", "classify"])

@@ -17,7 +17,7 @@ from llm_jax.plan.topology import parse_topology
         ("v5e", "a topology of v5e has 2 sizes, like v5e:4x4; got 'v5e'"),
         ("v5e:٤x4", "a topology of v5e has 2 sizes, like v5e:4x4; got"),
         ("cpu:1_0", "a topology of cpu has 1 sizes, like cpu:8; got"),
-        ("cpu:999999", "cpu:999999 has 999,999 devices, and no more than 100,000 are planned for"),
+        ("cpu:999999", "cpu:999999 has 999,999 devices; use at most 100,000"),
         ("v5p:4x4", "a topology of v5p has 3 sizes, like v5p:2x2x4; got 'v5p:4x4'"),
         ("cpu:0", "a topology of cpu has 1 sizes"),
     ],

@@ -83,7 +83,7 @@ class Family:
             except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
                 said = ", ".join(f"{name}={short(theirs[name])}" for name in lens.keys if name in theirs)
                 raise ValueError(
-                    f"config.json of a {self.name} has {said}, which is no such value ({error}); download it again"
+                    f"config.json of a {self.name} has {said}, which is not a valid value ({error}); download it again"
                 ) from None
             for name, value in read.items():
                 check_field(name, value, [key for key in lens.keys if key in theirs])

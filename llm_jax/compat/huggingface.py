@@ -196,7 +196,7 @@ def family_of(theirs: Mapping[str, Any], where: str = "config.json") -> Family:
     lacks = lacking(name)
     why = f"it needs {lacks}, which llm-jax lacks" if lacks else f"known: {', '.join(sorted(FAMILIES))}"
     inside = "; of a model that does more than text, save the text model alone" * ("text_config" in theirs)
-    raise ValueError(f"{where} has model_type={name}, a family without a map; {why}{inside}")
+    raise ValueError(f"{where} has model_type={name}, an unknown family; {why}{inside}")
 
 
 def choose(model: ModelConfig, shapes: Shapes, name: str | None, origin: str | None = None) -> Family:
@@ -206,7 +206,7 @@ def choose(model: ModelConfig, shapes: Shapes, name: str | None, origin: str | N
     """
     if name is not None and name not in FAMILIES:
         needs = f"it needs {lacks}" if (lacks := lacking(name)) else nearest(name, FAMILIES)
-        raise ValueError(f"--family {name}: a family without a map; {needs}")
+        raise ValueError(f"--family {name}: an unknown family; {needs}")
     names = sorted(FAMILIES, key=lambda each: each != origin) if name is None else [name]
     misfits = {name: FAMILIES[name].misfits(model, shapes) for name in names}
     closest = min(misfits, key=lambda name: len(misfits[name]))
@@ -242,7 +242,7 @@ def open_tokenizer(source: str, there: Path, name: str | None, model: ModelConfi
         )
     if coder.vocab_size > model.vocab_size:
         raise ValueError(
-            f"the tokenizer {coder.name} has {coder.vocab_size} ids, but the model knows {model.vocab_size}; "
+            f"the tokenizer {coder.name} has {coder.vocab_size} ids, but the model has {model.vocab_size}; "
             "name another: --tokenizer gpt2, or a folder"
         )
     return coder

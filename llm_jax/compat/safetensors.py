@@ -148,9 +148,7 @@ def _cast(tensor: np.ndarray, code: str, name: str) -> np.ndarray:
 def check_finite(x: np.ndarray, name: str) -> None:
     """Raise `ValueError` if `x` contains NaN or infinity."""
     if count := count_not_finite(x):
-        raise ValueError(
-            f"{name} has {count:,} of {x.size:,} numbers that are NaN or infinite; use weights from before they were"
-        )
+        raise ValueError(f"{name} has {count:,} of {x.size:,} numbers that are NaN or infinite; use earlier weights")
 
 
 def count_not_finite(x: np.ndarray, block: int = 1 << 22) -> int:

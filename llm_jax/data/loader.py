@@ -271,7 +271,7 @@ def task_of(store: TokenStore, config: DataConfig) -> Task | None:
         wrong = task.misfit(store.read(int(offsets[0]), int(offsets[-1])), offsets - offsets[0], config.seq_len)
         if wrong is not None:
             document, reason = wrong
-            raise ValueError(f"{store.origins([first + document])[0]} is no question with its answer: {reason}")
+            raise ValueError(f"{store.origins([first + document])[0]} is not a question and its answer: {reason}")
     return task
 
 

@@ -38,7 +38,9 @@ class TaskConfig:
         if self.kind == "classify" and (len(self.answers) < 2 or "" in self.answers):
             raise ValueError(f"task.kind=classify chooses among answers; got {self.answers}; set task.answers=yes,no")
         if self.kind == "translate" and self.answers:
-            raise ValueError(f"task.kind=translate writes any answer; leave out task.answers={','.join(self.answers)}")
+            raise ValueError(
+                f"task.kind=translate generates any answer; leave out task.answers={','.join(self.answers)}"
+            )
 
     def ask(self, question: str) -> str:
         """Return `question` with the separator after it, unless it contains one."""
@@ -127,7 +129,7 @@ def resolve(config: TaskConfig, tokenizer: Tokenizer, *, special: bool = False) 
         if token in first[:number]:
             one, other = config.answers[first.index(token)], config.answers[number]
             raise ValueError(
-                f"data.task.answers: {one!r} and {other!r} begin with the same token of {tokenizer.name}, by which "
-                "they are known; use other words for them"
+                f"data.task.answers: {one!r} and {other!r} begin with the same token of {tokenizer.name}, which "
+                "identifies them; use other words for them"
             )
     return Task(config.kind, int(separator[0]), np.array(first, np.int64))

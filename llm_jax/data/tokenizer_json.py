@@ -33,7 +33,7 @@ def read(name: str, data: bytes, most: int) -> dict[str, Any]:
     largest = max(vocabulary.values(), default=0)
     if largest >= most:
         raise ValueError(
-            f"the tokenizer {name} has {largest + 1} ids, but the model knows {most}; name another: --tokenizer gpt2, "
+            f"the tokenizer {name} has {largest + 1} ids, but the model has {most}; name another: --tokenizer gpt2, "
             "or a folder"
         )
     _check_merges(where, found["model"])

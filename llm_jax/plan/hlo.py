@@ -257,7 +257,7 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
             kind = (x.attribute(r'_xla_megascale_transfer_type="(\w+)"') or "").lower().replace("_", "-")
         if kind not in SENT:
             if re.match(r"(all|ragged|reduce-scatter|collective)-", kind) and not kind.endswith("-done"):
-                raise ValueError(f"nobody has said how much a device sends in {kind}; give it a row in hlo.SENT")
+                raise ValueError(f"unknown collective {kind}; give it a row in hlo.SENT")
             continue
         channel, scope = x.attribute(r"channel_id=(\d+)"), x.attribute(r'op_name="([^"]*)"') or ""
         if kind == "all-reduce" and "all-reduce-scatter" in (visit.fusion or ""):

@@ -225,7 +225,7 @@ def _compiled(lowered: jax.stages.Lowered, arguments: int) -> Figures:
         text = compiled.as_text() or ""
     except jax.errors.JaxRuntimeError as error:
         line = f'pip install "jax[tpu]=={jax.__version__}"'
-        raise ValueError(f"{', '.join(versions())} don't go together: {str(error)[:200]}; {line}") from error
+        raise ValueError(f"{', '.join(versions())} are incompatible: {str(error)[:200]}; {line}") from error
     return Figures(given, memory.temp_size_in_bytes, needed, peak, finished=True, text=text)
 
 
@@ -239,8 +239,7 @@ def check_host(config: RunConfig, topology: Topology) -> None:
     """Raise `ValueError` if the config keeps something on the host, and `topology` is described without one."""
     if topology.kind in ("cpu", "h100") and (config.offload != "none" or config.model.remat == "offload"):
         raise ValueError(
-            f"a plan for {topology} knows of no memory but the devices'; set offload=none, and model.remat=full where "
-            "it is offload"
+            f"a plan for {topology} has no host memory; set offload=none, and model.remat=full where it is offload"
         )
 
 

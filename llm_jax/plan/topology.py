@@ -122,7 +122,7 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
     if slices < 1 or (slices > 1 and kind == "cpu"):
         raise ValueError(f"--slices {slices} of {name}: use 1 or more, and 1 on a CPU")
     if (devices := slices * math.prod(sizes)) > MOST_DEVICES:
-        raise ValueError(f"{name} has {devices:,} devices, and no more than {MOST_DEVICES:,} are planned for")
+        raise ValueError(f"{name} has {devices:,} devices; use at most {MOST_DEVICES:,}")
     return Topology(kind, sizes, slices)
 
 
