@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from llm_jax.files import check_fields, write_whole
+from llm_jax.files import parse_json, write_whole
 
 FILE = "metrics.jsonl"
 LAST_STEP = 2**31 - 1  # a train state counts in int32
@@ -97,11 +97,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     *lines, _half_written = text.split("\n")
     for number, line in enumerate(lines, start=1):
         where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # not JSON, an integer of 5,000 digits, 10,000 brackets
-            raise ValueError(f"{where}: expected JSON, got {line[:30]!r}; delete it") from error
-        row = check_fields(row, {"step": int}, where, advice="delete that line")
+        row = parse_json(line, {"step": int}, where, advice=f"delete that line, {line[:30]!r}")
         if not 0 <= row["step"] <= LAST_STEP:
             raise ValueError(f"{where}: 'step' is {row['step']}, expected 0 to {LAST_STEP}; delete that line")
         rows.append(row)

@@ -1,4 +1,4 @@
-"""The process that JAX runs in: compiler flags, the platform that exists, devices, memory, caches. All in one place.
+"""The process that JAX runs in: compiler flags, the platform that exists, devices, memory, caches.
 
     import llm_jax       # calls `guard`: a compiler with known faults does not run unguarded
     runtime.start()      # once, before the first array

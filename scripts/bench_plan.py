@@ -16,7 +16,7 @@ from llm_jax.plan.plan import plan, versions
 from llm_jax.plan.topology import parse_topology
 from llm_jax.runs.start import load_recipe
 
-# Name: topology, recipe, changes; then MaxText's GB of arguments, temporaries, peak and communication, and megacycles.
+# Name: topology, recipe, changes; then MaxText's GB of arguments, temporaries, peak and sent, and millions of cycles.
 ROWS = {
     "7b": ("v5e:4x4", "llama2_7b", [], (5.054, 3.701, 8.719, 40.58, 1546)),
     "7b-tensor": ("v5e:4x4", "llama2_7b", ["mesh.fsdp=4", "mesh.tensor=4"], (5.055, 3.741, 8.704, 29.75, 1247)),

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import pytest
 
-from llm_jax import tree
+from llm_jax import runtime, tree
 from llm_jax.config import override
 from llm_jax.data.loader import DataConfig
 from llm_jax.model.config import ModelConfig

@@ -32,7 +32,7 @@ def test_every_piece_of_a_step_is_what_numpy_computes(norm: str):
         assert found.report is None
 
 
-def test_what_is_off_by_more_than_the_bound_is_wrong_and_its_report_is_named():
+def test_an_error_above_the_bound_is_wrong_and_names_its_report():
     x = np.arange(1, 9, dtype=np.float32)
     piece = Piece(lambda x: x.at[7].multiply(1 + 3 * BOUND), (x,), x.astype(np.float64))
     found = compare(jax.devices()[0], "sums of rows", piece)

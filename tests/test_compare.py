@@ -5,10 +5,8 @@ import importlib.util
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -142,13 +140,6 @@ def test_what_is_not_a_number_is_null_in_the_file(played: Comparison):
     assert found["sides"]["jax"]["loss"] == [None] * 25
 
 
-def test_a_side_that_is_killed_is_told_of():
-    with Side("eager") as side:
-        side._process.kill()
-        with pytest.raises(ValueError, match=r"process of PyTorch was killed.*status -9"):
-            side.train(1)
-
-
 RECIPE = '''"""A model of one layer."""
 
 from llm_jax.data.loader import DataConfig
@@ -167,13 +158,13 @@ config = RunConfig(
 '''
 
 
-def start(place: Path, *words: str, steps: int) -> subprocess.Popen:
-    (place / "tiny.py").write_text(RECIPE.format(steps=steps))
-    (place / "text.txt").write_text("\n".join(f"line {n} says {n * n}" for n in range(400)) + "\n")
+def start(folder: Path, *words: str, steps: int) -> subprocess.Popen:
+    (folder / "tiny.py").write_text(RECIPE.format(steps=steps))
+    (folder / "text.txt").write_text("\n".join(f"line {n} says {n * n}" for n in range(400)) + "\n")
     return subprocess.Popen(
         [sys.executable, "-m", "llm_jax", "compare", "tiny.py", *words],
-        cwd=place,
-        env=os.environ | {"LLM_JAX_CACHE": str(place / "cache"), "PYTHONPATH": str(Path(__file__).parents[1])},
+        cwd=folder,
+        env=os.environ | {"LLM_JAX_CACHE": str(folder / "cache"), "PYTHONPATH": str(Path(__file__).parents[1])},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -196,31 +187,3 @@ def test_jax_and_pytorch_train_alike(tmp_path: Path):
     assert found["sides"]["jax"]["loss"][-1] < found["sides"]["jax"]["loss"][0] - 0.1
     assert max(gap["loss"] for gap in found["gaps"].values()) < 1e-5
     assert max(gap["grad_norm"] for gap in found["gaps"].values()) < 1e-4
-
-
-@pytest.mark.slow
-def test_ctrl_c_leaves_no_process_behind(tmp_path: Path):
-    pytest.importorskip("torch")
-    process = start(tmp_path, "--no-compile", "--steps", "100000", steps=100000)
-    try:
-        assert process.stderr is not None
-        assert any("PyTorch: compiles" in line for line in process.stderr)
-        os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-        assert (process.returncode, err.strip().splitlines()[-1]) == (130, "llm-jax: error: interrupted")
-        deadline = time.monotonic() + 10  # what has ended is still there until the system has noticed
-        while there(process.pid) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert not there(process.pid)
-    finally:
-        if there(process.pid):  # a test that fails leaves nothing running either
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def there(group: int) -> bool:
-    """Whether any process of a group is left."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True

@@ -145,7 +145,7 @@ def test_rematerialization_keeps_less_the_more_it_does_again():
     assert kept["full"] >= SMALL.model.n_layers * inputs
 
 
-def test_what_the_backward_pass_keeps_grows_with_the_batch_and_not_with_the_weights():
+def test_what_the_backward_pass_keeps_grows_with_the_batch_not_the_weights():
     one, two = (describe.describe(override(SMALL, [f"data.batch_size={n}"])).memory.kept for n in (4, 8))
     assert 1.9 < two / one <= 2
     few_tokens = describe.describe(override(SMALL, ["data.batch_size=1", "data.seq_len=4"])).memory

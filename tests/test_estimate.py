@@ -23,7 +23,7 @@ def config() -> RunConfig:
     return dataclasses.replace(tiny(Path("nowhere")), mesh=MeshConfig(data=2, fsdp=4), accumulate=1)
 
 
-def test_what_a_device_holds_of_the_parameters_is_the_same_by_letters_as_by_shardings(config):
+def test_letters_and_shardings_give_a_device_the_same_parameters(config):
     experts = {"model.layers": ("global+moe",), "model.experts.number": 4}
     mesh = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
     program = Program.on(replace(config, mesh=mesh, **experts), CPU.devices())

@@ -126,7 +126,7 @@ def test_positions_that_older_readers_would_misread_are_refused():
 
 
 @pytest.mark.parametrize("change", ["factor=3.0", "amplitude=1.5"])
-def test_a_phi3_that_older_readers_would_misread_is_one_they_refuse(change: str):
+def test_a_phi3_that_older_readers_would_misread_is_refused_by_them(change: str):
     family, model = positions("phi3 long", "longrope")
     model = override(model, [f"rotary.{change}"])
     assert family.misfits(model, {}) == []
@@ -168,7 +168,7 @@ def test_a_model_goes_out_as_a_family_that_transformers_loads(changes: dict[str,
 
 def test_a_turned_part_with_a_scaling_is_what_no_family_loads():
     config = tiny(rotary=dataclasses.replace(SCALED["yarn"], fraction=0.5))
-    with pytest.raises(ValueError, match=r"no family can say what this model is; .*rotary.fraction|rope_type="):
+    with pytest.raises(ValueError, match=r"no family can express this model; .*rotary.fraction|rope_type="):
         choose(config, weights.shapes_of(count.shapes(config)), None)
 
 

@@ -13,7 +13,7 @@ import pytest
 from tiny_run import tiny, write_corpus
 
 from llm_jax.config import differences, override
-from llm_jax.data import tokenizer
+from llm_jax.data import tokenizer_interface
 from llm_jax.data.loader import DataConfig
 from llm_jax.data.mixture import open_folders
 from llm_jax.data.prepare import prepare
@@ -148,7 +148,7 @@ def test_a_run_begins_where_a_process_was_killed_as_it_began_one(
         write_whole(path, content)
 
     with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        for module in (run_folder, tokenizer):
+        for module in (run_folder, tokenizer_interface):
             patch.setattr(module, "write_whole", killed)
             patch.setattr(module, "write_json", lambda path, values: killed(path, json.dumps(values)))
         (tmp_path / "source").mkdir()

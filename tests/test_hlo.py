@@ -92,7 +92,7 @@ def test_a_loop_counts_in_every_direction_or_as_unknown(direction: str, start: i
     assert only(hlo.parse(behind), fsdp=4).count == times
 
 
-def test_a_loop_that_begins_where_only_the_run_knows_is_unknown_and_in_no_total():
+def test_a_loop_whose_start_is_known_at_run_time_is_in_no_total():
     dynamic = WINDOWED.replace("%zero = u32[]{:T(128)} constant(0)", "%zero = u32[]{:T(128)} custom-call(%x.1)")
     found = only(hlo.parse(dynamic), fsdp=4)
     assert found.count is None
@@ -119,7 +119,7 @@ def test_a_trip_count_that_the_compiler_knows_is_taken_at_its_word():
         ("all-to-all", 256, 3 / 4 * 1024),
     ],
 )
-def test_what_a_device_sends_follows_from_the_kind_and_the_size_of_its_group(kind: str, result: int, sent: float):
+def test_what_a_device_sends_follows_from_kind_and_size_of_its_group(kind: str, result: int, sent: float):
     line = f"ROOT %y = f32[{result}]{{0}} {kind}(%x), channel_id=1, replica_groups={{{{0,1,2,3}}}}, dimensions={{0}}"
     found = only(program(line), fsdp=4)
     assert (found.kind, found.devices, found.sent, found.overlapped) == (kind, 4, sent, False)
@@ -145,7 +145,7 @@ def test_groups_in_every_spelling_are_told_by_the_axes_of_the_mesh(groups: str, 
     assert only(program(line), data=2, fsdp=2, tensor=2).axes == axes
 
 
-def test_an_all_reduce_of_which_a_device_keeps_its_part_is_a_reduce_scatter():
+def test_an_all_reduce_of_which_a_device_keeps_a_shard_is_a_reduce_scatter():
     fused = """\
 %all-reduce-scatter.1 (a: f32[256]) -> f32[64] {
   %a = f32[256]{0} parameter(0)
@@ -157,7 +157,7 @@ def test_an_all_reduce_of_which_a_device_keeps_its_part_is_a_reduce_scatter():
     assert (found.kind, found.sent, found.overlapped) == ("reduce-scatter", 3 / 4 * 1024, False)
 
 
-def test_two_sums_of_which_a_device_keeps_its_part_are_two_though_they_share_a_channel():
+def test_two_reduce_scatters_that_share_a_channel_are_two():
     fused = """\
 %all-reduce-scatter.{n} (a: f32[256]) -> f32[64] {{
   %a = f32[256]{{0}} parameter(0)
@@ -170,7 +170,7 @@ def test_two_sums_of_which_a_device_keeps_its_part_are_two_though_they_share_a_c
     assert [one.kind for one in hlo.collectives(module, {"fsdp": 4})] == ["reduce-scatter"] * 2
 
 
-def test_an_asynchronous_chain_of_fusions_shows_its_collective_many_times_and_sends_it_once():
+def test_a_chain_of_fusions_that_repeats_its_collective_sends_it_once():
     step = """\
 %async_collective_fusion.{n} (a: f32[256]) -> f32[1024] {{
   %a = f32[256]{{0}} parameter(0)
@@ -183,7 +183,7 @@ def test_an_asynchronous_chain_of_fusions_shows_its_collective_many_times_and_se
     assert (found.kind, found.count, found.sent, found.overlapped) == ("all-gather", 1, 3 * 1024, True)
 
 
-def test_what_slices_sum_by_the_network_is_an_all_reduce_of_the_axis_between_them():
+def test_a_sum_over_the_network_is_an_all_reduce_of_the_axis_of_slices():
     how = '_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"'
     send = "%s = (f32[256]{0}, u32[], token[]) send(%x, %t), channel_id=1, is_host_transfer=true"
     lines = ["%t = token[] after-all()", f"{send}, frontend_attributes={{{how}}}", "ROOT %d = token[] send-done(%s)"]

@@ -119,7 +119,7 @@ def test_processors_of_every_kind_say_what_begins_a_text():
         assert (coder.begins, coder.begin_of_text) == expected
 
 
-def test_where_nothing_begins_a_text_a_document_begins_with_the_named_token():
+def test_if_nothing_begins_a_text_a_document_begins_with_the_named_token():
     """In training each document begins with some token, so that its first one is a target too."""
     assert opened(gpt2_like()).begin_of_text == 1
     assert opened(gpt2_like(), tokenizer_config={"bos_token": "<s>"}).begin_of_text == 0
@@ -255,7 +255,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return imported_gpt2(tmp_path_factory.mktemp("gpt2"))
 
 
-def test_an_imported_run_begins_as_its_tokenizer_does_and_a_trained_one_as_in_training(gpt2: Path, tmp_path: Path):
+def test_an_imported_run_begins_as_its_tokenizer_and_others_as_in_training(gpt2: Path, tmp_path: Path):
     config, coder = run_folder.load_config(gpt2), run_folder.load_tokenizer(gpt2)
     assert not run_folder.begins(gpt2, config, coder)
     (tmp_path / "data.json").touch()  # what a run has that was trained
@@ -297,7 +297,7 @@ def test_a_prompt_that_spells_a_special_token_is_said_to_unless_it_is_read(gpt2:
     assert 1 not in prompt_ids(config, coder, [f"The{END}"], begin=False)[0]
 
 
-def test_a_run_trained_from_an_import_exports_the_beginning_it_was_trained_with(gpt2: Path, tmp_path: Path):
+def test_a_run_trained_from_an_import_exports_how_its_training_began(gpt2: Path, tmp_path: Path):
     library = pytest.importorskip("tokenizers")
     shutil.copytree(gpt2, tmp_path / "run")
     params, _ = restore.weights(gpt2, restore.on_one_device(run_folder.load_config(gpt2)), report=lambda _: None)

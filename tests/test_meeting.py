@@ -100,7 +100,7 @@ def test_a_step_of_slurm_gives_every_process_its_place(tmp_path: Path, monkeypat
 @pytest.mark.parametrize("name", meeting.NUMBERS)
 def test_a_variable_of_a_scheduler_that_is_no_number_is_named(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(name, "x")
-    with pytest.raises(ValueError, match=rf"^{name}='x' in the environment is no number, .*; unset it, or start all"):
+    with pytest.raises(ValueError, match=rf"^{name}='x' in the environment is not a number, .*; unset it, or start"):
         meeting.address_of(None, None, None)
     assert meeting.address_of("node0:8476", 2, 1) == Address("node0:8476", 2, 1, None)
 

@@ -14,7 +14,7 @@ from grid import weights
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny_run import tiny
 
-from llm_jax import tree
+from llm_jax import runtime, tree
 from llm_jax.config import override
 from llm_jax.data.loader import Batch, Loader
 from llm_jax.ops.experts import Experts

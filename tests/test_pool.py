@@ -22,7 +22,7 @@ def session(leader: int) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ps of other systems has no sessions by number")
-def test_a_killed_prepare_leaves_no_process_and_the_next_one_clears_its_folder(tmp_path: Path):
+def test_a_killed_prepare_leaves_no_process_and_the_next_clears_its_folder(tmp_path: Path):
     (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "{"word " * 20_000}{n}"}}\n' for n in range(300)))
     command = [sys.executable, "-m", "llm_jax", "prepare", "text.jsonl", "--out", "out", "--tokenizer", "byte"]
     where = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}}

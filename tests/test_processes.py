@@ -167,7 +167,7 @@ def test_one_of_four_processes_speaks_and_writes(runs: Path, four: str):
 
 
 @pytest.mark.slow
-def test_two_processes_and_one_read_the_state_of_four_and_its_next_batch_on_every_mesh(runs: Path, four: str):
+def test_one_and_two_processes_read_the_state_and_next_batch_of_four(runs: Path, four: str):
     (runs / "look.py").write_text(LOOK)
     seen = [re.findall("seen .*", done(runs, number, "look.py", "four")) for number in (1, 2)]
     assert [len(lines) for lines in seen] == [3, 6]
@@ -175,7 +175,7 @@ def test_two_processes_and_one_read_the_state_of_four_and_its_next_batch_on_ever
     assert seen[0][0].endswith(" 6")
 
 
-def test_the_launcher_names_the_process_that_died_and_not_the_one_that_noticed_it_first(tmp_path: Path):
+def test_the_launcher_names_the_process_that_died_not_the_one_that_noticed(tmp_path: Path):
     script = f"""
 import os, signal, sys, time
 if sys.argv[-1] == "0":

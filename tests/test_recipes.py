@@ -5,7 +5,7 @@ from pathlib import Path
 from llm_jax.recipes import recipe_docstring, recipes
 
 
-def test_every_recipe_is_found_by_its_name_and_says_what_it_is_and_its_command():
+def test_every_recipe_is_found_by_its_name_and_has_its_command():
     found = recipes()
     assert "quickstart" in found
     for name, path in found.items():

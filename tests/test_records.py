@@ -55,9 +55,11 @@ def test_text_is_chosen_before_content_before_what_is_named(suffix: str, tmp_pat
     del row["text"]
     assert texts(write(path, [row])) == ["c"]
     del row["content"]
-    with pytest.raises(ValueError, match=r"no 'text' or 'content' in its first rows but 'url', 'label'; name the one"):
+    with pytest.raises(
+        ValueError, match=r"no 'text' or 'content' in its first rows, only 'url', 'label'; name the one"
+    ):
         texts(write(path, [row]))
-    with pytest.raises(ValueError, match=r"has no 'txt' in its first rows but 'url', 'label'; name one of those"):
+    with pytest.raises(ValueError, match=r"has no 'txt' in its first rows, only 'url', 'label'; name one of those"):
         texts(path, "txt")
 
 
@@ -78,7 +80,7 @@ def test_a_first_row_without_text_chooses_no_other_column(suffix: str, tmp_path:
     if suffix in ("jsonl", "json", "parquet"):  # a name without a value is no choice either
         assert texts(write(path, [{"text": None, "content": "c"}])) == ["c"]
         assert texts(write(path, [{"text": None, "content": "c"}, {"text": "a", "content": "c"}])) == ["a"]
-    with pytest.raises(ValueError, match=r"no text in it|no 'text' or 'content' in its first rows but 'text', 'url'"):
+    with pytest.raises(ValueError, match=r"no text in it|no 'text' or 'content' in its first rows, only 'text', 'url'"):
         texts(write(path, [{"text": None, "url": "u"}]))
 
 

@@ -83,7 +83,7 @@ def test_any_text_is_scored_in_the_tokens_of_the_run(finished: Path, tmp_path: P
 def test_rows_are_scored_by_a_column_of_their_own(finished: Path, tmp_path: Path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"story": "abc" * n, "label": "d"}) + "\n" for n in range(1, 5)))
-    with pytest.raises(ValueError, match="no 'text' or 'content' in its first rows but 'story', 'label'"):
+    with pytest.raises(ValueError, match="no 'text' or 'content' in its first rows, only 'story', 'label'"):
         evaluated(finished, str(rows), "last")
     result, _ = evaluated(finished, str(rows), "last", column="story")
     assert (result.documents, result.bytes) == (4, 30)

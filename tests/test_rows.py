@@ -69,7 +69,7 @@ def test_a_bad_row_is_named_by_its_line(line: str, message: str, tmp_path: Path)
             r"if 'data' lists the rows, .*: jq -c '.data\[\]' FILE > rows.jsonl",
         ),
         ("[]", "has no text in it"),
-        ('{"default": {"features": {}}}', "no 'text' or 'content' in its first rows but 'default'"),
+        ('{"default": {"features": {}}}', "no 'text' or 'content' in its first rows, only 'default'"),
     ],
 )
 def test_json_of_another_shape_is_named(text: str, message: str, tmp_path: Path):
@@ -132,7 +132,7 @@ def test_quotes_in_tsv_are_text(tmp_path: Path):
         ('n,text\n1,"a\n2,b\n', "line 2: unexpected end of data; fix its quotes"),
         ('n,text\n1,"a"b\n', "line 2: ',' expected after"),
         ("text,text\na,b\n", "line 1: two columns are named 'text'"),
-        ("Once upon a time,1\nthere was,2\n", "no 'text' or 'content' in its first rows but 'Once upon a time', '1'"),
+        ("Once upon a time,1\nthere was,2\n", "no 'text' or 'content' in its first rows, only 'Once upon a time', '1'"),
         ("text\n", "has no text in it"),
     ],
 )

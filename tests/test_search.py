@@ -29,7 +29,7 @@ def planned() -> Plan:
 
 
 @pytest.mark.slow
-def test_a_search_compiles_within_its_budget_and_names_the_fastest_that_fits(config, folder):
+def test_a_search_stays_within_its_budget_and_names_the_fastest_that_fits(config, folder):
     found = search.search(config, CPU, 2, folder=folder, report=lambda _: None)
     assert not found.tried[0].choice.changes
     assert len(found.tried) <= 2 < found.considered
@@ -40,7 +40,7 @@ def test_a_search_compiles_within_its_budget_and_names_the_fastest_that_fits(con
 
 
 @pytest.mark.slow
-def test_of_a_run_that_does_not_fit_a_search_finds_the_smallest_change_that_makes_it(config, folder, monkeypatch):
+def test_a_search_finds_the_smallest_change_that_makes_a_run_fit(config, folder, monkeypatch):
     whole = plan(config, CPU, folder=folder)
     tight = dataclasses.replace(CPU.chip, memory=whole.needed - 1)
     monkeypatch.setitem(topology.CHIPS, "cpu", tight)
@@ -89,7 +89,7 @@ def quickest(config: RunConfig, *changes: str) -> dict[str, int]:
     return search.mesh_sizes(min(every, key=lambda one: (one.seconds_a_token, one.fields)).config.mesh, 8)
 
 
-def test_most_parameters_in_experts_ask_for_expert_and_long_rows_for_context(config):
+def test_many_experts_call_for_the_expert_axis_and_long_rows_for_context(config):
     experts = ["model.layers=global+moe", "model.experts.number=8", "model.d_ff=4096"]
     assert quickest(config, *experts)["expert"] > 1
     long = ["model.max_seq_len=4096", "data.seq_len=4096", "data.batch_size=2", "model.n_kv_heads=1", "mesh.data=-1"]

@@ -61,7 +61,7 @@ def test_documents_after_a_separator_are_the_text_whatever_the_blocks(text: str,
 
 
 @hypothesis.given(PARTS, st.integers(1, 7))
-def test_documents_between_ends_of_text_are_what_split_gives_whatever_the_blocks(text: str, size: int):
+def test_documents_between_ends_of_text_are_those_of_split_for_any_blocks(text: str, size: int):
     blocks = [text[i : i + size] for i in range(0, len(text), size)]
     parts = text.split(END_OF_TEXT)
     expected = parts if len(parts) == 1 else [part.strip("\n") for part in parts]
@@ -104,7 +104,7 @@ def test_a_store_that_breaks_off_while_reading_is_one_line(monkeypatch):
     assert len(str(error.value)) < 400
 
 
-def test_a_remote_file_that_changes_has_another_fingerprint_though_its_key_stays(monkeypatch):
+def test_a_remote_file_that_changes_under_its_key_has_another_fingerprint(monkeypatch):
     """As of HTTP, whose key is the address."""
     info = {"name": "/x/a.txt", "type": "file", "size": 3, "ETag": "1"}
     monkeypatch.setattr(MemoryFileSystem, "info", lambda self, path: dict(info))

@@ -69,22 +69,22 @@ def batch_of(rows: list[list[tuple[list[int], list[int]]]]) -> Iterator[np.ndarr
 
 
 @given(packed)
-def test_translate_asks_for_every_token_behind_the_first_separator_of_its_document(rows: list):
+def test_translate_keeps_every_target_after_the_separator_of_its_document(rows: list):
     tokens, targets, segments, kept, question = batch_of(rows)
-    asked = Task("translate", SEPARATOR, np.zeros(0, np.int64)).asked(tokens, targets, segments)
-    np.testing.assert_array_equal(asked.targets, kept)
-    np.testing.assert_array_equal(asked.prefix, question.astype(bool))
+    selected = Task("translate", SEPARATOR, np.zeros(0, np.int64)).select(tokens, targets, segments)
+    np.testing.assert_array_equal(selected.targets, kept)
+    np.testing.assert_array_equal(selected.prefix, question.astype(bool))
 
 
 @given(packed)
-def test_classify_asks_once_a_document_for_the_class_of_the_first_token_of_the_answer(rows: list):
+def test_classify_has_one_target_per_document_the_class_of_its_answer(rows: list):
     rows = [[(question, [5 if n % 2 else 3, *rest]) for n, (question, rest) in enumerate(row)] for row in rows]
     tokens, targets, segments, *_ = batch_of(rows)
-    asked = Task("classify", SEPARATOR, np.array([5, 3])).asked(tokens, targets, segments)
-    assert asked.prefix is None
-    for row, documents in zip(asked.targets, rows, strict=True):
+    selected = Task("classify", SEPARATOR, np.array([5, 3])).select(tokens, targets, segments)
+    assert selected.prefix is None
+    for row, documents in zip(selected.targets, rows, strict=True):
         assert row[row != IGNORE].tolist() == [0 if answer[0] == 5 else 1 for _, answer in documents]
-    at = asked.targets != IGNORE
+    at = selected.targets != IGNORE
     assert (tokens[at] == SEPARATOR).all()
     assert (at.cumsum(1)[segments != 0] <= segments[segments != 0]).all()
 
@@ -160,8 +160,8 @@ def documents(texts: list[str], task: TaskConfig) -> Batch:
     tokens = np.roll(targets, 1)
     segments = np.repeat(np.arange(1, len(parts) + 1), [len(part) for part in parts]).astype(np.int32)[None]
     positions = np.concatenate([np.arange(len(part)) for part in parts]).astype(np.int32)[None]
-    asked = resolve(task, CODER).asked(tokens, targets, segments)
-    return jax.tree.map(jnp.asarray, Batch(tokens, asked.targets, segments, positions, prefix=asked.prefix))
+    selected = resolve(task, CODER).select(tokens, targets, segments)
+    return jax.tree.map(jnp.asarray, Batch(tokens, selected.targets, segments, positions, prefix=selected.prefix))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -172,7 +172,7 @@ def logits(config: ModelConfig, batch: Batch) -> jax.Array:
     return out
 
 
-def test_a_question_never_sees_its_answer_nor_another_document_but_all_of_itself():
+def test_a_question_attends_to_all_of_itself_and_to_nothing_else():
     before = logits(MODEL, documents(["abc\tcba", "de\ted"], TRANSLATE))[0]
     answered = logits(MODEL, documents(["abc\tfff", "de\ted"], TRANSLATE))[0]
     asked = logits(MODEL, documents(["abf\tcba", "de\ted"], TRANSLATE))[0]
@@ -184,7 +184,7 @@ def test_a_question_never_sees_its_answer_nor_another_document_but_all_of_itself
     assert (before == asked).all(-1)[8:].all()
 
 
-def test_the_loss_of_a_class_is_that_of_the_pooled_token_and_nothing_behind_it_is_read():
+def test_the_loss_of_a_class_is_that_of_the_pooled_token():
     batch = documents(["abc\tyes", "de\tno"], CLASSIFY)
 
     def loss(table: jax.Array) -> jax.Array:
@@ -202,7 +202,7 @@ GREEDY: dict[str, Any] = {"task": TRANSLATE, "sampling": Sampling(0), "max_token
 
 
 @pytest.mark.parametrize("chunk", [None, 2])
-def test_the_likeliest_tokens_of_a_text_are_those_that_are_written_at_temperature_0(chunk: int | None):
+def test_the_likeliest_tokens_of_a_text_are_those_of_temperature_0(chunk: int | None):
     """The answer of an untrained model, read back with the question, is at every place what the model would say."""
     scored = jax.jit(functools.partial(score, Transformer(MODEL), chunk))
     questions = ["abc", "bdfac"]
@@ -216,14 +216,14 @@ def test_the_likeliest_tokens_of_a_text_are_those_that_are_written_at_temperatur
             assert scored(weights(MODEL), even).likeliest[0, at].all() == (answer == right)
 
 
-def test_a_question_may_come_with_its_separator_and_with_the_beginning_of_its_answer():
+def test_a_question_may_contain_its_separator_and_begin_its_answer():
     plain, asked = generate(MODEL, weights(MODEL), CODER, ["abc", "abc\t"], **GREEDY)
     assert plain == asked
     begun = generate(MODEL, weights(MODEL), CODER, [f"abc\t{plain[:2]}"] * 2, **GREEDY | {"max_tokens": 7})
     assert begun == [plain[2:]] * 2
 
 
-def test_a_classifier_answers_with_the_class_of_its_pooled_token_whatever_the_batch():
+def test_a_classifier_answers_with_the_class_of_its_pooled_token():
     prompts = ["abc", "f\tyes", "bdfac", "a"] * 9  # more than one batch
     found = classify(HEAD, weights(HEAD), CODER, CLASSIFY, prompts)
     assert [answer.prompt for answer in found] == prompts
@@ -248,7 +248,7 @@ def test_the_head_of_a_classifier_has_a_table_of_its_own_and_a_letter():
     assert without.flops_per_token - described.flops_per_token == 6 * 16 * (MODEL.vocab_size - 2)
 
 
-def test_the_metrics_count_the_tokens_that_were_read_and_the_loss_those_that_were_asked():
+def test_metrics_count_all_tokens_read_and_the_loss_the_targets_kept():
     batch = documents(["abc\tcba", "de\ted"], TRANSLATE)
     state = TrainState(jnp.zeros((), jnp.int32), weights(MODEL), optax.sgd(0.0).init(weights(MODEL)))
     loss, schedule = make_loss(Transformer(MODEL), LossConfig()), lambda step: jnp.zeros(())
@@ -266,7 +266,7 @@ def test_the_metrics_count_the_tokens_that_were_read_and_the_loss_those_that_wer
     ("make", "message"),
     [
         (lambda: TaskConfig("classify"), "task.kind=classify chooses among answers; got (); set task.answers=yes,no"),
-        (lambda: TaskConfig("translate", answers=("a",)), "writes any answer; leave out task.answers=a"),
+        (lambda: TaskConfig("translate", answers=("a",)), "generates any answer; leave out task.answers=a"),
         (lambda: rows_of(TRANSLATE, packing="windows"), "packing=windows cuts them; use packing=documents"),
         (lambda: rows_of(TRANSLATE, end_of_text=False), "must learn where an answer ends; set end_of_text=true"),
         (
@@ -293,9 +293,9 @@ def test_a_task_that_can_not_be_asked_is_refused(make: Any, message: str):
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["ab\tyes", "no separator", "ab\tno"], "a.jsonl#1 is no question with its answer: it has no separator"),
-        (["ab\tyes", "ab\tmaybe"], "a.jsonl#1 is no question with its answer: its answer begins like none of"),
-        (["ab\tyes", "ab\t"], "a.jsonl#1 is no question with its answer: its answer begins like none of"),
+        (["ab\tyes", "no separator", "ab\tno"], "a.jsonl#1 is not a question and its answer: it has no separator"),
+        (["ab\tyes", "ab\tmaybe"], "a.jsonl#1 is not a question and its answer: its answer begins like none of"),
+        (["ab\tyes", "ab\t"], "a.jsonl#1 is not a question and its answer: its answer begins like none of"),
         (
             ["ab\tyes", "abc" * 9 + "\tno"],
             "its 31 tokens exceed seq_len=24, which would split question and answer",
@@ -334,7 +334,7 @@ def test_of_documents_in_parts_the_right_one_is_named(tmp_path: Path, monkeypatc
         "".join(json.dumps({"text": f"ab\t{text}"}) + "\n" for text in ["yes"] * 3 + ["x"])
     )
     prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", tokenizer="byte", heldout=0.0)
-    with pytest.raises(ValueError, match=r"a.jsonl#3 is no question with its answer"):
+    with pytest.raises(ValueError, match=r"a.jsonl#3 is not a question and its answer"):
         Loader(open_shards(tmp_path / "out").split("train"), rows_of(CLASSIFY))
 
 
@@ -427,7 +427,7 @@ def test_other_text_of_the_same_form_is_scored_and_any_other_refused(place: Path
     assert json.loads(printed(capsys, "evaluate", "translate", "--data", "more.txt", "--json"))["documents"] == 2
     (place / "prose.txt").write_text("abc")
     assert main(["evaluate", "translate", "--data", "prose.txt"]) == 2
-    assert "prose.txt#0 is no question with its answer: it has no separator" in capsys.readouterr().err
+    assert "prose.txt#0 is not a question and its answer: it has no separator" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["translate", "classify"])

@@ -67,7 +67,7 @@ def test_a_gradient_that_is_a_little_wrong_is_seen():
     assert "DIFFERENT" in line(Verdict("data", BOUNDS, {"data": 8}, {"loss": 0, "gradient": gaps[1], "curve": 0}))
 
 
-def test_only_the_curve_of_a_mixture_may_part_further_where_a_token_stood_between_two_experts():
+def test_only_the_curve_of_a_mixture_of_experts_has_a_wider_bound():
     gaps = {"loss": 0.0, "gradient": 0.0, "curve": 6e-4}
     dense, mixture = (bounds_of(override(TINY, words)) for words in ([], MIXTURE))
     assert not Verdict("data", dense, {}, gaps).equal
@@ -137,7 +137,7 @@ if __name__ == "__main__":
     PAGE.write_text(PLACE.sub(lambda _: table(), PAGE.read_text()))
 
 
-def test_positions_that_go_by_length_are_shrunk_so_that_both_their_sides_run():
+def test_positions_that_depend_on_length_are_shrunk_to_both_of_their_cases():
     model = dataclasses.replace(
         load_recipe("quickstart").model,
         rotary=Rotary(

@@ -18,7 +18,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_outlives_a_signal_to_one_process_and_then_the_death_of_another(runs: Path):
+def test_a_run_resumes_after_a_signal_and_after_the_death_of_a_process(runs: Path):
     folder = runs / "stopped"
     changes = ("steps=1000", "prompts=", "evaluate_every=1000", "mesh.data=-1", "mesh.fsdp=1")
     words = ("-m", "llm_jax", "train", "tiny.py", "--run", "stopped", *changes)

@@ -36,13 +36,13 @@ WINDOW = 10  # steps in which the charts show the largest gap
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What became of a side.
+    """The results of a side.
 
     Attributes:
       loss, grad_norm: of every step.
       tokens_per_second: of every round.
-      first_seconds: what the steps before took, with all that they compiled.
-      imports, peak: bytes that its process held after its imports, and at most.
+      first_seconds: the time of the steps before, including compilation.
+      imports, peak: bytes of its process after its imports, and at most.
     """
 
     loss: list[float]
@@ -53,15 +53,15 @@ class Trained:
     peak: int
 
     @classmethod
-    def of(cls, parts: Sequence[Stretch], tokens: int) -> "Trained":
-        """Of the stretches of a side, the first of which was its warm-up."""
+    def of(cls, stretches: Sequence[Stretch], tokens: int) -> "Trained":
+        """Return the results of the stretches of a side, the first of which was its warm-up."""
         return cls(
-            loss=[x for part in parts for x in part.loss],
-            grad_norm=[x for part in parts for x in part.grad_norm],
-            tokens_per_second=[len(part.loss) * tokens / part.seconds for part in parts[1:]],
-            first_seconds=parts[0].seconds,
-            imports=parts[0].imports,
-            peak=parts[-1].peak,
+            loss=[x for stretch in stretches for x in stretch.loss],
+            grad_norm=[x for stretch in stretches for x in stretch.grad_norm],
+            tokens_per_second=[len(stretch.loss) * tokens / stretch.seconds for stretch in stretches[1:]],
+            first_seconds=stretches[0].seconds,
+            imports=stretches[0].imports,
+            peak=stretches[-1].peak,
         )
 
 
@@ -70,8 +70,8 @@ class Gap:
     """How far a side of PyTorch is from ours.
 
     Attributes:
-      loss, grad_norm: the largest distance, in nats and as a share of our norm; each with its step.
-      speed: ours, as a multiple of theirs: lowest, median and highest of the rounds.
+      loss, grad_norm: the largest distance, in nats and relative to our norm; each with its step.
+      speed: ours as a multiple of theirs: lowest, median and highest of the rounds.
     """
 
     loss: float
@@ -89,14 +89,14 @@ class Gap:
 
 
 def distances(ours: Trained, theirs: Trained, number: str) -> Float[np.ndarray, " steps"]:
-    """Between two curves at every step: of the loss in nats, of the gradient norm as a share of ours."""
+    """Return how far two curves are apart at every step: loss in nats, gradient norm relative to ours."""
     here, there = np.array(getattr(ours, number)), np.array(getattr(theirs, number))
     return np.abs(there - here) / (here if number == "grad_norm" else 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What compare.json holds. `sides`, `gaps` and `missing`, why a side is not there, go by the keys of `NAMES`."""
+    """What compare.json holds. The keys of `sides`, `gaps` and `missing`, reasons why one is absent, are in `NAMES`."""
 
     steps: int
     tokens_per_step: int
@@ -112,9 +112,9 @@ class Comparison:
 
 
 def compare(config: RunConfig, steps: int, report: Report, *, compiled: bool = True, command: str = "") -> Comparison:
-    """Trains the first `steps` steps of `config` on each side. Raises `ValueError` for what can't be compared."""
+    """Train the first `steps` steps of `config` on each side. Raises `ValueError` for what can't be compared."""
     check(config, steps)
-    peak_memory()  # raises here, and not in a process of its own, where nothing measures it
+    peak_memory()  # raises here already, not in another process, if memory can't be measured
     shards = open_data(config, report)
     Loader(shards.split("train"), config.data).check_horizon(steps)
     rates = np.asarray(make_schedule(config.optimizer, config.steps)(jnp.arange(steps))).tolist()
@@ -141,7 +141,7 @@ def compare(config: RunConfig, steps: int, report: Report, *, compiled: bool = T
 
 
 def first_steps(side: Side, job: tuple[Any, ...], report: Report) -> Stretch | str:
-    """The steps that compile; or why there are none, of a side without which there is still much to see."""
+    """Take the steps that compile; return why they failed, for a side that the comparison can do without."""
     report(f"{NAMES[side.name]}: compiles, and takes {WARM_UP} steps")
     try:
         side.begin(*job)
@@ -153,18 +153,18 @@ def first_steps(side: Side, job: tuple[Any, ...], report: Report) -> Stretch | s
 
 
 def alternate(sides: Mapping[str, Side], steps: int, report: Report) -> dict[str, list[Stretch]]:
-    """The rest of `steps`, a stretch of each side a round."""
-    parts: dict[str, list[Stretch]] = {name: [] for name in sides}
-    for turn in np.array_split(np.arange(WARM_UP, steps), min(ROUNDS, steps - WARM_UP)):
+    """Take the rest of `steps` in rounds, each with a stretch of every side."""
+    taken: dict[str, list[Stretch]] = {name: [] for name in sides}
+    for steps_of_round in np.array_split(np.arange(WARM_UP, steps), min(ROUNDS, steps - WARM_UP)):
         for name, side in sides.items():
-            parts[name].append(side.train(len(turn)))
-        losses = ", ".join(f"{stretches[-1].loss[-1]:.6f} {NAMES[name]}" for name, stretches in parts.items())
-        report(f"step {turn[-1] + 1:,} of {steps:,}: loss {losses}")
-    return parts
+            taken[name].append(side.train(len(steps_of_round)))
+        losses = ", ".join(f"{stretches[-1].loss[-1]:.6f} {NAMES[name]}" for name, stretches in taken.items())
+        report(f"step {steps_of_round[-1] + 1:,} of {steps:,}: loss {losses}")
+    return taken
 
 
 def check(config: RunConfig, steps: int) -> None:
-    """Raises `ValueError` for what two sides can't do alike."""
+    """Raise `ValueError` for what two sides can't do alike."""
     if not WARM_UP < steps <= config.steps:
         raise ValueError(f"--steps {steps} must lie between {WARM_UP + 1} and the run's own steps={config.steps}")
     for name, rate in (("dropout", config.model.dropout), ("attention.dropout", config.model.attention.dropout)):
@@ -186,7 +186,7 @@ def check(config: RunConfig, steps: int) -> None:
 
 
 def facts(c: Comparison) -> Iterator[tuple[str, dict[str, str]]]:
-    """The table of a comparison, row by row: what, and its value for each side."""
+    """Yield the table of a comparison, row by row: a label, and the value of each side."""
     sides = c.sides.items()
     yield "tokens a second", {name: f"{statistics.median(side.tokens_per_second):,.0f}" for name, side in sides}
     speeds = {name: "{1:.2f} ({0:.2f} to {2:.2f})".format(*gap.speed) for name, gap in c.gaps.items()}
@@ -202,21 +202,21 @@ def facts(c: Comparison) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def table(c: Comparison) -> str:
-    """The facts as text, a column a side."""
+    """Return the facts as text, with a column for each side."""
     rows = [("", {name: NAMES[name] for name in c.sides}), *facts(c)]
     lines = [what.ljust(30) + "".join(values[name].rjust(28) for name in c.sides) for what, values in rows]
     return "\n".join([*lines, *(f"without {NAMES[name]}: {why}" for name, why in c.missing.items())])
 
 
 def write(c: Comparison, folder: Path, name: str) -> None:
-    """Writes compare.json and compare.html there, each all or nothing."""
+    """Write compare.json and compare.html into `folder`, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "compare.json", c.to_json())
     write_whole(folder / "compare.html", page(c, name))
 
 
 def page(c: Comparison, name: str) -> str:
-    """compare.html: the comparison on one page, with nothing to load and no script."""
+    """Return compare.html: the comparison on one page, without scripts or external files."""
     command, commit, date = (escape(str(c.environment[key])) for key in ("command", "commit", "date"))
     size = f"{c.steps:,} steps of {c.tokens_per_step:,} tokens"
     config = "\n".join(f"{key}={plain(value)}" for key, value in _flat(c.config))
@@ -257,7 +257,7 @@ def _headline(c: Comparison) -> Iterator[str]:
 
 
 def _losses(c: Comparison, width: int, height: int) -> str:
-    """Our curve as a line, PyTorch's as dots: as two lines one would hide the other."""
+    """Draw our curve as a line, PyTorch's as dots: as two lines one would hide the other."""
     ours, theirs = (np.array(c.sides[name].loss) for name in ("jax", "eager"))
     steps, every = np.arange(1, c.steps + 1), -(-c.steps // 40)
     dots = np.where(steps % every == 0, theirs, np.nan)
@@ -267,7 +267,7 @@ def _losses(c: Comparison, width: int, height: int) -> str:
 
 
 def _gaps(c: Comparison, number: str, title: str, unit: str) -> str:
-    """How far PyTorch's curves are from ours, as the largest distance in a few steps: in many there is none at all."""
+    """Draw how far PyTorch's curves are from ours, as the largest distance in a few steps: in many it is zero."""
     curves = []
     for name, color in (("compiled", GRAY), ("eager", ORANGE)):
         if name in c.sides:
@@ -291,7 +291,7 @@ def _fold(title: str, text: str) -> str:
 
 
 def _flat(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested mappings, by the names that the command line has for them."""
+    """Yield the leaves of nested mappings, by their paths on the command line."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{where}{key}.")

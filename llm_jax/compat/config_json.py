@@ -1,7 +1,7 @@
 """The keys of a config.json: which change nothing, and what the values of the others may be.
 
-A key is read by a lens of its family, or stands here, or is refused by its name. No rule covers all: `false` often
-means off, but `is_causal: false` means that a model sees both ways.
+A key is read by a lens of its family, or is listed here, or is refused by its name. No rule covers all: `false` often
+means off, but `is_causal: false` means attention in both directions.
 """
 
 import json
@@ -11,8 +11,8 @@ from typing import Any
 
 from llm_jax.config import nearest
 
-# Whatever their values, the model computes the same logits: who wrote the file and how, ids of tokens, how to train,
-# how to generate, what else to give back, and heads of other tasks.
+# Whatever their values, the model computes the same logits: how the file was written, ids of tokens, training,
+# generation, further outputs, and heads for other tasks.
 SILENT = re.compile(
     r"_?name_or_path|_commit_hash|_(attn|experts)_implementation(_autoset|_internal)?|_sliding_window_pattern|auto_map"
     r"|architectures|model_type|(torch_)?dtype|transformers_version|transformers\.js_config|unsloth_(version|fixed)"
@@ -25,7 +25,7 @@ SILENT = re.compile(
     r"|(max|min)_(length|new_tokens)|(encoder_)?no_repeat_ngram_size|num_(return_sequences|beams|beam_groups)"
     r"|bad_words_ids|(begin_)?suppress_tokens|exponential_decay_length_penalty|remove_invalid_values"
     r"|task_specific_params|finetuning_task|summary_.*|id2label|label2id|num_labels|problem_type"
-    r"|n_ctx|hidden_act"  # where no lens reads them: of GPT-2 and of Gemma, which have other names for both
+    r"|n_ctx|hidden_act"  # unless a lens reads them: GPT-2 and Gemma have other names for both
 )
 
 OFF = (False, None)
@@ -33,11 +33,11 @@ ABSENT = (None,)
 
 
 def all_full(kinds: Any) -> bool:
-    """Whether `layer_types` says of every layer what a family without it does."""
+    """Return whether `layer_types` has full attention in every layer, as a family without the key does."""
     return isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)
 
 
-# Where no lens reads them, these change nothing if they have one of these values, or meet a condition.
+# Unless a lens reads them, these change nothing if they have one of these values, or meet a condition.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": OFF,
     "alibi": OFF,
@@ -52,7 +52,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "head_dim": ABSENT,
     "hidden_activation": ABSENT,
     "intermediate_size": ABSENT,
-    "is_causal": (True,),  # null is false there
+    "is_causal": (True,),  # there null means false
     "is_encoder_decoder": OFF,
     "layer_types": (None, all_full),
     "lm_head_bias": OFF,
@@ -86,7 +86,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": OFF,
 }
 
-# Keys whose values are texts, lists, objects, in `rope_parameters` too; those of all others are numbers or booleans.
+# Keys whose values are strings, lists or objects, also in `rope_parameters`; all others are numbers or booleans.
 WORDS = {
     "hidden_act",
     "hidden_activation",
@@ -101,10 +101,10 @@ OBJECTS = {"rope_parameters", "rope_scaling", "full_attention", "sliding_attenti
 PLAIN = "a number, true, false or null"
 
 HUGE = 3e38  # float32 holds less than 3.4e38
-LARGEST = 2**31 - 1  # what a JAX index counts to
-LAYERS = 4096  # more are a mistake, and listing their kinds would take long
+LARGEST = 2**31 - 1  # the largest JAX index
+LAYERS = 4096  # more are a mistake, and would take long to list
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-# Fields of `ModelConfig` that make sizes of arrays, and the largest that are taken for meant.
+# Fields of `ModelConfig` that are sizes of arrays, and the largest plausible values.
 SIZES = {"n_layers": LAYERS, "d_model": 2**20, "n_heads": 2**14, "n_kv_heads": 2**14, "head_dim": 2**16, "d_ff": 2**24}
 SIZES |= {"vocab_size": 2**26, "max_seq_len": LARGEST, "attention.window": LARGEST, "rotary.original_len": LARGEST}
 SIZES |= {"experts.number": 2**14, "experts.active": 2**14, "experts.d_ff": 2**24}
@@ -114,14 +114,14 @@ ADVICE = {
     "quantization_config": "save the model dequantised, in bfloat16, and import that",
     "is_causal": "llm-jax has no model that sees the tokens after a token",
     "use_bidirectional_attention": "llm-jax has no model that sees the tokens after a token",
-    "is_encoder_decoder": "llm-jax has decoders alone",
+    "is_encoder_decoder": "llm-jax has only decoders",
     "transformers_weights": "name that file model.safetensors, and delete the key",
     "clip_qkv": "llm-jax does not clip queries, keys and values",
 }
 
 
 def check_known(theirs: Mapping[str, Any], known: Collection[str], family: str) -> None:
-    """Raise `ValueError` for a key that no lens reads and that may change what the model computes."""
+    """Raise `ValueError` for a key that no lens reads but that may change what the model computes."""
     strange = [name for name, value in theirs.items() if name not in known and not _changes_nothing(name, value)]
     if strange:
         said = ", ".join(f"{name}={short(theirs[name])}" for name in strange[:6])
@@ -134,17 +134,17 @@ def _changes_nothing(name: str, value: Any) -> bool:
 
 
 def _is(value: Any, neutral: Any) -> bool:
-    """Whether they are the same value; for Python, not here, 1 is true and 0 is false."""
+    """Return whether the values are the same, where 1 is not true and 0 is not false."""
     if callable(neutral):
         return bool(neutral(value))
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
 def check_values(theirs: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raise `ValueError` for a value of one of the keys `known` that is no such value in any family.
+    """Raise `ValueError` for a value of one of the keys `known` that is impossible in any family.
 
-    A text where a number or true or false belongs, a list or an object where neither does, and numbers that are not
-    finite, or beyond what counts anything.
+    That is a string instead of a number or boolean, an unexpected list or object, and a number that is not finite or
+    too large.
     """
     for name in theirs:
         if name in known:
@@ -176,14 +176,14 @@ def _check_value(name: str, value: Any, where: str) -> None:
 
 
 def _check_number(value: float | int, where: str, most: int) -> None:
-    if isinstance(value, float) and not abs(value) < HUGE:  # NaN is below nothing
+    if isinstance(value, float) and not abs(value) < HUGE:  # also refuses NaN
         raise ValueError(f"config.json has {where}={value}; expected what float32 can hold")
     if isinstance(value, int) and abs(value) > most:
         raise ValueError(f"config.json has {where}={value:,}; expected {most:,} at most")
 
 
 def check_field(name: str, value: Any, keys: Collection[str]) -> None:
-    """Raise `ValueError` for a field of `ModelConfig`, read from `keys`, that can't be: a size, or a finite number."""
+    """Raise `ValueError` for a field of `ModelConfig`, read from `keys`, that is no possible size or finite number."""
     said = f"config.json has {', '.join(keys) or name}={short(value)}"
     if isinstance(value, float) and not abs(value) < HUGE:
         raise ValueError(f"{said}; expected what float32 can hold")
@@ -196,6 +196,6 @@ def check_field(name: str, value: Any, keys: Collection[str]) -> None:
 
 
 def short(value: Any) -> str:
-    """A value of JSON in few characters, as it stands in the file."""
+    """Return a JSON value as in the file, shortened to 60 characters."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,7 +1,7 @@
-"""Hugging Face's families of models in our terms: for each, one declarative map, read in both directions.
+"""Hugging Face's families of models in our terms: for each a declarative map, used in both directions.
 
-A family is a table of tensors (`tensors.py`) and a list of lenses (`lenses.py`). A lens is a key of config.json, or a
-few, and what they say in fields of `ModelConfig`. The next family is one more entry at the end.
+A family is a table of tensors (`tensors.py`) and a list of lenses (`lenses.py`). A lens translates one or a few keys of
+config.json to fields of `ModelConfig` and back. A new family is one more entry at the end.
 """
 
 from llm_jax.compat.families_gpt import GPTS
@@ -49,11 +49,11 @@ BIASES = biases(
 
 
 def every_fourth(config: Theirs, i: int) -> bool:
-    """Whether the i-th layer has a window where all but the last of four have one."""
+    """Return whether the i-th layer has a window, if all but the last of every four have one."""
     return (i + 1) % 4 != 0
 
 
-# What Qwen lets see a window only, where there is one: the layers from `max_window_layers` on.
+# In Qwen the layers from `max_window_layers` on have the window, if there is one.
 QWEN_LAYERS = layer_types(
     lambda config, i: sliding_window(config) is not None and i >= config.get("max_window_layers", 28),
     ("use_sliding_window", "max_window_layers"),
@@ -73,7 +73,7 @@ GEMMA_SCALE = Lens(
     lambda config: {"attention.scale": config.get("query_pre_attn_scalar", 256) ** -0.5},
     lambda c: {"query_pre_attn_scalar": round(c.scores.factor(c.H) ** -2)},
 )
-# The first Gemma has the tanh form of GELU by whatever name.
+# The first Gemma uses the tanh form of GELU under any name.
 GEMMA_ACTIVATION = Lens(
     ("hidden_act", "hidden_activation"),
     lambda config: {
@@ -84,7 +84,7 @@ GEMMA_ACTIVATION = Lens(
     lambda c: {"hidden_act": "gelu_pytorch_tanh"},
 )
 GEMMA_FIXED = {"norm": "rmsnorm_1p", "residual": "sandwich"}
-# Seed-OSS tells queries, keys and values from what attention gives, and both from the feed-forward.
+# Seed-OSS has separate keys for queries, keys and values, for the output of attention, and for the feed-forward.
 SEED_BIASES = biases(
     {
         "none": (False, False, False),
@@ -105,7 +105,7 @@ GLM = (
     key("attention_bias", "bias", True, {True: "qkv", False: "none"}),
     rope(fraction=0.5, old=("rope_theta", "partial_rotary_factor")),
 )
-# What CWM takes where a config says nothing of its positions.
+# The default positions of CWM.
 CWM_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 1e6,

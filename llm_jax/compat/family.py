@@ -1,4 +1,4 @@
-"""What a family of models is: a table of its tensors, what its config says, and both read in two directions."""
+"""What a family of models is: a table of its tensors and a list of lenses for its config, both read and written."""
 
 import dataclasses
 import re
@@ -36,9 +36,9 @@ class Family:
     Attributes:
       name: what they call it, `model_type`.
       architecture: the class of transformers that loads it.
-      models: those it is known for.
+      models: its best known models.
       tensors: rows of name, format (`tensor_format.py`) and leaves.
-      lenses: what their config says.
+      lenses: how keys of their config and fields of ours correspond.
       fixed: fields of `ModelConfig` that are the same in all its models.
     """
 
@@ -55,9 +55,9 @@ class Family:
         return {name for lens in self.lenses for name in lens.keys}
 
     def read(self, theirs: Theirs, where: str = "config.json") -> ModelConfig:
-        """The model of a config.json, which lies at `where`.
+        """Return the model of a config.json; errors name it `where`.
 
-        Raises `ValueError`, whatever the file holds, for what it says that we don't know, can't do, or can't be.
+        Raises `ValueError`, and nothing else whatever the file holds, for what is unknown, unsupported or impossible.
         """
         try:
             check_known(theirs, self.keys, self.name)
@@ -69,12 +69,12 @@ class Family:
                 raise ValueError(f"config.json has {len(kinds)} layer_types for {n} layers; give one for each")
             return config
         except ValueError as error:
-            said = " ".join(str(error).split())[:1000]  # a key may hold anything, as line breaks
+            said = " ".join(str(error).split())[:1000]  # a key may contain anything, such as line breaks
             said = said.removeprefix("config.json") if said.startswith("config.json ") else f": {said}"
             raise ValueError(where + said) from None
 
     def _fields(self, theirs: Theirs) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
-        """What the lenses read: fields of `ModelConfig` by path, and of each the keys that it comes from."""
+        """Return what the lenses read: fields of `ModelConfig` by path, and the keys that each comes from."""
         fields, origins = dict(self.fixed), {}
         for lens in self.lenses:
             try:
@@ -84,7 +84,7 @@ class Family:
             except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
                 said = ", ".join(f"{name}={short(theirs[name])}" for name in lens.keys if name in theirs)
                 raise ValueError(
-                    f"config.json of a {self.name} has {said}, which is no such value ({error}); download it again"
+                    f"config.json of a {self.name} has {said}, which is not a valid value ({error}); download it again"
                 ) from None
             for name, value in read.items():
                 check_field(name, value, [key for key in lens.keys if key in theirs])
@@ -93,13 +93,13 @@ class Family:
         return fields, origins
 
     def write(self, c: ModelConfig) -> dict[str, Any]:
-        """The config.json of a model. `misfits` says where it falls short."""
+        """Return the config.json of a model. `misfits` says what it can't express."""
         c = canonical(c)
         return {name: value for lens in self.lenses for name, value in lens.theirs(c).items()}
 
     def misfits(self, c: ModelConfig, shapes: Shapes) -> list[str]:
-        """What keeps a model out of the family: where its config, written and read again, is another, and parameters
-        without a place.
+        """Return what keeps a model out of the family: fields that differ after its config is written and read again,
+        and parameters that no tensor holds.
         """
         try:
             theirs = _flat(to_dict(canonical(self.read(self.write(c)))))
@@ -107,14 +107,14 @@ class Family:
             return [str(error)]
         ours = _flat(to_dict(canonical(c)))
         fields = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
-        placed = {path for tensor in self.tensors_of(c, shapes) for path, _ in tensor.homes}
+        held = {path for tensor in self.tensors_of(c, shapes) for path, _ in tensor.homes}
         return [
             *(f"model.{name}={ours.get(name)} (there: {theirs.get(name)})" for name in fields),
-            *(f"the parameter {path}" for path in shapes if path not in placed),
+            *(f"the parameter {path}" for path in shapes if path not in held),
         ]
 
     def tensors_of(self, c: ModelConfig, shapes: Shapes) -> Iterator[Tensor]:
-        """Every tensor of one model, whose parameters have these shapes."""
+        """Yield every tensor of a model whose parameters have these shapes."""
         for row in self.tensors:
             for i in range(c.n_layers) if "{i}" in row[0] else [None]:
                 yield from _tensors(row, c, i, shapes)
@@ -147,7 +147,7 @@ def table(text: str) -> tuple[Row, ...]:
 
 
 def _config(fields: Mapping[str, Any], origins: Mapping[str, tuple[str, ...]], theirs: Theirs) -> ModelConfig:
-    """The model of these fields. Raises `ValueError` with the keys that an unfit one comes from."""
+    """Return the model of these fields. Raises `ValueError` with the keys that a bad field comes from."""
     try:
         return from_dict(ModelConfig, _grouped(fields), "model.")
     except ValueError as error:
@@ -158,7 +158,7 @@ def _config(fields: Mapping[str, Any], origins: Mapping[str, tuple[str, ...]], t
 
 
 def _check_positions(config: ModelConfig) -> None:
-    """Raise `ValueError` where the rotary embedding turns by angles that are no numbers."""
+    """Raise `ValueError` if the rotary embedding rotates by angles that are not finite."""
     if config.positions != "rotary":
         return
     for rotary in (config.rotary, config.rotary.local):
@@ -172,7 +172,7 @@ def _check_positions(config: ModelConfig) -> None:
 
 
 def _grouped(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"attention.window": 8}` as `{"attention": {"window": 8}}`."""
+    """Nest fields by path: `{"attention.window": 8}` becomes `{"attention": {"window": 8}}`."""
     groups: dict[str, Any] = {}
     for path, value in fields.items():
         group, dot, name = path.partition(".")
@@ -184,7 +184,7 @@ def _grouped(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `_grouped`."""
+    """Flatten nested fields: the inverse of `_grouped`."""
     flat: dict[str, Any] = {}
     for name, value in fields.items():
         flat |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, Mapping) else {name: value}

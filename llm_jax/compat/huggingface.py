@@ -1,6 +1,6 @@
-"""Models of Hugging Face as runs of ours, and back: config.json, safetensors, tokenizer files.
+"""Import Hugging Face models as runs, and export runs: config.json, safetensors, tokenizer files.
 
-What there is to say about a family stands in `families.py`; here it is applied.
+`families.py` describes each family; this file applies the descriptions.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from llm_jax.train.config import RunConfig
 from llm_jax.train.step import TrainState
 
 HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
-# What is downloaded: nothing pickled, and not the same weights in another form.
+# What to download: nothing pickled, and no second copy of the weights in another format.
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 UNWANTED = ["consolidated*", *(f"*/{kind}" for kind in WANTED if kind != "*.jinja")]
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -49,23 +49,23 @@ Report = Callable[[str], object]
 def import_run(
     source: str, folder: str | Path, *, tokenizer: str | None = None, command: str = "", report: Report = print
 ) -> RunConfig:
-    """Makes a run, at step 0, of the model in a folder or of that name on the Hugging Face hub.
+    """Make a run, at step 0, of the model in a folder or of that name on the Hugging Face hub; return its config.
 
-    `tokenizer` names one of ours in place of the model's own. The run appears whole or not at all, and takes the
-    memory of its weights twice as they are saved. `report` gets a line for what is left out or passed over. Raises
-    `ValueError` for what is not there, not known, or more than we can do.
+    `tokenizer` names one of ours to use instead of the model's own. The run appears whole or not at all; saving it
+    takes the memory of its weights twice. `report` gets a line for everything that is ignored. Raises `ValueError` for
+    what is missing, unknown or unsupported.
     """
     folder = Path(folder)
-    if folder.exists():  # said before anything is downloaded
+    if folder.exists():  # before anything is downloaded
         holds = "already holds a run" if run_folder.is_run(folder) else "exists"
         raise ValueError(f"{folder} {holds}, and an import makes a folder of its own; choose another --run")
     there = fetch(source)
     theirs = read_json(there / "config.json", {"model_type": str})
     family = family_of(theirs, str(there / "config.json"))
     model = family.read(theirs, str(there / "config.json"))
-    attention = dataclasses.replace(model.attention, dropout=0.0)  # how to train on is up to who does
+    attention = dataclasses.replace(model.attention, dropout=0.0)  # a choice of further training
     model = dataclasses.replace(model, attention=attention, dtype=compute_dtype(theirs))
-    # Where angles go by the length of a row, it is one of what the model was made for: documents may share it.
+    # If angles depend on the length of a row, that is one the model was trained for: documents may share a row.
     longest = model.rotary.original_len if model.rotary.scaling in ("dynamic", "longrope") else None
     seq_len = min(model.max_seq_len, 1024, longest or 1024)
     data = DataConfig(tokenizer=str(folder.absolute() / "tokenizer"), seq_len=seq_len, batch_size=1)
@@ -81,7 +81,7 @@ def import_run(
     params = weights.read_parameters(there, family, model)
     with whole_folder(folder, "import") as scratch:
         coder.save(scratch / "tokenizer")
-        # The ids of tokens are those of the model's own tokenizer.
+        # Token ids in config.json belong to the model's own tokenizer.
         known = theirs if tokenizer is None else {name: theirs[name] for name in theirs if name not in IDS}
         write_json(scratch / ORIGIN, known)
         write_json(scratch / ORIGIN_DTYPES, weights.wider(stored))
@@ -115,7 +115,7 @@ def export_hf(
 
 
 def ignored(family: Family, theirs: Mapping[str, Any]) -> str | None:
-    """The keys of a config.json that change nothing, as a line; None where it has none."""
+    """Return a line with the keys of a config.json that change nothing; None if it has none."""
     used = {*family.keys, *IDS, "model_type", "dtype", "torch_dtype"}
     names = sorted(name for name in theirs if name not in used)
     return f"ignored, as they change nothing that a {family.name} computes: {', '.join(names)}" if names else None
@@ -130,12 +130,12 @@ def export_run(
     dtype: str | None = None,
     report: Report = print,
 ) -> Family:
-    """Writes the model of the run in `folder`, with these weights, so that transformers loads it.
+    """Write the model of the run in `folder`, with these weights, for transformers; return its family.
 
-    `family` is by default that of its import where it can say what the model is, or else the first that can; `dtype`
-    that of its computation. Of an imported model the ids, the wider dtype of some tensors, and keys that say nothing
-    about the model stay as they were. `out` appears whole or not at all. Raises `ValueError` where no family can, and
-    for weights that are not finite or don't fit the dtype.
+    `family` is by default that of its import if it can express the model, else the first that can; `dtype` is by
+    default that of its computation. An imported model keeps its token ids, the wider dtype of some tensors, and keys
+    that don't describe the model. `out` appears whole or not at all. Raises `ValueError` if no family can express the
+    model, and for weights that are not finite or don't fit the dtype.
     """
     folder, out = Path(folder), Path(out)
     if out.exists():
@@ -145,7 +145,7 @@ def export_run(
     if task is not None and task.kind == "translate":
         raise ValueError(
             f"{folder} sees the whole question at once (data.task.kind=translate), but every family of "
-            "docs/architectures.md sees no token ahead, and would write something else; let llm-jax generate answer"
+            "docs/architectures.md is causal, and would generate something else; use llm-jax generate"
         )
     origin = read_json(folder / ORIGIN) if (folder / ORIGIN).is_file() else {}
     chosen = choose(model, weights.shapes_of(params), family, origin.get("model_type"))
@@ -153,7 +153,7 @@ def export_run(
         if origin and family is None:
             report(f"a {chosen.name}, as transformers loads no such {origin.get('model_type')}")
         origin = {}
-    elsewhere = folder / ORIGIN_DTYPES  # as they were: what --dtype is not there to change
+    elsewhere = folder / ORIGIN_DTYPES  # kept unless --dtype says otherwise
     kept = read_json(elsewhere) if origin and dtype is None and elsewhere.is_file() else {}
     about = config_of(chosen, model, coder, dtype or model.dtype, origin)
     begins = run_folder.begins(folder, config, coder)
@@ -170,33 +170,33 @@ def export_run(
 def config_of(
     family: Family, model: ModelConfig, coder: Tokenizer, dtype: str, origin: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the config.json of a model that came with `origin`, or with {}.
+    """Return the config.json of a model whose import had the config.json `origin`, or {}.
 
-    What `origin` says of attention's dropout, if anything, stays unless the model is trained with a rate of its own.
+    The attention dropout of `origin` stays unless the model was trained with a rate of its own.
     """
     ends = list(coder.end_ids)
     ids = dict.fromkeys(IDS) | {"bos_token_id": coder.begin_of_text, "eos_token_id": ends if ends[1:] else ends[0]}
-    theirs = origin.get("eos_token_id")  # some name it in generation_config.json alone
+    theirs = origin.get("eos_token_id")  # some name it only in generation_config.json
     came = theirs is None or coder.end_of_text in (theirs if isinstance(theirs, list) else [theirs])
-    if came and isinstance(coder, ImportedTokenizer):  # the one that the model came with
+    if came and isinstance(coder, ImportedTokenizer):  # the model's own
         unsaid = {"eos_token_id"} if theirs is None else set()
         ids |= {name: origin[name] for name in IDS if name in origin and name not in unsaid}
     same = PATTERN_DROPOUT if origin and not model.attention.dropout else ()
     ours = {name: value for name, value in family.write(model).items() if name not in same}
-    lost = {*family.keys, "auto_map", "torch_dtype"} - {*same}  # said anew; the code of a model does not come along
+    lost = {*family.keys, "auto_map", "torch_dtype"} - {*same}  # rewritten; custom code of the model is not exported
     kept = {name: value for name, value in origin.items() if name not in lost}
     about = {"architectures": [family.architecture], "model_type": family.name, "dtype": dtype, "torch_dtype": dtype}
     return kept | about | ids | ours
 
 
 def generation(about: Mapping[str, Any]) -> bytes:
-    """The generation_config.json of a model that came without: which tokens begin and end a text."""
+    """Return a generation_config.json: which tokens begin and end a text."""
     ids = {name: about[name] for name in IDS if about[name] is not None}
     return (json.dumps({"_from_model_config": True} | ids, indent=2) + "\n").encode()
 
 
 def fetch(source: str) -> Path:
-    """The folder of that name, or that into which the model of that name on the hub is downloaded."""
+    """Return the folder `source`, or download the model of that name from the hub. Raises `ValueError` if both fail."""
     if source and Path(source).is_dir():
         return Path(source)
     if not re.fullmatch(HUB_NAME, source) or Path(source).is_file():
@@ -207,50 +207,50 @@ def fetch(source: str) -> Path:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{source} is no folder here, and the hub does not give it ({reason}); mend that, or download the model "
+            f"{source} is no folder here, and the hub does not provide it ({reason}); fix that, or download the model "
             "elsewhere and name its folder"
         ) from error
 
 
 def family_of(theirs: Mapping[str, Any], where: str = "config.json") -> Family:
-    """The family of a config.json, which lies at `where`. Raises `ValueError` for one that has no map."""
+    """Return the family of a config.json; errors name it `where`. Raises `ValueError` for an unknown family."""
     name = " ".join(short(theirs.get("model_type")).split())
     if name in FAMILIES:
         return FAMILIES[name]
     lacks = lacking(name)
     why = f"it needs {lacks}, which llm-jax lacks" if lacks else f"known: {', '.join(sorted(FAMILIES))}"
     inside = "; of a model that does more than text, save the text model alone" * ("text_config" in theirs)
-    raise ValueError(f"{where} has model_type={name}, a family without a map; {why}{inside}")
+    raise ValueError(f"{where} has model_type={name}, an unknown family; {why}{inside}")
 
 
 def choose(model: ModelConfig, shapes: Shapes, name: str | None, origin: str | None = None) -> Family:
-    """The family `name`; without one `origin`, if the model belongs to it, or the first that it belongs to.
+    """Return the family `name`; by default `origin`, if the model belongs to it, or the first that it belongs to.
 
-    Raises `ValueError` where it belongs to none.
+    Raises `ValueError` if it belongs to none.
     """
     if name is not None and name not in FAMILIES:
         needs = f"it needs {lacks}" if (lacks := lacking(name)) else nearest(name, FAMILIES)
-        raise ValueError(f"--family {name}: a family without a map; {needs}")
+        raise ValueError(f"--family {name}: an unknown family; {needs}")
     names = sorted(FAMILIES, key=lambda each: each != origin) if name is None else [name]
     misfits = {name: FAMILIES[name].misfits(model, shapes) for name in names}
     closest = min(misfits, key=lambda name: len(misfits[name]))
     if misfits[closest]:
         raise ValueError(
-            f"no family can say what this model is; the closest, {closest}, lacks {', '.join(misfits[closest])}. "
+            f"no family can express this model; the closest, {closest}, lacks {', '.join(misfits[closest])}. "
             "A model that is to be exported must be one of docs/architectures.md"
         )
     return FAMILIES[closest]
 
 
 def compute_dtype(theirs: Mapping[str, Any]) -> str:
-    """What a model computes in: bfloat16 where it is kept so, else float32."""
+    """Return the dtype to compute in: bfloat16 if the weights are, else float32."""
     return "bfloat16" if theirs.get("dtype", theirs.get("torch_dtype")) == "bfloat16" else "float32"
 
 
 def open_tokenizer(source: str, there: Path, name: str | None, model: ModelConfig) -> Tokenizer:
-    """The tokenizer of the model `source` in the folder `there`, or the one of ours of that name.
+    """Return the tokenizer of the model `source` in the folder `there`, or ours of the name `name`.
 
-    Raises `ValueError` where there is none, or one of more ids than the model knows, added tokens apart.
+    Raises `ValueError` if there is none, or if it has more ids than the model, not counting added tokens.
     """
     if name is not None:
         coder = build(name, tuple)
@@ -266,7 +266,7 @@ def open_tokenizer(source: str, there: Path, name: str | None, model: ModelConfi
         )
     if coder.vocab_size > model.vocab_size:
         raise ValueError(
-            f"the tokenizer {coder.name} has {coder.vocab_size} ids, but the model knows {model.vocab_size}; "
+            f"the tokenizer {coder.name} has {coder.vocab_size} ids, but the model has {model.vocab_size}; "
             "name another: --tokenizer gpt2, or a folder"
         )
     return coder

@@ -1,4 +1,4 @@
-"""Keys of config.json and the fields of `ModelConfig` that say the same, each pair a lens that looks both ways."""
+"""Lenses between keys of a config.json and fields of `ModelConfig`; each translates in both directions."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ REQUIRED = object()
 
 @dataclasses.dataclass(frozen=True)
 class Lens:
-    """`ours` reads these keys, `theirs` writes them, of a config that is `canonical`."""
+    """`ours` reads these keys, `theirs` writes them from a config that is `canonical`."""
 
     keys: tuple[str, ...]
     ours: Callable[[Theirs], Fields]
@@ -27,8 +27,8 @@ class Lens:
 
 
 def key(theirs: str, ours: str, default: Any = REQUIRED, values: Mapping[Any, Any] | None = None) -> Lens:
-    """A key and a field; `default` is what its absence means, `values` their words for ours where they differ."""
-    words = {word: name for name, word in reversed(list((values or {}).items()))}  # of several, the first
+    """Return the lens of a key and a field; `default` is what its absence means, `values` their words for ours."""
+    words = {word: name for name, word in reversed(list((values or {}).items()))}  # the first of several
 
     def read(config: Theirs) -> Fields:
         value = config[theirs] if default is REQUIRED else config.get(theirs, default)
@@ -47,7 +47,7 @@ KINDS = {"full_attention": "global", "sliding_attention": "local"}
 
 
 def pattern(kinds: Sequence[str], window: int | None) -> Fields:
-    """The fields of layers of these kinds; `window` is that of those that have one. Raises `ValueError` without it."""
+    """Return the fields of layers of these kinds. Raises `ValueError` for local layers without a `window`."""
     local = any("local" in kind for kind in kinds)
     if local and window is None:
         raise ValueError(
@@ -58,14 +58,14 @@ def pattern(kinds: Sequence[str], window: int | None) -> Fields:
 
 
 def period(kinds: Sequence[Any]) -> tuple[Any, ...]:
-    """The shortest beginning of `kinds` that makes all of them, repeated."""
+    """Return the shortest prefix of `kinds` that gives all of them when repeated."""
     sizes = range(1, len(kinds) + 1)
     size = next((n for n in sizes if all(kind == kinds[i % n] for i, kind in enumerate(kinds))), 0)
     return tuple(kinds[:size])
 
 
 def of_each_layer(config: Theirs, name: str) -> Sequence[Any] | None:
-    """What a key says of every layer, if it is there. Raises `ValueError` where that are not all, or too many."""
+    """Return what a key says of each layer, if it is there. Raises `ValueError` for another number of layers."""
     said, n_layers = config.get(name), config["num_hidden_layers"]
     if said is not None and len(said) != n_layers:
         raise ValueError(
@@ -75,7 +75,7 @@ def of_each_layer(config: Theirs, name: str) -> Sequence[Any] | None:
 
 
 def flag(config: Theirs, name: str, absent: bool = False) -> bool:
-    """What a key that is true or false says. Raises `ValueError` for any other value, as transformers does."""
+    """Return a key that is true or false. Raises `ValueError` for any other value, as transformers does."""
     said = config.get(name, absent)
     if not isinstance(said, bool):
         raise ValueError(f"config.json has {name}={short(said)}; expected true or false")
@@ -83,12 +83,15 @@ def flag(config: Theirs, name: str, absent: bool = False) -> bool:
 
 
 def sliding_window(config: Theirs, absent: int | None = 4096) -> int | None:
-    """The window of layers that have one, if `use_sliding_window` says that any do; `absent`: what no key means."""
+    """Return the window if `use_sliding_window` is true; `absent` is what a missing `sliding_window` means.
+
+    Raises `ValueError` for a switch that is not true or false.
+    """
     return config.get("sliding_window", absent) if flag(config, "use_sliding_window") else None
 
 
 def window(default: int | None, feedforward: str = "") -> Lens:
-    """`sliding_window`, where all layers have it or none."""
+    """Return the lens of `sliding_window` in families where all layers have one, or none."""
 
     def read(config: Theirs) -> Fields:
         size = config.get("sliding_window", default)
@@ -98,7 +101,7 @@ def window(default: int | None, feedforward: str = "") -> Lens:
 
 
 def layer_types(guess: Callable[[Theirs, int], bool], keys: tuple[str, ...], use: bool = False) -> Lens:
-    """`layer_types`; where they are not given, `guess` says from `keys` whether the i-th layer has a window.
+    """Return the lens of `layer_types`; without, `guess` says from `keys` whether the i-th layer has a window.
 
     `use`: the family has a switch `use_sliding_window`.
     """
@@ -116,7 +119,9 @@ def layer_types(guess: Callable[[Theirs, int], bool], keys: tuple[str, ...], use
         types = ["sliding_attention" if near else "full_attention" for near in local]
         switch: dict[str, Any] = {"use_sliding_window": any(local)} if use else {}
         cycle = period(local)
-        if "sliding_window_pattern" in keys and not cycle[-1] and all(cycle[:-1]):  # for who reads no layer_types
+        if (
+            "sliding_window_pattern" in keys and not cycle[-1] and all(cycle[:-1])
+        ):  # for readers that ignore layer_types
             switch["sliding_window_pattern"] = len(cycle)
         return {"layer_types": types, "sliding_window": c.attention.window, **switch}
 
@@ -124,22 +129,22 @@ def layer_types(guess: Callable[[Theirs, int], bool], keys: tuple[str, ...], use
 
 
 def no_rope_layers() -> Lens:
-    """SmolLM3: where `no_rope_layers` says 0 (every fourth layer) there are no positions, but maybe a window."""
+    """Return the lens of SmolLM3: layers with 0 in `no_rope_layers` (every fourth) have no positions."""
 
     def read(config: Theirs) -> Fields:
         every, layers = config.get("no_rope_layer_interval", 4), range(config["num_hidden_layers"])
-        turned = of_each_layer(config, "no_rope_layers") or [(i + 1) % every for i in layers]
+        rotated = of_each_layer(config, "no_rope_layers") or [(i + 1) % every for i in layers]
         sliding = sliding_window(config, absent=None)
         types = of_each_layer(config, "layer_types")
         if types is None:
-            types = ["full_attention" if turns or sliding is None else "sliding_attention" for turns in turned]
+            types = ["full_attention" if rope or sliding is None else "sliding_attention" for rope in rotated]
         kinds = [known("layer_types", KINDS, name) for name in types]
-        if any(kind == "local" and not turns for kind, turns in zip(kinds, turned, strict=True)):
+        if any(kind == "local" and not rope for kind, rope in zip(kinds, rotated, strict=True)):
             raise ValueError(
                 "config.json has layers with a window and without positions (no_rope_layers has a 0 where layer_types "
                 "has sliding_attention), a kind that llm-jax lacks; known: global, local, nope"
             )
-        return pattern([kind if turns else "nope" for kind, turns in zip(kinds, turned, strict=True)], sliding)
+        return pattern([kind if rope else "nope" for kind, rope in zip(kinds, rotated, strict=True)], sliding)
 
     def write(c: ModelConfig) -> dict[str, Any]:
         kinds = kinds_of(c)
@@ -155,7 +160,7 @@ def no_rope_layers() -> Lens:
 
 
 def exaone_layers() -> Lens:
-    """EXAONE 4: where some layers have a window the others have no positions; without a window all have some."""
+    """Return the lens of EXAONE 4: if some layers have a window, the others have no positions; else all have some."""
 
     def read(config: Theirs) -> Fields:
         window, every = config.get("sliding_window", 4096), config.get("sliding_window_pattern", 4)
@@ -174,7 +179,7 @@ def exaone_layers() -> Lens:
 
 
 def sparse_layers(chosen: Lens) -> Lens:
-    """Qwen3 MoE: which layers have the experts that `chosen` reads; and whether all have a window, or none."""
+    """Return the lens of Qwen3 MoE: which layers have experts, as `chosen` reads them, and whether all have windows."""
 
     def read(config: Theirs) -> Fields:
         dense, every = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step", 1)
@@ -199,7 +204,7 @@ def sparse_layers(chosen: Lens) -> Lens:
 
 
 def experts(number: int, active: int, width: int | None = None) -> Lens:
-    """How many experts, `num_local_experts` in transformers 5, and how the chosen are weighted; `width` of one."""
+    """Return the lens of the number, choice and `width` of experts; transformers 5 says `num_local_experts`."""
     lenses = (
         key("num_experts_per_tok", "experts.active", active),
         key("norm_topk_prob", "experts.renormalise", False),
@@ -218,12 +223,12 @@ def experts(number: int, active: int, width: int | None = None) -> Lens:
 
 
 def heads(kv: int | None = None, size: int | None = None) -> tuple[Lens, ...]:
-    """What the absence of these keys means; null is one for each query head, and their share of the width."""
+    """Return the lenses of key/value heads and head size; null means one per query head, and their share of D."""
     return key("num_key_value_heads", "n_kv_heads", kv), key("head_dim", "head_dim", size)
 
 
 def biases(table: Mapping[str, tuple[bool, ...]], **absent: bool) -> Lens:
-    """Keys that together say which linear maps have biases; what the absence of each means."""
+    """Return the lens of the keys that say which linear maps have biases, with the value that `absent` ones have."""
 
     def read(config: Theirs) -> Fields:
         said = tuple(flag(config, name, value) for name, value in absent.items())
@@ -239,7 +244,7 @@ PATTERN_DROPOUT = ("attention_dropout", "attn_pdrop")
 
 
 def pattern_dropout(name: str, absent: float = 0.0) -> Lens:
-    """The share of attention's pattern that training drops, by one of the names above; null is none."""
+    """Return the lens of the dropout on the attention pattern, under one of the names above; null is none."""
     assert name in PATTERN_DROPOUT
     return Lens(
         (name,),
@@ -249,7 +254,7 @@ def pattern_dropout(name: str, absent: float = 0.0) -> Lens:
 
 
 def silent(*names: str) -> Lens:
-    """Keys that change nothing of what the model computes."""
+    """Return the lens of keys that don't change what the model computes."""
     return Lens(names, lambda config: {}, lambda c: {})
 
 
@@ -293,19 +298,19 @@ def _check_whole_heads(c: ModelConfig) -> dict[str, Any]:
     return {}
 
 
-# Of families whose config transformers refuses unless the heads divide the width, whatever their size.
+# For families whose config transformers refuses unless the heads divide the width, whatever their size.
 WHOLE_HEADS = Lens((), lambda config: {}, _check_whole_heads)
 
 
 def known(name: str, names: Mapping[Any, Any], value: Any) -> Any:
-    """`names[value]`. Raises `ValueError` for a value that is not there."""
+    """Return `names[value]`. Raises `ValueError` for a value that is not there."""
     if value not in names:
         raise ValueError(f"config.json has {name}={value}, which llm-jax can't do; known: {', '.join(map(str, names))}")
     return names[value]
 
 
 def canonical(c: ModelConfig) -> ModelConfig:
-    """The same function said in one way: nothing left to follow from another field, and nothing about training."""
+    """Return the one config of the same function: every field explicit, and all about training at its default."""
     experts, d_ff = c.experts, c.F
     if experts is not None:
         experts = Experts(experts.number, experts.active, experts.d_ff or c.F, experts.shared, experts.renormalise)

@@ -1,4 +1,4 @@
-"""Families of models that have no map here, and what llm-jax would need for one.
+"""Families of models that can't be imported, and what llm-jax lacks for each.
 
 `python tests/architectures.py` writes the table into docs/architectures.md.
 """
@@ -85,7 +85,7 @@ LACKS: dict[str, tuple[str, ...]] = {
 
 
 def lacking(name: str) -> str | None:
-    """What llm-jax lacks for the family `name`, as words; None for one that this table does not have."""
+    """Return what llm-jax lacks for the family `name`, in words; None for a family that is not in this table."""
     if name not in LACKS:
         return None
     *others, last = LACKS[name]

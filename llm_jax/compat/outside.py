@@ -1,4 +1,4 @@
-"""What may not be there, or not be whole: libraries, and files that others wrote."""
+"""Optional libraries, and JSON files that others wrote."""
 
 import importlib
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from llm_jax.files import Types
 
 
 def optional(name: str) -> ModuleType:
-    """The module of that name. Raises `ValueError` where it is not installed."""
+    """Import an optional module. Raises `ValueError` if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Rotary positions in the words of config.json: `rope_parameters`, and the keys of before."""
+"""Rotary positions in a config.json: `rope_parameters`, and the older keys."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,9 +7,9 @@ from llm_jax.compat.lenses import KINDS, Fields, Lens, Theirs, known
 from llm_jax.model.config import ModelConfig
 from llm_jax.ops.position import Rotary
 
-ORIGINAL = "original_max_position_embeddings"  # before they were scaled
+ORIGINAL = "original_max_position_embeddings"  # before scaling
 
-# Their name of a scaling -> ours, and the same of what it says beside theta.
+# Their name of a scaling -> ours, and its parameters besides theta.
 Scalings = Mapping[str, tuple[str, dict[str, str]]]
 SCALINGS: Scalings = {
     "default": ("none", {}),
@@ -45,13 +45,13 @@ SCALINGS: Scalings = {
         },
     ),
 }
-# Phi-3 knows no other, and had two names for it.
+# The only scaling of Phi-3, which has three names there.
 PHI3_SCALINGS: Scalings = {
     "default": SCALINGS["default"],
     **dict.fromkeys(("longrope", "su", "yarn"), SCALINGS["longrope"]),
 }
 
-# What transformers can't do without, by our name.
+# The parameters that transformers requires, by our name of the scaling.
 NEEDED = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
@@ -70,12 +70,15 @@ def rope(
     original: int | None = None,
     counted: bool = True,
 ) -> Lens:
-    """`rope_parameters`, or the `rope_theta` and `rope_scaling` of before; `fraction` where the family has one.
+    """Return the lens of `rope_parameters`, or of the older `rope_theta` and `rope_scaling`.
 
-    `old` are the names of theta and of the fraction outside of `rope_parameters`, then others that say the same;
-    `absent` is what these are where a config has none; `scalings` those that transformers has in this family.
-    `original` is what the absence of `original_max_position_embeddings` means, where a family has that
-    key outside and reads it there alone. `counted`: see `_scaling`.
+    Args:
+      theta, fraction: the defaults; `fraction` only if the family has one.
+      old: the names of theta and of the fraction outside of `rope_parameters`, then their synonyms.
+      absent: the `rope_parameters` of a config that has none.
+      scalings: those that transformers supports in this family.
+      original: the default of `original_max_position_embeddings`, if the family reads that key only outside.
+      counted: see `_scaling`.
     """
 
     def read(config: Theirs) -> Fields:
@@ -95,19 +98,19 @@ def rope(
         return _rotary(parameters, config, fraction is not None, scalings)
 
     def write(c: ModelConfig) -> dict[str, Any]:
-        part = {} if fraction is None else {"partial_rotary_factor": c.rotary.fraction}
+        partial = {} if fraction is None else {"partial_rotary_factor": c.rotary.fraction}
         names = zip(old, (c.rotary.theta, c.rotary.fraction) * 2, strict=False)
         before: dict[str, Any] = {name: value for name, value in names if name}
         if absent and c.rotary.scaling == "none":
-            before["rope_scaling"] = {"type": "default", "rope_type": "default"}  # which is not to say nothing
+            before["rope_scaling"] = {"type": "default", "rope_type": "default"}  # absence means another
         before |= _scaling(c.rotary, c.max_seq_len, scalings, counted=counted)
-        return {"rope_parameters": _parameters(c.rotary, scalings) | part} | before
+        return {"rope_parameters": _parameters(c.rotary, scalings) | partial} | before
 
     return Lens(("rope_parameters", "rope_scaling", ORIGINAL, *filter(None, old)), read, write)
 
 
 def rope_by_type(theta: float, local_theta: float | None = None, old: str = "") -> Lens:
-    """Gemma 3, OLMo 3: local layers are not scaled, and may have a theta of their own; `old` is its name outside."""
+    """Return the lens of Gemma 3 and OLMo 3: local layers have no scaling, and their own theta if `old` names it."""
 
     def read(config: Theirs) -> Fields:
         given = config.get("rope_parameters") or {}
@@ -147,12 +150,12 @@ def _rotary(parameters: Theirs, config: Theirs, partial: bool = False, scalings:
     name = parameters.get("rope_type", parameters.get("type", "default"))
     scaling, fields = known("rope_type", scalings, name)
     given, longest = {key: value for key, value in parameters.items() if value is not None}, {}
-    if ORIGINAL in fields:  # outside it goes before inside; where a config does not say, it means all there are
+    if ORIGINAL in fields:  # the key outside has priority; by default it is the maximum length
         given[ORIGINAL] = config.get(ORIGINAL) or given.get(ORIGINAL) or config["max_position_embeddings"]
-    null = scaling == "yarn" and "factor" in parameters  # which means: as much longer as it was made
+    null = scaling == "yarn" and "factor" in parameters  # null means the ratio of both lengths
     if (null or scaling == "longrope") and "factor" not in given:
         given["factor"] = config["max_position_embeddings"] / given[ORIGINAL]
-    if scaling == "dynamic":  # their longest text is what was trained on: the scaling is for what goes beyond
+    if scaling == "dynamic":  # their maximum is the trained length: the scaling is for what exceeds it
         trained = config["max_position_embeddings"]
         longest = {"rotary.original_len": trained, "max_seq_len": round(trained * given.get("factor", 1))}
     if lacking := [key for key in ("rope_theta", *NEEDED.get(scaling, ())) if key not in given]:
@@ -167,11 +170,11 @@ def _rotary(parameters: Theirs, config: Theirs, partial: bool = False, scalings:
 
 
 def _scaling(rotary: Rotary, longest: int, scalings: Scalings, *, counted: bool) -> dict[str, Any]:
-    """`rope_scaling`, which is read where `rope_parameters` is not, with both names of its kind; {} without one.
+    """Return `rope_scaling`, for readers without `rope_parameters`, with both names of its kind; {} without one.
 
-    `counted`: the family is as old as `linear`, and readers of then want two keys and no more. Two kinds go by the
-    length of a text: `dynamic` by `max_position_embeddings`, and `longrope` by a key outside, whose share of all
-    positions is its factor. Raises `ValueError` for another factor. Phi-3, of which readers want three keys, is then
+    `counted`: the family is as old as `linear`, and its old readers accept exactly two keys. Two kinds depend on the
+    length of a text: `dynamic` on `max_position_embeddings`, `longrope` on a key outside, whose ratio to the maximum is
+    its factor. Raises `ValueError` for another factor; Phi-3, whose readers accept exactly three keys, is then
     written without `type`, so that they refuse it.
     """
     scaled = {name: value for name, value in _parameters(rotary, scalings).items() if name != "rope_theta"}

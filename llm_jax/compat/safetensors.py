@@ -1,7 +1,7 @@
-"""The safetensors format: read by the library of that name, a tensor at a time, and written likewise.
+"""The safetensors format: read by the library of that name, a tensor at a time, and written here, a tensor at a time.
 
-A file is eight bytes for the length of the header, the header in JSON, one tensor behind another. No file is ever in
-memory whole.
+A file is eight bytes for the length of the header, the header in JSON, then one tensor after another. It is never in
+memory as a whole.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from llm_jax.compat.outside import optional, read_json
 from llm_jax.files import written
 
 DTYPES = {"F32": np.dtype("float32"), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype("float16")}
-BFLOAT16_MOST = 3.38e38  # what rounds to a larger one is infinite
+BFLOAT16_MOST = 3.38e38  # larger numbers round to infinity
 CODES = {dtype.name: code for code, dtype in DTYPES.items()}
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DOWNLOAD = "download the model again, all of its .safetensors files"
@@ -38,13 +38,13 @@ class Stored:
     shape: tuple[int, ...]
 
     def read(self) -> np.ndarray:
-        """Its numbers. Raises `ValueError` for those that are of none of `DTYPES`."""
+        """Return its numbers. Raises `ValueError` for a dtype that is not in `DTYPES`."""
         self.check()
-        with _opened(self.file) as file:  # anew for each: a mapping that stays holds all that was ever read
+        with _opened(self.file) as file:  # opened anew for each: an open mapping keeps all that was ever read
             return file.get_tensor(self.name)
 
     def check(self) -> None:
-        """Raise `ValueError` for numbers that are of none of `DTYPES`, with the way to such ones."""
+        """Raise `ValueError` for a dtype that is not in `DTYPES`, with the way to convert it."""
         if self.dtype in DTYPES:
             return
         kind = OTHER.get(self.dtype, f"{self.dtype}, as of a quantised model")
@@ -53,10 +53,10 @@ class Stored:
 
 
 def open_folder(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the model in `folder`, by name, in one file or in shards.
+    """Return every tensor of the model in `folder`, by name, in one file or in shards.
 
-    Where both are there the one file is taken, as transformers does. Raises `ValueError` where there is none, a shard
-    is missing, or one is damaged.
+    If both exist, the one file is taken, as in transformers. Raises `ValueError` if there is none, a shard is missing,
+    or one is damaged.
     """
     if (folder / WHOLE).is_file():
         return open_file(folder / WHOLE)
@@ -79,17 +79,17 @@ def open_folder(folder: Path) -> dict[str, Stored]:
 
 
 def passed_over(folder: Path) -> str | None:
-    """What `open_folder` leaves out, as a line; None where it takes all there is."""
+    """Return a line about what `open_folder` ignores; None if nothing."""
     if (folder / WHOLE).is_file() and (folder / INDEX).is_file():
         return f"{folder} has {WHOLE} and {INDEX}: the first is taken, whole, as transformers does"
     return None
 
 
 def open_file(path: Path) -> dict[str, Stored]:
-    """Every tensor of one file. Raises `ValueError` where its header does not fit what is there."""
+    """Return every tensor of one file. Raises `ValueError` if the file does not match its header."""
     with _opened(path) as file:
-        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return {name: Stored(path, name, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {name: Stored(path, name, x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
 
 
 @contextmanager
@@ -104,16 +104,16 @@ def _opened(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path} is no safetensors file, or damaged ({error}); download it again") from None
 
 
-# The library's own writer wants every tensor in memory at once.
+# The library's own writer needs every tensor in memory at once.
 def write_file(
     path: Path,
     shapes: Mapping[str, tuple[int, ...]],
     dtype: str | Mapping[str, str],
     read: Callable[[str], np.ndarray],
 ) -> None:
-    """Write tensors of these names and shapes; `read` gives each as its time comes. `dtype` is of all, or of each.
+    """Write tensors of these names and shapes, one `read` at a time. `dtype` is of all, or of each by name.
 
-    Raises `ValueError` with the name of a tensor that holds what is no number in its dtype.
+    Raises `ValueError` with the name of a tensor with numbers that are not finite in its dtype, and `OSError`.
     """
     codes = {name: CODES[dtype if isinstance(dtype, str) else dtype[name]] for name in shapes}
     header, end = {}, 0
@@ -121,7 +121,7 @@ def write_file(
         start, end = end, end + DTYPES[codes[name]].itemsize * math.prod(shape)
         header[name] = {"dtype": codes[name], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
-    text += b" " * (-len(text) % 8)  # so that the first tensor begins at a whole word
+    text += b" " * (-len(text) % 8)  # so that the first tensor is aligned to 8 bytes
     with written(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
@@ -131,7 +131,7 @@ def write_file(
 
 
 def _cast(tensor: np.ndarray, code: str, name: str) -> np.ndarray:
-    """`tensor` in the dtype of that code. Raises `ValueError` unless all of its numbers stay finite."""
+    """Return `tensor` in the dtype of that code. Raises `ValueError` unless all of its numbers stay finite."""
     with np.errstate(over="ignore"):
         cast = tensor.astype(DTYPES[code])
     if lost := count_not_finite(cast):
@@ -146,14 +146,12 @@ def _cast(tensor: np.ndarray, code: str, name: str) -> np.ndarray:
 
 
 def check_finite(x: np.ndarray, name: str) -> None:
-    """Raise `ValueError` where `x` holds NaN or infinity."""
+    """Raise `ValueError` if `x` contains NaN or infinity."""
     if count := count_not_finite(x):
-        raise ValueError(
-            f"{name} has {count:,} of {x.size:,} numbers that are NaN or infinite; use weights from before they were"
-        )
+        raise ValueError(f"{name} has {count:,} of {x.size:,} numbers that are NaN or infinite; use earlier weights")
 
 
 def count_not_finite(x: np.ndarray, block: int = 1 << 22) -> int:
-    """How many numbers are NaN or infinite, counted a block at a time: in no more memory than a block takes."""
+    """Count the numbers that are NaN or infinite, a block at a time: in no more memory than a block takes."""
     flat = x.reshape(-1)
     return sum(int(np.count_nonzero(~np.isfinite(flat[i : i + block]))) for i in range(0, flat.size, block))

@@ -1,7 +1,7 @@
-"""The sides of a comparison: ways to take the same train step, each in a process of its own.
+"""The sides of a comparison: ways to take the same train step, each in its own process.
 
-In one process they would share a heap and slow each other. Told to take their steps in turn, they are slowed alike by
-whatever else the machine does, so that ratios within a round can be trusted.
+In one process they would share a heap and slow each other down. As they take their steps alternately, other load on
+the machine slows them equally, so that ratios within a round are reliable.
 """
 
 import contextlib
@@ -27,15 +27,15 @@ from llm_jax.data.mixture import open_folders
 from llm_jax.train.config import RunConfig
 from llm_jax.train.program import Program
 
-Step = Callable[[Batch], tuple[SupportsFloat, SupportsFloat]]  # loss and gradient norm, perhaps still being computed
+Step = Callable[[Batch], tuple[SupportsFloat, SupportsFloat]]  # loss and gradient norm, possibly still being computed
 NAMES = {"jax": "llm_jax", "eager": "PyTorch", "compiled": "compiled PyTorch"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Stretch:
-    """Some steps of a side: loss and gradient norm of each, and the seconds that they took.
+    """Some steps of a side: loss and gradient norm of each, and the seconds for all.
 
-    `imports` and `peak` are the bytes that its process held before there was a model, and at most until now.
+    `imports` and `peak` are the bytes of its process before there was a model, and at most until now.
     """
 
     loss: list[float]
@@ -46,13 +46,13 @@ class Stretch:
 
 
 class Side:
-    """A way to train, in a process that takes steps when it is told to and ends with this one, however that ends."""
+    """A way to train, in a process that takes steps on demand and ends with this one, however that ends."""
 
     def __init__(self, name: str) -> None:
         spawn = multiprocessing.get_context("spawn")
         self.name, (self._pipe, there) = name, spawn.Pipe()
         self._process = spawn.Process(target=_serve, args=(name, there), daemon=True)
-        was = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the process inherits: Ctrl-C is for us to handle
+        was = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the process: Ctrl-C is handled here
         try:
             self._process.start()
         finally:
@@ -65,15 +65,15 @@ class Side:
     def __exit__(self, *_: object) -> None:
         self._process.terminate()
         self._process.join(10)
-        self._process.kill()  # where a compiler would not be interrupted
+        self._process.kill()  # if a compiler ignored SIGTERM
         self._process.join()
 
     def begin(self, config: RunConfig, folders: list[Path], params: PyTree, rates: Iterable[float]) -> None:
-        """Builds the model, with these parameters."""
+        """Build the model, with these parameters. Raises `ValueError` if the process fails."""
         self._ask((config, folders, params, rates))
 
     def train(self, steps: int) -> Stretch:
-        """The next steps. Raises `ValueError` where the process fails."""
+        """Take the next steps. Raises `ValueError` if the process fails."""
         return self._ask(steps)
 
     def _ask(self, what: Any) -> Any:
@@ -83,18 +83,18 @@ class Side:
         except (EOFError, OSError):
             self._process.join()
             status = self._process.exitcode
-            how = "was killed, perhaps for want of memory" if status == -9 else "failed, as told above"  # SIGKILL
+            how = "was killed, perhaps for lack of memory" if status == -9 else "failed, as reported above"  # SIGKILL
             raise ValueError(f"the process of {NAMES[self.name]} {how} (status {status})") from None
 
 
 def _serve(name: str, pipe: Connection) -> None:
-    """The life of a side's process: a job, then steps on demand, until it is told to end or the other end is gone."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # in order, with what libraries have to give back
+    """Run the process of a side: receive a job, then take steps on demand, until it is ended or the pipe closes."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # an orderly exit, so that libraries clean up
     if name == "jax":
         runtime.start()
     else:
         runtime.reuse_freed_memory()
-        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # processes that compile might outlive this one
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # compiler processes might outlive this one
         importlib.import_module("llm_jax.compat.torch_step")
     imports = peak_memory()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
@@ -110,11 +110,11 @@ def _serve(name: str, pipe: Connection) -> None:
 
 
 def jax_step(config: RunConfig, params: PyTree, rates: Iterable[float]) -> Step:
-    """What `llm-jax train` does on one device; it makes its rates of the config itself."""
+    """Return the step of `llm-jax train` on one device; its rates are those of the config."""
     program = Program.on_one_device(config)
     state = program.init()
-    placed = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), params, state.params)
-    state = dataclasses.replace(state, params=placed)
+    ours = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), params, state.params)
+    state = dataclasses.replace(state, params=ours)
 
     def step(batch: Batch) -> tuple[SupportsFloat, SupportsFloat]:
         nonlocal state
@@ -125,7 +125,7 @@ def jax_step(config: RunConfig, params: PyTree, rates: Iterable[float]) -> Step:
 
 
 def torch_step(config: RunConfig, params: PyTree, rates: Iterable[float], *, compiled: bool = False) -> Step:
-    """The same on the twin."""
+    """Return the same step on the PyTorch twin."""
     from llm_jax.compat.torch_step import TorchStep
 
     return TorchStep(config, params, rates, compiled=compiled)
@@ -139,7 +139,7 @@ STEPS: dict[str, Callable[[RunConfig, PyTree, Iterable[float]], Step]] = {
 
 
 def why_not_compiled() -> str | None:
-    """The reason why `torch.compile` can't run here; None where it can."""
+    """Return the reason why `torch.compile` can't run here; None if it can."""
     if any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         return None
     return "torch.compile needs a C++ compiler, and there is no g++ here"

@@ -1,7 +1,7 @@
 """The tensors of Hugging Face's families: their names, their formats, and which of our parameters each holds.
 
 A row is one of their tensors, in every layer `{i}` and of every expert `{e}`. Its format is written in the letters of
-`tensor_format.py`. Rows of parameters that a model does not have are passed over.
+`tensor_format.py`. Rows of parameters that a model does not have are skipped.
 """
 
 from llm_jax.compat.family import table

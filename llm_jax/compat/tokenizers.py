@@ -1,4 +1,4 @@
-"""Our tokenizers as tokenizer.json, which the library `tokenizers` and transformers read, and what ends their texts."""
+"""Our tokenizers as tokenizer.json, for the library `tokenizers` and transformers, and which tokens end a text."""
 
 import itertools
 import json
@@ -14,15 +14,15 @@ from llm_jax.data.tokenizer import END_OF_TEXT, BPETokenizer, ByteTokenizer, Tok
 from llm_jax.data.tokenizer_interface import MOST_IDS
 
 A, B = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
-PLAIN = {"type": "TemplateProcessing", "single": [A], "pair": [A, B], "special_tokens": {}}  # puts no token
+PLAIN = {"type": "TemplateProcessing", "single": [A], "pair": [A, B], "special_tokens": {}}  # adds no token
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
 
 
 def files_of(tokenizer: Tokenizer, max_len: int, *, begins: bool = False) -> Mapping[str, bytes]:
-    """Return tokenizer files by name: those that an imported one came with, or tokenizer.json and its config.
+    """Return tokenizer files by name: those of an imported tokenizer, or tokenizer.json and its config.
 
-    `begins` has the tokenizer put begin-of-text before a text, as documents began where the model was trained. Of an
-    imported one that does otherwise the files change in this alone.
+    `begins` makes the tokenizer put begin-of-text before a text, as documents began in training. If an imported one
+    does otherwise, only this changes in its files.
     """
     if isinstance(tokenizer, ImportedTokenizer):
         changed = {} if begins == tokenizer.begins else _begun(tokenizer, begins=begins)
@@ -38,10 +38,10 @@ def files_of(tokenizer: Tokenizer, max_len: int, *, begins: bool = False) -> Map
 
 
 def ends_of(there: Path) -> tuple[int, ...]:
-    """Return the ids that end a text of the model in the folder `there`; none where none is named.
+    """Return the ids that end a text of the model in the folder `there`; empty if none is named.
 
-    All that config.json and generation_config.json name, in this order; where they name none, the tokenizer's
-    eos_token. Raises `ValueError` for what is no id.
+    They are all that config.json and generation_config.json name, in this order; if these name none, the tokenizer's
+    eos_token. Raises `ValueError` for a value that is no id.
     """
     found: list[Any] = []
     for path in (there / "config.json", there / "generation_config.json"):
@@ -59,9 +59,9 @@ def ends_of(there: Path) -> tuple[int, ...]:
 
 
 def description_of(tokenizer: Tokenizer, *, begins: bool) -> dict[str, Any]:
-    """Return the tokenizer.json of one of ours: a byte-pair encoding, of bytes and characters one without merges.
+    """Return the tokenizer.json of one of ours: a byte-pair encoding; for bytes and characters one without merges.
 
-    Characters that a `char` tokenizer does not know, for which it raises, theirs passes over.
+    The library skips characters that are not in the alphabet of a `char` tokenizer, for which ours raises.
     """
     merges: list[tuple[str, str]] = []
     pre: dict[str, Any] | None = BYTE_LEVEL
@@ -103,32 +103,32 @@ def description_of(tokenizer: Tokenizer, *, begins: bool) -> dict[str, Any]:
 
 
 def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pairs that a byte-pair encoding merges, in order: what each entry was just before it became one."""
+    """Return the pairs that a byte-pair encoding merges, in order: the two halves of each entry."""
     merges = []
     for entry, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(entry) > 1:
-            parts = [entry[i : i + 1] for i in range(len(entry))]
-            while len(parts) > 2:
-                pairs = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
+            pieces = [entry[i : i + 1] for i in range(len(entry))]
+            while len(pieces) > 2:
+                pairs = [ranks.get(left + right, rank) for left, right in itertools.pairwise(pieces)]
                 first = pairs.index(min(pairs))
                 if pairs[first] >= rank:
                     break
-                parts[first : first + 2] = [parts[first] + parts[first + 1]]
-            if len(parts) == 2:
-                merges.append((parts[0], parts[1]))
+                pieces[first : first + 2] = [pieces[first] + pieces[first + 1]]
+            if len(pieces) == 2:
+                merges.append((pieces[0], pieces[1]))
     return merges
 
 
 def spell(entry: bytes) -> str:
-    """Bytes in the letters that byte-level encodings write them in."""
+    """Return bytes in the letters of byte-level encodings."""
     return "".join(BYTE_LETTERS[byte] for byte in entry)
 
 
 def _begun(coder: ImportedTokenizer, *, begins: bool) -> dict[str, bytes]:
-    """Return the files of `coder` that say what begins a text, saying that `begin_of_text` does, or nothing."""
+    """Return the files of `coder` that say what begins a text, changed to `begin_of_text`, or to nothing."""
     found = tokenizer_json.parse("tokenizer.json", coder.files["tokenizer.json"])
     steps = [step for step in tokenizer_json.processors_of(found) if step["type"] != "Sequence"]
-    template = _without(next(map(_template, filter(_puts_tokens, steps)), PLAIN), coder.begin_of_text)
+    template = _without(next(map(_template, filter(_adds_tokens, steps)), PLAIN), coder.begin_of_text)
     if begins:
         added = {token["id"]: token["content"] for token in found.get("added_tokens") or []}
         entries = tokenizer_json.vocabulary_of(found, "tokenizer.json")
@@ -140,31 +140,31 @@ def _begun(coder: ImportedTokenizer, *, begins: bool) -> dict[str, bytes]:
     found["post_processor"] = {"type": "Sequence", "processors": steps} if steps[1:] else template
     files = {"tokenizer.json": _json(found)}
     if (name := "tokenizer_config.json") in coder.files:
-        # transformers 4 builds the processor of a Llama anew, from this; 5 does not read it
+        # transformers 4 rebuilds the processor of a Llama from this; 5 does not read it
         files[name] = _json(tokenizer_json.parse(name, coder.files[name]) | {"add_bos_token": begins})
     return files
 
 
-def _puts_tokens(step: Mapping[str, Any]) -> bool:
-    return step["type"] != "ByteLevel"  # which moves offsets alone
+def _adds_tokens(step: Mapping[str, Any]) -> bool:
+    return step["type"] != "ByteLevel"  # which only changes offsets
 
 
 def _offsets(step: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what Roberta's post-processor does beside putting tokens."""
+    """Return what Roberta's post-processor does besides adding tokens."""
     return BYTE_LEVEL | {name: step[name] for name in ("add_prefix_space", "trim_offsets")}
 
 
 def _template(step: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a post-processor as a template; of one of another kind, what it puts after a text."""
+    """Return a post-processor as a template; for another kind, with the token that it adds after a text."""
     if step["type"] == "TemplateProcessing":
         return step
-    text, token = step["sep"]  # Bert's and Roberta's, which are built alike
+    text, token = step["sep"]  # those of Bert and Roberta, which have the same fields
     mark, described = {"SpecialToken": {"id": text, "type_id": 0}}, {"id": text, "ids": [token], "tokens": [text]}
     return PLAIN | {"single": [A, mark], "pair": [A, mark, B, mark], "special_tokens": {text: described}}
 
 
 def _without(template: Mapping[str, Any], token: int) -> dict[str, Any]:
-    """Return a template that puts no `token` before a text."""
+    """Return a template that adds no `token` before a text."""
     marks = [name for name, each in template["special_tokens"].items() if each["ids"] == [token]]
     pieces = {
         name: [
@@ -178,7 +178,7 @@ def _without(template: Mapping[str, Any], token: int) -> dict[str, Any]:
 
 
 def _beginning_with(template: Mapping[str, Any], text: str, token: int) -> dict[str, Any]:
-    """Return a template that also puts `text`, which is `token`, before a text."""
+    """Return a template that also adds `text`, the string of `token`, before a text."""
     mark, known = {"SpecialToken": {"id": text, "type_id": 0}}, template["special_tokens"]
     pieces = {name: [mark, *template[name]] for name in ("single", "pair")}
     described = {text: {"id": text, "ids": [token], "tokens": [text]}}

@@ -24,10 +24,10 @@ ACTIVATIONS = {
 
 @dataclasses.dataclass
 class Rows:
-    """What all layers share of the rows.
+    """What all layers share about the rows.
 
     Attributes:
-      masks: by mixer, who sees whom: booleans, or numbers to add to the scores; None: all that came before.
+      masks: by mixer, which keys each query attends to: booleans, or numbers to add to the scores; None: causal.
       rotations: by mixer, the cosines and sines that rotate queries and keys.
       segments: the document of each token, 0 in the padding.
     """
@@ -39,7 +39,7 @@ class Rows:
 
 @dataclasses.dataclass
 class Use:
-    """How the experts of a layer were used: tokens that each served, and the two auxiliary losses."""
+    """How the experts of a layer are used: the number of tokens of each, and the two auxiliary losses."""
 
     load: Float[Tensor, " E"]
     balance: Float[Tensor, ""]
@@ -47,14 +47,14 @@ class Use:
 
 
 class TwinModule(nn.Module):
-    """A module whose parameters have our names and shapes. Until they are loaded they are zero."""
+    """A module whose parameters have our names and shapes. They are zero until loaded."""
 
     def declare(self, **shapes: tuple[int, ...]) -> None:
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
 
     def linear(self, name: str, x: Float[Tensor, "B L *I"]) -> Float[Tensor, "B L *O"]:
-        """`x` times `w_{name}`, over all axes of `x` but the first two, plus `b_{name}` where there is one."""
+        """Return `x` times `w_{name}`, over all axes of `x` but the first two, plus `b_{name}` if there is one."""
         w, b = getattr(self, f"w_{name}").to(x.dtype), getattr(self, f"b_{name}", None)
         matrix = w.flatten(0, x.ndim - 3).flatten(1)
         y = F.linear(x.flatten(2), matrix.T, None if b is None else b.flatten().to(x.dtype))
@@ -141,7 +141,7 @@ class SoftmaxAttention(Mixer):
 
 
 def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: float) -> Tensor:
-    """Attention whose scores are squeezed into (-cap, cap), which PyTorch's own can't do."""
+    """Return attention with scores soft-capped to (-cap, cap), which PyTorch's own lacks."""
     k, v = (y.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for y in (k, v))
     scores = cap * torch.tanh((q @ k.mT).float() * (scale / cap))
     scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
@@ -149,7 +149,7 @@ def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
 
 
 class LinearAttention(Mixer):
-    """Kernelised attention, token by token: a sum of keys and values that every query reads."""
+    """Linear attention, token by token: every query reads a sum of keys and values (arXiv:2006.16236)."""
 
     def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Float[Tensor, "B L K G H"]:
         q, k, v = F.elu(q.float()) + 1, F.elu(k.float()) + 1, v.float()
@@ -163,7 +163,7 @@ class LinearAttention(Mixer):
 
 
 class DeltaRule(Mixer):
-    """The gated delta rule, token by token: the memory fades, then what it says of a key moves towards its value."""
+    """The gated delta rule, token by token: the memory decays, then its value for a key moves towards the new one."""
 
     w_convolution: Tensor
     z_scale: Tensor
@@ -193,7 +193,7 @@ class DeltaRule(Mixer):
         return z * F.silu(self.linear("gate", x))
 
     def _convolved(self, x: Tensor, segments: Tensor) -> Tensor:
-        """Each channel's weighted sum over this token and the last ones of its document."""
+        """Return the weighted sum of each channel over this token and the last ones of its document."""
         W = self.w_convolution.shape[0]
         past = F.pad(x, (0, 0) * 3 + (W - 1, 0)).unfold(1, W, 1)
         same = F.pad(segments, (W - 1, 0), value=-1).unfold(1, W, 1) == segments[..., None]
@@ -215,7 +215,7 @@ class FeedForward(TwinModule):
 
 
 class MixtureOfExperts(TwinModule):
-    """A few experts for each token, as its router likes them, and the shared ones; expert by expert."""
+    """The experts that a router chooses for each token, and the shared ones; computed expert by expert."""
 
     w_router: Tensor
     w_gate: Tensor
@@ -264,9 +264,10 @@ class MixtureOfExperts(TwinModule):
 
 
 def same_document(segments: Int[Tensor, "B L"]) -> Sequence[Bool[Tensor, " B"]]:
-    """For each token, whether the one before it is of its document."""
+    """Return for each token whether the previous one is in the same document."""
     return (segments == F.pad(segments, (1, 0), value=-1)[:, :-1]).unbind(1)
 
 
 def unit(x: Tensor) -> Tensor:
+    """Scale the last axis of `x` to unit norm."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)

@@ -16,7 +16,7 @@ from llm_jax.tree import first_match
 
 
 class TorchStep:
-    """Trains the twin of a config from our parameters; `rates` holds the learning rate of every step to come."""
+    """Train the twin of a config from our parameters; `rates` are the learning rates of the next steps."""
 
     def __init__(self, config: RunConfig, params: PyTree, rates: Iterable[float], *, compiled: bool = False) -> None:
         self.config, self.twin, self._rates = config, Twin(config.model), iter(rates)
@@ -34,14 +34,14 @@ class TorchStep:
         )
 
     def __call__(self, batch: Batch) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """One optimizer step; the loss, and the norm of the gradient before clipping."""
+        """Take an optimizer step; return the loss, and the norm of the gradient before clipping."""
         clip, accumulate = self.config.optimizer.clip, self.config.accumulate
         tokens = max(1, int((batch.targets != IGNORE).sum()))
         rows = tensors(batch)
         self._optimizer.zero_grad(set_to_none=True)
         loss, loads = torch.zeros(()), []
-        for part in range(accumulate):
-            summed, served = self._loss(**{name: x[part::accumulate] for name, x in rows.items()})
+        for first in range(accumulate):
+            summed, served = self._loss(**{name: x[first::accumulate] for name, x in rows.items()})
             (summed / tokens).backward()
             loss += summed.detach() / tokens
             loads.append(served)
@@ -66,7 +66,7 @@ class TorchStep:
         targets: Int[Tensor, "B L"],
         **inputs: Tensor,
     ) -> tuple[Float[Tensor, ""], list[Float[Tensor, " E"]]]:
-        """The loss of a microbatch, summed over its targets, and the load of its experts; `inputs` as of `Twin`."""
+        """Return the summed loss of a microbatch, and the load of its experts; `inputs` are those of `Twin`."""
         terms, experts = self.config.loss, self.config.model.experts
         out = self.twin(tokens, **inputs)
         logits, targets = out.logits.flatten(0, 1), targets.flatten()
@@ -82,7 +82,7 @@ class TorchStep:
 
     @torch.no_grad()
     def _rebalance(self, loads: Sequence[Float[Tensor, " E"]]) -> None:
-        """Moves the bias of each router against the load of its experts, where that is what balances them."""
+        """Move the bias of each router against the load of its experts, if `balance` is `bias`."""
         experts = self.config.model.experts
         if experts is None or experts.balance != "bias":
             return
@@ -92,7 +92,7 @@ class TorchStep:
 
 
 def tensors(batch: Batch) -> dict[str, Tensor]:
-    """What there is of a batch, by field."""
+    """Return the fields that a batch has, as tensors by name."""
     fields = {name: getattr(batch, name) for name in ("tokens", "targets", "segments", "positions", "prefix")}
     there = {name: torch.from_numpy(np.asarray(x)) for name, x in fields.items() if x is not None}
     return {name: x if x.dtype == torch.bool else x.long() for name, x in there.items()}

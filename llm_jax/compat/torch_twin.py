@@ -2,11 +2,11 @@
 
     twin = Twin(config)
     load_parameters(twin, params)
-    twin(tokens).logits                      # what Transformer(config) gives, up to float arithmetic
+    twin(tokens).logits                      # those of Transformer(config), up to rounding
 
 It is written from the papers, not from `model/`: masks are boolean tensors, attention is PyTorch's own, recurrences are
-loops over time, experts are visited one by one. Parameters keep our paths and shapes, layer by layer, so that loading
-is a walk by path, and gradients compare leaf by leaf. Dropout is left out: no two libraries draw alike.
+loops over time, experts are computed one by one. Parameters keep our paths and shapes, layer by layer, so that they
+are loaded by path, and gradients are compared leaf by leaf. It has no dropout: no two libraries draw the same numbers.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from llm_jax.tree import leaves
 
 @dataclasses.dataclass
 class Output:
-    """`uses` has an entry for each layer with experts."""
+    """The logits, and the use of the experts in each layer that has some."""
 
     logits: Float[Tensor, "B L V"]
     uses: list[Use]
@@ -92,7 +92,7 @@ class Block(nn.Module):
 
 
 class Twin(nn.Module):
-    """Token ids to logits, as `Transformer` does, without cache and dropout."""
+    """Token ids to logits, like `Transformer`, without cache and dropout."""
 
     blocks: Bool[Tensor, "blocks blocks"]
 
@@ -149,37 +149,37 @@ class Twin(nn.Module):
         )
 
     def _mask(self, mixer: str, L: int, segments: Tensor | None, prefix: Tensor | None) -> Tensor | None:
-        """[B or 1, heads or 1, L, L]: who sees whom in the layers of a mixer."""
+        """Return which keys each query of a mixer attends to, [B or 1, heads or 1, L, L]; None: all before it."""
         c, scored = self.config, self.config.positions == "alibi" or self.config.attention.softcap is not None
         if mixer in ("global", "nope") and segments is None and prefix is None and not scored:
             return None
-        place = torch.arange(L, device=self.embedding.table.device)
-        behind = place[:, None] - place  # how far a query stands behind a key
-        seen = (behind >= 0)[None] if prefix is None else (behind >= 0) | prefix[:, None]
+        position = torch.arange(L, device=self.embedding.table.device)
+        distance = position[:, None] - position  # of a query from a key before it
+        seen = (distance >= 0)[None] if prefix is None else (distance >= 0) | prefix[:, None]
         together = torch.ones_like(seen) if segments is None else segments[:, :, None] == segments[:, None]
         if mixer == "local":
             assert c.attention.window is not None
             first = together.tril(-1).sum(-1) < c.attention.sinks  # tokens with few before them in their document
-            seen = seen & ((behind < c.attention.window) | first[:, None])
+            seen = seen & ((distance < c.attention.window) | first[:, None])
         elif mixer == "sparse":
             assert c.attention.sparse is not None
             size = c.attention.sparse.block
-            seen = seen & self.blocks[place[:, None] // size, place // size]
+            seen = seen & self.blocks[position[:, None] // size, position // size]
         seen = (seen & together)[:, None]
         if c.positions != "alibi":
             return seen
-        slopes = torch.tensor(alibi_slopes(c.n_heads), device=place.device)[:, None, None]
-        return torch.where(seen, -slopes * behind.abs(), -math.inf)
+        slopes = torch.tensor(alibi_slopes(c.n_heads), device=position.device)[:, None, None]
+        return torch.where(seen, -slopes * distance.abs(), -math.inf)
 
 
 def parameters(twin: Twin) -> dict[str, nn.Parameter]:
-    """The parameters by the paths of `unstack`: `layers_0/attention/w_q`."""
+    """Return the parameters by the paths of `unstack`: `layers_0/attention/w_q`."""
     return {name.replace(".", "/").replace("layers/", "layers_"): p for name, p in twin.named_parameters()}
 
 
 def load_parameters(twin: Twin, params: PyTree) -> None:
-    """Puts our parameters, as `init` makes them, into the twin. Raises `ValueError` for a leaf without its like."""
-    # Of arrays in NumPy, whose slices are views: JAX would compile one program a shape.
+    """Copy our parameters, as from `init`, into the twin. Raises `ValueError` for a leaf that only one side has."""
+    # As NumPy arrays, whose slices are views: JAX would compile a program for each shape.
     ours, theirs = leaves(unstack(twin.config, jax.tree.map(np.asarray, params))), parameters(twin)
     here, there = ({path: tuple(leaf.shape) for path, leaf in side.items()} for side in (ours, theirs))
     if apart := sorted({path for path, _ in here.items() ^ there.items()}):

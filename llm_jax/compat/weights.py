@@ -1,6 +1,6 @@
-"""Parameters out of a family's tensors, and back.
+"""Read parameters from the tensors of a family, and write them.
 
-Read leaf by leaf and written tensor by tensor: neither way takes much more memory than the parameters themselves.
+They are read leaf by leaf and written tensor by tensor: neither takes much more memory than the parameters themselves.
 """
 
 import math
@@ -19,36 +19,36 @@ from llm_jax.compat.safetensors import Stored
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.count import shapes
 
-# Files of old carry buffers, which follow from the config.
+# Old files contain buffers, which follow from the config.
 BUFFERS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)(attn|attention)\.(masked_)?bias$")
 
 
 def read_parameters(folder: Path, family: Family, config: ModelConfig) -> PyTree:
-    """The parameters of the model in `folder`, float32, in the memory of the host: no accelerator need hold them.
+    """Return the parameters of the model in `folder`, float32, in host memory: no accelerator needs to hold them.
 
-    Raises `ValueError` with the names of tensors that are missing, have no place, have another shape, or are no
-    floating-point numbers, before it reads any; and for NaN or infinity in one.
+    Raises `ValueError` with the names of tensors that are missing, unknown, of another shape, or not floating-point
+    numbers, before it reads any; and for NaN or infinity in one.
     """
     abstract, cpu = shapes(config), jax.local_devices(backend="cpu")[0]
     tensors = list(family.tensors_of(config, shapes_of(abstract)))
     stored = matched(family, config, tensors, safetensors.open_folder(folder))
     holders: dict[str, list[tuple[Tensor, int, tuple[int, ...]]]] = {}
     for tensor in tensors:
-        for part, (path, place) in enumerate(tensor.homes):
-            holders.setdefault(path, []).append((tensor, part, place))
+        for number, (path, index) in enumerate(tensor.homes):
+            holders.setdefault(path, []).append((tensor, number, index))
 
     def leaf(path: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
         x = _empty(shape.shape)
-        for tensor, part, place in holders[path]:
-            x[place] = tensor.format.split(stored[tensor.name].read())[part]
-            safetensors.check_finite(x[place], f"{stored[tensor.name].file}: {tensor.name}")
+        for tensor, number, index in holders[path]:
+            x[index] = tensor.format.split(stored[tensor.name].read())[number]
+            safetensors.check_finite(x[index], f"{stored[tensor.name].file}: {tensor.name}")
         return jax.device_put(x, cpu)
 
     return trees.map_with_path(leaf, abstract)
 
 
 def _empty(shape: tuple[int, ...]) -> np.ndarray:
-    """Room for float32 numbers that begins at a multiple of 64 bytes: such an array JAX takes over on CPU, uncopied."""
+    """Return an uninitialised float32 array aligned to 64 bytes, which JAX takes over on CPU without a copy."""
     room = np.empty(4 * math.prod(shape) + 64, np.uint8)
     start = -room.ctypes.data % 64
     return room[start : start + 4 * math.prod(shape)].view(np.float32).reshape(shape)
@@ -57,7 +57,7 @@ def _empty(shape: tuple[int, ...]) -> np.ndarray:
 def write_parameters(
     path: Path, family: Family, config: ModelConfig, params: PyTree, dtype: str, kept: Mapping[str, str] | None = None
 ) -> None:
-    """Write the parameters as the family's tensors, one after another; `kept` are those of another dtype, by name.
+    """Write the parameters as the tensors of the family; `kept` names those of another dtype.
 
     Raises `ValueError` with the name of a tensor whose numbers are not finite, or don't fit the dtype.
     """
@@ -65,14 +65,14 @@ def write_parameters(
     tensors = {tensor.name: tensor for tensor in family.tensors_of(config, shapes_of(params))}
 
     def read(name: str) -> np.ndarray:
-        return tensors[name].format.join([leaves[path][place] for path, place in tensors[name].homes])
+        return tensors[name].format.join([leaves[path][index] for path, index in tensors[name].homes])
 
     dtypes = dict.fromkeys(tensors, dtype) | {name: kind for name, kind in (kept or {}).items() if name in tensors}
     safetensors.write_file(path, {name: tensor.format.shape for name, tensor in tensors.items()}, dtypes, read)
 
 
 def wider(stored: Mapping[str, Stored]) -> dict[str, str]:
-    """The tensors in float32 of a model that is mostly in fewer bits, such as its norms, by name."""
+    """Return the float32 tensors, by name, of a model that mostly has fewer bits: its norms, for example."""
     dtypes = [tensor.dtype for tensor in stored.values()]
     if max(dtypes, key=dtypes.count) == "F32":
         return {}
@@ -80,7 +80,7 @@ def wider(stored: Mapping[str, Stored]) -> dict[str, str]:
 
 
 def check_layers(config: ModelConfig, stored: Mapping[str, Stored]) -> None:
-    """Raise `ValueError` for a model of more layers than there are tensors, before anything is made of that size."""
+    """Raise `ValueError` for a model with more layers than tensors, before anything of that size is allocated."""
     if config.n_layers > len(stored):
         raise ValueError(
             f"config.json has {config.n_layers:,} layers, but there are {len(stored):,} tensors; are both of one model?"
@@ -88,14 +88,14 @@ def check_layers(config: ModelConfig, stored: Mapping[str, Stored]) -> None:
 
 
 def shapes_of(params: PyTree) -> Shapes:
-    """The shape of every leaf, by path."""
+    """Return the shape of every leaf, by path."""
     return {path: leaf.shape for path, leaf in trees.leaves(params).items()}
 
 
 def matched(
     family: Family, config: ModelConfig, tensors: Sequence[Tensor], stored: Mapping[str, Stored]
 ) -> dict[str, Stored]:
-    """What is stored, by the names of `tensors`. Raises `ValueError` unless it is just those, in their shapes."""
+    """Return what is stored, by the names of `tensors`. Raises `ValueError` unless names and shapes agree."""
     embedding = tensors[0].name
     prefix = embedding.partition(".")[0] + "."
     if not any(name.startswith(prefix) for name in stored):  # saved without its head, as GPT-2 was
@@ -110,7 +110,7 @@ def matched(
     wanted = {tensor.name: tensor.format.shape for tensor in tensors}
     problems = {
         "missing": [name for name in wanted if name not in found],
-        "without a place": [name for name in found if name not in wanted],
+        "unknown": [name for name in found if name not in wanted],
         "of another shape": [
             f"{name} {list(found[name].shape)} instead of {list(shape)}"
             for name, shape in wanted.items()

@@ -85,7 +85,7 @@ class DataConfig:
             raise ValueError(f"epochs={self.epochs:g} allows no step; use a positive number, or none for no limit")
         if self.task is not None and self.packing != "documents":
             raise ValueError(
-                f"a task asks whole documents, and packing={self.packing} cuts them; use packing=documents"
+                f"a task needs whole documents, and packing={self.packing} cuts them; use packing=documents"
             )
         if self.task is not None and self.task.kind == "translate" and not self.end_of_text:
             raise ValueError("task.kind=translate must learn where an answer ends; set end_of_text=true")

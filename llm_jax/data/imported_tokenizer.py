@@ -133,7 +133,7 @@ def load_imported(folder: Path, name: str, description: Mapping[str, Any], ends:
     """Return the tokenizer that `save` wrote, with its `ends`. Raises `ValueError` if its file has changed."""
     files = files_in(folder)
     if _sha256(files) != description["sha256"]:
-        raise ValueError(f"{folder} is damaged: its tokenizer.json is another; import the model again")
+        raise ValueError(f"{folder} is damaged: its tokenizer.json has changed; import the model again")
     if not (isinstance(ends, list) and all(type(token) is int for token in ends)):
         raise ValueError(f"{folder / 'encoding.json'}: 'end_ids' is no list of ids; import the model again")
     end, begin, ids = (description[field] for field in ("end_of_text", "begin_of_text", "ids"))

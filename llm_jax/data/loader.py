@@ -269,7 +269,7 @@ def heldout_rows(store: TokenStore, config: DataConfig) -> Iterator[Batch]:
         yield _batch(store, config, task, _index(config, spans + [[]] * (config.batch_size - len(rows))))
 
 
-@functools.lru_cache(maxsize=len(SPLITS))  # every evaluation asks
+@functools.lru_cache(maxsize=len(SPLITS))  # every evaluation calls it
 def task_of(store: TokenStore, config: DataConfig) -> Task | None:
     """Return the task of `config` in the tokens of `store`. Raises `ValueError` for a document that misfits it."""
     if config.task is None:
@@ -280,7 +280,7 @@ def task_of(store: TokenStore, config: DataConfig) -> Task | None:
         wrong = task.misfit(store.read(int(offsets[0]), int(offsets[-1])), offsets - offsets[0], config.seq_len)
         if wrong is not None:
             document, reason = wrong
-            raise ValueError(f"{store.origins([first + document])[0]} is no question with its answer: {reason}")
+            raise ValueError(f"{store.origins([first + document])[0]} is not a question and its answer: {reason}")
     return task
 
 
@@ -339,5 +339,5 @@ def _batch(
     )
     if task is None:
         return batch
-    asked = task.asked(batch.tokens, batch.targets, batch.segments)
-    return dataclasses.replace(batch, targets=asked.targets, prefix=asked.prefix)
+    selected = task.select(batch.tokens, batch.targets, batch.segments)
+    return dataclasses.replace(batch, targets=selected.targets, prefix=selected.prefix)

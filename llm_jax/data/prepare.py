@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,8 +54,6 @@ def prepare(
     """Tokenize the documents of `uri` into the folder `out`, which appears whole or not at all.
 
     Args:
-      uri: one source, as `sources.documents` takes it.
-      out: a folder that does not exist yet.
       tokenizer: as `tokenizer.build` takes it; one that learns from text learns from all documents.
       separator, column: as `sources.documents` takes them.
       end_of_text: whether the end-of-text token follows every document.
@@ -64,17 +62,12 @@ def prepare(
         with its copies; "tail" takes the last ones.
       special: whether text that spells a special token becomes that token; if not, `report` names the first such
         document.
-      report: gets a line for every step.
 
     Raises `ValueError` if `out` exists, a split stays empty, the disk is full, the text changes while it is read, or
     `uri` is a mixture: each source is prepared into a folder of its own.
     """
     check_heldout(heldout, heldout_by)
-    if len(parse_uri(uri)) > 1:
-        raise ValueError(
-            f"{uri} is a mixture, and prepare takes one source; prepare the first into A, each other with --tokenizer "
-            "A/tokenizer into B, and train with data.uri=A:0.7,B:0.3 data.tokenizer=A/tokenizer"
-        )
+    _check_one_source(uri)
     report = functools.cache(report)  # the source is read several times, and its lines are reported once
     read = functools.partial(sources.documents, uri, separator, column, report)
     content = sources.fingerprint(uri)
@@ -82,17 +75,11 @@ def prepare(
         report(f"building the tokenizer {tokenizer} from {uri}" if learns(tokenizer) else f"tokenizer {tokenizer}")
         encoder = build(tokenizer, lambda: (document.text for document in read()))
         encoder.save(folder / "tokenizer")
-        side = (
-            by_hash(heldout)
-            if heldout_by == "hash"
-            else by_tail(heldout, sum(len(document.text.encode()) for document in read()))
-        )
-        said = dict(zip(SPLITS, SPLITS if heldout else ("tokenized", ""), strict=True))
-        writers = {name: SplitWriter(folder, name, encoder, end_of_text, report, said[name]) for name in SPLITS}
-        documents, again = itertools.tee(read())
-        again = again if special else watched(again, encoder, report)
-        encoded = encode_all(folder / "tokenizer", (document.text for document in again), special=special)
-        for document, tokens in zip(documents, encoded, strict=True):
+        sizes = () if heldout_by == "hash" else (len(document.text.encode()) for document in read())
+        side = by_hash(heldout) if heldout_by == "hash" else by_tail(heldout, sum(sizes))
+        labels = dict(zip(SPLITS, SPLITS if heldout else ("tokenized", ""), strict=True))
+        writers = {name: SplitWriter(folder, name, encoder, end_of_text, report, labels[name]) for name in SPLITS}
+        for document, tokens in _tokenized(read(), encoder, folder / "tokenizer", special, report):
             data = document.text.encode()
             writers[side(data)].add(document, len(data), tokens)
         manifest = Manifest(
@@ -115,6 +102,24 @@ def prepare(
             raise ValueError(f"{uri} changed while it was prepared; wait until it is whole, and prepare it again")
         write_json(folder / "meta.json", dataclasses.asdict(manifest))
     return manifest
+
+
+def _check_one_source(uri: str) -> None:
+    if len(parse_uri(uri)) > 1:
+        raise ValueError(
+            f"{uri} is a mixture, and prepare takes one source; prepare the first into A, each other with --tokenizer "
+            "A/tokenizer into B, and train with data.uri=A:0.7,B:0.3 data.tokenizer=A/tokenizer"
+        )
+
+
+def _tokenized(
+    documents: Iterable[Document], encoder: Tokenizer, saved: Path, special: bool, report: Report
+) -> Iterator[tuple[Document, np.ndarray]]:
+    """Yield each document with its ids, encoded by the tokenizer in the folder `saved`."""
+    documents, again = itertools.tee(documents)
+    again = again if special else watched(again, encoder, report)
+    encoded = encode_all(saved, (document.text for document in again), special=special)
+    return zip(documents, encoded, strict=True)
 
 
 def cached(config: DataConfig, cache_dir: str | Path, report: Report = _silent) -> Path:
@@ -251,12 +256,12 @@ def _digest(key: Mapping[str, Any]) -> str:
 
 
 class SplitWriter:
-    """Write one split, reported as `said`. Holds one shard of tokens, and two numbers for each document."""
+    """Write one split, reported as `label`. Holds one shard of tokens, and two numbers for each document."""
 
     def __init__(
-        self, folder: Path, name: str, encoder: Tokenizer, end_of_text: bool, report: Report, said: str
+        self, folder: Path, name: str, encoder: Tokenizer, end_of_text: bool, report: Report, label: str
     ) -> None:
-        self._folder, self._name, self._report, self._said = folder, name, report, said
+        self._folder, self._name, self._report, self._label = folder, name, report, label
         self._dtype = np.uint16 if encoder.vocab_size <= 1 << 16 else np.uint32
         self._end = np.array([encoder.end_of_text] if end_of_text else [], self._dtype)
         self._offsets, self._bytes = array("q", [0]), array("q")
@@ -286,8 +291,8 @@ class SplitWriter:
             file.writelines(f"{origin}\n" for origin in self._origins)
         if self._tokens:
             self._save(f"{len(self._files):05d}", np.concatenate(self._tokens))
-        if self._said:
-            self._report(f"{self._said}: {self._offsets[-1]:,} tokens of {len(self._bytes):,} documents")
+        if self._label:
+            self._report(f"{self._label}: {self._offsets[-1]:,} tokens of {len(self._bytes):,} documents")
         self._tokens, self._origins, self._flushed = [], [], self._offsets[-1]
 
     def _save(self, what: str, values: np.ndarray) -> None:

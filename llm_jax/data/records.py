@@ -110,7 +110,7 @@ def _refuse(uri: str, seen: Mapping[str, str], asked: str | None) -> NoReturn:
     shown = ", ".join(brief(repr(name)) for name in names[:12]) + (", ..." if len(names) > 12 else "")
     chat = [name for name in names if seen[name] == TURNS] or [name for name in CHAT_NAMES if name in seen]
     if asked is not None:
-        raise ValueError(f"{brief(uri)} has no {asked!r} in its first rows but {shown}; name one of those")
+        raise ValueError(f"{brief(uri)} has no {asked!r} in its first rows, only {shown}; name one of those")
     if chat:
         raise ValueError(
             f"{brief(uri)} holds chats ({chat[0]!r} of {shown}), which can't be trained on yet; name a column of text "
@@ -120,7 +120,7 @@ def _refuse(uri: str, seen: Mapping[str, str], asked: str | None) -> NoReturn:
     move = "name the one that is text: data.column=NAME"
     if len(inner) == 1 and inner[0].isidentifier() and STRING not in seen.values():
         move = f"if {inner[0]!r} lists the rows, write them one a line: jq -c '.{inner[0]}[]' FILE > rows.jsonl"
-    raise ValueError(f"{brief(uri)} has no 'text' or 'content' in its first rows but {shown}; {move}")
+    raise ValueError(f"{brief(uri)} has no 'text' or 'content' in its first rows, only {shown}; {move}")
 
 
 def _no_string(file: File, where: str, column: str, kind: str) -> ValueError:

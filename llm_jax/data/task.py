@@ -38,7 +38,9 @@ class TaskConfig:
         if self.kind == "classify" and (len(self.answers) < 2 or "" in self.answers):
             raise ValueError(f"task.kind=classify chooses among answers; got {self.answers}; set task.answers=yes,no")
         if self.kind == "translate" and self.answers:
-            raise ValueError(f"task.kind=translate writes any answer; leave out task.answers={','.join(self.answers)}")
+            raise ValueError(
+                f"task.kind=translate generates any answer; leave out task.answers={','.join(self.answers)}"
+            )
 
     def ask(self, question: str) -> str:
         """Return `question` with the separator after it, unless it contains one."""
@@ -46,7 +48,7 @@ class TaskConfig:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Selected:
     """The targets of a batch that a task keeps, and the tokens that all of their document attends to; None: none."""
 
     targets: Int32[np.ndarray, "B L"]
@@ -61,19 +63,19 @@ class Task:
     separator: int
     answers: Int64[np.ndarray, " C"]
 
-    def asked(
+    def select(
         self,
         tokens: Int32[np.ndarray, "B L"],
         targets: Int32[np.ndarray, "B L"],
         segments: Int32[np.ndarray, "B L"],
-    ) -> Asked:
+    ) -> Selected:
         """Keep the targets that answer: all of the answer and its end, or its class at the separator."""
         question = self.question(tokens, segments)
         last = question & (tokens == self.separator)
         if self.kind == "translate":
-            return Asked(np.where(question & ~last, IGNORE, targets), question)
+            return Selected(np.where(question & ~last, IGNORE, targets), question)
         classes = (targets[..., None] == self.answers).argmax(-1).astype(np.int32)
-        return Asked(np.where(last, classes, np.int32(IGNORE)), None)
+        return Selected(np.where(last, classes, np.int32(IGNORE)), None)
 
     def question(self, tokens: Int[np.ndarray, "B L"], segments: Int[np.ndarray, "B L"]) -> Bool[np.ndarray, "B L"]:
         """Return which tokens belong to the question of their document: all up to its first separator, inclusive."""
@@ -127,7 +129,7 @@ def resolve(config: TaskConfig, tokenizer: Tokenizer, *, special: bool = False) 
         if token in first[:number]:
             one, other = config.answers[first.index(token)], config.answers[number]
             raise ValueError(
-                f"data.task.answers: {one!r} and {other!r} begin with the same token of {tokenizer.name}, by which "
-                "they are known; use other words for them"
+                f"data.task.answers: {one!r} and {other!r} begin with the same token of {tokenizer.name}, which "
+                "identifies them; use other words for them"
             )
     return Task(config.kind, int(separator[0]), np.array(first, np.int64))

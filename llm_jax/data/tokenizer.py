@@ -4,7 +4,7 @@
     gpt2  ...  train:4096     bpe.py                  byte-pair encodings, published or trained here
     (of an imported model)    imported_tokenizer.py   its own tokenizer.json, run by Hugging Face's library
 
-What all of them can do stands in `tokenizer_interface.py`.
+`tokenizer_interface.py` defines what all of them can do.
 """
 
 import functools

@@ -10,7 +10,7 @@ from typing import Any
 from llm_jax.data.tokenizer_interface import MOST_IDS
 from llm_jax.files import check_fields, parse_json
 
-SAVE_AGAIN = "download it again, or let transformers save the tokenizer anew"
+SAVE_AGAIN = "download it again, or let transformers save the tokenizer again"
 TOKEN = {"id": int, "content": str}
 VOCABULARY = {"BPE": dict, "WordPiece": dict, "WordLevel": dict, "Unigram": list}  # by the type of the model
 
@@ -33,7 +33,7 @@ def read(name: str, data: bytes, most: int) -> dict[str, Any]:
     largest = max(vocabulary.values(), default=0)
     if largest >= most:
         raise ValueError(
-            f"the tokenizer {name} has {largest + 1} ids, but the model knows {most}; name another: --tokenizer gpt2, "
+            f"the tokenizer {name} has {largest + 1} ids, but the model has {most}; name another: --tokenizer gpt2, "
             "or a folder"
         )
     _check_merges(where, found["model"])

@@ -255,7 +255,7 @@ def _page(d: Description) -> Group:
         shares(d.parameters, "{:,}".format),
         title("Compute"),
         compute,
-        title("Memory, of all devices together"),
+        title("Memory of all devices together"),
         shares(memory_in_words(d.memory), functools.partial(metric, unit="B")),
         Text("kept: all residuals of jax.vjp of the loss; the compiler may do better or worse", style="dim"),
     )

@@ -257,7 +257,7 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
             kind = (x.attribute(r'_xla_megascale_transfer_type="(\w+)"') or "").lower().replace("_", "-")
         if kind not in SENT:
             if re.match(r"(all|ragged|reduce-scatter|collective)-", kind) and not kind.endswith("-done"):
-                raise ValueError(f"nobody has said how much a device sends in {kind}; give it a row in hlo.SENT")
+                raise ValueError(f"unknown collective {kind}; give it a row in hlo.SENT")
             continue
         channel, scope = x.attribute(r"channel_id=(\d+)"), x.attribute(r'op_name="([^"]*)"') or ""
         if kind == "all-reduce" and "all-reduce-scatter" in (visit.fusion or ""):
@@ -317,7 +317,7 @@ def _groups(x: Instruction, devices: int) -> list[list[int]] | None:
 
 
 def _transposed(sizes: Sequence[int], order: Sequence[int]) -> list[int]:
-    """`arange(prod(sizes)).reshape(sizes).transpose(order).ravel()`."""
+    """Return `arange(prod(sizes)).reshape(sizes).transpose(order).ravel()`."""
     strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
     indices = itertools.product(*(range(sizes[axis]) for axis in order))
     return [sum(i * strides[axis] for i, axis in zip(index, order, strict=True)) for index in indices]

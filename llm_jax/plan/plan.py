@@ -23,7 +23,7 @@ from rich.console import Group
 from rich.text import Text
 
 from llm_jax import tree as trees
-from llm_jax.files import write_whole
+from llm_jax.files import parse_json, write_whole
 from llm_jax.plan import hlo, liveness
 from llm_jax.plan.describe import columns, metric, shares, title
 from llm_jax.plan.estimate import flops_a_token, gradient_bytes, numbers_here, rate_along
@@ -168,7 +168,7 @@ def figures(program: Program, topology: Topology, folder: Path | None = None) ->
     key = hashlib.sha256("\n".join([lowered.as_text(), str(topology), *_compilers(), *known]).encode()).hexdigest()[:32]
     path = folder / f"{key}.json.gz"
     if path.exists():
-        return Figures(**json.loads(gzip.decompress(path.read_bytes())))
+        return Figures(**parse_json(gzip.decompress(path.read_bytes()), where=str(path), advice="delete it"))
     found = _compiled(lowered, bytes_here((program.abstract_state, program.abstract_batch)))
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(path, gzip.compress(json.dumps(dataclasses.asdict(found)).encode()))
@@ -225,7 +225,7 @@ def _compiled(lowered: jax.stages.Lowered, arguments: int) -> Figures:
         text = compiled.as_text() or ""
     except jax.errors.JaxRuntimeError as error:
         line = f'pip install "jax[tpu]=={jax.__version__}"'
-        raise ValueError(f"{', '.join(versions())} don't go together: {str(error)[:200]}; {line}") from error
+        raise ValueError(f"{', '.join(versions())} are incompatible: {str(error)[:200]}; {line}") from error
     return Figures(given, memory.temp_size_in_bytes, needed, peak, finished=True, text=text)
 
 
@@ -239,8 +239,7 @@ def check_host(config: RunConfig, topology: Topology) -> None:
     """Raise `ValueError` if the config keeps something on the host, and `topology` is described without one."""
     if topology.kind in ("cpu", "h100") and (config.offload != "none" or config.model.remat == "offload"):
         raise ValueError(
-            f"a plan for {topology} knows of no memory but the devices'; set offload=none, and model.remat=full where "
-            "it is offload"
+            f"a plan for {topology} has no host memory; set offload=none, and model.remat=full where it is offload"
         )
 
 

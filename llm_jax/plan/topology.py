@@ -90,9 +90,7 @@ class Topology:
             return self._described()
         except RuntimeError as reason:  # in the words of the plugin
             said = re.sub(r"^[A-Z_]+: ", "", str(reason).partition("\n")[0])[:200]
-            raise ValueError(
-                f"the compiler knows no {self}: {said}; {self.chip.example} is one that there is"
-            ) from reason
+            raise ValueError(f"the compiler does not know {self}: {said}; {self.chip.example} exists") from reason
 
     def _described(self) -> Sequence[Any]:
         from jax.experimental import topologies
@@ -121,11 +119,11 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
         else ()
     )
     if len(sizes) != SIZES[kind]:
-        raise ValueError(f"a topology of {kind} is {SIZES[kind]} sizes, as {CHIPS[kind].example}; got {name!r}")
+        raise ValueError(f"a topology of {kind} has {SIZES[kind]} sizes, like {CHIPS[kind].example}; got {name!r}")
     if slices < 1 or (slices > 1 and kind == "cpu"):
-        raise ValueError(f"--slices {slices} of {name}: at least 1, and several of accelerators only")
+        raise ValueError(f"--slices {slices} of {name}: use 1 or more, and 1 on a CPU")
     if (devices := slices * math.prod(sizes)) > MOST_DEVICES:
-        raise ValueError(f"{name} has {devices:,} devices, and no more than {MOST_DEVICES:,} are planned for")
+        raise ValueError(f"{name} has {devices:,} devices; use at most {MOST_DEVICES:,}")
     return Topology(kind, sizes, slices)
 
 

@@ -73,7 +73,7 @@ def _check_numbers(environ: Mapping[str, str]) -> None:
     for name in NUMBERS:
         if not re.fullmatch("[0-9]{0,18}", value := environ.get(name, "")):
             raise ValueError(
-                f"{name}={value!r} in the environment is no number, and a scheduler numbers processes there; unset it, "
+                f"{name}={value!r} in the environment is not a number, as a scheduler would set it; unset it, "
                 "or start all of them by the scheduler"
             )
 
