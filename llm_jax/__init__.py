@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from llm_jax.infer.generate import Sampler as Sampler
     from llm_jax.model.config import AttentionConfig as AttentionConfig
     from llm_jax.model.config import ModelConfig as ModelConfig
+    from llm_jax.model.mixer import Mixer as Mixer
     from llm_jax.model.taps import capture as capture
     from llm_jax.model.taps import edit as edit
     from llm_jax.model.transformer import Transformer as Transformer
@@ -78,6 +79,7 @@ _HOMES = {
     "forward": "model.transformer:forward",
     "forward_batch": "train.step:forward_batch",
     "cross_entropy": "ops.loss:cross_entropy",
+    "Mixer": "model.mixer:Mixer",
     "attention": "ops.attention:attention",
     "Mask": "ops.attention:Mask",
     "capture": "model.taps:capture",

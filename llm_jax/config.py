@@ -1,14 +1,15 @@
-"""Frozen dataclasses to JSON and back, and `key=value` overrides from the command line.
+"""Frozen dataclasses to JSON and back, new values by path, and `key=value` overrides from the command line.
 
 A config is a frozen dataclass, possibly of frozen dataclasses, whose leaves are numbers, strings, booleans,
 `None`, or tuples `tuple[X, ...]` of these. The annotations are the schema: nothing is declared twice.
-As text, `none` is None, and a tuple is its items with commas between, after the last one too if you like. A number is
+As text, `none` is None, and a tuple is its items with commas between, and optionally after the last one. A number is
 ASCII digits, with a point or an exponent: neither `1_000` nor the digits of another script.
 """
 
 import dataclasses
 import difflib
 import functools
+import importlib
 import itertools
 import json
 import math
@@ -33,7 +34,7 @@ NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """`config` as nested dicts of JSON values; tuples become lists."""
+    """Return `config` as nested dicts of JSON values; tuples become lists."""
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value):
@@ -44,7 +45,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[Config], values: Mapping[str, Any], where: str = "") -> Config:
-    """The inverse of `to_dict`; absent keys take their defaults.
+    """Return a `cls` from the result of `to_dict`; absent keys take their defaults.
 
     Raises `ValueError` for an unknown key, a wrong type, or an absent key without a default.
     """
@@ -108,12 +109,15 @@ def _insert(values: dict[str, Any], path: str, value: Any) -> None:
 
 
 def checked(config: Config) -> Config:
-    """`config`, every leaf known to have its annotated type: a recipe is Python, and could hold anything."""
+    """Return `config` with every leaf of its annotated type: a recipe is Python, and could hold anything.
+
+    Raises `ValueError` like `from_dict`.
+    """
     return from_dict(type(config), to_dict(config))
 
 
 def check_choices(config: Any, where: str) -> None:
-    """Raises `ValueError` for a field, here or in a config inside, that has none of the few values it may have."""
+    """Raise `ValueError` for a field, here or in a config inside, whose value is not among its choices."""
     for name, kind in get_type_hints(type(config)).items():
         value = getattr(config, name)
         if dataclasses.is_dataclass(value):
@@ -123,9 +127,9 @@ def check_choices(config: Any, where: str) -> None:
 
 
 def check_ranges(config: Any, where: str) -> None:
-    """Raises `ValueError` for a number, here or in a config inside, that arrays can't be indexed with, or can't hold.
+    """Raise `ValueError` for a number, here or in a config inside, that is out of the range of arrays.
 
-    Whole numbers are indices and counts, int32; a seed has the 32 bits to itself. Others become float32, in which what
+    Whole numbers are indices and counts, int32; a seed may use all 32 bits. Others become float32, where a number that
     is too small is 0.
     """
     for field in dataclasses.fields(config):
@@ -140,14 +144,14 @@ def check_ranges(config: Any, where: str) -> None:
 
 
 def plain(value: Any) -> str:
-    """A value as the command line takes it."""
+    """Return a value as the command line takes it."""
     if isinstance(value, list | tuple):
         return ",".join(map(plain, value))
     return value if isinstance(value, str) else json.dumps(value) if value is not None else "none"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The end of an error about an unknown name: what the user may have meant, or all there is."""
+    """Return the end of an error about an unknown name: what the user may have meant, or all known names."""
     names = sorted(names)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
@@ -181,7 +185,7 @@ def _check_complete(values: Mapping[str, Any], cls: Any, where: str) -> None:
 
 
 def _unknown(cls: type, key: str, text: str) -> ValueError:
-    """What to type in place of `key=text`."""
+    """Return the error about an unknown key: what to type instead of `key=text`."""
     group = key.rpartition(".")[0] + "."
     inside = [name for name in (found.name for found in keys(cls)) if group != "." and name.startswith(group)]
     if meant := suggestions(key, cls):
@@ -202,7 +206,7 @@ def _mixed(key: str) -> ValueError:
 
 
 def _coerce(value: Any, kind: Any, where: str) -> Any:
-    """`value`, from JSON or as text from the command line, as the annotated type `kind`."""
+    """Return `value`, from Python, JSON or as text from the command line, as the annotated type `kind`."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return _coerce_union(value, arguments, where)
@@ -235,7 +239,7 @@ def _coerce_union(value: Any, kinds: Sequence[Any], where: str) -> Any:
 
 
 def _items(value: Any) -> Sequence[Any] | None:
-    """The items of a JSON list, or of text; None for anything else."""
+    """Return the items of a JSON list, or of text; None for anything else."""
     if isinstance(value, str):
         items = value.split(",")
         return items if items[-1] else items[:-1]
@@ -243,7 +247,7 @@ def _items(value: Any) -> Sequence[Any] | None:
 
 
 def _leaf(value: Any, kind: Any) -> Any:
-    """`value` as a bool, int, float or str, or None where it is not one."""
+    """Return `value` as a bool, int, float or str, or None if it is not one."""
     if kind is bool and isinstance(value, str):
         return TRUTH.get(value.lower())
     if kind in (bool, str):
@@ -254,11 +258,11 @@ def _leaf(value: Any, kind: Any) -> Any:
 
 
 def _number(value: str | int | float, kind: type) -> int | float | None:
-    """`1e6` is an int and `3` is a float; infinity and nan are neither."""
+    """Return `value` as an int or float, or None: `1e6` is an int and `3` is a float; infinity and nan are neither."""
     if isinstance(value, str) and (len(value) > LONGEST_NUMBER or not NUMBER.fullmatch(value)):
         return None
     if kind is int and (isinstance(value, int) or re.fullmatch("[+-]?[0-9]+", str(value))):
-        return int(value)  # not by way of float, which has 53 bits
+        return int(value)  # not through float, which has 53 bits
     try:
         number = float(value)
     except OverflowError:
@@ -269,7 +273,7 @@ def _number(value: str | int | float, kind: type) -> int | float | None:
 
 
 def read_number(text: str, kind: type) -> int | float:
-    """The number that an option of the command line takes. Raises `ValueError` as a key of a config would."""
+    """Return the number in the text of a command-line option. Raises `ValueError` as for a key of a config."""
     number = _number(text, kind)
     if number is None:
         raise ValueError(f"takes {NAMES[kind]}, got {_short(text)}{_in_ascii(text, kind)}")
@@ -286,7 +290,7 @@ def _wrong_type(value: Any, kinds: Sequence[Any], where: str) -> ValueError:
 
 
 def _in_ascii(value: Any, kind: type) -> str:
-    """How to write what looks like a number and is none: `1_000`, or digits of another script."""
+    """Return how to write what looks like a number but is none: `1_000`, or digits of another script."""
     if not isinstance(value, str) or len(value) > LONGEST_NUMBER:
         return ""
     digits = "".join(str(unicodedata.decimal(letter, letter)) for letter in value if letter not in "_ ,'")
@@ -294,10 +298,10 @@ def _in_ascii(value: Any, kind: type) -> str:
 
 
 def _short(value: Any) -> str:
-    """`value` as Python writes it, the middle of a long one left out."""
+    """Return `value` as Python writes it, without the middle of a long one."""
     try:
         text = repr(value)
-    except ValueError:  # an integer of so many digits that Python does not write it
+    except ValueError:  # an integer with too many digits for Python to print
         return "a number of thousands of digits"
     return text if len(text) <= 200 else f"{text[:90]}...{text[-90:]}"
 
@@ -314,7 +318,7 @@ def _describe(kind: Any, where: str) -> str:
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], where: str = "") -> list[str]:
-    """A phrase for each leaf in which two nested mappings differ: `model.n_layers is 4 there, 8 here`."""
+    """Return a phrase for each leaf in which two nested mappings differ: `model.n_layers is 4 there, 8 here`."""
     found = []
     for key in [*there, *(key for key in here if key not in there)]:
         a, b = there.get(key), here.get(key)
@@ -326,7 +330,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], where: str = 
 
 
 def _abbreviated(value: Any, other: Any) -> str:
-    """Of a long value, such as a digest, as much of the beginning as tells it from `other`."""
+    """Return a value; of a long one, such as a digest, as much of the beginning as distinguishes it from `other`."""
     text = plain(value)
     alike = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, plain(other), strict=False))))
     return text if len(text) < 40 else f"{text[: max(12, alike + 1)]}..."
@@ -358,3 +362,15 @@ def html_table(config: Any) -> str:
             shown = shown if key.default == value else f"<b>{shown}</b>"
             rows.append(f"<tr><td><code>{key.name}</code></td><td>{shown}</td><td>{escape(key.meaning)}</td></tr>")
     return f"<table><tr><th>key</th><th>value</th><th>meaning</th></tr>{''.join(rows)}</table>"
+
+
+def import_object(path: str) -> Any:
+    """Return what `package.module:name` names. Raise `ValueError` where there is no such thing here."""
+    module, _, name = path.partition(":")
+    try:
+        return functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"{path} can't be imported here ({error}); start from the folder that holds {module.partition('.')[0]}, or "
+            "put that on PYTHONPATH"
+        ) from None

@@ -1,6 +1,6 @@
-"""Every key of a config: its type, default and meaning; and the key that is meant by a name from elsewhere.
+"""Every key of a config: its type, default and meaning; and which key a name from another library means.
 
-The meaning of a key is what the docstring of its dataclass says under `Attributes:`, and stands nowhere else.
+The meaning of a key is what the docstring of its dataclass says under `Attributes:`; it is written nowhere else.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 REQUIRED = dataclasses.MISSING  # the default of a key that has none
 
-# What other libraries, papers and people call them. Where two keys stand, both may be meant.
+# What other libraries, papers and people call them. A name under two keys may mean both.
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "model.d_model": ("dim", "hidden", "hidden_size", "hidden_dim", "embed_dim", "n_embd", "embedding_size", "width"),
     "model.n_layers": ("layers", "layer", "depth", "n_layer", "num_layers", "num_hidden_layers", "blocks"),
@@ -70,7 +70,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "mesh.fsdp": ("zero", "zero3", "shard", "sharding"),
     "loss.label_smoothing": ("smoothing",),
 }
-# The same of the options of a verb, and of the words that follow it.
+# The same for the options of a verb, and for the words that follow it.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "CONFIG": ("config", "config_file", "recipe"),
     "URI": ("uri", "data", "dataset", "input", "path"),
@@ -115,10 +115,10 @@ class Key:
     """A field of a config, or of one inside it.
 
     Attributes:
-      name: with the groups that it is in, as the command line takes it.
+      name: its path, as the command line takes it.
       kind: its annotated type.
-      default: `REQUIRED` where it has none.
-      meaning: what its docstring says, and the values that it can have where they are few.
+      default: `REQUIRED` if it has none.
+      meaning: what its docstring says, and its choices if there are few.
       group: the dataclass whose fields follow; None for a value.
     """
 
@@ -131,7 +131,7 @@ class Key:
 
 @functools.cache
 def keys(cls: Any) -> tuple[Key, ...]:
-    """All keys of the config class `cls`, those of a group after the group."""
+    """Return all keys of the config class `cls`, those of a group after the group."""
     return tuple(_keys(cls, ""))
 
 
@@ -150,22 +150,22 @@ def _keys(cls: Any, where: str) -> Iterator[Key]:
 
 
 def _group(kind: Any) -> Any:
-    """The dataclass in an annotation; None where there is none."""
+    """Return the dataclass in an annotation; None if there is none."""
     return next((kind for kind in kinds(kind) if dataclasses.is_dataclass(kind)), None)
 
 
 def choices(kind: Any) -> tuple[Any, ...]:
-    """The few values that an annotation lists, None apart; empty where it lists none."""
+    """Return the values that an annotation lists, without None; empty if it lists none."""
     return tuple(choice for each in kinds(kind) if get_origin(each) is Literal for choice in get_args(each))
 
 
 def kinds(kind: Any) -> tuple[Any, ...]:
-    """What a value of an annotation may be: the members of a union, or the annotation itself."""
+    """Return the types of an annotation: the members of a union, or the annotation itself."""
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
 def meanings(cls: Any) -> dict[str, str]:
-    """What the docstring of `cls` says of each field, in one line."""
+    """Return what the docstring of `cls` says about each field, in one line."""
     _, _, listed = inspect.cleandoc(cls.__doc__ or "").partition("\nAttributes:\n")
     found = {}
     for entry in re.split(r"^ {2}(?=\w)", listed, flags=re.MULTILINE)[1:]:
@@ -175,7 +175,7 @@ def meanings(cls: Any) -> dict[str, str]:
 
 
 def value_at(config: Any, key: Key) -> Any:
-    """The value of `key` in `config`; its default where the group that it is in is none."""
+    """Return the value of `key` in `config`; its default if its group is None."""
     value = config
     for name in key.name.split("."):
         if value is None:
@@ -185,11 +185,11 @@ def value_at(config: Any, key: Key) -> Any:
 
 
 def suggestions(name: str, cls: Any) -> list[str]:
-    """The keys of `cls` that may be meant by `name`, the likeliest first; none where nothing comes close.
+    """Return the keys of `cls` that `name` may mean, the likeliest first; none if nothing comes close.
 
-    By the same last word, by what others call it, by spelling: first in the group that was named, if it was.
+    Keys match by their last word, by synonyms and by spelling; those in the group of `name` come first.
     """
-    if len(name) > 100:  # nobody means that
+    if len(name) > 100:  # no key is that long
         return []
     known = [key.name for key in keys(cls) if key.group is None]
     group, _, last = name.rpartition(".")
@@ -208,7 +208,7 @@ def suggestions(name: str, cls: Any) -> list[str]:
 
 
 def options_meant(name: str, known: Collection[str]) -> list[str]:
-    """Which of the options `known` are meant by `name`, by spelling or by what others call them."""
+    """Return which of the options `known` the word `name` may mean, by spelling or by synonyms."""
     bare = _bare(name)
     return [
         option

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl always, the terminal while it runs, TensorBoard by request."""
+"""Write the metrics of a run: to metrics.jsonl always, to the terminal while it runs, to TensorBoard on request."""
 
 import json
 import math
@@ -22,7 +22,7 @@ LAST_STEP = 2**31 - 1  # a train state counts in int32
 
 
 def duration(seconds: int | float) -> str:
-    """`0:42`, `2:41:07` or `3d 04:12`."""
+    """Return a duration in words: `0:42`, `2:41:07` or `3d 04:12`."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     if hours < 24:
@@ -31,7 +31,7 @@ def duration(seconds: int | float) -> str:
 
 
 def quantity(count: int | float) -> str:
-    """Three digits and a suffix: `512`, `38.2k`, `1.23M`, `6.74B`."""
+    """Return a count in three digits and a suffix: `512`, `38.2k`, `1.23M`, `6.74B`."""
     if not math.isfinite(count) or abs(count) < 999.5:
         return f"{count:.0f}"
     digits, exponent = f"{count:.2e}".split("e")  # rounded first: 999,900 is 1.00M, not 1000k
@@ -41,40 +41,46 @@ def quantity(count: int | float) -> str:
 
 
 def apart(a: float, b: float, form: str = "g", digits: int = 3) -> tuple[str, str]:
-    """Two numbers that differ, with as few digits as show it, at least `digits`."""
+    """Format two different numbers with as few digits as show the difference, at least `digits`."""
     pairs = ((f"{a:.{n}{form}}", f"{b:.{n}{form}}") for n in range(digits, 20))
     return next((x, y) for x, y in pairs if x != y)
 
 
 def visible(text: str) -> str:
-    """`text` with its control characters as symbols: raw bytes from a young model steer terminals."""
+    """Return `text` with its control characters as symbols: raw bytes from an untrained model control terminals."""
     pictured = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda match: chr(0x2400 + ord(match[0])), text)
     return re.sub(r"[\x7f-\x9f\ud800-\udfff]", "\ufffd", pictured)
 
 
 def read(folder: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, null as NaN. Raises `ValueError` where one is damaged.
+    """Return the rows of a run's metrics.jsonl, null as NaN. Raises `ValueError` for a damaged row.
 
-    A last line that a killed run left half-written is passed over. No file: no rows.
+    Ignores a last line that a killed run left incomplete. Without the file there are no rows.
     """
     rows = _rows(Path(folder) / FILE)
     return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
 
 
 def truncate(folder: str | Path, step: int) -> None:
-    """Drops every row after `step`, and a half-written last line: a resumed run writes each step once."""
+    """Drop every row after `step`, and an incomplete last line: a resumed run writes each step once.
+
+    Raises `ValueError` for a damaged row.
+    """
     path = Path(folder) / FILE
     if path.exists():
         write_whole(path, "".join(json.dumps(row) + "\n" for row in _rows(path) if row["step"] <= step))
 
 
 def missing(folder: str | Path, step: int) -> list[int]:
-    """The steps up to `step` of which a run's metrics.jsonl has no row: it was cut, or deleted."""
+    """Return the steps up to `step` without a row in a run's metrics.jsonl, which was cut or deleted.
+
+    Raises `ValueError` for a damaged row.
+    """
     return sorted(set(range(1, step + 1)) - {row["step"] for row in _rows(Path(folder) / FILE)})
 
 
 def spans(steps: Sequence[int]) -> str:
-    """Ascending numbers in few words: `1 to 4, 6, 8 to 9`; of many spans the first five."""
+    """Return ascending numbers as spans: `1 to 4, 6, 8 to 9`; the first five of many."""
     found: list[list[int]] = []
     for step in steps:
         if found and step == found[-1][1] + 1:
@@ -90,24 +96,24 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     *lines, _half_written = text.split("\n")
     for number, line in enumerate(lines, start=1):
+        where = f"{path}:{number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:  # not JSON, an integer of 5,000 digits, 10,000 brackets
-            raise ValueError(f"{path}:{number}: expected JSON, got {line[:30]!r}; delete it") from error
-        row = check_fields(row, {"step": int}, f"{path}:{number}", advice="delete that line")
+            raise ValueError(f"{where}: expected JSON, got {line[:30]!r}; delete it") from error
+        row = check_fields(row, {"step": int}, where, advice="delete that line")
         if not 0 <= row["step"] <= LAST_STEP:
-            raise ValueError(f"{path}:{number}: 'step' is {row['step']}, expected 0 to {LAST_STEP}; delete that line")
+            raise ValueError(f"{where}: 'step' is {row['step']}, expected 0 to {LAST_STEP}; delete that line")
         rows.append(row)
     return rows
 
 
 class MetricsLog:
-    """Writes rows of numbers to `folder`/metrics.jsonl and shows the newest on `console`; a context manager.
+    """Write rows of numbers to `folder`/metrics.jsonl and show the newest on `console`; a context manager.
 
-    The file is strict JSON, which has no NaN and no infinities: both are written as null. A row has reached
-    the operating system when `write` returns, so a killed process loses none. A `console` of None shows
-    nothing, a `folder` of None writes nothing. `tensorboard=True` adds event files in `folder`/tensorboard; without
-    the package: `ValueError`.
+    The file is strict JSON: NaN and the infinities are written as null. A row has reached the operating system when
+    `write` returns, so a killed process loses none. A `console` of None shows nothing, a `folder` of None writes
+    nothing. `tensorboard=True` adds event files in `folder`/tensorboard; raises `ValueError` without the package.
     """
 
     def __init__(
@@ -138,7 +144,7 @@ class MetricsLog:
         self._file.close()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Appends the row `step`: scalars of Python, NumPy or JAX (it waits for them), or any JSON."""
+        """Append the row `step`: scalars of Python, NumPy or JAX (it waits for them), or any JSON."""
         row = {name: value.item() if hasattr(value, "item") else value for name, value in values.items()}
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
         missing = {name: None for name, value in numbers.items() if not math.isfinite(value)}
@@ -150,7 +156,7 @@ class MetricsLog:
             self._progress.update(step, numbers)
 
     def print(self, text: str) -> None:
-        """Shows `text`, an evaluation or a sample, above the progress line."""
+        """Show `text`, an evaluation or a sample, above the progress line."""
         if self._progress:
             self._progress.print(visible(text))
 
@@ -163,7 +169,7 @@ def _scalar_writer(folder: Path) -> Any:
     return Writer(str(folder))
 
 
-# What is shown of a row: its name there, a label, the value in characters that keep their places, a unit.
+# What is shown of a row: the field, a label, the value in a fixed width, a unit.
 FIELDS: tuple[tuple[str, str, Callable[[float], str], str], ...] = (
     ("loss", "loss ", "{:7.4f}".format, ""),
     ("learning_rate", "lr ", "{:.2e}".format, ""),
@@ -195,7 +201,7 @@ class _Progress:
     def __init__(self, console: Console, total: int, start: int) -> None:
         self._console, self._total, self._step = console, total, start
         self._count, self._numbers, self._left = f"{start:,}/{total:,}", Text(), ""
-        self._began: tuple[int, float] | None = None  # step and time of the first row: the compile is over
+        self._began: tuple[int, float] | None = None  # step and time of the first row, after compiling
         self._printed = (-math.inf, -math.inf)  # step and time of the last plain line
         moving = console.is_terminal and not console.is_dumb_terminal and not console.is_jupyter
         self._cell = _Cell() if console.is_jupyter else None
@@ -220,7 +226,7 @@ class _Progress:
             self.print(line)
 
     def print(self, text: str) -> None:
-        # A sample's [brackets] and :colons: are no markup, and a piped line is not cut at eighty characters.
+        # A sample's [brackets] and :colons: are no markup, and piped lines are not wrapped.
         self._console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def _bar(self) -> Group:
@@ -230,7 +236,7 @@ class _Progress:
 
 
 def _numbers(row: Mapping[str, Any]) -> Text:
-    """One line of the fields that `row` has; of skipped steps only once there are any."""
+    """Return one line of the fields that `row` has; skipped steps only if there are any."""
     return Text("  ").join(
         Text.assemble((label, "dim"), shown(row[name]), (unit, "dim"))
         for name, label, shown, unit in FIELDS

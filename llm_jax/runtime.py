@@ -26,7 +26,7 @@ FUSIONS = "--xla_cpu_experimental_ynn_fusion_type"
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """What a CPU computes wrongly by way of YNNPACK, in jaxlib from `first` on, and right again from `fixed` on."""
+    """A wrong computation of YNNPACK on a CPU, in jaxlib from the version `first` up to `fixed`, excluded."""
 
     reports: str
     first: tuple[int, ...]
@@ -42,7 +42,7 @@ FAULTS = (
 
 
 def known_faults(jaxlib: str = JAXLIB) -> tuple[Fault, ...]:
-    """Return the faults of a version of jaxlib, guarded against or not."""
+    """Return the faults of a version of jaxlib, whether guarded against or not."""
     version = tuple(map(int, re.findall(r"\d+", jaxlib)[:3]))
     return tuple(fault for fault in FAULTS if fault.first <= version < fault.fixed)
 
@@ -50,19 +50,19 @@ def known_faults(jaxlib: str = JAXLIB) -> tuple[Fault, ...]:
 def guard(jaxlib: str = JAXLIB) -> None:
     """Keep sums from YNNPACK where this jaxlib has known faults; what `XLA_FLAGS` says of it already stays.
 
-    Counts if JAX's backend has not started. Versions without faults get no flag: one that jaxlib does not know ends
-    the process, and those with faults know it.
+    It works before JAX's backend has started. Versions without faults get no flag: jaxlib ends the process for an
+    unknown one, and those with faults know it.
     """
     flags = os.environ.get("XLA_FLAGS", "").strip()
-    if flags and not flags.startswith("-"):  # XLA takes the name of a file, too
-        with contextlib.suppress(OSError, ValueError):  # what is none is XLA's to refuse
+    if flags and not flags.startswith("-"):  # XLA also takes the name of a file
+        with contextlib.suppress(OSError, ValueError):  # XLA itself refuses what is no file
             flags = Path(flags).read_text(encoding="utf-8").strip()
     if known_faults(jaxlib) and FUSIONS not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {FUSIONS}=".lstrip()
 
 
 def open_faults(device: Any) -> tuple[Fault, ...]:
-    """Return the known faults that programs on `device` can meet. It is the compiler that is asked, not the flags."""
+    """Return the known faults that programs on `device` can meet, by what the compiler does, not by the flags."""
     import jax
     import jax.numpy as jnp
 
@@ -74,7 +74,7 @@ def open_faults(device: Any) -> tuple[Fault, ...]:
 
 
 def warning(device: Any) -> str | None:
-    """Say in a line that programs on `device` are not guarded, and what to do; None where nothing is wrong."""
+    """Return a line that says that programs on `device` are not guarded, and what to do; None if nothing is wrong."""
     if not (faults := open_faults(device)):
         return None
     reports = ", ".join(fault.reports for fault in faults)
@@ -85,9 +85,9 @@ def warning(device: Any) -> str | None:
 
 
 def start(devices: int | None = None) -> None:
-    """Set up a process that is ours alone, before its first array.
+    """Set up a process of llm-jax, before its first array.
 
-    It sees the platform that exists, or so many simulated `devices`; keeps freed memory, and every compiled program.
+    It sees the platform that exists, or `devices` simulated ones; it keeps freed memory and caches compiled programs.
     """
     import jax
 
@@ -101,21 +101,21 @@ def start(devices: int | None = None) -> None:
 
 
 def started() -> bool:
-    """Return whether JAX's backend runs in this process: its devices and compiler flags are settled then."""
+    """Return whether JAX's backend runs in this process, so that its devices and compiler flags are fixed."""
     bridge = sys.modules.get("jax._src.xla_bridge")
     return bridge is not None and bridge.backends_are_initialized()
 
 
 def choose_platform() -> None:
-    """Leave the TPU out where its library is installed, but no TPU can be used; what the user has chosen stays.
+    """Leave the TPU out if its library is installed but no TPU can be used; a choice of the user stays.
 
-    JAX would load the library to see: that prints a dozen lines, and may wait for a network that isn't there. A TPU of
-    this machine that was not given to this container is named on standard error.
+    JAX would load the library to find out, which prints a dozen lines, and may wait for a network that isn't there. A
+    TPU of this machine that this container has no access to is reported on standard error.
     """
     from importlib.metadata import entry_points
 
     import jax
-    from jax._src import hardware_utils  # by which JAX itself tells a TPU from Google's other devices
+    from jax._src import hardware_utils  # which JAX itself uses to recognise a TPU
 
     chosen = any(os.environ.get(name) for name in ("JAX_PLATFORMS", "JAX_FORCE_TPU_INIT"))
     if chosen or started() or importlib.util.find_spec("libtpu") is None:
@@ -126,19 +126,19 @@ def choose_platform() -> None:
     if (chips and given) or config.jax_platforms not in (None, "", "tpu,cpu"):  # the last is JAX's own choice
         return
     plugins = [plugin.name for plugin in entry_points(group="jax_plugins") if "tpu" not in plugin.name]
-    if any("cuda" not in name for name in plugins):  # JAX knows what these are called; leave it to find out
+    if any("cuda" not in name for name in plugins):  # JAX knows what these are called
         return
     jax.config.update("jax_platforms", "cuda,cpu" if plugins else "cpu")
     if chips:
         print(
             "the TPU of this machine was not given to this container (no /dev/accel* and no /dev/vfio/*); "
-            f"going on without it, on {config.jax_platforms}",
+            f"continuing without it, on {config.jax_platforms}",
             file=sys.stderr,
         )
 
 
 def unavailable(error: Exception) -> str | None:
-    """Say in a line that a device can't be had, where that is what JAX's `error` means; None for any other error."""
+    """Return a line that says that a device is not available, if JAX's `error` means that; None for any other error."""
     found = re.search(r"Unable to initialize backend '(\w+)': (?:[A-Z_]+: )?(.*)", str(error))
     if found is None:
         return None
@@ -147,10 +147,10 @@ def unavailable(error: Exception) -> str | None:
 
 
 def simulate(devices: int) -> None:
-    """Let JAX see so many CPU devices, and no other. Comes before the first array, and changes nothing after it."""
+    """Make JAX see `devices` CPU devices, and no others. Call it before the first array; later it has no effect."""
     if started():
         return
-    # NPROC is XLA's threads: with one for each device, collectives wait for each other for ever.
+    # NPROC is the number of XLA's threads: with one for each device, collectives wait for each other forever.
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "NPROC": str(4 * devices)}
     if "jax" in sys.modules:  # it has read the first two already
         import jax
@@ -160,16 +160,16 @@ def simulate(devices: int) -> None:
 
 
 def reuse_freed_memory() -> None:
-    """Let this process keep the memory it frees, instead of returning it to the kernel after every step.
+    """Keep the memory that this process frees, instead of returning it to the kernel after every step.
 
-    A train step on CPU takes and frees one large temporary buffer; fetching its pages anew each time costs up to a
-    third of a small model's step. Memory stays at its peak. Does nothing where the C library is not glibc.
+    A train step on CPU takes and frees one large temporary buffer; faulting in its pages each time costs up to a third
+    of a small model's step. Memory stays at its peak. Does nothing if the C library is not glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return
     mallopt = ctypes.CDLL(None).mallopt
     trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX of malloc.h
-    mallopt(arena_max, 1)  # another thread's arena maps and unmaps whatever exceeds 64 MB, whatever the limits say
+    mallopt(arena_max, 1)  # the arena of another thread maps and unmaps whatever exceeds 64 MB, despite the limits
     mallopt(mmap_max, 0)
     mallopt(trim_threshold, -1)  # never
 

@@ -1,14 +1,15 @@
 """Two small tables shard everything: path -> letters, letter -> mesh axis.
 
-The letters are the alphabet of `docs/shapes.md`. A parameter and its Adam moments end in the same path, so a
-whole train state shards by the same rows. Activations are constrained by letters too: `constrain(x, "BLD")`.
+The letters are the alphabet of `docs/shapes.md`. A parameter and its Adam moments end in the same path, so the
+same rows shard a whole train state. Activations are sharded by letters too: `constrain(x, "BLD")`. What needs a
+collective of its own is in `ops/collectives.py`.
 """
 
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -19,7 +20,9 @@ from llm_jax import tree as trees
 
 Axes = str | tuple[str, ...] | None
 
-# Where a parameter stands in the tree, and the letters of its axes. First match wins; no match raises.
+WHOLE = "_"  # the letter of an axis that no table knows, and no mesh axis splits
+
+# The path of a parameter -> the letters of its axes. First match wins; no match raises.
 LETTERS: tuple[tuple[str, str], ...] = (
     (r"/ns_coeffs$", ""),  # Muon's three numbers
     (r"layers\S*/(attention|feedforward)(_out)?_norm/(scale|bias)$", "ND"),
@@ -50,8 +53,8 @@ LETTERS: tuple[tuple[str, str], ...] = (
     (r"classes/table$", "CD"),
 )
 
-# The letters of a matrix's input and of its output, for what treats it as one; what is left, N and E, counts matrices.
-# First match wins; None: no matrix inside a block.
+# The path of a parameter -> the letters of its input and of its output, for code that treats it as one matrix; the
+# letters left over, N and E, count matrices. First match wins; None: not a matrix inside a block.
 MATRICES: tuple[tuple[str, tuple[str, str] | None], ...] = (
     (r"layers\S*/attention/w_(q|gate)$", ("D", "KGH")),
     (r"layers\S*/attention/w_[kv]$", ("D", "KH")),
@@ -69,7 +72,7 @@ TABLES: tuple[tuple[str, tuple[str, str]], ...] = (
 ROWS = ("data", "fsdp", "expert")
 TOKENS = (*ROWS, "context")
 
-# Letter -> mesh axis. A letter that stands in neither table is never split.
+# Letter -> mesh axis. A letter in neither table is never split.
 PARAMETER_AXES: Mapping[str, Axes] = {
     "N": "pipeline",
     "D": "fsdp",
@@ -78,8 +81,8 @@ PARAMETER_AXES: Mapping[str, Axes] = {
     "K": "tensor",
     "F": "tensor",
 }
-# Between sublayers nothing of the residual stream is split over `tensor` but its tokens: norms and sums are done once,
-# and not on every device (sequence parallelism, Korthikanti et al. 2022, arXiv:2205.05198).
+# Between sublayers `tensor` splits the tokens of the residual stream, so that norms and sums are computed once, and not
+# on every device (sequence parallelism, Korthikanti et al. 2022, arXiv:2205.05198).
 ACTIVATION_AXES: Mapping[str, Axes] = {
     "B": ROWS,
     "L": ("context", "tensor"),
@@ -93,15 +96,17 @@ ACTIVATION_AXES: Mapping[str, Axes] = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis, from the axis that sends least; one may be -1, which takes what is left.
+    """Devices along each mesh axis, the axis with the least communication first; one may be -1: all that are left.
 
     Attributes:
-      pipeline: devices that hold consecutive layers, and pass activations on.
-      data: that have all weights, and rows of their own.
-      fsdp: that share the weights, and have rows of their own.
-      expert: that share the experts, and have rows of their own.
-      context: that share each row.
-      tensor: that share each matrix product.
+      pipeline: devices that hold consecutive layers, and send activations to the next.
+      data: devices that hold all weights, and rows of their own.
+      fsdp: devices that each hold a shard of the weights, and rows of their own.
+      expert: devices that each hold some of the experts, and rows of their own.
+      context: devices that each hold some tokens of every row.
+      tensor: devices that each compute a shard of every matrix product.
+
+    Raises `ValueError` for a size below 1 other than -1, and for more than one -1.
     """
 
     pipeline: int = 1
@@ -118,7 +123,7 @@ class MeshConfig:
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
-    """The axes of the mesh in their order, and the devices along each. Raises `ValueError` where they don't fit."""
+    """Return the devices along each mesh axis, in order. Raises `ValueError` if their product is not `devices`."""
     sizes = dataclasses.asdict(config)
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if devices % fixed or (-1 not in sizes.values() and devices != fixed):
@@ -130,32 +135,36 @@ def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
-    """A mesh of so many devices along each axis, none of which is there."""
+    """Return a mesh of these sizes without devices, for programs that are only compiled."""
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all `devices` (default: every device of every process), axes as `MeshConfig` names them.
+    """Return a mesh over `devices` (default: every device of every process), with the axes of `MeshConfig`.
 
-    Neighbours on the mesh are neighbours on the wire, as far as the topology allows. Of several slices of a TPU the
-    first axes, which send least, lead from one to the other. Raises `ValueError` where they can't.
+    Neighbours on the mesh are neighbours in the network, as far as the topology allows. With several TPU slices the
+    first axes, which communicate least, cross from slice to slice. Raises `ValueError` for sizes that don't fit the
+    devices or the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
-    # GPUs have slices too, but no coordinates in them: their order is that of their hosts.
+    # GPUs have slices too, but no coordinates in them: they are ordered by host.
     slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
-    # A mesh axis may be a part of an axis of the topology: else the eight of 4 x 4 x 4 devices could not be had.
+    # A mesh axis may cover part of a physical axis: without that, no mesh axis of 4 x 4 x 4 devices could have size 8.
     if slices == 1:
-        laid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+        array = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
     else:
         across = _across_slices(sizes, slices)
         within = [size // outer for size, outer in zip(sizes.values(), across, strict=True)]
-        laid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
-    return Mesh(laid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+        array = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    return Mesh(array, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def _across_slices(sizes: Mapping[str, int], slices: int) -> list[int]:
-    """How many slices lie along each axis: all of the first ones, and what is left along the next."""
+    """Return how many slices each axis crosses: all slices by the first axes, what is left by the next.
+
+    Raises `ValueError` if an axis would cross a fraction of the slices.
+    """
     across, left, rest = [], slices, math.prod(sizes.values())
     for axis, size in sizes.items():
         if left % size and size % left:
@@ -170,35 +179,41 @@ def _across_slices(sizes: Mapping[str, int], slices: int) -> list[int]:
 
 
 def spec(letters: str, axes: Mapping[str, Axes]) -> PartitionSpec:
-    """`spec("NDF", PARAMETER_AXES)` is `PartitionSpec("pipeline", "fsdp", "tensor")`.
+    """Return the spec of `letters`: `spec("NDF", PARAMETER_AXES)` is `PartitionSpec("pipeline", "fsdp", "tensor")`.
 
-    A mesh axis splits one letter, the last that asks for it: `tensor` the tokens of BLD, but the width of BLF.
+    A mesh axis splits one letter, the last that asks for it: `tensor` splits the tokens of BLD, but the width of BLF.
     """
-    parts, taken = [], set()
+    entries, taken = [], set[str]()
     for letter in reversed(letters):
-        free = tuple(axis for axis in _names(axes.get(letter)) if axis not in taken)
+        free = tuple(axis for axis in names_of(axes.get(letter)) if axis not in taken)
         taken.update(free)
-        parts.append(free[0] if len(free) == 1 else free or None)
-    return PartitionSpec(*reversed(parts))
+        entries.append(free[0] if len(free) == 1 else free or None)
+    return PartitionSpec(*reversed(entries))
 
 
-def _names(axes: Axes) -> tuple[str, ...]:
+def names_of(axes: Axes) -> tuple[str, ...]:
+    """Return the mesh axes of one entry of a table or a spec, as a tuple."""
     return (axes,) if isinstance(axes, str) else axes or ()
 
 
 @functools.cache
 def letters_of(path: str, shape: tuple[int, ...]) -> str:
-    """The letters of the leaf at `path`, without the leading `N` where the layers are not stacked.
+    """Return the letters of the leaf at `path`, without the leading `N` if its layers are not stacked.
 
-    A single number has none: step counts, and what an optimizer keeps in place of a moment that it does not need. A
-    factored moment has those of its parameter without the ones it is a mean over.
+    A single number has no letters: step counts, and what an optimizer keeps where it needs no moment. A factored moment
+    has the letters of its parameter without those it is averaged over. Raises `ValueError` if no row of `LETTERS`
+    matches.
     """
+    if own := re.search(r"layers(\S*)/mixer/", path):  # of a user's own, whole on every device that has its layer
+        stacked = not own[1].startswith("_")
+        return "N" * stacked + WHOLE * (len(shape) - stacked)
     letters = "" if math.prod(shape) == 1 else trees.first_match(LETTERS, path)
-    pair = trees.first_match((*TABLES, *MATRICES), path) if letters else None
-    for folder, gone in (("v_row", 1), ("v_col", 0)) if pair is not None else ():
-        if re.search(rf"(^|/){folder}/", path):
-            mean = pair[gone] if pair is not None else ""
-            letters = "".join(letter for letter in letters if letter not in mean)
+    matrix = trees.first_match((*TABLES, *MATRICES), path) if letters else None
+    if matrix is not None:
+        inputs, outputs = matrix
+        for folder, averaged in (("v_row", outputs), ("v_col", inputs)):
+            if re.search(rf"(^|/){folder}/", path):
+                letters = "".join(letter for letter in letters if letter not in averaged)
     return letters[1:] if letters.startswith("N") and len(letters) == len(shape) + 1 else letters
 
 
@@ -235,118 +250,35 @@ def _leaf_sharding(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch are split over the axes `ROWS`, their tokens over `context`."""
+    """Return the sharding of a batch [B L]: rows over the axes `ROWS`, their tokens over `context`."""
     return NamedSharding(mesh, spec("BS", ACTIVATION_AXES))
 
 
-def row_parts(mesh: Mesh | AbstractMesh) -> int:
-    """Over how many devices the rows of a batch are split."""
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Return over how many devices the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def rows_here(mesh: Mesh, rows: int) -> list[int]:
-    """Which of the `rows` of a batch lie on the devices of this process, ascending."""
+    """Return which of the `rows` of a batch are on the devices of this process, ascending."""
     layout = NamedSharding(mesh, spec("B", ACTIVATION_AXES))
     slices = [index[0] for index in layout.addressable_devices_indices_map((rows,)).values() if index is not None]
-    return sorted({row for part in slices for row in range(rows)[part]})
+    return sorted({row for shard in slices for row in range(rows)[shard]})
 
 
 def constrain(x: jax.Array, letters: str) -> jax.Array:
-    """`x` with its axes, named by `letters`, laid out on the mesh of `jax.set_mesh`; without a mesh, `x`.
+    """Shard `x`, whose axes are named by `letters`, over the mesh of `jax.set_mesh`; without a mesh, return `x`.
 
-    An axis whose parts would be of different sizes, such as the one token that a decoder reads, stays whole.
+    An axis that does not split evenly, such as the one token that a decoder reads, stays whole. Manual axes, those of a
+    `shard_map` around this code, are left alone: there `x` is a shard already.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    hand = by_hand()
-    wanted = [tuple(axis for axis in _names(axes) if axis not in hand) for axes in spec(letters, ACTIVATION_AXES)]
+    wanted = [
+        tuple(axis for axis in names_of(axes) if axis not in mesh.manual_axes)
+        for axes in spec(letters, ACTIVATION_AXES)
+    ]
     sizes = zip(x.shape, wanted, strict=True)
     even = [axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None for size, axes in sizes]
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*even)))
-
-
-def all_tokens(x: jax.Array) -> jax.Array:
-    """What a sublayer reads of the stream, B L D: gathered over `tensor` once, whatever number of products read it.
-
-    Backward their gradients are added before they are sent. Left to itself, the compiler gathers and sends for some
-    products apart. Its gradient is an `own_tokens`.
-    """
-    return constrain(constrain(x, "BLD"), "BSD")
-
-
-def own_tokens(x: jax.Array) -> jax.Array:
-    """What a sublayer adds to the stream, B L D: summed over `tensor`, and of the sum each device keeps its tokens.
-
-    For the product itself, before a bias: else the whole sum is sent. Its gradient is an `all_tokens`.
-    """
-    return constrain(constrain(x, "BSD"), "BLD")
-
-
-def on_each_device(
-    function: Callable[..., Any],
-    letters: str,
-    *arrays: Any,
-    axes: Mapping[str, Axes] = ACTIVATION_AXES,
-    over: Sequence[str] | None = None,
-) -> Any:
-    """`function` of each device's own part of the arrays: of its rows, its heads, its share of a width.
-
-    For what the compiler can't split by itself, or sends too much for. `letters` are those of the arrays, then those of
-    the result; what no letter splits is whole on every device. `*VD` is a parameter, split as such: see `gathered`.
-    Sums over parts are the function's own affair: see `summed`. With `over` these mesh axes are split so, and what the
-    others split is left to the compiler.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    free = set(mesh.axis_names) - by_hand()
-    if over is not None:
-        free = {axis for axis in free & set(over) if mesh.shape[axis] > 1}
-    if mesh.size == 1 or not free:
-        return function(*arrays)
-
-    def part(word: str) -> PartitionSpec:
-        table = PARAMETER_AXES if word.startswith("*") else axes
-        names = (_names(along) for along in spec(word.removeprefix("*"), table))
-        return PartitionSpec(*(tuple(axis for axis in some if axis in free) or None for some in names))
-
-    *specs, out = map(part, letters.split())
-    return jax.shard_map(function, in_specs=tuple(specs), out_specs=out, axis_names=free, check_vma=False)(*arrays)
-
-
-def by_hand() -> set[str]:
-    """The mesh axes over which the code at hand runs on each device by itself, and not the compiler for all."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Manual}
-
-
-def parts(axis: str) -> int:
-    """Over how many devices a mesh axis splits what `on_each_device` runs on each; elsewhere there is one part."""
-    return jax.lax.axis_size(axis) if axis in by_hand() else 1
-
-
-def summed(x: jax.Array, axis: str) -> jax.Array:
-    """The sum over a mesh axis of what `on_each_device` gives as a whole; elsewhere there is one part, `x`."""
-    return _summed(x, axis) if axis in by_hand() else x
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _summed(x: jax.Array, axis: str) -> jax.Array:
-    return jax.lax.psum(x, axis)
-
-
-# Each device has the same gradient of the sum, over their number: autodiff would send them around to add them up.
-_summed.defvjp(lambda x, axis: (_summed(x, axis), None), lambda axis, _, g: (g * parts(axis),))
-
-
-def size_of(axis: str) -> int:
-    """Devices along a mesh axis over which the compiler splits arrays; 1 where there are none, or code does it."""
-    return 1 if axis in by_hand() else jax.sharding.get_abstract_mesh().shape.get(axis, 1)
-
-
-def gathered(x: jax.Array, letters: str) -> jax.Array:
-    """The whole of a parameter of which each device inside `on_each_device` has a part, and its gradient parted."""
-    for place, letter in enumerate(letters):
-        axis = PARAMETER_AXES.get(letter)
-        if axis in by_hand():
-            x = jax.lax.all_gather(constrain(x, letters), axis, axis=place, tiled=True)
-    return constrain(x, letters)

@@ -12,22 +12,22 @@ Value = TypeVar("Value")
 
 
 def path_name(path: Sequence[Any]) -> str:
-    """A JAX key path as text: `layers/attention/w_q`."""
+    """Return a JAX key path as text: `layers/attention/w_q`."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
 def leaves(tree: Any) -> dict[str, Any]:
-    """The leaves of `tree` by path, in the order of `jax.tree.leaves`."""
+    """Return the leaves of `tree` by path, in the order of `jax.tree.leaves`."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def map_with_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
-    """`function(path, leaf)` at every leaf."""
+    """Return the tree of `function(path, leaf)` for every leaf."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: function(path_name(path), leaf), tree)
 
 
 def first_match(rows: Sequence[tuple[str, Value]], path: str) -> Value:
-    """The value of the first `(regex, value)` row whose regex is found in `path`; a path without a row raises."""
+    """Return the value of the first `(regex, value)` row that matches `path`. Raises `ValueError` if none does."""
     for pattern, value in rows:
         if re.search(pattern, path):
             return value
@@ -35,12 +35,12 @@ def first_match(rows: Sequence[tuple[str, Value]], path: str) -> Value:
 
 
 def count(tree: Any) -> int:
-    """How many numbers `tree` holds. Works on `jax.ShapeDtypeStruct` leaves too."""
+    """Return how many numbers `tree` holds. Works on `jax.ShapeDtypeStruct` leaves too."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
 def fingerprint(tree: Any) -> str:
-    """A hash of every path, shape, dtype and bit in `tree`: equal fingerprints are equal trees."""
+    """Return a hash of every path, shape, dtype and bit in `tree`: equal fingerprints are equal trees."""
     digest = hashlib.sha256()
     for path, leaf in leaves(tree).items():
         array = np.asarray(leaf)

@@ -6,7 +6,7 @@
 import sys
 from pathlib import Path
 
-from llm_jax.ops.attention import Mask
+from llm_jax.ops.mask import Mask
 
 GREY, BLUE, ORANGE = "#79818b", "#3b82f6", "#f0731a"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"

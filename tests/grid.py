@@ -12,8 +12,8 @@ from jaxtyping import PyTree
 
 from llm_jax.model.config import AttentionConfig, ModelConfig
 from llm_jax.model.transformer import Transformer
-from llm_jax.ops.attention import Sparse
 from llm_jax.ops.experts import Experts
+from llm_jax.ops.mask import Sparse
 from llm_jax.ops.position import Rotary
 from llm_jax.tree import map_with_path
 

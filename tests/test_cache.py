@@ -10,9 +10,10 @@ from grid import TINY, tiny, tokens, weights
 
 from llm_jax.model.cache import Cache, init_cache
 from llm_jax.model.config import AttentionConfig, ModelConfig
-from llm_jax.model.transformer import Output, Transformer, unstack
-from llm_jax.ops.attention import Sparse
+from llm_jax.model.stack import unstack
+from llm_jax.model.transformer import Output, Transformer
 from llm_jax.ops.experts import Experts
+from llm_jax.ops.mask import Sparse
 from llm_jax.ops.position import Rotary
 
 B, L = 3, TINY.max_seq_len

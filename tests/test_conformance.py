@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llm_jax.ops.attention import IMPLEMENTATIONS, Declined, Mask, Scores, Sparse, attention
+from llm_jax.ops.attention import IMPLEMENTATIONS, Declined, Scores, attention
+from llm_jax.ops.mask import Mask, Sparse
 
 GOLDEN = Path(__file__).parent / "golden" / "attention.json"
 PAGE = Path(__file__).parents[1] / "docs" / "attention.md"

@@ -111,8 +111,8 @@ def test_a_token_meets_the_experts_it_is_sent_to_and_no_other():
     d = describe.describe(MIXED)
     idle = 3 * 2 * 3 * 32 * 48  # layers, experts left out, matrices
     assert sum(d.parameters.values()) - d.active_parameters == idle
-    assert f"a token meets {d.active_parameters:,}" in printed(d)
-    assert "a token meets" not in printed(describe.describe(SMALL))
+    assert f"a token uses {d.active_parameters:,}" in printed(d)
+    assert "a token uses" not in printed(describe.describe(SMALL))
 
 
 @pytest.mark.parametrize(

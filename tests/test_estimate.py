@@ -58,7 +58,7 @@ ENTRY %main (x: f32[256]) -> f32[256] {
 """
     mesh = {"data": 2, "fsdp": 4}
     found = {one.axes: one for one in traffic_of(hlo.collectives(hlo.parse(text), mesh), mesh, two)}
-    assert found["data"].seconds == found["data"].bytes / two.chip.between
-    assert found["fsdp"].seconds == found["fsdp"].bytes / two.chip.wire
-    assert rate_along(["fsdp"], {"data": 1, "fsdp": 8}, two) == two.chip.between
-    assert rate_along(["data"], {"data": 1, "fsdp": 8}, two) == two.chip.wire
+    assert found["data"].seconds == found["data"].bytes / two.chip.network_rate
+    assert found["fsdp"].seconds == found["fsdp"].bytes / two.chip.link_rate
+    assert rate_along(["fsdp"], {"data": 1, "fsdp": 8}, two) == two.chip.network_rate
+    assert rate_along(["data"], {"data": 1, "fsdp": 8}, two) == two.chip.link_rate

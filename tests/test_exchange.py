@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_jax.ops.collectives import shard_map_by_letters
 from llm_jax.ops.exchange import ROOM, arriving, exchange, leaving
 from llm_jax.ops.experts import arrange, dispatch, grouped, mix
-from llm_jax.sharding import MeshConfig, make_mesh, on_each_device
+from llm_jax.sharding import MeshConfig, make_mesh
 
 RANDOM = np.random.default_rng(0)
 E, k, T, D, F = 8, 2, 32, 6, 4
@@ -49,7 +50,7 @@ def test_every_assignment_leaves_once_for_the_device_of_its_expert(experts: np.n
         counts = np.stack([(of[:, device] == expert).sum(1) for expert in own], 1)
         np.testing.assert_array_equal(counts, sent.sizes[:, device])
         assert (np.diff(of[:, device]) >= 0).all()  # sorted by expert, and the empty ones last
-    for order, place in zip(sent.order, sent.place, strict=True):
+    for order, place in zip(sent.order, sent.row_of, strict=True):
         np.testing.assert_array_equal(np.append(order, none)[place], np.where(place < n * room, np.arange(none), none))
         assert (place < n * room).sum() == (order < none).sum()
 
@@ -60,7 +61,7 @@ def test_what_arrives_is_sorted_by_expert_and_empty_rows_are_behind(sizes: list[
     here = jax.tree.map(np.asarray, jax.jit(arriving, static_argnums=1)(jnp.array(sizes), room))
     experts = np.concatenate([np.repeat(range(3), [*row, room - sum(row)]) for row in sizes])
     np.testing.assert_array_equal(experts[here.order], np.sort(experts))
-    np.testing.assert_array_equal(here.order[here.place], np.arange(3 * room))
+    np.testing.assert_array_equal(here.order[here.row_of], np.arange(3 * room))
     np.testing.assert_array_equal(here.sizes, np.sum(sizes, 0))
 
 
@@ -77,7 +78,7 @@ def elsewhere(experts: jax.Array, x: jax.Array, weights: jax.Array, *matrices: j
     def one(experts: jax.Array, x: jax.Array, weights: jax.Array, *matrices: jax.Array) -> jax.Array:
         return exchange(work, x, experts, weights, matrices)
 
-    return on_each_device(one, "BX BD BX EDF EFD BD", experts, x, weights, *matrices)
+    return shard_map_by_letters(one, "BX BD BX EDF EFD BD", experts, x, weights, *matrices)
 
 
 def stacked(layer: Callable, experts: jax.Array, x: jax.Array, *others: jax.Array) -> jax.Array:
@@ -140,7 +141,7 @@ def test_an_even_router_pays_one_round_and_all_devices_agree_on_the_rounds_of_an
         def one(experts: jax.Array, x: jax.Array, w: jax.Array) -> jax.Array:
             return exchange(counted, x, experts, jnp.ones(experts.shape), (w,))
 
-        return on_each_device(one, "BX BD EDD BD", experts, jnp.ones((T, D)), jnp.ones((E, D, D)))
+        return shard_map_by_letters(one, "BX BD EDD BD", experts, jnp.ones((T, D)), jnp.ones((E, D, D)))
 
     A = T * k // 8  # of one device
     for name, rounds in (("even", 1), ("uneven for the last device", math.ceil(A / math.ceil(ROOM * A / 4)))):

@@ -159,7 +159,7 @@ def choices(draw: st.DrawFn) -> np.ndarray:
 def test_every_assignment_has_one_row_among_those_of_its_expert(experts: np.ndarray):
     groups = jax.tree.map(np.asarray, jax.jit(arrange, static_argnums=1)(experts, 4))
     np.testing.assert_array_equal(np.sort(groups.order), np.arange(experts.size))
-    np.testing.assert_array_equal(groups.place[groups.order], np.arange(experts.size))
+    np.testing.assert_array_equal(groups.row_of[groups.order], np.arange(experts.size))
     np.testing.assert_array_equal(np.repeat(np.arange(4), groups.sizes), experts.reshape(-1)[groups.order])
     for rows in np.split(groups.order, np.cumsum(groups.sizes)):
         assert (np.diff(rows) > 0).all()

@@ -57,7 +57,7 @@ def positions(case: str, scaling: str) -> tuple[Family, ModelConfig]:
     kept = {name: getattr(model.rotary, name) for name in ("fraction", "local_theta", "pairs")}
     rotary = (SCALED | BY_LENGTH)[scaling]
     if scaling == "longrope":
-        pairs = np.arange(1.0, 1 + model.rotary.turned(model.H) // 2)
+        pairs = np.arange(1.0, 1 + model.rotary.rotated(model.H) // 2)
         kept |= {"short_factors": tuple(pairs), "long_factors": tuple(2 * pairs)}
     return family, dataclasses.replace(model, rotary=dataclasses.replace(rotary, **kept), max_seq_len=64)
 

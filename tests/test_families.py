@@ -29,8 +29,9 @@ from llm_jax.compat.safetensors import open_file, write_file
 from llm_jax.infer.generate import begin_rows, next_token
 from llm_jax.model import count
 from llm_jax.model.config import AttentionConfig, ModelConfig
+from llm_jax.model.stack import unstack
 from llm_jax.model.taps import capture
-from llm_jax.model.transformer import Transformer, unstack
+from llm_jax.model.transformer import Transformer
 from llm_jax.ops.experts import Experts
 from llm_jax.ops.position import Rotary
 from llm_jax.ops.sampling import Sampling

@@ -20,9 +20,10 @@ from llm_jax.infer import generate as module
 from llm_jax.infer.generate import Piece, Row, Sampler, begin_rows, continuations, next_token, row_by_row
 from llm_jax.model.cache import init_cache
 from llm_jax.model.config import AttentionConfig, ModelConfig
-from llm_jax.model.transformer import Transformer, unstack
-from llm_jax.ops.attention import Sparse
+from llm_jax.model.stack import unstack
+from llm_jax.model.transformer import Transformer
 from llm_jax.ops.experts import Experts
+from llm_jax.ops.mask import Sparse
 from llm_jax.ops.position import Rotary
 from llm_jax.ops.sampling import Sampling
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from llm_jax.ops.gradient import add_bias, embed, in_turn, linear, lookup, over_tokens, settle
+from llm_jax.ops.gradient import add_bias, embed, gradient_after, linear, lookup, over_tokens, settle
 from llm_jax.sharding import PARAMETER_AXES, MeshConfig, constrain, make_mesh, spec
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 3, 4)), jnp.float32)
@@ -105,10 +105,10 @@ def test_tokens_go_to_the_rows_of_a_table_that_is_split_and_the_table_stays():
     assert not sent  # two axes have the table and its gradient, what tokens read has three
 
 
-def test_a_gradient_in_turn_is_that_of_the_value_and_waits_for_it():
+def test_a_gradient_after_its_value_is_that_of_the_value_and_waits_for_it():
     x = jnp.array([1.0, 2.0])
-    np.testing.assert_array_equal(jax.grad(lambda x: in_turn(x * x).sum())(x), 2 * x)
-    text = jax.jit(jax.grad(lambda x: in_turn(jnp.exp(x)).sum())).lower(x).as_text()
+    np.testing.assert_array_equal(jax.grad(lambda x: gradient_after(x * x).sum())(x), 2 * x)
+    text = jax.jit(jax.grad(lambda x: gradient_after(jnp.exp(x)).sum())).lower(x).as_text()
     assert "stablehlo.subtract" in text  # of the value from itself
-    poisoned = jax.grad(lambda x: in_turn(x / 0).sum())(x)
+    poisoned = jax.grad(lambda x: gradient_after(x / 0).sum())(x)
     assert not np.isfinite(poisoned).any()

@@ -51,7 +51,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
         "set model.head_dim=8, or rotary.scaling=none",
     ),
     ({"residual_scale": 0.0}, "model.residual_scale=0.0 must be positive"),
-    ({"head_dim": 3}, "rotary positions turn pairs: head_dim=3 must be even; set model.head_dim=4"),
+    ({"head_dim": 3}, "rotary positions rotate pairs: head_dim=3 must be even; set model.head_dim=4"),
     (
         {"d_model": 25, "head_dim": 4, "positions": "sinusoidal"},
         "sinusoidal positions come in pairs: model.d_model=25 must be even; use 26",

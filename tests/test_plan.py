@@ -85,8 +85,10 @@ def test_temporaries_read_from_the_program_are_about_what_the_compiler_needs(pla
 
 def test_a_step_at_best_takes_as_long_as_the_slowest_of_compute_memory_and_wire(planned):
     assert planned.traffic is not None
-    assert planned.seconds["wire"] == pytest.approx(sum(one.bytes for one in planned.traffic) / CPU.chip.wire)
-    known = dataclasses.replace(planned, seconds={"compute": 2.0, "memory": 0.5, "wire": 3.0})
+    assert planned.seconds["communication"] == pytest.approx(
+        sum(one.bytes for one in planned.traffic) / CPU.chip.link_rate
+    )
+    known = dataclasses.replace(planned, seconds={"compute": 2.0, "memory": 0.5, "communication": 3.0})
     assert (known.tokens, known.chips, known.price) == (512, 8, 2.0)
     assert known.step_seconds == 3
     assert known.tokens_per_day == 14_745_600
@@ -103,7 +105,7 @@ def test_of_a_small_program_nothing_is_said_that_the_compiler_can_not_tell(plann
     assert (small.tokens_per_day, small.cost) == (None, None)
     large = dataclasses.replace(small, needed=4 * 10**9, peak=3 * 10**9, seconds={"compute": 1.0})
     assert UNTOLD not in printed(large)
-    assert "4 GB set apart of 4.29 GB, 3 GB in use at the peak" in printed(large)
+    assert "4 GB allocated of 4.29 GB, 3 GB in use at the peak" in printed(large)
     assert large.tokens_per_day == 512 * 24 * 3600
 
 

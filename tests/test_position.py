@@ -84,7 +84,7 @@ def test_interleaved_pairs_are_the_halves_in_another_order():
     """And each pair lies side by side: a complex number, as the paper has it."""
     for fraction in (1.0, 0.5):
         config = Rotary(fraction=fraction, pairs="interleaved")
-        size = config.turned(H)
+        size = config.rotated(H)
         order = [*np.arange(size).reshape(2, -1).T.flatten(), *range(size, H)]  # 0 2 1 3: where interleaving puts them
         expected = rotary(X, POSITIONS, Rotary(fraction=fraction))[..., np.array(order)]
         found = rotary(X[..., np.array(order)], POSITIONS, config)

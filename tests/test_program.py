@@ -14,8 +14,8 @@ from llm_jax import tree
 from llm_jax.config import override
 from llm_jax.data.loader import Batch, Loader
 from llm_jax.model.config import AttentionConfig
-from llm_jax.ops.attention import Sparse
 from llm_jax.ops.experts import Experts
+from llm_jax.ops.mask import Sparse
 from llm_jax.runs.checkpoint import Checkpoints, Progress
 from llm_jax.runs.data import open_data
 from llm_jax.sharding import MeshConfig, make_mesh

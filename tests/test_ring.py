@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.ops.attention import Declined, Mask, Scores, Sparse, attention
-from llm_jax.ops.ring import Ring, parts_of, zigzag_order
+from llm_jax.ops.attention import Declined, Scores, attention
+from llm_jax.ops.mask import Mask, Sparse
+from llm_jax.ops.ring import Ring, chunks_of, zigzag_order
 from llm_jax.sharding import MeshConfig, make_mesh
 
 B, L, K, G, H = 2, 16, 4, 2, 8
@@ -87,22 +88,22 @@ def test_every_form_gives_what_whole_rows_give_under_every_mask(name: str, case:
         check(name, case, mesh)
 
 
-def around(parts: np.ndarray, mask: Mask) -> Ring:
-    return Ring(parts, L // parts.size, mask.view(L, L, L // parts.size, L // parts.size), Scores())
+def around(chunks: np.ndarray, mask: Mask) -> Ring:
+    return Ring(chunks, L // chunks.size, mask.view(L, L, L // chunks.size, L // chunks.size), Scores())
 
 
 def meetings(ring: Ring) -> list[list[int]]:
-    """How many pairs of parts each device attends to, at each step."""
-    held = [np.roll(ring.parts, step, axis=0) for step in range(ring.devices)]
+    """How many pairs of chunks each device attends to, at each step."""
+    held = [np.roll(ring.chunks, step, axis=0) for step in range(ring.devices)]
     return [
-        [int(ring.view[np.ix_(mine, other)].sum()) for mine, other in zip(ring.parts, x, strict=True)] for x in held
+        [int(ring.view[np.ix_(mine, other)].sum()) for mine, other in zip(ring.chunks, x, strict=True)] for x in held
     ]
 
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
 def test_the_zigzag_gives_every_device_the_same_work_at_every_step(devices: int):
-    assert meetings(around(parts_of(devices, 2), Mask())) == [[3] * devices] + [[2] * devices] * (devices - 1)
-    plain = np.sum(meetings(around(parts_of(devices, 1), Mask())), axis=0)
+    assert meetings(around(chunks_of(devices, 2), Mask())) == [[3] * devices] + [[2] * devices] * (devices - 1)
+    plain = np.sum(meetings(around(chunks_of(devices, 1), Mask())), axis=0)
     assert plain.tolist() == list(range(1, devices + 1))
 
 
@@ -111,10 +112,10 @@ def test_in_the_zigzag_every_token_stands_once():
 
 
 def test_keys_that_nobody_sees_are_not_sent():
-    assert around(parts_of(8, 1), Mask()).steps == 8
-    assert around(parts_of(8, 1), Mask(window=3)).steps == 2
-    assert around(parts_of(8, 1), Mask(window=4)).steps == 3
-    assert around(parts_of(8, 1), Mask(window=3, sinks=1)).steps == 8
+    assert around(chunks_of(8, 1), Mask()).steps == 8
+    assert around(chunks_of(8, 1), Mask(window=3)).steps == 2
+    assert around(chunks_of(8, 1), Mask(window=4)).steps == 3
+    assert around(chunks_of(8, 1), Mask(window=3, sinks=1)).steps == 8
 
 
 def test_a_mesh_without_context_takes_a_name_of_the_ring_for_none():
@@ -135,7 +136,7 @@ def test_rows_of_a_cache_and_rows_that_do_not_divide_are_declined():
                 attention(q, k, v, Mask(kv_length=jnp.array([L, L])), implementation=name)
         with pytest.raises(Declined, match=r"tokens of a zigzag are out of order; look at them with .*=ring"):
             attention(q, k, v, Mask(), implementation="zigzag", tap=lambda name, x: x)
-        with pytest.raises(Declined, match="zigzag cuts rows into 8 parts, got 12 tokens; use a multiple of that"):
+        with pytest.raises(Declined, match="zigzag splits rows into 8 chunks, got 12 tokens; use a multiple of that"):
             attention(q[:, :12], k[:, :12], v[:, :12], Mask(), implementation="zigzag")
         with pytest.raises(Declined, match=r"chunked takes whole rows, .* use one of ring"):
             attention(q, k, v, Mask(), implementation="chunked")

@@ -12,8 +12,9 @@ from jaxprs import equations
 
 from llm_jax.model.cache import init_cache
 from llm_jax.model.config import TAPS, AttentionConfig, ModelConfig
+from llm_jax.model.stack import locate, unstack
 from llm_jax.model.taps import capture, edit
-from llm_jax.model.transformer import Transformer, unstack
+from llm_jax.model.transformer import Transformer
 from llm_jax.ops.experts import Experts
 
 B, L = 2, 5
@@ -80,7 +81,7 @@ def test_what_is_captured_is_what_the_names_say(taps: dict[str, jax.Array], logi
     )
 
 
-@pytest.mark.parametrize("name", [name for name in TAPS if TINY.layer(0).has(name)])
+@pytest.mark.parametrize("name", [name for name in TAPS if locate(TINY, 0).kind.has(name)])
 def test_editing_in_what_was_captured_changes_nothing_and_anything_else_does(
     name: str, taps: dict[str, jax.Array], logits: jax.Array
 ):

@@ -298,7 +298,7 @@ def test_a_task_that_can_not_be_asked_is_refused(make: Any, message: str):
         (["ab\tyes", "ab\t"], "a.jsonl#1 is no question with its answer: its answer begins like none of"),
         (
             ["ab\tyes", "abc" * 9 + "\tno"],
-            "its 31 tokens exceed seq_len=24, which would part question and answer",
+            "its 31 tokens exceed seq_len=24, which would split question and answer",
         ),
     ],
 )

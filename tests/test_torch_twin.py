@@ -25,9 +25,10 @@ from llm_jax.compat.sides import jax_step, torch_step
 from llm_jax.data.loader import IGNORE, Batch, DataConfig
 from llm_jax.data.task import TaskConfig
 from llm_jax.model.config import AttentionConfig, ModelConfig
-from llm_jax.model.transformer import Transformer, forward, unstack
-from llm_jax.ops.attention import Sparse
+from llm_jax.model.stack import unstack
+from llm_jax.model.transformer import Transformer, forward
 from llm_jax.ops.experts import Experts
+from llm_jax.ops.mask import Sparse
 from llm_jax.ops.position import Rotary
 from llm_jax.train.config import RunConfig
 from llm_jax.train.optimizer import OptimizerConfig, make_schedule

@@ -12,8 +12,9 @@ from grid import GRID, TINY, local, shapes, tiny, tokens, weights
 from jaxprs import equations
 
 from llm_jax.model.config import AttentionConfig, ModelConfig
+from llm_jax.model.stack import unstack
 from llm_jax.model.taps import capture, edit
-from llm_jax.model.transformer import Transformer, head_table, unstack
+from llm_jax.model.transformer import Transformer, head_table
 from llm_jax.ops.loss import cross_entropy
 
 B, L = 2, 8

@@ -12,6 +12,7 @@ from llm_jax.compat.lenses import Lens, Theirs, canonical
 from llm_jax.compat.tensor_format import TensorFormat
 from llm_jax.config import from_dict, to_dict
 from llm_jax.model.config import ModelConfig
+from llm_jax.model.stack import locate
 from llm_jax.sharding import LETTERS
 from llm_jax.tree import first_match
 
@@ -116,25 +117,27 @@ class Family:
         """Every tensor of one model, whose parameters have these shapes."""
         for row in self.tensors:
             for i in range(c.n_layers) if "{i}" in row[0] else [None]:
-                yield from _tensors(row, i, *(("", None) if i is None else c.home(i)), shapes)
+                yield from _tensors(row, c, i, shapes)
 
 
-def _tensors(row: Row, i: int | None, home: str, index: int | None, shapes: Shapes) -> Iterator[Tensor]:
-    """Yield the tensors of a row in layer `i`, our `index` of the stack at `home`: one, one per expert, or none."""
+def _tensors(row: Row, c: ModelConfig, i: int | None, shapes: Shapes) -> Iterator[Tensor]:
+    """Yield the tensors of a row in layer i, or outside of layers: one, one for each expert, or none."""
     name, text, leaves = row
-    paths = [f"{home}/{leaf}".lstrip("/") for leaf in leaves]
+    where = None if i is None else locate(c, i)
+    stacked = None if where is None else where.row
+    paths = [leaf if where is None else f"{where.path}/{leaf}" for leaf in leaves]
     if not all(path in shapes for path in paths):
         return
-    letters = [first_match(LETTERS, path).removeprefix("N" if index is None else "") for path in paths]
+    letters = [first_match(LETTERS, path).removeprefix("N" if stacked is None else "") for path in paths]
     sizes = {
         letter: size
         for path, axes in zip(paths, letters, strict=True)
         for letter, size in zip(axes, shapes[path], strict=True)
     }
     for e in range(sizes["E"]) if "{e}" in name else [None]:
-        first = tuple(each for each in (index, e) if each is not None)
-        ours = tuple(axes[len(first) :] for axes in letters)
-        yield Tensor(name.format(i=i, e=e), TensorFormat(text, ours, sizes), tuple((path, first) for path in paths))
+        index = tuple(each for each in (stacked, e) if each is not None)
+        ours = tuple(axes[len(index) :] for axes in letters)
+        yield Tensor(name.format(i=i, e=e), TensorFormat(text, ours, sizes), tuple((path, index) for path in paths))
 
 
 def table(text: str) -> tuple[Row, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from llm_jax.compat.config_json import short
 from llm_jax.model.config import ModelConfig
+from llm_jax.model.stack import kinds_of
 from llm_jax.ops.experts import Experts
 from llm_jax.ops.position import Rotary
 
@@ -84,11 +85,6 @@ def flag(config: Theirs, name: str, absent: bool = False) -> bool:
 def sliding_window(config: Theirs, absent: int | None = 4096) -> int | None:
     """The window of layers that have one, if `use_sliding_window` says that any do; `absent`: what no key means."""
     return config.get("sliding_window", absent) if flag(config, "use_sliding_window") else None
-
-
-def kinds_of(c: ModelConfig) -> list[str]:
-    """The kind of every layer."""
-    return [c.layers[i % len(c.layers)] for i in range(c.n_layers)]
 
 
 def window(default: int | None, feedforward: str = "") -> Lens:

@@ -32,7 +32,7 @@ from llm_jax.compat.torch_layers import (
 )
 from llm_jax.compat.torch_positions import alibi_slopes, rotations, sinusoidal
 from llm_jax.model.config import SOFTMAX, Layer, ModelConfig
-from llm_jax.model.transformer import unstack
+from llm_jax.model.stack import locate, unstack
 from llm_jax.tree import leaves
 
 
@@ -102,7 +102,7 @@ class Twin(nn.Module):
         self.embedding = Table(c.vocab_size, c.d_model)
         if c.positions == "learned":
             self.positions = Table(c.max_seq_len, c.d_model)
-        self.layers = nn.ModuleList(Block(c, c.layer(index)) for index in range(c.n_layers))
+        self.layers = nn.ModuleList(Block(c, locate(c, index).kind) for index in range(c.n_layers))
         if c.residual != "post":
             self.final_norm = Norm(c, c.d_model)
         if c.head != "embedding":

@@ -1,4 +1,4 @@
-"""What an address names: a file, those of a pattern, or a folder's, here or on any store that fsspec reads."""
+"""Which files an address names: one, those of a pattern or those of a folder, here or on any store of fsspec."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ from llm_jax.data.generated import GENERATED
 
 BUILTIN = "builtin:python"
 BUILTIN_BYTES = 2_000_000
-# Tests and tables teach a model little, and what a machine generated or installed differs between machines.
+# Tests and tables teach a model little, and generated or installed files differ between machines.
 NOT_BUILTIN = re.compile(
     r"__pycache__|tests?|idlelib|encodings|pydoc_data|lib2to3|distutils|ensurepip|turtledemo|(site|dist)-packages"
     r"|config-.*|_sysconfigdata.*"
@@ -25,8 +25,8 @@ NOT_BUILTIN = re.compile(
 HIDDEN = re.compile(r"/(\.|__pycache__/)")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 RECORDS = (".jsonl", ".ndjson", ".parquet")  # rows and nothing else
-TABLES = (".json", ".csv", ".tsv")  # rows too, but beside prose or code they are settings, or labels
-# What a folder of tables may hold without being a folder of prose.
+TABLES = (".json", ".csv", ".tsv")  # rows too, but next to prose or code they are settings, or labels
+# Files that a folder of tables may hold without being a folder of prose.
 ABOUT = re.compile(
     r"(readme|licen[cs]e|copying|notice|citation|changelog|datasheet|dataset_?infos?|(sha|md)\w*sums?)\b.*", re.I
 )
@@ -44,7 +44,7 @@ class File:
         return printable(self.path)
 
     def open(self) -> Any:
-        """The bytes as they are stored."""
+        """Open the stored bytes. Raises `ValueError` if they can't be read."""
         with reading(self):
             return self.system.open(self.path, "rb")
 
@@ -55,7 +55,7 @@ class File:
 
     @property
     def suffix(self) -> str:
-        """What the file holds, whatever compresses it: `.jsonl` of `chats.jsonl.gz`."""
+        """The suffix without that of a compression: `.jsonl` of `chats.jsonl.gz`."""
         return suffix_of(self.path)
 
     @property
@@ -64,9 +64,9 @@ class File:
 
 
 def files_at(uri: str, report: Callable[[str], object] = lambda line: None) -> list[File]:
-    """The files of `uri`, in an order that never changes; `report` is told which of a folder are left out.
+    """Return the files of `uri`, in an order that never changes; `report` gets a line for what is left out of a folder.
 
-    Raises `ValueError`, one line, where there are none or the store can't be reached.
+    Raises `ValueError`, one line, if there are none or the store can't be reached.
     """
     if uri == BUILTIN:
         return _standard_library()
@@ -84,7 +84,7 @@ def files_at(uri: str, report: Callable[[str], object] = lambda line: None) -> l
 
 @contextlib.contextmanager
 def reading(what: str | File) -> Iterator[None]:
-    """Turn any exception of a file system, and of the packages that it uses, into one line about `what`."""
+    """Turn any exception of a file system, and of the packages that it uses, into a `ValueError` of one line."""
     try:
         yield
     except Exception as error:  # each store raises its own
@@ -101,31 +101,31 @@ def reading(what: str | File) -> Iterator[None]:
 
 
 def suffix_of(path: str) -> str:
-    """The last suffix of `path` in small letters, before that of a compression."""
+    """Return the last suffix of `path` in lower case, before that of a compression."""
     stem, suffix = posixpath.splitext(path.lower())
     return posixpath.splitext(stem)[1] if suffix in COMPRESSIONS else suffix
 
 
 def one_line(error: BaseException) -> str:
-    """What `error` says, short, with its type where that says more."""
+    """Return the message of `error`, short, with its type if that says more."""
     line = brief(next(iter(str(error).strip().splitlines()), "")).rstrip(".")
     says = isinstance(error, OSError | ImportError | ValueError)
     return line if line and says else f"{type(error).__name__}: {line}".rstrip(": ")
 
 
 def brief(what: object) -> str:
-    """`what` as text that fits into a message."""
+    """Return `what` as text that fits into a message."""
     text = str(what)
     return printable(text if len(text) <= 200 else f"{text[:160]}...{text[-37:]}")
 
 
 def printable(name: str) -> str:
-    """`name` on one line of UTF-8; a file's name may hold line ends, and bytes that are no text."""
+    """Return `name` on one line of UTF-8; the name of a file may hold line ends, and bytes that are not text."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
 
 
 def _paths(system: Any, path: str, report: Callable[[str], object]) -> list[str]:
-    """The files at `path`: itself, those below it, or those it matches as a pattern."""
+    """Return the files at `path`: itself, those below it, or those it matches as a pattern."""
     if any(character in path for character in "*?[") and not system.exists(path):
         return [found for found in system.glob(path) if system.isfile(found)]
     try:
@@ -135,7 +135,7 @@ def _paths(system: Any, path: str, report: Callable[[str], object]) -> list[str]
     if kind != "directory":
         return [path] if kind == "file" else []
     below = {found: info for found, info in system.find(path, detail=True).items() if _shown(found, path)}
-    # A link is of the kind "other", and so is a pipe, whose reader waits for ever.
+    # A link is of the kind "other", and so is a pipe, whose reader waits forever.
     files = [found for found, info in below.items() if info["type"] == "file" or system.isfile(found)]
     if len(files) < len(below):
         odd = [posixpath.relpath(found, path) for found in sorted(below.keys() - set(files))]
@@ -154,10 +154,10 @@ def _shown(path: str, folder: str) -> bool:
 
 
 def _choose(paths: list[str]) -> list[str]:
-    """What of a folder is its data.
+    """Choose the data among the files of a folder.
 
-    Its records, if it has some: a data set lies beside its README. Else its tables, if there are no other files but
-    those about them; else its text, without the tables.
+    Its records, if it has some: a data set comes with a README. Else its tables, if all other files are about them;
+    else its text, without the tables.
     """
     if records := [path for path in paths if suffix_of(path) in RECORDS]:
         return records

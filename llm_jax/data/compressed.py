@@ -1,7 +1,7 @@
-"""The bytes and the text of a file, whatever compresses it: .gz .bz2 .xz .zst.
+"""The bytes and the text of a file, compressed or not: .gz .bz2 .xz .zst.
 
-A file counts as whole where its last stream ends with it, or with zeros after it where the format allows them. What is
-cut short, damaged or followed by something else is a `ValueError` that names the file, for every compression alike.
+A file is complete if its last stream ends at its end, or before zeros where the format allows them. For every
+compression, a file that is cut short, damaged or followed by other bytes is a `ValueError` that names the file.
 """
 
 import bz2
@@ -18,8 +18,8 @@ from llm_jax.data.addresses import File, one_line, reading
 
 BLOCK = 1 << 20  # bytes
 PADDED = (".gz", ".xz")  # zeros may follow their streams, to fill a block (gzip's manual; the .xz format, 2.2)
-CHUNK = 1 << 12  # compressed bytes; zstd makes up to 128 MiB of them, the others less
-ZSTD_WINDOW = 1 << 31  # bytes, what `zstd --ultra --long=31` asks for
+CHUNK = 1 << 12  # compressed bytes at once; zstd may expand them to 128 MiB, the others to less
+ZSTD_WINDOW = 1 << 31  # bytes, as `zstd --ultra --long=31` needs
 
 
 def _zstd() -> Any:
@@ -30,7 +30,7 @@ def _zstd() -> Any:
     return zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW).decompressobj()
 
 
-# Each makes what decompresses one stream, with `decompress`, `eof` and `unused_data`.
+# Each makes a decompressor of one stream, with `decompress`, `eof` and `unused_data`.
 DECODERS: dict[str, Callable[[], Any]] = {
     ".gz": lambda: zlib.decompressobj(wbits=31),  # a gzip header, and its checksum
     ".bz2": bz2.BZ2Decompressor,
@@ -40,7 +40,7 @@ DECODERS: dict[str, Callable[[], Any]] = {
 
 
 def read_text(file: File) -> Iterator[str]:
-    """The text of `file`, a block at a time, line ends as they are. Raises `ValueError` for what is no UTF-8."""
+    """Yield the text of `file`, a block at a time, with its own line ends. Raises `ValueError` if it is not UTF-8."""
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
     for block in itertools.chain(read_bytes(file), [b""]):
         try:
@@ -54,7 +54,10 @@ def read_text(file: File) -> Iterator[str]:
 
 
 def read_bytes(file: File) -> Iterator[bytes]:
-    """The content of `file`, decompressed, in blocks of `BLOCK` bytes or more, the last one excepted."""
+    """Yield the content of `file`, decompressed, in blocks of at least `BLOCK` bytes, except the last one.
+
+    Raises `ValueError` if it can't be read or is damaged.
+    """
     pieces, size = [], 0
     for piece in _pieces(file) if file.compression is None else _decompressed(file, DECODERS[file.compression]):
         pieces.append(piece)
@@ -68,7 +71,7 @@ def read_bytes(file: File) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def open_seekable(file: File) -> Iterator[IO[bytes]]:
-    """The content of `file` for a reader that moves about in it: of a compressed one, a copy on the disk."""
+    """Yield the content of `file` to seek in: if compressed, a copy on the disk. Raises like `read_bytes`."""
     if file.compression is not None:
         with tempfile.TemporaryFile() as copy:
             _fill(copy, file)
@@ -79,7 +82,7 @@ def open_seekable(file: File) -> Iterator[IO[bytes]]:
 
 
 def _fill(copy: IO[bytes], file: File) -> None:
-    """Write the content of `file` to `copy`, to be read from its start. Raises `ValueError` where the disk is full."""
+    """Write the content of `file` to `copy`, and rewind it. Raises `ValueError` if the disk is full."""
     try:
         copy.writelines(read_bytes(file))
         copy.seek(0)  # writes what is left in the buffer
@@ -101,7 +104,7 @@ def _pieces(file: File) -> Iterator[bytes]:
 
 
 def _decompressed(file: File, make: Callable[[], Any]) -> Iterator[bytes]:
-    """The content of all the streams in `file`; tools such as pigz and `cat` put one after the other."""
+    """Yield the content of all streams in `file`; tools such as pigz and `cat` concatenate them."""
     stream, padded = _new(file, make), file.compression in PADDED
     for piece in _pieces(file):
         for start in range(0, len(piece), CHUNK):

@@ -1,6 +1,6 @@
 """What a run reads and how it becomes rows, and the grammar of `data.uri`, which may name several sources.
 
-    tales.txt                             one source: an address as `sources.documents` takes it, whatever stands in it
+    tales.txt                             one source: an address as `sources.documents` takes it, whatever it contains
     tales.txt:0.7,hf://datasets/a/b:0.3   a mixture: every address with its weight
 
 A weight is a decimal after the last colon of its address, and a comma that follows a weight separates two addresses.
@@ -37,24 +37,25 @@ class Source:
 class DataConfig:
     """What is read, how it becomes tokens, what is held out, and how the rest is cut into rows.
 
-    Every field up to `heldout_by`, and `special`, is an argument of `prepare`; the rest concerns the loader.
+    Every field up to `heldout_by`, and `special`, is an argument of `prepare`; the others are for the loader. Raises
+    `ValueError` for fields that contradict each other.
 
     Attributes:
       uri: where the text is: `builtin:python`, a file, folder or pattern, `hf://datasets/...`, or a folder that
         `prepare` made; of a mixture every address with its weight, as in `a.jsonl:0.7,b/:0.3`.
       tokenizer: `byte`, `char`, `train:N` (N ids, trained on the text), `gpt2`, `cl100k_base`, `o200k_base`, or a
         folder that holds one.
-      separator: text that ends a document, where one file holds many; None: a file, or a row, is a document.
-      column: of rows of JSON, CSV or parquet, which column is text; None: `text`, else `content`.
+      separator: text that ends a document, if a file holds many; None: a file, or a row, is a document.
+      column: which column of JSON, CSV or parquet is text; None: `text`, else `content`.
       end_of_text: a token ends each document.
-      heldout: share of the documents that is evaluated on and never trained on.
-      heldout_by: which these are: chosen by their content (`hash`), or the last (`tail`).
+      heldout: share of the documents for evaluation, never trained on.
+      heldout_by: which documents those are: chosen by their content (`hash`), or the last (`tail`).
       packing: `documents` puts whole documents into rows, `windows` cuts the stream of tokens evenly.
       seq_len: tokens in a row.
       batch_size: rows in a step, over all processes.
-      epochs: how often a run may see each row; None for as often as its steps need.
+      epochs: how often a run may see each row; None: as often as its steps need.
       seed: of the order of rows.
-      task: what is asked of the documents, where it is more than their next token.
+      task: what to learn from the documents, if not to predict every next token.
       special: text that spells a special token of the tokenizer, such as <|endoftext|>, becomes that token.
     """
 
@@ -91,19 +92,19 @@ class DataConfig:
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """What `uri` names: one source, or those of a mixture."""
+        """The sources that `uri` names: one, or those of a mixture."""
         return parse_uri(self.uri)
 
     def ask(self, prompt: str) -> str:
-        """`prompt` as a document would begin: as the question of a task, where there is one."""
+        """Return `prompt` as a document begins: as the question of the task, if there is one."""
         return prompt if self.task is None else self.task.ask(prompt)
 
 
 def parse_uri(uri: str) -> tuple[Source, ...]:
-    """The sources that `uri` names, by the grammar above.
+    """Return the sources that `uri` names, by the grammar above.
 
     Raises `ValueError` for a mixture with a weight that is missing or not a positive decimal, or with an address that
-    is empty or stands there twice.
+    is empty or occurs twice.
     """
     ends = list(NUMBER.finditer(uri))
     if not any(end[2] for end in ends):
@@ -126,7 +127,7 @@ def parse_uri(uri: str) -> tuple[Source, ...]:
 
 
 def format_uri(addresses: Sequence[str], sources: Sequence[Source]) -> str:
-    """The `uri` of `sources` with other addresses, such as absolute ones, in the same order."""
+    """Return the `uri` of `sources` with other addresses, such as absolute ones, in the same order."""
     if len(sources) == 1:
         return addresses[0]
     return ",".join(f"{address}:{source.weight}" for address, source in zip(addresses, sources, strict=True))
@@ -142,7 +143,7 @@ def _number(address: str, weight: str) -> Fraction:
 
 
 def _names(addresses: list[str]) -> list[str]:
-    """The last part of each address, which a relative path shares with its absolute one; numbered if two are alike."""
+    """Return the last component of each address, which relative and absolute paths share; numbered if two are equal."""
     last = [_last_name(address) for address in addresses]
     if len(set(last)) == len(last):
         return last
@@ -154,13 +155,13 @@ def _last_name(address: str) -> str:
 
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:
-    """Raises `ValueError` unless `value` is one of `choices`."""
+    """Raise `ValueError` unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not known; {nearest(value, choices)}")
 
 
 def check_heldout(heldout: float, heldout_by: str) -> None:
-    """Raises `ValueError` unless a fraction of the documents may be held out so."""
+    """Raise `ValueError` unless `heldout` is a fraction and `heldout_by` a known way to choose it."""
     check_choice("heldout_by", heldout_by, ("hash", "tail"))
     if not 0 <= heldout < 1:
         raise ValueError(f"heldout={heldout:g} is not a fraction of the documents; use 0.05, or 0 for none")

@@ -1,9 +1,9 @@
 r"""Corpora that need no file: `QUESTION\tANSWER` documents, drawn the same on every machine.
 
     builtin:numbers     vierhundertzwölf     four hundred and twelve     German number words, translated
-    builtin:brackets    ([]{<>})             yes                         whether every bracket meets its own
+    builtin:brackets    ([]{<>})             yes                         whether every bracket is matched
 
-What stands in them can be checked without a model, and a model of a few hundred thousand parameters learns it.
+The answers can be checked without a model, and a model of a few hundred thousand parameters learns them.
 """
 
 import random
@@ -28,12 +28,12 @@ CLOSING = {"(": ")", "[": "]", "{": "}", "<": ">"}
 
 
 def numbers() -> Iterator[str]:
-    """Every number below ten thousand."""
+    """Return every number below ten thousand."""
     return (f"{german(n)}\t{english(n)}" for n in range(NUMBERS))
 
 
 def german(n: int) -> str:
-    """The words for 0 to 999,999, as one; the unit comes before the tens: 21 is `einundzwanzig`."""
+    """Return the German word for `n`, 0 to 999,999; the unit comes before the tens: 21 is `einundzwanzig`."""
     for size, name in ((1000, "tausend"), (100, "hundert")):
         if n >= size:
             count, rest = divmod(n, size)
@@ -46,7 +46,7 @@ def german(n: int) -> str:
 
 
 def english(n: int) -> str:
-    """The words for 0 to 999,999: `twelve thousand three hundred and forty-five`."""
+    """Return the English words for `n`, 0 to 999,999: `twelve thousand three hundred and forty-five`."""
     for size, name in ((1000, "thousand"), (100, "hundred")):
         if n >= size:
             count, rest = divmod(n, size)
@@ -59,20 +59,20 @@ def english(n: int) -> str:
 
 
 def brackets() -> Iterator[str]:
-    """A balanced text, then the same with two brackets in each other's place: no length and no count tells which."""
-    draw, seen = random.Random(0).random, set()  # of all that `random` has, this alone never changes
+    """Yield a balanced text, then the same with two brackets swapped: neither length nor counts tell which."""
+    draw, seen = random.Random(0).random, set()  # the only method of `random` that is promised not to change
     while len(seen) < TEXTS:
-        text = spoiled = nested(PAIRS[0] + below(draw, PAIRS[1] - PAIRS[0] + 1), draw)
-        while balanced(spoiled):
-            spoiled = exchanged(text, draw)
-        if not seen & {text, spoiled}:
-            seen |= {text, spoiled}
+        text = unbalanced = nested(PAIRS[0] + below(draw, PAIRS[1] - PAIRS[0] + 1), draw)
+        while balanced(unbalanced):
+            unbalanced = swapped(text, draw)
+        if not seen & {text, unbalanced}:
+            seen |= {text, unbalanced}
             yield f"{text}\tyes"
-            yield f"{spoiled}\tno"
+            yield f"{unbalanced}\tno"
 
 
 def nested(pairs: int, draw: Callable[[], float]) -> str:
-    """A balanced text: at every place a bracket opens or the innermost closes, as long as both are possible."""
+    """Draw a balanced text: at each position a bracket opens or the innermost closes, while both are possible."""
     text, waiting = "", ""
     for left in range(2 * pairs, 0, -1):
         if waiting and (len(waiting) == left or draw() < 0.5):
@@ -83,14 +83,14 @@ def nested(pairs: int, draw: Callable[[], float]) -> str:
     return text
 
 
-def exchanged(text: str, draw: Callable[[], float]) -> str:
-    """`text` with two of its characters in each other's place."""
+def swapped(text: str, draw: Callable[[], float]) -> str:
+    """Return `text` with two of its characters swapped."""
     i, j = sorted((below(draw, len(text)), below(draw, len(text))))
     return text[:i] + text[j] + text[i + 1 : j] + text[i] + text[j + 1 :] if i < j else text
 
 
 def balanced(text: str) -> bool:
-    """Whether every bracket is closed by its own kind, the innermost first."""
+    """Return whether every bracket is closed by its own kind, the innermost first."""
     waiting: list[str] = []
     for bracket in text:
         if bracket in CLOSING:
@@ -101,7 +101,7 @@ def balanced(text: str) -> bool:
 
 
 def below(draw: Callable[[], float], n: int) -> int:
-    """A number from 0 to n - 1."""
+    """Draw a number from 0 to n - 1."""
     return int(draw() * n)
 
 

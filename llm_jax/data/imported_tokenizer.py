@@ -1,4 +1,4 @@
-"""Tokenizers that came with a model of Hugging Face."""
+"""Tokenizers that came with a Hugging Face model, run by its library `tokenizers`."""
 
 import hashlib
 import itertools
@@ -14,7 +14,7 @@ from llm_jax.data import tokenizer_json
 from llm_jax.data.tokenizer_interface import MOST_IDS, NO_BYTES, Tokenizer, rust_error
 from llm_jax.files import write_whole
 
-# What says how the model reads and writes; the first is the tokenizer itself.
+# The files that say how the model reads and writes; the first is the tokenizer itself.
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -26,23 +26,23 @@ FILES = (
     "merges.txt",
     "tokenizer.model",
 )
-TEMPLATES = "additional_chat_templates"  # a folder of more of them, such as those for tools
+TEMPLATES = "additional_chat_templates"  # a folder of more templates, such as those for tools
 
-# Byte-level encodings write a byte as a letter: itself where that can be seen, or one from U+0100 on, in order.
+# Byte-level encodings write a byte as a letter: itself if that is visible, or the next one from U+0100 on.
 VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTE_LETTERS = {byte: chr(byte) for byte in VISIBLE} | {
     byte: chr(0x100 + n) for n, byte in enumerate(byte for byte in range(256) if byte not in VISIBLE)
 }
 
-PROBES = 1000  # texts that are tried for one that has tokens
+PROBES = 1000  # texts to try until one has tokens
 
 
 class ImportedTokenizer(Tokenizer):
-    """Run by the library `tokenizers` from the model's own tokenizer.json: no id can differ.
+    """The model's own tokenizer.json, run by the library: no id can differ.
 
-    `files` are what there was of `FILES`, kept as they are. `begins` says whether the library puts a token before a
-    text, which is what the post_processor of tokenizer.json says: where there is such a file, transformers (5) does not
-    read add_bos_token either. What the library puts after a text, a prompt does not get.
+    `files` are those of `FILES` that the model has, unchanged. `begins` is whether the library puts a token before a
+    text, as the post_processor of tokenizer.json says: with such a file, transformers 5 does not read add_bos_token
+    either. Tokens that the library puts after a text are not added to a prompt.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class ImportedTokenizer(Tokenizer):
         end_ids: Sequence[int] = (),
         begin_of_text: int | None = None,
     ) -> None:
-        """Read the tokenizer; its added tokens from the id `most` on are left out.
+        """Read the tokenizer, without its added tokens from the id `most` on.
 
-        A model that only writes text may have no room for them. `begin_of_text` is by default what the library puts
-        before a text, else the token that the files name as bos_token, else `end_of_text`. Raises `ValueError` where
-        the library is missing, where the files can't be read, and for an end or a beginning that is no id of theirs.
+        A text-only model may have no embeddings for those. `begin_of_text` is by default the token that the library
+        puts before a text, else the files' bos_token, else `end_of_text`. Raises `ValueError` if the library is
+        missing, if the files can't be read, and for an end or a beginning that is none of their ids.
         """
         self.files = files
         found = tokenizer_json.read(name, files["tokenizer.json"], MOST_IDS if most is None else min(most, MOST_IDS))
@@ -100,11 +100,11 @@ class ImportedTokenizer(Tokenizer):
         return self._ids(text, special=True)
 
     def _ids(self, text: str, *, special: bool) -> np.ndarray:
-        self._encoding.encode_special_tokens = not special  # their name for taking them as plain text
+        self._encoding.encode_special_tokens = not special  # the library's name for reading them as plain text
         return np.array(_encoded(self.name, self._encoding, text, alone=False).ids, np.int32)
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """Return the text of `tokens`, special ones included, as the library has it. Raises as `decode_bytes`."""
+        """Return the text of `tokens`, special ones included, as the library decodes it. Raises like `decode_bytes`."""
         return self._encoding.decode(self._ids_in(tokens), skip_special_tokens=False)
 
     def save(self, folder: str | Path) -> None:
@@ -121,7 +121,7 @@ class ImportedTokenizer(Tokenizer):
 
 
 def files_in(folder: str | Path) -> dict[str, bytes]:
-    """What `folder` has of `FILES`. Raises `ValueError` where the tokenizer itself is not among them."""
+    """Return those of `FILES` that `folder` has. Raises `ValueError` if the tokenizer itself is missing."""
     paths = [Path(folder) / name for name in FILES]
     if not paths[0].is_file():
         raise ValueError(f"no tokenizer in {folder}: {paths[0].name} is missing; name the folder of one")
@@ -130,7 +130,7 @@ def files_in(folder: str | Path) -> dict[str, bytes]:
 
 
 def load_imported(folder: Path, name: str, description: Mapping[str, Any], ends: Any) -> ImportedTokenizer:
-    """Return the tokenizer that `save` wrote, with its `ends`. Raises `ValueError` where its file is another."""
+    """Return the tokenizer that `save` wrote, with its `ends`. Raises `ValueError` if its file has changed."""
     files = files_in(folder)
     if _sha256(files) != description["sha256"]:
         raise ValueError(f"{folder} is damaged: its tokenizer.json is another; import the model again")
@@ -141,9 +141,9 @@ def load_imported(folder: Path, name: str, description: Mapping[str, Any], ends:
 
 
 def named_token(name: str, files: Mapping[str, bytes], found: Mapping[str, Any], role: str) -> int | None:
-    """Return the id of the token that the files name for `role`, as eos_token; None where they name none they have.
+    """Return the id of the token that the files name for `role`, such as eos_token; None if there is none.
 
-    `found` is their tokenizer.json. Raises `ValueError` where they name what is no text.
+    `found` is their tokenizer.json. Raises `ValueError` if the name is not text.
     """
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         where = f"the {file} of {name}"
@@ -182,7 +182,7 @@ def _encoding(name: str, found: Mapping[str, Any]) -> Any:
 
 
 def _encoded(name: str, encoding: Any, text: str, *, alone: bool) -> Any:
-    """Return what the library makes of a text, with what it puts around one that stands `alone`."""
+    """Return the library's encoding of a text, with the tokens that it puts around a text that is `alone`."""
     try:
         return encoding.encode(text, add_special_tokens=alone)
     except BaseException as error:
@@ -202,9 +202,9 @@ def _before(name: str, encoding: Any) -> list[int]:
 
 
 def _table(encoding: Any, found: Mapping[str, Any]) -> list[bytes]:
-    """The bytes of every id, by how the encoding spells them: in the letters of bytes, or with U+2581 for a blank.
+    """Return the bytes of every id, which the encoding spells in byte letters, or with U+2581 for a blank.
 
-    An entry of a byte-level vocabulary that has other letters, one kept in reserve, stands for itself.
+    An entry of a byte-level vocabulary with other letters, such as a reserved one, stands for itself.
     """
     letters = {letter: byte for byte, letter in BYTE_LETTERS.items()}
     by_bytes = '"ByteLevel"' in json.dumps(found.get("decoder"))

@@ -1,7 +1,7 @@
-"""Several sources in one run: their shards as one store, and which row comes from which of them.
+"""Several sources in one run: their shards as one store, and which row comes from which source.
 
-A mixture is arithmetic, as a batch is: how many of the first n rows a source has is a function of n and the weights,
-so a run's step is its position in every source, and there is no state to save.
+A mixture is arithmetic, like a batch: how many of the first n rows a source has is a function of n and the weights.
+So the step of a run is its position in every source, and there is no state to save.
 """
 
 import functools
@@ -17,7 +17,7 @@ from llm_jax.data.tokenizer import Tokenizer
 
 
 class Mixture:
-    """The shards of several sources, in the ids of one tokenizer. Raises `ValueError` where they have several."""
+    """The shards of several sources, in the ids of one tokenizer. Raises `ValueError` if their tokenizers differ."""
 
     def __init__(self, sources: Sequence[Source], shards: Sequence[Shards]) -> None:
         self.sources, self.shards = tuple(sources), tuple(shards)
@@ -41,38 +41,38 @@ class Mixture:
 
     @property
     def source(self) -> str:
-        """Where the text was."""
+        """Where the text came from."""
         return ", ".join(shards.source for shards in self.shards)
 
     def split(self, name: Literal["train", "heldout"]) -> TokenStore:
-        """A split of all sources, each of them a part of it."""
+        """Return a split of all sources, as one store."""
         return self._splits[name]
 
 
 def open_folders(config: DataConfig, folders: Sequence[str | Path]) -> Shards | Mixture:
-    """Open the shards of each source of `config`. Raises `ValueError` as `open_shards` does."""
+    """Open the shards of each source of `config`. Raises `ValueError` like `open_shards`, and like `Mixture`."""
     shards = [open_shards(folder) for folder in folders]
     return shards[0] if len(shards) == 1 else Mixture(config.sources, shards)
 
 
 @dataclass(frozen=True)
 class Deal:
-    """An endless stream of rows dealt out to sources by their shares, which add up to 1.
+    """An endless stream of rows, dealt to sources by their shares, which add up to 1.
 
-    The first source takes a row whenever its count, rounded, grows; of the rows that are left the second one, and so
-    on. Of the first n rows the i-th source has n times its share, to within i / 2 rows. All of it is exact in whole
-    numbers: no n is too large.
+    The first source takes a row whenever its count, rounded, grows; the second does so with the remaining rows, and so
+    on. Of the first n rows the i-th source has n times its share, within i / 2 rows. All is exact integer arithmetic:
+    no n is too large.
     """
 
     shares: tuple[Fraction, ...]
 
     @functools.cached_property
     def _ratios(self) -> list[Fraction]:
-        """Of the rows that the sources before it leave, the share that each takes."""
+        """The share that each source takes of the rows that the sources before it leave."""
         return [share / sum(self.shares[number:]) for number, share in enumerate(self.shares)]
 
     def before(self, row: int) -> list[int]:
-        """How many of the rows 0 to `row` - 1 each source has; they add up to `row`."""
+        """Return how many of the rows 0 to `row` - 1 each source has; they add up to `row`."""
         counts = []
         for ratio in self._ratios:
             counts.append(_rounded(ratio, row))
@@ -80,7 +80,7 @@ class Deal:
         return counts
 
     def source(self, row: int) -> tuple[int, int]:
-        """The source of `row`, and which of the rows of that source it is."""
+        """Return the source of `row`, and its index among the rows of that source."""
         for source, ratio in enumerate(self._ratios):
             count = _rounded(ratio, row)
             if _rounded(ratio, row + 1) > count:
@@ -90,5 +90,5 @@ class Deal:
 
 
 def _rounded(ratio: Fraction, row: int) -> int:
-    """`ratio * row` to the nearest whole number, halves up."""
+    """Return `ratio * row` rounded to the nearest whole number, halves up."""
     return (2 * row * ratio.numerator + ratio.denominator) // (2 * ratio.denominator)

@@ -1,7 +1,7 @@
-"""Which tokens stand in which row: whole documents packed together, or windows of one long stream.
+"""Which tokens are in which row: whole documents packed together, or windows of one long stream.
 
-Arithmetic on lengths; no token is read here. A row is made of spans [start, stop) of the token stream, the
-documents of a split one after the other.
+This is arithmetic on lengths; no token is read. A row consists of spans [start, stop) of the token stream, which is
+the documents of a split one after the other.
 """
 
 import functools
@@ -13,9 +13,12 @@ from jaxtyping import Int64
 
 @dataclass(frozen=True)
 class Packing:
-    """The rows of an epoch. Row r is made of the spans `rows[r]` up to `rows[r + 1]`.
+    """The rows of an epoch. Row r consists of the spans `rows[r]` up to `rows[r + 1]`.
 
-    All spans may be shifted right together by up to `slack` tokens.
+    Attributes:
+      rows: the first span of each row, and the number of spans.
+      starts, stops: of every span, in tokens of the stream.
+      slack: by how many tokens all spans may be shifted right together.
     """
 
     rows: Int64[np.ndarray, "n_rows+1"]
@@ -29,21 +32,21 @@ class Packing:
 
     @functools.cached_property
     def sizes(self) -> Int64[np.ndarray, " n_rows"]:
-        """How many tokens each row holds."""
+        """The number of tokens in each row."""
         before = np.append(0, np.cumsum(self.stops - self.starts))
         return np.diff(before[self.rows])
 
     def spans(self, row: int, shift: int = 0) -> list[tuple[int, int]]:
-        """The (start, stop) of every span in `row`."""
+        """Return the (start, stop) of every span in `row`, shifted by `shift` tokens."""
         spans = slice(self.rows[row], self.rows[row + 1])
         starts, stops = self.starts[spans] + shift, self.stops[spans] + shift
         return list(zip(starts.tolist(), stops.tolist(), strict=True))
 
 
 def windows(n_targets: int, seq_len: int, *, partial: bool = False) -> Packing:
-    """Windows of `seq_len` targets side by side.
+    """Return adjacent windows of `seq_len` targets.
 
-    `partial` adds the shorter window that may be left at the end; otherwise what is left is slack.
+    `partial` adds the shorter window at the end, if there is one; otherwise its tokens are slack.
     """
     n_rows, slack = divmod(n_targets, seq_len)
     if partial and slack:
@@ -53,10 +56,10 @@ def windows(n_targets: int, seq_len: int, *, partial: bool = False) -> Packing:
 
 
 def pack(lengths: Int64[np.ndarray, "n_documents"], seq_len: int) -> Packing:
-    """Documents of `lengths` tokens in rows of at most `seq_len`: best fit, the longest first.
+    """Pack documents of `lengths` tokens into rows of at most `seq_len`: best fit decreasing (Johnson, 1973).
 
-    Each document goes into the fullest row that can take it, or into a new one (Johnson, 1973). Only one that
-    is longer than `seq_len` is cut, into full rows and a rest that is packed like a document.
+    Each document, the longest first, goes into the fullest row with room for it, or into a new row. Only a document
+    longer than `seq_len` is cut, into full rows and a rest that is packed like a document.
     """
     starts, sizes = _pieces(lengths, seq_len)
     row_of = np.empty_like(sizes)
@@ -67,7 +70,7 @@ def pack(lengths: Int64[np.ndarray, "n_documents"], seq_len: int) -> Packing:
 
 
 def _pieces(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the pieces of every document start in the stream, and their sizes, none above `seq_len`."""
+    """Return where the pieces of every document start in the stream, and their sizes, none above `seq_len`."""
     counts = -(-lengths // seq_len)
     number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # within its document
     start = number * seq_len
@@ -76,14 +79,14 @@ def _pieces(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _best_fit(counts: np.ndarray, seq_len: int) -> np.ndarray:
-    """The row of every piece, largest pieces first, where `counts[size]` pieces have a size.
+    """Return the row of every piece, the largest pieces first, given `counts[size]` pieces of each size.
 
-    Pieces of one size are placed together: the row that takes one is then the fullest that can take the next,
-    so it takes as many as fit. The work grows with the number of sizes, not of pieces.
+    Pieces of one size are packed together: the row that takes one is then the fullest with room for the next, so it
+    takes as many as fit. The work grows with the number of sizes, not of pieces.
     """
-    rows: list[list[int]] = [[] for _ in range(seq_len + 1)]  # the rows that have so much space left
+    rows: list[list[int]] = [[] for _ in range(seq_len + 1)]  # by space left, the rows that have it
     spaces = 0  # bit s is set where rows[s] is not empty
-    n_rows, placed = 0, [np.zeros(0, np.int64)]
+    n_rows, row_of = 0, [np.zeros(0, np.int64)]
     for size in range(seq_len, 0, -1):
         left = int(counts[size])
         while left:
@@ -96,11 +99,11 @@ def _best_fit(counts: np.ndarray, seq_len: int) -> np.ndarray:
                 n_rows += wanted
             taken = rows[space][-wanted:]
             del rows[space][-wanted:]
-            placed.append(np.repeat(taken, each)[:left])
-            in_last = len(placed[-1]) - each * (len(taken) - 1)
+            row_of.append(np.repeat(taken, each)[:left])
+            in_last = len(row_of[-1]) - each * (len(taken) - 1)
             rows[space - each * size] += taken[:-1]
             rows[space - in_last * size] += taken[-1:]
             for changed in (space, space - each * size, space - in_last * size):
                 spaces = spaces | 1 << changed if rows[changed] else spaces & ~(1 << changed)
-            left -= len(placed[-1])
-    return np.concatenate(placed)
+            left -= len(row_of[-1])
+    return np.concatenate(row_of)

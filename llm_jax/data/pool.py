@@ -1,4 +1,4 @@
-"""Many texts to token ids, by a pool of processes."""
+"""Tokenize many texts with a pool of processes."""
 
 import functools
 import itertools
@@ -17,11 +17,11 @@ from llm_jax.data.sources import Document
 from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 BATCH_CHARS = 1 << 20
-BATCHES_ALONE = 8  # done before a pool of processes has started
+BATCHES_ALONE = 8  # a pool takes longer to start than these take here
 
 
 def encode_all(folder: str | Path, texts: Iterable[str], *, special: bool = False) -> Iterator[np.ndarray]:
-    """Yield the ids of every text, in order, by the tokenizer saved in `folder`; of many, by a pool of processes.
+    """Yield the ids of every text, in order, with the tokenizer saved in `folder`; for many texts use a pool.
 
     Holds a few megabytes of text at a time. Raises `ValueError` if a process of the pool dies.
     """
@@ -62,7 +62,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def watched(documents: Iterable[Document], tokenizer: Tokenizer, report: Callable[[str], object]) -> Iterator[Document]:
-    """Yield `documents`, and report the first that spells a special token, which its text does not become."""
+    """Yield `documents`, and report the first that spells a special token, which is read as plain text."""
     documents = iter(documents)
     for document in documents:
         if found := tokenizer.spelled(document.text):
@@ -74,7 +74,7 @@ def watched(documents: Iterable[Document], tokenizer: Tokenizer, report: Callabl
 
 
 def _end_with_parent() -> None:
-    """Let this worker end when the process that started it does, even by SIGKILL: else it waits for work for ever."""
+    """End this worker when the process that started it ends, even by SIGKILL: otherwise it waits for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

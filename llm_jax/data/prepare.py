@@ -1,4 +1,4 @@
-"""Text to token shards: `prepare` writes a folder of them, `cached` finds or writes what a config asks for."""
+"""Text to token shards: `prepare` writes a folder of them, `cached` finds or writes those that a config needs."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,7 @@ from llm_jax.files import sha256_of, whole_folder, write_json, written
 
 SETTINGS = ("tokenizer", "separator", "column", "end_of_text", "heldout", "heldout_by", "special")
 SHARD_TOKENS = 1 << 25
-READER = 2  # how text is read; raise it when the documents of a source change
+READER = 2  # the version of how text is read; raise it when the documents of a source change
 
 Report = Callable[[str], object]
 Cuts = dict[str, str | None]
@@ -53,15 +53,21 @@ def prepare(
 ) -> Manifest:
     """Tokenize the documents of `uri` into the folder `out`, which appears whole or not at all.
 
-    tokenizer: as `tokenizer.build` takes it; what it learns from text, it learns from all documents.
-    separator, column: as `sources.documents` takes them.
-    end_of_text: whether the token of that name follows every document.
-    heldout: the fraction held out for evaluation, of whole documents. "hash" chooses them by content, so that
-    a document stays on its side as the corpus grows, on one side with its copies; "tail" takes the last.
-    special: whether text that spells a special token becomes it; where not, `report` names a document that does.
+    Args:
+      uri: one source, as `sources.documents` takes it.
+      out: a folder that does not exist yet.
+      tokenizer: as `tokenizer.build` takes it; one that learns from text learns from all documents.
+      separator, column: as `sources.documents` takes them.
+      end_of_text: whether the end-of-text token follows every document.
+      heldout: the fraction of documents held out for evaluation.
+      heldout_by: "hash" chooses them by content, so that a document keeps its side as the corpus grows, and shares it
+        with its copies; "tail" takes the last ones.
+      special: whether text that spells a special token becomes that token; if not, `report` names the first such
+        document.
+      report: gets a line for every step.
 
-    Raises `ValueError` if `out` exists, a side of the split stays empty, the disk is full, or the text changes while it
-    is read. A mixture is refused: each source is prepared into a folder of its own.
+    Raises `ValueError` if `out` exists, a split stays empty, the disk is full, the text changes while it is read, or
+    `uri` is a mixture: each source is prepared into a folder of its own.
     """
     check_heldout(heldout, heldout_by)
     if len(parse_uri(uri)) > 1:
@@ -69,7 +75,7 @@ def prepare(
             f"{uri} is a mixture, and prepare takes one source; prepare the first into A, each other with --tokenizer "
             "A/tokenizer into B, and train with data.uri=A:0.7,B:0.3 data.tokenizer=A/tokenizer"
         )
-    report = functools.cache(report)  # the source is read several times, and what it tells is said once
+    report = functools.cache(report)  # the source is read several times, and its lines are reported once
     read = functools.partial(sources.documents, uri, separator, column, report)
     content = sources.fingerprint(uri)
     with _new_folder(Path(out)) as folder:
@@ -112,11 +118,11 @@ def prepare(
 
 
 def cached(config: DataConfig, cache_dir: str | Path, report: Report = _silent) -> Path:
-    """The folder of the shards that `config`, of one source, asks for, prepared into `cache_dir` if not there.
+    """Return the folder of the shards that `config`, of one source, needs; prepare it in `cache_dir` if missing.
 
-    The folder's name is a digest of content, settings and reader: text that changed, or would be read otherwise today,
-    is prepared again. A `uri` that is itself a folder of shards is the answer, whatever became of its text or its
-    reader, which is reported; raises `ValueError` if it was prepared with other settings.
+    The name of the folder is a digest of content, settings and reader: text that changed, or would be read differently
+    today, is prepared again. If `uri` is itself a folder of shards it is the result; a change of its text or its reader
+    since then is reported. Raises `ValueError` if it was prepared with other settings, and like `prepare`.
     """
     settings: dict[str, Any] = {name: getattr(config, name) for name in SETTINGS}
     given = Path(config.uri)
@@ -142,17 +148,17 @@ def cached(config: DataConfig, cache_dir: str | Path, report: Report = _silent) 
         try:
             prepare(config.uri, folder, **settings, report=report)
         except ValueError:
-            if not folder.exists():  # else another process was faster
+            if not folder.exists():  # otherwise another process was faster
                 raise
     return folder
 
 
 def cached_sources(config: DataConfig, cache_dir: str | Path, report: Report = _silent) -> list[Path]:
-    """The folder of the shards of each source of `config`, all in the ids of one tokenizer.
+    """Return the folder of the shards of each source of `config`, all in the ids of one tokenizer.
 
-    What a tokenizer learns from text, it learns from the documents of all sources, in their order. A separator cuts
-    those sources that are text. Raises `ValueError` as `cached` does, and where a folder of shards would have to agree
-    with a tokenizer that is yet to learn.
+    A tokenizer that learns from text learns from the documents of all sources, in their order. A separator cuts the
+    sources that are text. Raises `ValueError` like `cached`, and if a folder of shards would have to agree with a
+    tokenizer that is not trained yet.
     """
     uris = [source.uri for source in config.sources]
     if len(uris) == 1:
@@ -172,12 +178,12 @@ def cached_sources(config: DataConfig, cache_dir: str | Path, report: Report = _
 
 
 def learns(spec: str) -> bool:
-    """Whether a tokenizer is made of the text, and not taken as it is."""
+    """Return whether a tokenizer learns from the text."""
     return re.fullmatch(r"char|train:\d+", spec) is not None
 
 
 def _shared_tokenizer(spec: str, cuts: Mapping[str, Cuts], cache_dir: Path, report: Report) -> Path:
-    """The folder of the tokenizer that `spec` makes of all sources, the keys of `cuts`, trained if not there."""
+    """Return the folder of the tokenizer `spec` for all sources, the keys of `cuts`; train it if missing."""
     contents = {uri: _content(uri) for uri in cuts}
     key = {
         "tokenizer": spec,
@@ -195,15 +201,16 @@ def _shared_tokenizer(spec: str, cuts: Mapping[str, Cuts], cache_dir: Path, repo
     for uri, content in contents.items():
         if sources.fingerprint(uri) != content:
             raise ValueError(f"{uri} changed while it was read; wait until it is whole, and start again")
-    with contextlib.suppress(FileExistsError), whole_folder(folder, "prepare") as filling:  # another may be faster
+    with contextlib.suppress(FileExistsError), whole_folder(folder, "prepare") as filling:  # or another is faster
         tokenizer.save(filling)
     return folder
 
 
 def cuts_of(config: DataConfig, uri: str) -> Cuts:
-    """What makes documents of `uri`, one of several sources: text has a separator, rows have a column, shards had one.
+    """Return what cuts `uri`, one of several sources, into documents: for text a separator, for rows a column.
 
-    Of the two settings of `config` the other one is left out.
+    The other of the two settings is None; shards keep what they were prepared with. Raises `ValueError` if `uri` can't
+    be read.
     """
     if is_prepared(uri):
         manifest = read_manifest(Path(uri))
@@ -222,7 +229,7 @@ def _content(uri: str) -> str:
 
 @contextlib.contextmanager
 def _hint(uri: str) -> Iterator[None]:
-    """Say in an error about an address with a comma how several would be written."""
+    """Add to an error about an address with a comma how several addresses are written."""
     try:
         yield
     except ValueError as error:
@@ -233,7 +240,7 @@ def _hint(uri: str) -> Iterator[None]:
 
 
 def _has_changed(folder: Path, manifest: Manifest) -> bool:
-    """Whether the text of the shards in `folder` is on this machine, was written to after them, and is another."""
+    """Return whether the text of the shards in `folder` is on this machine and has changed since they were made."""
     if manifest.content is None or sources.last_written(manifest.source) <= (folder / "meta.json").stat().st_mtime:
         return False
     return sources.fingerprint(manifest.source) != manifest.content
@@ -244,7 +251,7 @@ def _digest(key: Mapping[str, Any]) -> str:
 
 
 class SplitWriter:
-    """Write one split, which is `said` so. Holds one shard of tokens, and two numbers a document."""
+    """Write one split, reported as `said`. Holds one shard of tokens, and two numbers for each document."""
 
     def __init__(
         self, folder: Path, name: str, encoder: Tokenizer, end_of_text: bool, report: Report, said: str
@@ -285,7 +292,7 @@ class SplitWriter:
 
     def _save(self, what: str, values: np.ndarray) -> None:
         file = f"{self._name}_{what}.npy"
-        np.save(content := io.BytesIO(), values)  # not to the file itself: `written` says why
+        np.save(content := io.BytesIO(), values)  # not to the file itself: see `files.written`
         with written(self._folder / file) as out:
             out.write(content.getbuffer())
         self._files[file] = sha256_of(self._folder / file)
@@ -293,13 +300,13 @@ class SplitWriter:
 
 @contextlib.contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` at the end, or vanishes with an error."""
+    """Yield a folder to fill, which becomes `out` at the end, or is removed after an error."""
     if out.exists():
         raise ValueError(f"{out} exists already, and shards go into a new folder; delete it or name another")
     try:
         with whole_folder(out, "prepare") as folder:
             yield folder
-    except OSError as error:  # what goes wrong in reading is a ValueError
+    except OSError as error:  # errors of reading are ValueErrors
         reason = error.strerror or error
         if error.errno != errno.ENOSPC:
             raise ValueError(f"cannot write {out}: {reason}; fix that, or name another folder") from error
@@ -346,7 +353,7 @@ def _check_agreement(settings: Mapping[str, Any], manifest: Manifest) -> None:
     made = {name: getattr(manifest, name) for name in settings}
     folder = Path(settings["tokenizer"])
     if folder.is_dir() and load_tokenizer(folder).fingerprint == manifest.tokenizer_fingerprint:
-        made["tokenizer"] = settings["tokenizer"]  # one that is saved is known by its ids, not by its place
+        made["tokenizer"] = settings["tokenizer"]  # a saved one is compared by its ids, not its path
     differ = [name for name in settings if made[name] != settings[name]]
     if differ:
         was, asked = (", ".join(f"{name}={of[name]!r}" for name in differ) for of in (made, settings))

@@ -1,6 +1,6 @@
 """The text in rows of JSON, CSV, TSV (`rows.py`) and parquet: one column of a whole source, chosen by name.
 
-A row that has none, or an empty one, is counted (`Tally`).
+Rows without text in it are counted (`Tally`).
 """
 
 import contextlib
@@ -15,10 +15,10 @@ from llm_jax.data.compressed import open_seekable, read_text
 from llm_jax.data.rows import ROWS, Row
 
 COLUMNS = ("text", "content")
-HEAD_ROWS = 1000  # rows of a file that are looked at for its columns
+HEAD_ROWS = 1000  # rows of a file that are searched for its columns
 HEAD_FILES = 100
 BATCH_ROWS = 128  # of parquet, whose rows may be books
-SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can spell and UTF-8 cannot
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can spell but UTF-8 can't
 
 STRING, NULL, TURNS, OBJECTS = "a string", "null", "a list of turns", "a list of objects"
 TURN_KEYS = ({"role", "content"}, {"from", "value"})
@@ -27,7 +27,7 @@ CHAT_NAMES = ("messages", "conversations", "conversation", "chosen", "rejected")
 
 @dataclass
 class Tally:
-    """How many rows of a source have no text, where the first one is, and the files where all are so."""
+    """How many rows of a source have no text, where the first one is, and the files without any text."""
 
     column: str
     rows: int = 0
@@ -50,10 +50,10 @@ class Tally:
 
 
 def text_column(uri: str, files: Sequence[File], asked: str | None) -> str:
-    """The column of `files`, all records, that is their text: `asked`, else `text`, else `content`.
+    """Return the column of `files`, all records, that is their text: `asked`, else `text`, else `content`.
 
-    The first file decides that has one of them in a row of its head. Raises `ValueError` where none does, with the
-    columns that there are.
+    The first file with one of them in its first rows decides. Raises `ValueError` if there is none, with the columns
+    that there are.
     """
     wanted = COLUMNS if asked is None else (asked,)
     seen: dict[str, str] = {}
@@ -69,7 +69,7 @@ def text_column(uri: str, files: Sequence[File], asked: str | None) -> str:
 
 
 def texts(file: File, tally: Tally) -> Iterator[str]:
-    """The text of each row of `file` that has some, in order; the others go into `tally`."""
+    """Yield the text of each row of `file`, in order; count rows without. Raises `ValueError` for a damaged file."""
     rows, without = tally.rows, tally.without
     if file.suffix == ".parquet":
         yield from _parquet_texts(file, tally)
@@ -88,7 +88,7 @@ def texts(file: File, tally: Tally) -> Iterator[str]:
 
 
 def _columns(file: File, wanted: str) -> dict[str, str]:
-    """The columns in the head of `file`, each with what it holds, up to the first row that has `wanted`."""
+    """Return the columns in the first rows of `file`, each with its kind, up to the first row that has `wanted`."""
     seen: dict[str, str] = {}
     for _, row in itertools.islice(_rows(file), HEAD_ROWS):
         seen |= {name: _kind(value) for name, value in row.items() if value is not None or name not in seen}
@@ -105,7 +105,7 @@ def _kind(value: Any) -> str:
 
 
 def _refuse(uri: str, seen: Mapping[str, str], asked: str | None) -> NoReturn:
-    """Say why no column of `seen` is the text of `uri`, and what to do."""
+    """Raise `ValueError`: why no column of `seen` is the text of `uri`, and what to do."""
     names = list(seen)
     shown = ", ".join(brief(repr(name)) for name in names[:12]) + (", ..." if len(names) > 12 else "")
     chat = [name for name in names if seen[name] == TURNS] or [name for name in CHAT_NAMES if name in seen]
@@ -198,7 +198,7 @@ def _parquet_kind(kind: Any) -> str:
 
 @contextlib.contextmanager
 def _open_parquet(file: File) -> Iterator[tuple[Any, list[tuple[str, str]]]]:
-    """The table in `file`, and the name of each column with what it holds."""
+    """Yield the table in `file`, and the name of each column with its kind."""
     try:
         from pyarrow import parquet
     except ImportError:
@@ -212,7 +212,7 @@ def _open_parquet(file: File) -> Iterator[tuple[Any, list[tuple[str, str]]]]:
 
 @contextlib.contextmanager
 def _undamaged(file: File) -> Iterator[None]:
-    """Turn what pyarrow raises about the content of `file`, errors of its own and of Python, into one line."""
+    """Turn whatever pyarrow raises about the content of `file` into a `ValueError` of one line."""
     try:
         yield
     except Exception as error:

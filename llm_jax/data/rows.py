@@ -1,6 +1,6 @@
-"""Rows of the formats that are text, read as streams: held are a block and a row.
+"""Rows of the formats that are text, read as streams, a block and a row at a time.
 
-.jsonl .ndjson .json    objects, one a line or one after the other, or one array of them
+.jsonl .ndjson .json    objects, on a line each or one after the other, or one array of them
 .csv                    a header, then fields between commas; quotes as in RFC 4180
 .tsv                    a header, then fields between tabs; no quotes, as in IANA's text/tab-separated-values
 """
@@ -15,19 +15,19 @@ from typing import Any
 
 from llm_jax.data.addresses import brief
 
-ROW_CHARS = 1 << 26  # a longer row is no row but a file of another shape, and memory ends somewhere
-TOKEN_CHARS = 16  # more than any name or escape has in JSON, such as -Infinity
+ROW_CHARS = 1 << 26  # a longer row means a file of another shape, and memory is limited
+TOKEN_CHARS = 16  # longer than any name or escape of JSON, such as -Infinity
 BLANKS = re.compile(r"[ \t\n\r]*")
-# No number is ever text, so their values don't matter: float takes integers of any length.
+# Numbers are never text, so their values don't matter: float accepts integers of any length.
 DECODER = json.JSONDecoder(parse_int=float)
 
-Row = tuple[str, dict[str, Any]]  # where it is, and its columns
+Row = tuple[str, dict[str, Any]]  # its line or number, and its columns
 
 
 def json_rows(name: str, blocks: Iterator[str]) -> Iterator[Row]:
-    """Objects one after the other, each on a line of its own or not, or one array of them.
+    """Yield objects, one after the other or in one array, from the `blocks` of text of the file `name`.
 
-    `blocks` are the text of the file `name`, which is held a block and a row at a time.
+    Raises `ValueError`, with the line, for anything else.
     """
     text = _JsonText(name, blocks)
     in_array = text.peek() == "["
@@ -51,7 +51,7 @@ def json_rows(name: str, blocks: Iterator[str]) -> Iterator[Row]:
 
 
 class _JsonText:
-    """A window on JSON, which slides over it."""
+    """A window that slides over JSON."""
 
     def __init__(self, name: str, blocks: Iterator[str]) -> None:
         self.line = 1
@@ -59,7 +59,7 @@ class _JsonText:
         self._text, self._at = "", 0
 
     def peek(self) -> str:
-        """The next character that is no blank; none at the end."""
+        """Return the next character that is no blank; empty at the end."""
         while True:
             blanks = BLANKS.match(self._text, self._at)
             assert blanks is not None
@@ -80,7 +80,7 @@ class _JsonText:
                 value, end = DECODER.raw_decode(self._text, self._at)
             except RecursionError:
                 raise self.error("nested too deeply") from None
-            except json.JSONDecodeError as error:  # of what is not all there yet, or of what is no JSON
+            except json.JSONDecodeError as error:  # the object is incomplete so far, or is not JSON
                 if not _may_be_cut(error):
                     line = self.line + self._text.count("\n", self._at, error.pos)
                     raise self.error(f"not JSON ({error.msg}, line {line})") from None
@@ -103,7 +103,7 @@ class _JsonText:
         self._at = end
 
     def _read_on(self) -> bool:
-        """Read as much again as is left, so that a long row is tried few times. Returns whether there was more."""
+        """Read as much again as is left, so that a long row is parsed few times. Return whether there was more."""
         rest = self._text[self._at :]
         read, size = [], 0
         for block in self._blocks:
@@ -116,22 +116,22 @@ class _JsonText:
 
 
 def _may_be_cut(error: json.JSONDecodeError) -> bool:
-    """Whether the fault may be only that its text ends there: inside of a string, or of any other token."""
+    """Return whether the error may only be that the text ends inside a string or another token."""
     return error.msg.startswith("Unterminated string") or error.pos > len(error.doc) - TOKEN_CHARS
 
 
 def csv_rows(name: str, blocks: Iterator[str]) -> Iterator[Row]:
-    """The rows of a table in CSV. Raises `ValueError` for what stands wrongly in quotes."""
+    """Yield the rows of a table in CSV. Raises `ValueError`, with the line, for bad quotes or missing fields."""
     return _table_rows(name, csv.reader(_lines(name, blocks), strict=True))
 
 
 def tsv_rows(name: str, blocks: Iterator[str]) -> Iterator[Row]:
-    """The rows of a table with a tab between fields."""
+    """Yield the rows of a table with a tab between fields. Raises `ValueError` for rows of another width."""
     return _table_rows(name, csv.reader(_lines(name, blocks), delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
 def _table_rows(name: str, reader: Any) -> Iterator[Row]:
-    """The rows below the header. Raises `ValueError` for one with more or fewer fields: a comma may have cut a text."""
+    """Yield the rows below the header. Raises `ValueError` for more or fewer fields: a comma may have cut a text."""
     csv.field_size_limit(max(csv.field_size_limit(), ROW_CHARS))
     header: list[str] = []
     while True:
@@ -166,7 +166,7 @@ def _lines(name: str, blocks: Iterator[str]) -> Iterator[str]:
         yield rest
 
 
-# Of formats that are text: from a name and blocks of it to rows, each with its line or its number.
+# The readers by suffix: from the name and the blocks of a file to its rows.
 ROWS: dict[str, Callable[[str, Iterator[str]], Iterator[Row]]] = {
     ".jsonl": json_rows,
     ".ndjson": json_rows,

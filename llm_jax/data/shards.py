@@ -1,12 +1,12 @@
-"""Token shards: a corpus tokenized once by `prepare.py`, verified when it is opened, read through memory maps.
+"""Token shards: a corpus tokenized once by `prepare.py`, verified when opened, read through memory maps.
 
 meta.json              the manifest: what this is, how it was made, a checksum of every other file
-tokenizer/             what made the tokens
+tokenizer/             the tokenizer that made the tokens
 train_00000.npy ...    the documents of a split one after the other, as uint16 or uint32
-train_offsets.npy      where each document starts, and where the last one ends
-train_bytes.npy        how long each document is as UTF-8
-train_origins.txt      where each document came from, a line each
-heldout_...            likewise
+train_offsets.npy      where each document starts, and where the last one ends, in tokens
+train_bytes.npy        the length of each document in UTF-8
+train_origins.txt      where each document came from, one line each
+heldout_...            the same for the held-out split
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ from llm_jax.files import Types, check_fields, read_json, sha256_of
 FORMAT = 1
 SPLITS = ("train", "heldout")
 ADVICE = "prepare the data again"
-READ_TOKENS = 1 << 22  # at once, of a document of any length
+READ_TOKENS = 1 << 22  # read at once, however long a document is
 
 
 @dataclass(frozen=True)
 class Split:
-    """How much a split holds, and the sha256 of each of its files."""
+    """The size of a split, and the sha256 of each of its files."""
 
     documents: int
     tokens: int
@@ -43,7 +43,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of shards holds, and how it was made. `content` is the fingerprint of the text it was made of."""
+    """What a folder of shards holds, and how it was made. `content` is the fingerprint of its text."""
 
     format: int
     source: str
@@ -56,13 +56,13 @@ class Manifest:
     heldout_by: str
     splits: dict[str, Split]
     content: str | None = None
-    column: str | None = None  # shards that are older were read by what is None today
+    column: str | None = None  # None in older shards, which were read as None is read today
     special: bool = False
 
 
 @dataclass(frozen=True)
 class SourceSlice:
-    """One source in a store: its share of the rows, and its documents and tokens, from the first up to the last."""
+    """One source in a store: its share of the rows, and which documents and tokens of the store are its own."""
 
     name: str
     share: Fraction
@@ -73,10 +73,10 @@ class SourceSlice:
 class TokenStore:
     """The tokens of one split, its documents one after the other, in memory maps.
 
-    offsets: where in the stream each document starts, and where the last ends, int64 [n_documents + 1].
-    document_bytes: how long each document is as UTF-8, int64 [n_documents].
-    origins: the files that tell where documents came from, a line for each, and how many each has.
-    parts: the sources it is made of, one after the other; a folder of shards has one.
+    Attributes:
+      offsets: where in the stream each document starts, and where the last ends, int64 [n_documents + 1].
+      document_bytes: the length of each document in UTF-8, int64 [n_documents].
+      sources: the slices of the sources in it, in order; a folder of shards has one source.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class TokenStore:
 
     @classmethod
     def joined(cls, stores: Sequence["TokenStore"], sources: Sequence[Source] = ()) -> "TokenStore":
-        """`stores` of one tokenizer as one stream, in which each is a part where `sources` name them."""
+        """Concatenate `stores` of one tokenizer; each is a slice of the result if `sources` name them."""
         documents = np.cumsum([0, *(store.n_documents for store in stores)]).tolist()
         tokens = np.cumsum([0, *(store.n_tokens for store in stores)]).tolist()
         spans = [list(map(slice, edges, edges[1:])) for edges in (documents, tokens)]
@@ -112,16 +112,16 @@ class TokenStore:
         )
 
     def read(self, start: int, stop: int) -> Int32[np.ndarray, "n"]:
-        """The tokens from `start` up to `stop`, or up to the end of the stream."""
+        """Return the tokens from `start` up to `stop`, or up to the end of the stream."""
         return self.take(np.arange(start, min(stop, self.n_tokens)))
 
     def read_document(self, document: int) -> Iterator[Int32[np.ndarray, "n"]]:
-        """The tokens of `document`, some millions at a time."""
+        """Yield the tokens of `document`, some millions at a time."""
         start, stop = self.offsets[document : document + 2].tolist()
         yield from (self.read(at, min(at + READ_TOKENS, stop)) for at in range(start, stop, READ_TOKENS))
 
     def take(self, index: Int64[np.ndarray, "*shape"]) -> Int32[np.ndarray, "*shape"]:
-        """The tokens at `index` of the stream, 0 outside of it."""
+        """Return the tokens at `index` of the stream, 0 outside of it."""
         tokens = np.zeros(index.shape, np.int32)
         shard_of = np.searchsorted(self._starts, index, side="right") - 1
         for number in np.intersect1d(shard_of, np.arange(len(self._shards))):
@@ -130,11 +130,11 @@ class TokenStore:
         return tokens
 
     def documents_of(self, index: Int64[np.ndarray, "*shape"]) -> Int64[np.ndarray, "*shape"]:
-        """The document of each token at `index`, -1 before the stream and `n_documents` after it."""
+        """Return the document of each token at `index`, -1 before the stream and `n_documents` after it."""
         return np.searchsorted(self.offsets, index, side="right") - 1
 
     def origins(self, documents: Collection[int]) -> list[str]:
-        """Where `documents` came from, in their order in the corpus."""
+        """Return where `documents` came from, in their order in the corpus."""
         wanted, found, first = set(documents), [], 0
         for path, count in self._origins:
             with open(path, encoding="utf-8") as lines:
@@ -152,12 +152,12 @@ class Shards:
 
     @property
     def folders(self) -> list[Path]:
-        """The folder, as a mixture has several."""
+        """The folder, in a list because a mixture has several."""
         return [self.folder]
 
     @property
     def source(self) -> str:
-        """Where the text was."""
+        """Where the text came from."""
         return self.manifest.source
 
     def split(self, name: Literal["train", "heldout"]) -> TokenStore:
@@ -167,8 +167,8 @@ class Shards:
 def open_shards(folder: str | Path) -> Shards:
     """Open what `prepare` wrote.
 
-    Raises `ValueError`, one line, for a file that is missing or damaged, and for a manifest that doesn't tell the truth
-    about the files beside it.
+    Raises `ValueError`, one line, for a file that is missing or damaged, and for a manifest that contradicts the files
+    next to it.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -180,22 +180,22 @@ def open_shards(folder: str | Path) -> Shards:
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
         raise ValueError(f"{folder / 'tokenizer'} did not make these tokens; {ADVICE}")
     if tokenizer.vocab_size != manifest.vocab_size:
-        raise _untrue(folder, "vocab_size", manifest.vocab_size, tokenizer.vocab_size, "the tokenizer")
+        raise _contradicted(folder, "vocab_size", manifest.vocab_size, tokenizer.vocab_size, "the tokenizer")
     return Shards(folder, manifest, tokenizer)
 
 
 def is_prepared(uri: str) -> bool:
-    """Whether `uri` is a folder of token shards."""
+    """Return whether `uri` is a folder of token shards."""
     return (Path(uri) / "meta.json").is_file()
 
 
 def names_a_column(folder: Path) -> bool:
-    """Whether the manifest in `folder` says which column was read, be it none; those of version 0.1.0 don't."""
+    """Return whether the manifest in `folder` has a `column`, even null; those of version 0.1.0 have none."""
     return "column" in read_json(folder / "meta.json", advice=ADVICE)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest in `folder`. Raises `ValueError`, one line, where there is none, or one of another shape."""
+    """Return the manifest in `folder`. Raises `ValueError`, one line, if there is none, or it has another shape."""
     path = folder / "meta.json"
     if not path.is_file():
         raise ValueError(f"no shards in {folder}: expected a meta.json; write them with llm-jax prepare")
@@ -211,7 +211,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _checked(cls: type[Any], values: Any, where: str) -> Any:
-    """The dataclass `cls` of what JSON has of its fields, each of its type; a later version may have more."""
+    """Return a `cls` of the JSON `values`, each checked for its type; fields of later versions are ignored."""
     hints = get_type_hints(cls)
     needed = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
     wanted = {name: _types(hint) for name, hint in hints.items() if name in needed or name in values}
@@ -220,7 +220,7 @@ def _checked(cls: type[Any], values: Any, where: str) -> Any:
 
 
 def _types(hint: Any) -> Types:
-    """What JSON has for a value of an annotated type."""
+    """Return the types that JSON has for an annotated type."""
     if isinstance(hint, types.UnionType):
         return get_args(hint)
     return (int, float) if hint is float else get_origin(hint) or hint
@@ -236,7 +236,7 @@ def _check_files(path: Path, name: str, split: Split) -> None:
 
 
 def _open_split(folder: Path, name: str, split: Split, tokenizer: Tokenizer) -> TokenStore:
-    """The store of a split, in which every number that the manifest or the offsets give was counted."""
+    """Open the store of a split, after counting everything that the manifest and the offsets claim."""
     offsets, document_bytes = (_map(folder / f"{name}_{what}.npy", "i8") for what in ("offsets", "bytes"))
     shards = [_map(folder / file, "u2", "u4") for file in sorted(split.files) if _holds_tokens(name, file)]
     origins = folder / f"{name}_origins.txt"
@@ -248,7 +248,7 @@ def _open_split(folder: Path, name: str, split: Split, tokenizer: Tokenizer) -> 
     for what, counts in counted.items():
         for where, count in counts.items():
             if getattr(split, what) != count:
-                raise _untrue(folder, f"splits.{name}.{what}", getattr(split, what), count, where)
+                raise _contradicted(folder, f"splits.{name}.{what}", getattr(split, what), count, where)
     edges = len(offsets) == split.documents + 1 and (offsets[0], offsets[-1]) == (0, split.tokens)
     if not edges or (np.diff(offsets) < 0).any() or document_bytes.min(initial=0) < 0:
         raise ValueError(f"{folder / name}_offsets.npy does not divide {split.tokens} tokens; {ADVICE}")
@@ -260,7 +260,7 @@ def _open_split(folder: Path, name: str, split: Split, tokenizer: Tokenizer) -> 
     return TokenStore(tokenizer, shards, offsets, document_bytes, [(origins, split.documents)])
 
 
-def _untrue(folder: Path, field: str, said: int, found: int, where: str) -> ValueError:
+def _contradicted(folder: Path, field: str, said: int, found: int, where: str) -> ValueError:
     return ValueError(f"{folder / 'meta.json'} says {field}={said}, but {where} has {found}; {ADVICE}")
 
 
@@ -269,7 +269,7 @@ def _holds_tokens(name: str, file: str) -> bool:
 
 
 def _map(path: Path, *kinds: str) -> np.ndarray:
-    """The vector in `path`, mapped into memory."""
+    """Map the vector in `path` into memory."""
     try:
         found = np.asarray(np.load(path, mmap_mode="r"))
     except (ValueError, OSError, EOFError) as error:

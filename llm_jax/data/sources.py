@@ -1,9 +1,9 @@
-r"""Where text comes from: `documents(uri)` reads it one by one, `fingerprint(uri)` tells its content.
+r"""Where text comes from: `documents(uri)` reads it one by one, `fingerprint(uri)` identifies its content.
 
     builtin:python                      the standard library of the Python that runs: always there, offline
     builtin:numbers  builtin:brackets   questions with their answers, made by `generated.py`
     tales.txt   src/**/*.rs   folder    text files: one, those of a pattern, all below a folder
-    chats.jsonl   part.parquet   a.csv  rows, of which one column is text (`records.py`)
+    chats.jsonl   part.parquet   a.csv  rows with a column of text (`records.py`)
     hf://datasets/...   s3://...        any of these at an address that fsspec reads (`addresses.py`)
 
 A file may be compressed (.gz .bz2 .xz .zst; `compressed.py`).
@@ -26,13 +26,13 @@ from llm_jax.data.tokenizer_interface import END_OF_TEXT
 
 __all__ = ["BUILTIN", "Document", "documents", "fingerprint", "holds_records", "last_written", "names_rows"]
 
-# What tells that a file at an address is another: not all stores put it into their key.
+# What shows that a file at an address has changed: not all stores put it into their key.
 CHANGES = ("size", "ETag", "Content-MD5", "Digest", "Last-Modified")
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text, never empty, and where it stands: its file, and its number in it."""
+    """A text, never empty, and where it comes from: its file, and its number in it."""
 
     text: str
     origin: str
@@ -44,14 +44,14 @@ def documents(
     column: str | None = None,
     report: Callable[[str], object] = lambda line: None,
 ) -> Iterator[Document]:
-    r"""The documents of `uri`, in an order that never changes.
+    r"""Yield the documents of `uri`, in an order that never changes.
 
-    A text file is cut at `<|endoftext|>` where that stands in it, and is one document where it doesn't. With
-    a `separator`, `"\n\n"` say, it is cut after every run of that instead: the documents joined are the file. A line
-    end in it is one of Windows as well.
+    A text file is cut at every `<|endoftext|>`; without any it is one document. With a `separator` such as `"\n\n"` it
+    is cut after every run of that instead: the documents joined are the file. A line end in the separator matches
+    those of Unix and Windows.
 
-    Of rows one `column` is read, the same in all files; None: `text`, or else `content`. `report` is told which, how
-    many rows have no text in it, and what of a folder is left out.
+    Of rows, one `column` is read, the same in all files; None: `text`, or else `content`. `report` gets a line that
+    says which, how many rows have no text in it, and what is left out of a folder.
 
     Raises `ValueError` for what is missing, empty, damaged, or not text.
     """
@@ -78,7 +78,10 @@ def documents(
 
 
 def fingerprint(uri: str) -> str:
-    """Hex digest of the content of `uri`; of a remote file, of what its store tells (size, date)."""
+    """Return a hex digest of the content of `uri`; for a remote file, of what its store says (size, date).
+
+    Raises `ValueError` if it can't be read.
+    """
     digest = hashlib.sha256()
     if uri in GENERATED:
         digest.update("\0".join(GENERATED[uri]()).encode())
@@ -97,7 +100,7 @@ def fingerprint(uri: str) -> str:
 
 
 def last_written(uri: str) -> float:
-    """When the newest file of `uri` was written, in seconds since 1970; 0 where none is on this machine."""
+    """Return when the newest file of `uri` was written, in seconds since 1970; 0 if none is on this machine."""
     if uri in GENERATED or "://" in uri:
         return 0.0
     try:
@@ -107,12 +110,12 @@ def last_written(uri: str) -> float:
 
 
 def holds_records(uri: str) -> bool:
-    """Whether `uri` names records, such as JSON lines, which no separator cuts."""
+    """Return whether `uri` names records, such as JSON lines, which no separator cuts. Raises like `files_at`."""
     return uri in GENERATED or any(file.holds_records for file in files_at(uri))
 
 
 def names_rows(uri: str) -> bool:
-    """Whether `uri` names rows of a file format, by its name or by what is on this machine; no store is asked."""
+    """Return whether `uri` names rows, by its suffix or by what is on this machine; no remote store is asked."""
     if suffix_of(uri) in (*RECORDS, *TABLES):
         return True
     try:
@@ -122,7 +125,7 @@ def names_rows(uri: str) -> bool:
 
 
 def _tally(uri: str, files: Sequence[File], column: str | None, report: Callable[[str], object]) -> Tally:
-    """An empty tally of the rows in `files`, for the column that is their text."""
+    """Return an empty tally of the rows in `files`, for the column that is their text."""
     records = [file for file in files if file.holds_records]
     if column is not None and not records:
         raise ValueError(f"column={column!r} names one of rows, and {brief(uri)} is text without any; leave it out")
@@ -141,27 +144,27 @@ def _texts(file: File, separator: str | None, tally: Tally) -> Iterator[str]:
 
 
 def _cut_apart(blocks: Iterable[str], separator: str | None) -> Iterator[str]:
-    """The documents of a text file, as `documents` says."""
+    """Yield the documents of a text file, as described in `documents`."""
     if separator is not None:
         yield from _cut_after(blocks, separator)
         return
     cut = False
-    for part in _cut_after(blocks, END_OF_TEXT):
-        text, mark, _ = part.partition(END_OF_TEXT)
+    for piece in _cut_after(blocks, END_OF_TEXT):
+        text, mark, _ = piece.partition(END_OF_TEXT)
         cut = cut or bool(mark)
-        yield text.strip("\r\n") if cut else text  # the mark stands on a line of its own
+        yield text.strip("\r\n") if cut else text  # the mark is on a line of its own
 
 
 def _cut_after(blocks: Iterable[str], separator: str) -> Iterator[str]:
-    """A text in parts, each but the last ending with a run of `separator`. Holds one part and one block."""
-    lines = separator.replace("\r\n", "\n").split("\n")  # a line end is that of Unix or of Windows, in either text
+    """Yield a text in pieces, each but the last ending with a run of `separator`. Holds one piece and one block."""
+    lines = separator.replace("\r\n", "\n").split("\n")  # line ends may be those of Unix or Windows in both
     runs = re.compile("(?:" + r"\r?\n".join(map(re.escape, lines)) + ")+")
     longest = len("\r\n".join(lines))
-    # How far `rest` is searched, and where a run that goes on to its end has come to, 0 where there is none.
+    # How far `rest` is searched, and the end so far of a run that may continue, 0 if there is none.
     rest, searched, run_end = "", 0, 0
     for block in itertools.chain(blocks, [""]):
         rest += block
-        # A run that ends so late may go on in the next block; there is none after the empty one.
+        # A run that ends this late may continue in the next block; the empty one is the last.
         last_end = len(rest) - longest if block else len(rest)
         start = 0
         while True:

@@ -1,10 +1,10 @@
-r"""What is asked of a document that is a question and its answer, `QUESTION\tANSWER`.
+r"""What a model learns from documents that are a question and its answer, `QUESTION\tANSWER`.
 
-    translate   the answer is written token by token, by a model that sees the whole question at once (prefix-LM,
-                Raffel et al. 2019, arXiv:1910.10683)
-    classify    the answer is one of a few; the head tells which at the separator, the last token of the question
+    translate   generate the answer token by token, with full attention over the question (prefix-LM, Raffel et al.
+                2019, arXiv:1910.10683)
+    classify    choose one of a few answers, by a head at the separator, the last token of the question
 
-Data is prepared as ever; the loader, which knows the documents of a row, keeps the targets that are asked for.
+Data is prepared as usual; the loader, which knows the documents of a row, keeps the targets that the task needs.
 """
 
 from dataclasses import dataclass
@@ -15,19 +15,19 @@ from jaxtyping import Bool, Int, Int32, Int64
 
 from llm_jax.data.tokenizer import Tokenizer
 
-IGNORE = -1  # the target of a position that counts for nothing
+IGNORE = -1  # the target of a position without a loss
 
 Kind = Literal["translate", "classify"]
 
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """What a run learns to answer.
+    """What a run learns to answer. Raises `ValueError` for answers that don't fit the kind.
 
     Attributes:
-      kind: `translate` writes the answer, `classify` chooses it.
+      kind: `translate` generates the answer, `classify` chooses it.
       separator: the token between question and answer; the first one in a document counts.
-      answers: of classify, the text of every class.
+      answers: the text of every class, for classify.
     """
 
     kind: Kind
@@ -41,13 +41,13 @@ class TaskConfig:
             raise ValueError(f"task.kind=translate writes any answer; leave out task.answers={','.join(self.answers)}")
 
     def ask(self, question: str) -> str:
-        """`question` with the separator behind it, if there is none in it yet."""
+        """Return `question` with the separator after it, unless it contains one."""
         return question if self.separator in question else question + self.separator
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What is left of a batch's targets, and the tokens that all of their document may see; None: none."""
+    """The targets of a batch that a task keeps, and the tokens that all of their document attends to; None: none."""
 
     targets: Int32[np.ndarray, "B L"]
     prefix: Bool[np.ndarray, "B L"] | None
@@ -55,7 +55,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Task:
-    """A task in token ids; an answer is known by its first."""
+    """A task in token ids; an answer is identified by its first token."""
 
     kind: Kind
     separator: int
@@ -67,7 +67,7 @@ class Task:
         targets: Int32[np.ndarray, "B L"],
         segments: Int32[np.ndarray, "B L"],
     ) -> Asked:
-        """Of every next token those that answer: the whole answer and its end, or at the separator its class."""
+        """Keep the targets that answer: all of the answer and its end, or its class at the separator."""
         question = self.question(tokens, segments)
         last = question & (tokens == self.separator)
         if self.kind == "translate":
@@ -76,7 +76,7 @@ class Task:
         return Asked(np.where(last, classes, np.int32(IGNORE)), None)
 
     def question(self, tokens: Int[np.ndarray, "B L"], segments: Int[np.ndarray, "B L"]) -> Bool[np.ndarray, "B L"]:
-        """Which tokens stand in the question of their document: all up to its first separator, and this too."""
+        """Return which tokens belong to the question of their document: all up to its first separator, inclusive."""
         separates = tokens == self.separator
         before = np.cumsum(separates, axis=1) - separates  # separators before each token, in the whole row
         begins = np.diff(segments, axis=1, prepend=0) != 0
@@ -86,7 +86,7 @@ class Task:
     def misfit(
         self, tokens: Int32[np.ndarray, " n"], offsets: Int64[np.ndarray, " m"], seq_len: int
     ) -> tuple[int, str] | None:
-        """The first document that does not have the form of question and answer, and why; None: all have.
+        """Return the first document that is not a question and its answer, and why; None if all are.
 
         Document d is `tokens[offsets[d] : offsets[d + 1]]`.
         """
@@ -94,9 +94,9 @@ class Task:
         if lengths.max(initial=0) > seq_len:
             longest = int(lengths.argmax())
             n = int(lengths[longest])
-            return longest, f"its {n} tokens exceed seq_len={seq_len}, which would part question and answer; use {n}"
-        places = np.flatnonzero(tokens == self.separator)
-        documents, first = np.unique(np.searchsorted(offsets, places, side="right") - 1, return_index=True)
+            return longest, f"its {n} tokens exceed seq_len={seq_len}, which would split question and answer; use {n}"
+        positions = np.flatnonzero(tokens == self.separator)
+        documents, first = np.unique(np.searchsorted(offsets, positions, side="right") - 1, return_index=True)
         missing = np.setdiff1d(np.arange(len(lengths)), documents)
         if len(missing):
             return int(missing[0]), (
@@ -104,17 +104,17 @@ class Task:
                 "data.task.separator"
             )
         if self.kind == "classify":
-            begin = places[first] + 1
+            begin = positions[first] + 1
             known = np.isin(tokens[np.minimum(begin, len(tokens) - 1)], self.answers) & (begin < offsets[1:])
             if not known.all():
-                return int(known.argmin()), "its answer begins like none of data.task.answers; mend it, or add it there"
+                return int(known.argmin()), "its answer begins like none of data.task.answers; fix it, or add it there"
         return None
 
 
 def resolve(config: TaskConfig, tokenizer: Tokenizer, *, special: bool = False) -> Task:
-    """Return the task in the ids of `tokenizer`, which reads special tokens in it where its data has them.
+    """Return the task in the ids of `tokenizer`; `special` reads special tokens in its texts, as in its data.
 
-    Raises `ValueError` where they don't tell what must be told apart.
+    Raises `ValueError` if the separator is not one token, or two answers begin with the same token.
     """
     separator = tokenizer.encode(config.separator, special=special)
     if len(separator) != 1:

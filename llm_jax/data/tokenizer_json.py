@@ -1,7 +1,7 @@
-"""A tokenizer.json as others wrote it, read and checked before the library `tokenizers` sees it.
+"""A tokenizer.json from elsewhere, read and checked before the library `tokenizers` sees it.
 
-The library takes memory for every id up to the largest, and ends the process, or leaves it in an undefined state,
-where some fields contradict each other. Here each of these is a `ValueError`; the rest is the library's to refuse.
+The library takes memory for every id up to the largest, and ends the process, or leaves it in an undefined state, if
+some fields contradict each other. Here each of these is a `ValueError`; the library itself refuses the rest.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ VOCABULARY = {"BPE": dict, "WordPiece": dict, "WordLevel": dict, "Unigram": list
 def read(name: str, data: bytes, most: int) -> dict[str, Any]:
     """Return the object in a tokenizer.json, without its added tokens from the id `most` on.
 
-    Raises `ValueError`, one line, for what is no tokenizer.json, has ids that can't be, or has more than `most`.
+    Raises `ValueError`, one line, for data that is no tokenizer.json, has impossible ids, or has more than `most`.
     """
     where = f"the tokenizer.json of {name}"
     found = parse(where, data, {"model": dict})
@@ -49,7 +49,10 @@ def parse(where: str, data: bytes, fields: Mapping[str, type] | None = None) -> 
 
 
 def vocabulary_of(found: Mapping[str, Any], where: str) -> dict[str, int]:
-    """Return the entries of the model in a tokenizer.json, and their ids; those of added tokens are not among them."""
+    """Return the entries of the model in a tokenizer.json with their ids, without added tokens.
+
+    Raises `ValueError` for a model of an unknown type, and for entries that have no text.
+    """
     model = found["model"]
     kind = model.get("type") or ("Unigram" if isinstance(model.get("vocab"), list) else "BPE")
     expected = VOCABULARY.get(kind) if isinstance(kind, str) else None
@@ -80,7 +83,7 @@ def _check_ids(where: str, ids: list[Any], vocabulary: Mapping[str, int]) -> Non
 
 
 def _check_merges(where: str, model: Mapping[str, Any]) -> None:
-    """The right one of a pair must begin with the prefix that it loses, or the library ends the process."""
+    """Raise `ValueError` for a merge without the prefix that it must have: the library would end the process."""
     prefix = model.get("continuing_subword_prefix")
     if not isinstance(prefix, str) or not prefix:
         return
@@ -92,7 +95,7 @@ def _check_merges(where: str, model: Mapping[str, Any]) -> None:
 
 
 def processors_of(found: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield the post-processors of a tokenizer.json in order, of a sequence those that it is one of."""
+    """Yield the post-processors of a tokenizer.json in order, a sequence before its members."""
     todo = [found.get("post_processor")]
     while todo:
         processor = todo.pop(0)
@@ -103,7 +106,7 @@ def processors_of(found: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _check_template(where: str, processor: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for a template whose tokens it does not describe."""
+    """Raise `ValueError` for a template with tokens that it does not describe."""
     if processor.get("type") != "TemplateProcessing":
         return
     known = processor.get("special_tokens")

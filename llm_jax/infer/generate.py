@@ -18,7 +18,8 @@ from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.model.cache import Cache, init_cache
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.precision import in_dtype
-from llm_jax.model.transformer import Transformer, forward, head_table, unstack
+from llm_jax.model.stack import unstack
+from llm_jax.model.transformer import Transformer, forward, head_table
 from llm_jax.ops.loss import unembed
 from llm_jax.ops.sampling import NO_TOKEN, Sampling, sample
 

@@ -1,15 +1,16 @@
-"""The model's configuration: which pieces there are, and how they fit together."""
+"""The configuration of a model: which pieces there are, and how they fit together."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
-from llm_jax.config import check_choices, check_ranges, nearest
-from llm_jax.ops.attention import Scores, Sparse
+from llm_jax.config import check_choices, check_ranges, import_object, nearest
+from llm_jax.ops.attention import Scores
 from llm_jax.ops.experts import Experts
+from llm_jax.ops.mask import Sparse
 from llm_jax.ops.position import Rotary
 
-# The named activations, in the order in which a token meets them, and where each lives in the module tree.
-# `model/taps.py` says how to look at them and how to edit them.
+# The named activations in the order of the forward pass, and the path of each in the module tree; `model/taps.py`
+# captures and edits them.
 TAPS = {
     "embed": "embed",
     "resid_pre": "layers/resid_pre",
@@ -30,16 +31,15 @@ TAPS = {
     "logits": "logits",
 }
 
-MOST_LAYERS = 10_000  # each is a Python object somewhere: two thousand million of them would only seem to hang
+MOST_LAYERS = 10_000  # some code visits each layer in Python: with two billion of them it would seem to hang
 
 REMAT = ("none", "full", "dots", "offload")
-# What rematerialization can keep besides: the taps inside a block, but those that fast attention never holds.
+# What rematerialization can keep by name: the taps inside a block, except those that fast attention never holds.
 KEEPABLE = tuple(
     name
-    for name, place in TAPS.items()
-    if place.startswith("layers/") and name not in ("attn_scores", "pattern", "router")
+    for name, path in TAPS.items()
+    if path.startswith("layers/") and name not in ("attn_scores", "pattern", "router")
 )
-
 
 # How a layer mixes tokens: softmax attention to all, to the last `window`, along a block-sparse pattern, or to all
 # without positions; kernelised linear attention; the gated delta rule.
@@ -49,34 +49,56 @@ MIXERS = (*SOFTMAX, "linear", "delta")
 Implementation = Literal["reference", "chunked", "flash", "splash", "cudnn", "tokamax", "ring", "zigzag", "ulysses"]
 
 
+def is_own(mixer: str) -> bool:
+    """Return whether a mixer is a class of the user's own, by its import path `package.module:Name`."""
+    return ":" in mixer
+
+
+def own_mixer(path: str) -> Any:
+    """Return the class that a layer names. Raise `ValueError` where it can't be imported, or is no `Mixer`."""
+    cls = import_object(path)
+    if not hasattr(cls, "init_state") or not hasattr(cls, "axes"):
+        raise ValueError(f"model.layers: {path} is no subclass of llm_jax.Mixer (model/mixer.py); make it one")
+    return cls
+
+
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One place of the layer pattern, as text `mixer` or `mixer+moe`."""
+    """The kind of a layer, written `mixer` or `mixer+moe` in the layer pattern."""
 
     mixer: str
     moe: bool
 
+    @property
+    def memory(self) -> str:
+        """What it remembers of earlier tokens, and so whose slots of the cache it counts with."""
+        if self.mixer in SOFTMAX:
+            return "keys"
+        return self.mixer if is_own(self.mixer) else "state"
+
     def has(self, tap: str) -> bool:
-        """Whether a layer of this kind has the activation `tap`."""
+        """Return whether a layer of this kind has the activation `tap`."""
         if tap in ("attn_scores", "pattern"):
             return self.mixer in SOFTMAX
+        if tap in ("q", "k", "v", "z"):
+            return not is_own(self.mixer)
         return self.moe if tap == "router" else not (self.moe and tap in ("mlp_pre", "mlp_post"))
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """What attention sees, and how it scores.
+    """What attention sees, and how it scores. Raises `ValueError` for a number out of its range.
 
     Attributes:
       window: positions that `local` layers see.
-      sinks: first positions of a document that `local` layers see besides.
+      sinks: first positions of a document that `local` layers see as well.
       sparse: the pattern of `sparse` layers.
-      qk_norm: queries and keys are normed, each head by itself (`head`, Qwen3) or all together (`whole`, OLMo 2).
-      scale: what scores are multiplied by; None: `H**-0.5`.
-      softcap: scores are squeezed into (-softcap, softcap) by tanh; None: they are not.
-      dropout: the share of the pattern that is zeroed in training; `reference` and `chunked` hold one.
+      qk_norm: queries and keys are normed, each head separately (`head`, Qwen3) or all together (`whole`, OLMo 2).
+      scale: factor on the scores; None: `H**-0.5`.
+      softcap: scores are limited to (-softcap, softcap) by tanh; None: they are not.
+      dropout: the share of the pattern that is zeroed in training, by `reference` and `chunked` only.
       convolution: tokens that the short convolution of `delta` layers spans.
-      implementation: of `ops/attention.py`. None: the fastest that accepts; `zigzag` where devices share a row.
+      implementation: of `ops/attention.py`. None: the fastest that accepts; `zigzag` if `mesh.context` splits rows.
     """
 
     window: int | None = None
@@ -102,7 +124,7 @@ class AttentionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer.
+    """A decoder-only transformer. Raises `ValueError` for fields that don't fit together.
 
     Attributes:
       vocab_size: rows of the token table, at least as many as the tokenizer has ids; a multiple of 64 is faster.
@@ -112,13 +134,14 @@ class ModelConfig:
       max_seq_len: the longest row that the model reads, prompt and answer together.
       n_kv_heads: key/value heads; fewer than `n_heads` is grouped-query attention. None: `n_heads`.
       head_dim: width of one head. None: `d_model / n_heads`.
-      d_ff: width of the feed-forward. None: `4 * d_model`, or where gated 8/3 of it rounded up to a multiple of 64, the
-        same cost.
+      d_ff: width of the feed-forward. None: `4 * d_model`, or if gated 8/3 of it rounded up to a multiple of 64, at
+        the same cost.
       layers: the kinds of layers, repeated until there are `n_layers`: how each mixes tokens (`global`, `local`,
-        `sparse`, `nope` (no positions), `linear`, `delta`), and `+moe` where its feed-forward is a mixture of experts.
+        `sparse`, `nope` (no positions), `linear`, `delta`, or the import path of a class of your own,
+        `my.module:Mixer`), and `+moe` if its feed-forward is a mixture of experts.
       attention: what attention sees, and how it scores.
       experts: the mixture of experts of `+moe` layers; None: there is none.
-      positions: how the model knows where a token stands; `learned`, `sinusoidal` are added to the embedding.
+      positions: how the model knows the position of a token; `learned`, `sinusoidal` are added to the embedding.
       rotary: of `positions=rotary`: how queries and keys rotate.
       residual: how a sublayer f joins the stream x: `pre` x + f(norm(x)), `post` norm(x + f(x)), `sandwich`
         x + norm(f(norm(x))), `output` x + norm(f(x)) (OLMo 2), `parallel` x + attention(norm(x)) + mlp(norm(x)).
@@ -128,20 +151,20 @@ class ModelConfig:
       gated: the feed-forward multiplies by a second, linear product (SwiGLU with `silu`).
       bias: none, in every linear map (`all`), in those of attention alone, or only where queries, keys and values are
         made (`qkv`, Qwen2).
-      embedding_scale: what token embeddings are multiplied by.
-      residual_scale: what a sublayer gives is multiplied by before it joins the stream (Granite).
-      logit_scale: what logits are multiplied by (Granite, Cohere), before they are capped.
-      logit_softcap: logits are squeezed into (-cap, cap) by tanh.
+      embedding_scale: factor on token embeddings.
+      residual_scale: factor on the output of a sublayer, before it is added to the stream (Granite).
+      logit_scale: factor on logits (Granite, Cohere), before they are capped.
+      logit_softcap: logits are limited to (-cap, cap) by tanh.
       dropout: share of the embeddings and of each sublayer's output that is zeroed in training.
       tied: the output head is the embedding table.
-      n_classes: the head tells so many classes apart, with a table of its own, instead of the next token.
+      n_classes: the head predicts one of so many classes, with its own table, instead of the next token.
       init: a row of `model/init.py`; `mup` needs a free head.
       dtype: of the computation. Parameters and optimizer are float32 always.
-      remat: what the backward pass computes again: `none`, `full` (all of a block), `dots` (all but matrix
-        products), all but the taps to keep, as `resid_mid,mlp_post`, or all, from streams that wait in the host's
-        memory (`offload`).
-      unroll: periods of `layers` a step of the scan; as many as there are unrolls the loop, faster on CPU and slower
-        to compile.
+      remat: what the backward pass recomputes: `none`, `full` (all of a block), `dots` (all but matrix products), all
+        but the taps to keep, as `resid_mid,mlp_post`, or all, with the inputs of blocks in the host's memory
+        (`offload`).
+      unroll: periods of `layers` per step of the scan; as many as there are unroll the loop, which is faster on CPU and
+        slower to compile.
     """
 
     vocab_size: int
@@ -211,7 +234,9 @@ class ModelConfig:
             )
         for text in self.layers:
             mixer, plus, feedforward = text.partition("+")
-            if mixer not in MIXERS or (plus and feedforward != "moe"):
+            if is_own(mixer) and feedforward in ("", "moe"):
+                own_mixer(mixer)
+            elif mixer not in MIXERS or (plus and feedforward != "moe"):
                 raise ValueError(
                     f"model.layers: {text!r} is no kind of layer; {nearest(mixer, MIXERS)} A mixture of experts is "
                     f"{mixer if mixer in MIXERS else 'global'}+moe"
@@ -264,23 +289,23 @@ class ModelConfig:
             )
 
     def _check_rotary(self) -> None:
-        turned, scaling = self.rotary.turned(self.H), self.rotary.scaling
-        part = "" if self.rotary.fraction == 1 else f" x rotary.fraction={self.rotary.fraction}"
-        if turned % 2 or not turned:
+        rotated, scaling = self.rotary.rotated(self.H), self.rotary.scaling
+        share = "" if self.rotary.fraction == 1 else f" x rotary.fraction={self.rotary.fraction}"
+        if rotated % 2 or not rotated:
             raise ValueError(
-                f"rotary positions turn pairs: head_dim={self.H}{part} must be even; set model.head_dim={self.H + 1}"
+                f"rotary positions rotate pairs: head_dim={self.H}{share} must be even; set model.head_dim={self.H + 1}"
             )
-        if scaling in ("ntk", "dynamic") and turned == 2:
+        if scaling in ("ntk", "dynamic") and rotated == 2:
             raise ValueError(
-                f"rotary.scaling={scaling} slows all pairs but the first, and head_dim={self.H}{part} has no other; "
+                f"rotary.scaling={scaling} slows all pairs but the first, and head_dim={self.H}{share} has no other; "
                 f"set model.head_dim={2 * self.H}, or rotary.scaling=none"
             )
         for name in ("short_factors", "long_factors"):
             factors = getattr(self.rotary, name)
-            if scaling == "longrope" and len(factors) != turned // 2:
+            if scaling == "longrope" and len(factors) != rotated // 2:
                 raise ValueError(
-                    f"rotary.{name} has {len(factors)} numbers where head_dim={self.H}{part} has {turned // 2} pairs; "
-                    "give one for each"
+                    f"rotary.{name} has {len(factors)} numbers where head_dim={self.H}{share} has {rotated // 2} "
+                    "pairs; give one for each"
                 )
 
     @property
@@ -307,37 +332,12 @@ class ModelConfig:
 
     @property
     def period(self) -> tuple[Layer, ...]:
-        """The kinds of `layers`."""
+        """The kinds of the layers of one period, in order; `model/stack.py` says which layer has which."""
         return tuple(Layer(text.partition("+")[0], "+" in text) for text in self.layers)
-
-    def layer(self, index: int) -> Layer:
-        """The kind of the index-th layer."""
-        return self.period[index % len(self.period)]
-
-    @property
-    def scanned(self) -> int:
-        """How many layers run in the scan: whole periods. What is left of the last one follows by itself."""
-        return self.n_layers - self.n_layers % len(self.layers)
-
-    def home(self, index: int) -> tuple[str, int | None]:
-        """The path of the index-th layer's parameters, and its place along their leading N; None: they have none."""
-        period, place = divmod(index, len(self.layers))
-        if index >= self.scanned:
-            return f"layers_{index}", None
-        return ("layers" if len(self.layers) == 1 else f"layers/{place}"), period
-
-    def layers_at(self, path: str) -> list[int]:
-        """The layers whose parameters stand at `path`, in the order of their leading N; none, outside of layers."""
-        return [layer for layer in range(self.n_layers) if path.startswith(f"{self.home(layer)[0]}/")]
-
-    def layers_with(self, tap: str) -> list[int]:
-        """The layers that have the activation `tap`; none, outside of layers."""
-        inside = TAPS[tap].startswith("layers/")
-        return [layer for layer in range(self.n_layers) if inside and self.layer(layer).has(tap)]
 
     @property
     def head(self) -> str:
-        """The parameter whose table makes the logits."""
+        """The parameter with the table of the output head."""
         if self.n_classes is not None:
             return "classes"
         return "embedding" if self.tied else "unembedding"
@@ -351,5 +351,5 @@ class ModelConfig:
     def kept(self) -> tuple[str, ...]:
         """The taps that rematerialization keeps."""
         if self.remat == "offload":
-            return ("resid_pre",)  # what a block finds, under a name that a policy can send to the host
+            return ("resid_pre",)  # the input of a block, by a name that a policy can send to the host
         return () if self.remat in REMAT else tuple(name.strip() for name in self.remat.split(","))

@@ -1,4 +1,4 @@
-"""How many parameters a model has and how many FLOPs it takes, read off the tree that `init` would make."""
+"""How many parameters a model has and how many FLOPs it takes, from the shapes of the tree that `init` makes."""
 
 import functools
 import math
@@ -8,33 +8,34 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from llm_jax import tree as trees
-from llm_jax.model.config import SOFTMAX, Layer, ModelConfig
+from llm_jax.model.config import SOFTMAX, Layer, ModelConfig, is_own
+from llm_jax.model.stack import locate
 from llm_jax.model.transformer import Transformer
 
-# Where a parameter stands, and what it is counted under. First match wins; no match raises.
+# The path of a parameter -> the component it counts under. First match wins; no match raises.
 COMPONENTS: tuple[tuple[str, str], ...] = (
     (r"^embedding/", "embedding"),
     (r"^positions/", "positions"),
-    (r"/attention/", "attention"),
+    (r"/(attention|mixer)/", "attention"),
     (r"/feedforward/", "feedforward"),
     (r"/experts/", "experts"),
     (r"_norm/", "norms"),
     (r"^(unembedding|classes)/", "unembedding"),
 )
-# Whether a token is multiplied with a parameter.
+# The path of a parameter -> whether it is a matrix that tokens are multiplied by.
 MATRICES: tuple[tuple[str, bool], ...] = ((r"/w_convolution$", False), (r"/w_\w+$", True), (r".", False))
-# Those of which a token meets only the experts that it is sent to.
+# The path of a parameter -> whether a token uses only the experts it is routed to.
 ROUTED: tuple[tuple[str, bool], ...] = ((r"/experts/w_(gate|up|down)$", True), (r".", False))
 
 
 @functools.cache
 def shapes(c: ModelConfig) -> PyTree:
-    """The parameters, shapes only."""
+    """Return the tree of parameters as shapes."""
     return jax.eval_shape(Transformer(c).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def parameter_counts(c: ModelConfig) -> dict[str, int]:
-    """Parameters by component."""
+    """Return the number of parameters by component."""
     counts = dict.fromkeys((name for _, name in COMPONENTS), 0)
     for path, leaf in trees.leaves(shapes(c)).items():
         counts[trees.first_match(COMPONENTS, path)] += math.prod(leaf.shape)
@@ -42,39 +43,41 @@ def parameter_counts(c: ModelConfig) -> dict[str, int]:
 
 
 def active_parameters(c: ModelConfig) -> int:
-    """Parameters that a token meets: of the experts only those that it is sent to."""
-    return sum(_met(c, path, leaf) for path, leaf in trees.leaves(shapes(c)).items())
+    """Return how many parameters a token uses: of the experts, only those it is routed to."""
+    return sum(_used(c, path, leaf) for path, leaf in trees.leaves(shapes(c)).items())
 
 
 def flops_per_token(c: ModelConfig, seq_len: int) -> int:
-    """FLOPs of a training step a token: 6 a matrix weight that it meets, and 12 (K G) H a key in view of a layer.
+    """Return the FLOPs of a training step per token: 6 per matrix weight it uses, and 12 (K G) H per visible key.
 
-    2 forward and 4 backward for each multiply-add (Kaplan et al. 2020, arXiv:2001.08361; PaLM, appendix B).
-    Causal attention looks at `(L + 1) / 2` keys on average; the half above the diagonal is not counted. Linear
-    attention writes its state and reads it, which costs a head of H as much as H keys do.
-    Recomputation is not counted: this is the model's work, not the machine's.
+    Each multiply-add is 2 forward and 4 backward (Kaplan et al. 2020, arXiv:2001.08361; PaLM, appendix B). Causal
+    attention reads `(L + 1) / 2` keys on average; the half above the diagonal is not counted. Linear attention writes
+    its state and reads it, which costs a head of H as much as H keys. Recomputation is not counted: this is the work
+    of the model, not of the machine.
     """
     leaves = trees.leaves(shapes(c)).items()
-    matrices = sum(_met(c, path, leaf) for path, leaf in leaves if trees.first_match(MATRICES, path))
-    keys = sum(_keys_in_view(c, c.layer(i), seq_len) for i in range(c.n_layers))
+    matrices = sum(_used(c, path, leaf) for path, leaf in leaves if trees.first_match(MATRICES, path))
+    keys = sum(_visible_keys(c, locate(c, i).kind, seq_len) for i in range(c.n_layers))
     return int(6 * (matrices + math.prod(shapes(c)[c.head]["table"].shape)) + 12 * c.n_heads * c.H * keys)
 
 
-def _met(c: ModelConfig, path: str, leaf: jax.ShapeDtypeStruct) -> int:
-    """How many numbers of a leaf a token meets."""
+def _used(c: ModelConfig, path: str, leaf: jax.ShapeDtypeStruct) -> int:
+    """Return how many numbers of a leaf a token uses."""
     size = math.prod(leaf.shape)
     if c.experts is None or not trees.first_match(ROUTED, path):
         return size
     return size // c.experts.number * c.experts.active
 
 
-def _keys_in_view(c: ModelConfig, layer: Layer, seq_len: int) -> float:
-    """Keys that a query of a layer sees, on average over a row."""
-    if layer.mixer not in SOFTMAX:
+def _visible_keys(c: ModelConfig, kind: Layer, seq_len: int) -> float:
+    """Return how many keys a query of a layer sees, on average over a row."""
+    if is_own(kind.mixer):
+        return 0.0  # what it does beyond its matrices, nobody knows
+    if kind.mixer not in SOFTMAX:
         return float(c.H)
-    if layer.mixer == "sparse" and c.attention.sparse is not None:
+    if kind.mixer == "sparse" and c.attention.sparse is not None:
         size = c.attention.sparse.block
         view = c.attention.sparse.view(-(-seq_len // size))
         return size * view.sum(1).mean() - (size - 1) / 2
-    window = min(c.attention.window or seq_len, seq_len) if layer.mixer == "local" else seq_len
+    window = min(c.attention.window or seq_len, seq_len) if kind.mixer == "local" else seq_len
     return window - window * (window - 1) / (2 * seq_len)

@@ -19,7 +19,7 @@ def _by_fan_in(role: str, fan_in: int, depth: float) -> float:
 SCHEMES: dict[str, Callable[[str, int, float], float]] = {
     # Radford et al. 2019: 0.02 everywhere, smaller by depth where a sublayer writes to the residual stream.
     "gpt2": lambda role, fan_in, depth: 0.02 * (depth if role == "residual" else 1),
-    # By fan-in, so that activations keep their scale at any width; a table may be a head too, and starts small.
+    # By fan-in, so that activations keep their scale at any width; a table that is also the head starts small.
     "scaled": lambda role, fan_in, depth: 0.02 if role == "embed" else _by_fan_in(role, fan_in, depth),
     # Yang et al. 2022 (arXiv:2203.03466), table 3: the head shrinks with width itself, not with its root.
     "mup": lambda role, fan_in, depth: {"embed": 1.0, "unembed": 1 / fan_in}.get(role, _by_fan_in(role, fan_in, depth)),
@@ -27,6 +27,6 @@ SCHEMES: dict[str, Callable[[str, int, float], float]] = {
 
 
 def normal(config: ModelConfig, role: str, fan_in: int) -> Callable[..., jax.Array]:
-    """A normal initializer for a weight of that role."""
+    """Return a normal initializer for a weight of this role, with `fan_in` inputs."""
     std = SCHEMES[config.init](role, fan_in, (2 * config.n_layers) ** -0.5)
     return jax.nn.initializers.normal(std)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from llm_jax.model.attention import Attention, Context
-from llm_jax.model.cache import Cache, Slot
+from llm_jax.model.cache import Cache
 from llm_jax.model.init import normal
+from llm_jax.model.stack import Index
 from llm_jax.ops.linear_attention import State, gated_delta_rule, linear_attention, short_convolution
 from llm_jax.ops.norm import rms_norm
 
@@ -17,14 +18,14 @@ from llm_jax.ops.norm import rms_norm
 class LinearAttention(Attention):
     """`linear`: kernelised attention. `delta`: the gated delta rule, as a layer of Gated DeltaNet (arXiv:2412.06464).
 
-    Order is in the recurrence: positions are not used.
+    The recurrence knows the order of tokens: positions are not used.
     """
 
-    def _place(self, name: str, y: Array, context: Context) -> Array:
+    def _rotate(self, name: str, y: Array, context: Context) -> Array:
         return y
 
     def _attend(
-        self, x: Float[Array, "B L D"], q: Array, k: Array, v: Array, context: Context, slot: Slot, cache: Cache | None
+        self, x: Float[Array, "B L D"], q: Array, k: Array, v: Array, context: Context, slot: Index, cache: Cache | None
     ) -> tuple[Float[Array, "B L K G H"], Cache | None]:
         state, recent = (None, None) if cache is None else cache.recall(slot)
         where: dict[str, Any] = {"segments": context.mask.segments, "lengths": context.lengths}
@@ -38,7 +39,7 @@ class LinearAttention(Attention):
         together, recent = short_convolution(together, kernel, recent, **where)
         together = jax.nn.silu(together)
         q, k, v = together[..., :G, :], together[..., G, :], together[..., G + 1, :]
-        log_decay, beta = self._forgetting(x), jax.nn.sigmoid(self._gate("beta", x))
+        log_decay, beta = self._log_decay(x), jax.nn.sigmoid(self._gate("beta", x))
         state = None if state is None else State(state.memory)  # the rule has no normaliser
         z, state = gated_delta_rule(q, k, v, log_decay, beta, state, **where)
 
@@ -47,14 +48,15 @@ class LinearAttention(Attention):
         return z, None if cache is None else cache.remember(slot, state, recent)
 
     def _gate(self, name: str, x: Float[Array, "B L D"]) -> Float[Array, "B L K"]:
-        """A number a head, float32."""
+        """Return one float32 number for each key/value head."""
         w = self.param(f"w_{name}", normal(self.config, "hidden", x.shape[-1]), (x.shape[-1], self.config.K))
         return jnp.einsum("BLD,DK->BLK", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
 
-    def _forgetting(self, x: Float[Array, "B L D"]) -> Float[Array, "B L K"]:
-        """The logarithm of what each head keeps at each token: minus a rate times a time step, both positive.
+    def _log_decay(self, x: Float[Array, "B L D"]) -> Float[Array, "B L K"]:
+        """Return the logarithm of the share each head keeps at each token: minus a rate times a time step.
 
-        They start as Mamba 2's do (Dao and Gu 2024, arXiv:2405.21060): rates 1 to 16, steps 0.001 to 0.1.
+        Both are positive, and start as in Mamba 2 (Dao and Gu 2024, arXiv:2405.21060): rates from 1 to 16, steps from
+        0.001 to 0.1.
         """
         K = (self.config.K,)
         rates = self.param(

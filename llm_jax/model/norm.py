@@ -17,7 +17,7 @@ class Norm(nn.Module):
     def __call__(self, x: Float[Array, "B L *heads D"]) -> Float[Array, "B L *heads D"]:
         c = self.config
         if c.norm == "rmsnorm_1p":
-            # In float32: near 1 bfloat16 has steps of 1/128, and would swallow what is added there.
+            # In float32: near 1, bfloat16 has steps of 1/128, which small weights don't reach.
             scale = 1 + self.param("scale", nn.initializers.zeros, x.shape[-1:]).astype(jnp.float32)
             return rms_norm(x, scale, c.norm_eps)
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:]).astype(x.dtype)

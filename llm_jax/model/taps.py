@@ -1,4 +1,4 @@
-"""Named activations: look at them, or put something else in their place.
+"""Named activations: look at them, or replace them.
 
     taps = capture(model, params, tokens)              # {"resid_pre": [N, B, L, D], ..., "logits": [B, L, V]}
     logits = edit(model, params, tokens, {"attn_out": jnp.zeros((N, B, L, D))})
@@ -7,24 +7,25 @@ Both are pure: they return what they found and change nothing. A tap that nobody
 jaxpr.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from llm_jax.config import nearest
-from llm_jax.model.config import TAPS, ModelConfig
+from llm_jax.model.config import TAPS
+from llm_jax.model.stack import gather, rows_by_path
 from llm_jax.tree import leaves
 
 
 def tap(module: nn.Module, name: str, x: Array, kept: tuple[str, ...] = ()) -> Array:
-    """`x`, or the entry `name` of the `edits` collection in its place; sown to `taps` where that is collected.
+    """Return `x`, or the entry `name` of the `edits` collection instead; sow it to `taps` if that is collected.
 
-    `kept` are the names that rematerialization keeps: those, and only those, are marked for `jax.checkpoint`.
+    `kept` are the names that rematerialization keeps: those, and only those, are marked for `jax.checkpoint`. Raises
+    `ValueError` for an edit of another shape.
     """
     if module.has_variable("edits", name):
         x = _replacement(name, x, module.get_variable("edits", name))
@@ -43,67 +44,51 @@ def _replacement(name: str, x: Array, new: Array) -> Array:
 
 
 def tapped(module: nn.Module) -> bool:
-    """Whether anything inside the attention of `module` is looked at or edited."""
+    """Return whether scores or pattern of the attention `module` are collected or edited."""
     return module.is_mutable_collection("taps") or any(
         module.has_variable("edits", name) for name in ("attn_scores", "pattern")
     )
 
 
 def capture(model: nn.Module, params: Any, tokens: Array, **inputs: Any) -> dict[str, Array]:
-    """Every named activation of one forward pass; those inside blocks carry a leading N, of the layers that have it.
+    """Return every named activation of one forward pass, by name, in the order of `TAPS`.
 
-    They come in the order of `TAPS`, which `jax.jit` would sort by name.
+    Those inside blocks have a leading N, of the layers that have them. `jax.jit` would sort them by name. Raises
+    `ValueError` for an unstacked model.
     """
     _, state = _run(model, {"params": params}, tokens, mutable=["taps"], **inputs)
-    found = leaves(state["taps"])
-    taps = {}
+    found, taps = leaves(state["taps"]), {}
     for name in TAPS:
-        places = homes(model.config, name)
-        parts = [
-            found[path] if rows is None or path.startswith("layers/") else found[path][None] for path, rows in places
+        where = rows_by_path(model.config, name)
+        stacks = [
+            found[path] if rows is None or path.startswith("layers/") else found[path][None]
+            for path, rows in where.items()
         ]
-        if places:
-            taps[name] = parts[0] if len(places) == 1 else in_order(parts, [rows or [] for _, rows in places])
+        if where:
+            taps[name] = stacks[0] if len(stacks) == 1 else gather(stacks, [rows or [] for rows in where.values()])
     return taps
 
 
 def edit(model: nn.Module, params: Any, tokens: Array, edits: Mapping[str, Array], **inputs: Any) -> Array:
-    """The logits with each named activation, in all layers at once, replaced by `edits[name]`.
+    """Return the logits with each named activation, in all layers at once, replaced by `edits[name]`.
 
-    An entry has the shape that `capture` shows. Raises `ValueError` for another shape, or a name that no activation
-    of this model has.
+    An entry has the shape that `capture` shows. Raises `ValueError` for another shape, for a name that no activation
+    of this model has, and for an unstacked model.
     """
     nested: dict[str, Any] = {}
     for name, value in edits.items():
         if name not in TAPS:
             raise ValueError(f"no activation is called {name!r}; {nearest(name, TAPS)}")
-        found = homes(model.config, name)
-        if not found:
+        where = rows_by_path(model.config, name)
+        if not where:
             raise ValueError(f"no layer of model.layers={','.join(model.config.layers)} has the activation {name!r}")
-        for path, rows in found:
+        for path, rows in where.items():
             *modules, leaf = path.split("/")
             branch = nested
             for module in modules:
                 branch = branch.setdefault(module, {})
             branch[leaf] = value if rows is None else value[np.array(rows) if path.startswith("layers/") else rows[0]]
     return _run(model, {"params": params, "edits": nested}, tokens, **inputs).logits
-
-
-def in_order(parts: Sequence[Array], rows: Sequence[Sequence[int]]) -> Array:
-    """Arrays of some layers each, as one of all: `rows[i]` says which layers the leading axis of `parts[i]` holds."""
-    return jnp.concatenate(parts)[np.argsort(np.concatenate(rows))]
-
-
-def homes(c: ModelConfig, name: str) -> list[tuple[str, list[int] | None]]:
-    """Where the activation `name` stands in the module tree, and which rows of all that there are of it; None: it is
-    not in layers.
-    """
-    if not TAPS[name].startswith("layers/"):
-        return [(TAPS[name], None)]
-    homes: dict[str, list[int]] = {}
-    for row, layer in enumerate(c.layers_with(name)):
-        homes.setdefault(TAPS[name].replace("layers", c.home(layer)[0], 1), []).append(row)
-    return list(homes.items())
 
 
 def _run(model: nn.Module, variables: Mapping[str, Any], tokens: Array, **inputs: Any) -> Any:

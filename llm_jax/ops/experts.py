@@ -1,9 +1,9 @@
-"""The mixture of experts: who serves which token, and products of rows with the matrix of their expert.
+"""The mixture of experts: which expert serves which token, and products of rows with the matrix of their expert.
 
 Each of T tokens goes to k of E experts, which makes A = T k assignments. `route` chooses, `arrange` sorts the
-assignments by expert, `dispatch` copies out their rows, `grouped` multiplies each with its expert's matrix and `mix`
-adds up what a token got back. Every shape is static and no expert has a capacity, so no token is ever dropped
-(Gale et al. 2022, arXiv:2211.15841).
+assignments by expert, `dispatch` copies their rows, `grouped` multiplies each by its expert's matrix, and `mix` adds up
+what a token gets back. Every shape is static and no expert has a capacity, so no token is ever dropped (Gale et al.
+2022, arXiv:2211.15841).
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from llm_jax.sharding import on_each_device
+from llm_jax.ops.collectives import shard_map_by_letters
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,12 @@ class Experts:
       d_ff: width of one expert. None: the model's.
       shared: experts that serve every token, as one feed-forward `shared * d_ff` wide (DeepSeekMoE, arXiv:2401.06066).
       renormalise: the weights of a token's experts sum to 1.
-      balance: what evens out the load: `loss`, an auxiliary loss; `bias`, a bias on the choice that follows the load.
+      balance: what balances the load: `loss`, an auxiliary loss; `bias`, a bias on the choice that follows the load.
       balance_weight: weight of the auxiliary loss.
       bias_rate: how far the bias of an expert moves in a step.
-      router_z_loss: weight of the squared log-partition of the router; 1e-3 where its logits drift.
+      router_z_loss: weight of the squared log-partition of the router; 1e-3 if its logits drift.
+
+    Raises `ValueError` for a number out of its range.
     """
 
     number: int = 8
@@ -63,11 +65,11 @@ class Experts:
 
 @struct.dataclass
 class Routing:
-    """Where the tokens go, and how evenly.
+    """Which experts the tokens go to, and how evenly.
 
     Attributes:
       experts: the k experts of each token, the most probable first.
-      weights: of what these experts give, float32.
+      weights: of the outputs of these experts, float32.
       load: counted tokens that each expert serves; a sum, so microbatches add up.
       balance_loss: `E * sum(f * P)`, with f the share of tokens that an expert serves and P its mean probability
         (Fedus et al. 2021, arXiv:2101.03961, eq. 4). Over k choices f sums to k, as in Mixtral: an even router has k.
@@ -87,10 +89,10 @@ def route(
     bias: Float[Array, " E"] | None = None,
     counted: Bool[Array, "*T"] | None = None,
 ) -> Routing:
-    """Softmax over all experts, then the k best of them (Mixtral, Jiang et al. 2024, arXiv:2401.04088).
+    """Choose the k best experts by a softmax over all (Mixtral, Jiang et al. 2024, arXiv:2401.04088).
 
     `bias` is added for the choice alone, not to the weights (Wang et al. 2024, arXiv:2408.15664). Tokens that are not
-    `counted`, padding for one, are routed as all others but left out of what is measured. Logits are float32, and on a
+    `counted`, such as padding, are routed like all others but left out of load and losses. Logits are float32, and on a
     mesh `B L E`.
     """
 
@@ -100,9 +102,9 @@ def route(
     every = tuple(range(logits.ndim - 1))
     probabilities = jax.nn.softmax(logits, axis=-1)
     scores = probabilities if bias is None else probabilities + jnp.expand_dims(bias, every)
-    # The compiler would gather the scores of all tokens on every device, on a CPU for one.
-    experts = on_each_device(best, "BSX BSX", jax.lax.stop_gradient(scores))
-    chosen = jax.nn.one_hot(experts, config.number)  # sums with it spare a gather, and its gradient a scatter
+    # The compiler would gather the scores of all tokens on every device, at least on CPU.
+    experts = shard_map_by_letters(best, "BSX BSX", jax.lax.stop_gradient(scores))
+    chosen = jax.nn.one_hot(experts, config.number)  # a sum with it replaces a gather, and in the gradient a scatter
     weights = (chosen * probabilities[..., None, :]).sum(-1)
     if config.renormalise:
         weights = weights / weights.sum(-1, keepdims=True)
@@ -121,7 +123,7 @@ def route(
 
 
 def rebalanced(bias: Float[Array, "*N E"], load: Float[Array, "*N E"], rate: float) -> Float[Array, "*N E"]:
-    """The bias one step on: up for experts below the mean load, down for those above (arXiv:2408.15664, alg. 1)."""
+    """Return the next bias: up for experts below the mean load, down for those above (arXiv:2408.15664, alg. 1)."""
     return bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)
 
 
@@ -130,46 +132,46 @@ class Groups:
     """The assignments sorted by expert: first all of expert 0, in the order of their tokens, then all of expert 1.
 
     Attributes:
-      order: row r is assignment `order[r]`, which is choice `order[r] % k` of token `order[r] // k`. A is none: where
-        only some assignments are served, as in `ops/exchange.py`, there are R rows, of which some are empty.
-      place: the inverse: assignment a stands in row `place[a]`; R is none.
+      order: row r is assignment `order[r]`, which is choice `order[r] % k` of token `order[r] // k`. If only some
+        assignments are served, as in `ops/exchange.py`, there are R rows, and the empty ones have A here.
+      row_of: the inverse: assignment a is in row `row_of[a]`, which is R if it is not served.
       sizes: rows of each expert.
     """
 
     order: Int[Array, " R"]
-    place: Int[Array, " A"]
+    row_of: Int[Array, " A"]
     sizes: Int[Array, "*n E"]
 
 
 def arrange(experts: Int[Array, "T k"], number: int) -> Groups:
-    """The `Groups` of the assignments to `number` experts."""
+    """Sort the assignments to `number` experts."""
     chosen = experts.reshape(-1)
     order = jnp.argsort(chosen, stable=True)
     sizes = (chosen[:, None] == jnp.arange(number)[None]).sum(0)
-    return Groups(order=order, place=jnp.argsort(order), sizes=sizes)
+    return Groups(order=order, row_of=jnp.argsort(order), sizes=sizes)
 
 
 def dispatch(x: Float[Array, "T D"], groups: Groups) -> Float[Array, "R D"]:
-    """A row for every assignment, sorted by expert; 0 where there is none."""
-    copies = jnp.repeat(x, len(groups.place) // len(x), axis=0)
-    return _permuted(copies, groups.order, groups.place)
+    """Return a row for every assignment, sorted by expert; 0 where there is none."""
+    copies = jnp.repeat(x, len(groups.row_of) // len(x), axis=0)
+    return _permuted(copies, groups.order, groups.row_of)
 
 
 def restore(rows: Float[Array, "R D"], groups: Groups) -> Float[Array, "A D"]:
-    """The row of every assignment, in their own order; 0 where there is none."""
-    return _permuted(rows, groups.place, groups.order)
+    """Return the row of every assignment, in the order of assignments; 0 where there is none."""
+    return _permuted(rows, groups.row_of, groups.order)
 
 
 def mix(rows: Float[Array, "R D"], groups: Groups, weights: Float[Array, "T k"]) -> Float[Array, "T D"]:
-    """The weighted sum of what each token's experts gave it, collected in float32."""
+    """Return the weighted sum over each token's experts, added in float32."""
     back = restore(rows, groups).reshape(*weights.shape, -1)
     return (weights[..., None] * back.astype(jnp.float32)).sum(1).astype(rows.dtype)
 
 
 @jax.custom_vjp
 def _permuted(x: Array, order: Array, inverse: Array) -> Array:
-    """`x[order]`, 0 where that is no row; its gradient is a gather too: autodiff would scatter, not knowing that no row
-    comes twice.
+    """Return `x[order]`, 0 where that is no row. Its gradient is a gather too: autodiff would scatter, as it can't know
+    that no row comes twice.
     """
     whole = len(order) == len(inverse)
     return x.at[order].get(mode="promise_in_bounds" if whole else "fill", fill_value=0)
@@ -183,9 +185,9 @@ _permuted.defvjp(
 
 @jax.custom_vjp
 def grouped(x: Float[Array, "A I"], w: Float[Array, "E I O"], sizes: Int[Array, " E"]) -> Float[Array, "A O"]:
-    """Every row times the matrix of its group: the first `sizes[0]` rows times `w[0]`, and so on.
+    """Multiply every row by the matrix of its group: the first `sizes[0]` rows by `w[0]`, and so on.
 
-    What stands in rows behind the last group means nothing.
+    Rows after the last group have no meaning.
     """
     return jax.lax.platform_dependent(x, w, sizes, cpu=_in_blocks, default=jax.lax.ragged_dot)
 
@@ -200,8 +202,8 @@ def _grouped_backward(saved: tuple[Array, Array, Array], g: Array) -> tuple[Arra
 
 grouped.defvjp(lambda x, w, sizes: (grouped(x, w, sizes), (x, w, sizes)), _grouped_backward)
 
-# On CPU `ragged_dot` multiplies all rows with all matrices. The loops below take a block of rows at a time, with the
-# matrix of its group: the work of a dense layer, and half a block more for each group.
+# On CPU `ragged_dot` multiplies all rows by all matrices. The loops below take a block of rows at a time and the
+# matrix of its group: the work of a dense layer, plus half a block for each group.
 BLOCK = 128
 
 
@@ -237,10 +239,10 @@ def _in_blocks_backward(x: Array, w: Array, sizes: Array, g: Array) -> tuple[Arr
 
 
 def _fold(step: Callable[..., Any], carry: Any, rows: int, start: Array, end: Array) -> Any:
-    """`carry = step(carry, first, own)` for each block of the rows from `start` to `end`.
+    """Fold `carry = step(carry, first, own)` over the blocks of the rows from `start` to `end`.
 
-    A block begins at row `first`, and `own [block 1]` tells which of its rows to count: the last one may reach into
-    the next group, or is moved up to end where the array does.
+    A block begins at row `first`, and `own [block 1]` says which of its rows count: the last block may reach into the
+    next group, or starts earlier to end with the array.
     """
     size = min(BLOCK, rows)
 

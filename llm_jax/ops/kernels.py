@@ -1,10 +1,14 @@
-"""FlashAttention for TPU in Pallas, forward and backward; and adapters to the attention kernels of others.
+"""FlashAttention for TPU in Pallas, forward and backward.
 
 Scores live for one tile of queries and keys, in the chip's own memory, and are never written out (Dao et al. 2022,
-arXiv:2205.14135; Dao 2023, arXiv:2307.08691). `docs/flash_attention.md` derives what stands here.
+arXiv:2205.14135; Dao 2023, arXiv:2307.08691). `docs/flash_attention.md` derives what is computed here.
 
-The kernels keep scores transposed, keys down and queries across. A maximum or a sum over keys then runs down the
-registers of a TPU, which is cheap; what belongs to a query is a row, and so is the log-sum-exp that is saved.
+The letters are the papers': a step visits tile (i, j) of queries and keys; s are its scores, p its pattern; m and l are
+the maximum and the sum of `exp(s - m)` of a query so far, acc its output before it is divided by l. The papers' L and D
+are `lse = m + log(l)` and `delta`, the sum of `do o` over a head. A name in `_ref` is a block in the chip's memory.
+
+Scores are kept transposed, keys down and queries across: s is [S L]. A maximum or a sum over keys then runs down the
+registers of a TPU, which is cheap; one number for each query is a row, and so is the `lse` that is saved.
 """
 
 import dataclasses
@@ -20,37 +24,34 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
-from llm_jax.ops.attention import MASKED, Declined, Mask, Scores, platform
-from llm_jax.ops.position import alibi_slopes
-from llm_jax.sharding import on_each_device
+from llm_jax.ops.attention import MASKED
+from llm_jax.ops.mask import Mask
 
-# Sides of a tile; the largest that divides the row is taken. A register of a TPU has 128 lanes, which smaller tiles
-# would leave empty; with 1024 the backward pass under all rules exceeds the 16 MiB that a kernel gets on v5e and v5p,
-# as it does with wider heads than these.
-SIDES = (512, 256, 128)
-WIDEST = 256
+Ref = Any  # read and written by index; None: there is no such array
+BlockOf = Callable[[Any, Any, Any], Any]  # which block, of (row, step, blocks visited)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tiles:
-    """What is known of a row before its arrays are: how it is cut, and which scores count.
+    """What is known of a row before its arrays are: how it is split into tiles, and which scores count.
 
     Attributes:
       side: queries, and keys, of a tile.
-      view: which tiles hold anything to see; the others are neither computed nor fetched.
-      ahead, behind: how far from its query a key may stand, where its tags don't say; None: as far as it likes.
+      view: which tiles hold a score that counts; the others are neither computed nor fetched.
+      ahead: how many positions after its query a key may be, unless tags say it; None: any number.
+      window: how many positions up to its query are seen, unless tags say it; None: all.
       softcap: as in `Scores`.
     """
 
     side: int
     view: Bool[np.ndarray, "l s"]
     ahead: int | None
-    behind: int | None
+    window: int | None
     softcap: float | None
 
 
 def visits(view: Bool[np.ndarray, "l s"]) -> tuple[Int[np.ndarray, "l t"], Int[np.ndarray, " l"]]:
-    """For each row of a view the columns that it visits, and their number.
+    """Return for each row of a view the columns to visit, and how many.
 
     Shorter lists repeat their last entry: the pipeline fetches nothing for a block that it already holds.
     """
@@ -61,9 +62,9 @@ def visits(view: Bool[np.ndarray, "l s"]) -> tuple[Int[np.ndarray, "l t"], Int[n
 
 
 def tags_of(mask: Mask, B: int, L: int) -> Int[Array, "B T L"] | None:
-    """What a mask knows of every token: its segment, and where keys differ in it, how far ahead and behind they reach.
+    """Return what a mask says of single tokens: the segment and, if keys differ in them, `ahead` and `window`.
 
-    None for a mask that treats all tokens alike: `Tiles` says all of it.
+    None for a mask that treats all tokens alike, of which `Tiles` says everything.
     """
     differ = mask.prefix is not None or mask.sinks > 0
     if mask.segments is None and not differ:
@@ -74,328 +75,285 @@ def tags_of(mask: Mask, B: int, L: int) -> Int[Array, "B T L"] | None:
     ahead = jnp.full((B, L), 0 if mask.causal else L)
     if mask.prefix is not None:
         ahead = jnp.where(mask.prefix, L, ahead)
-    behind = jnp.where(mask.places(L) < mask.sinks, L, L if mask.window is None else mask.window)
-    return jnp.stack([segment, ahead, jnp.broadcast_to(behind, (B, L))], axis=1)
+    window = jnp.where(mask.document_positions(L) < mask.sinks, L, L if mask.window is None else mask.window)
+    return jnp.stack([segment, ahead, jnp.broadcast_to(window, (B, L))], axis=1)
 
 
 def product(letters: str, x: Array, y: Array) -> Array:
-    """An einsum in the dtype of `x`, summed in float32. Float32 factors keep their digits, for six times the work."""
+    """Return an einsum in the dtype of `x`, summed in float32. Float32 factors keep their digits, for six passes."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     return jnp.einsum(letters, x, y.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
 
 
-def _scores(tiles: Tiles, row: Array, column: Array, q, k, slope, q_tags, k_tags) -> tuple[Array, Array | float]:
-    """The scores of a tile [S L], and by how much their cap flattens them."""
-    s, flat = product("SH,LH->SL", k[...], q[...]), 1.0
+def _scores(
+    tiles: Tiles, i: Array, j: Array, q_ref: Ref, k_ref: Ref, slope_ref: Ref, q_tags_ref: Ref, k_tags_ref: Ref
+) -> tuple[Array, Array | float]:
+    """Return the scores s [S L] of tile (i, j), and the derivative of their cap."""
+    s, slope_of_cap = product("SH,LH->SL", k_ref[...], q_ref[...]), 1.0
     if tiles.softcap is not None:
         capped = jnp.tanh(s / tiles.softcap)
-        s, flat = tiles.softcap * capped, 1 - capped * capped
-    queries = row * tiles.side + jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
-    keys = column * tiles.side + jax.lax.broadcasted_iota(jnp.int32, s.shape, 0)
-    distance, ahead, behind, rules = queries - keys, tiles.ahead, tiles.behind, []
-    if slope is not None:
-        s = s - slope[...] * jnp.abs(distance).astype(jnp.float32)
-    if k_tags is not None:
-        segment, *reach = jnp.split(k_tags[...].T, len(k_tags), axis=1)
-        rules.append(q_tags[:1] == segment)
-        ahead, behind = reach or (ahead, behind)
+        s, slope_of_cap = tiles.softcap * capped, 1 - capped * capped
+    queries = i * tiles.side + jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
+    keys = j * tiles.side + jax.lax.broadcasted_iota(jnp.int32, s.shape, 0)
+    distance, ahead, window, rules = queries - keys, tiles.ahead, tiles.window, []
+    if slope_ref is not None:
+        s = s - slope_ref[...] * jnp.abs(distance).astype(jnp.float32)
+    if k_tags_ref is not None:
+        segment, *of_keys = jnp.split(k_tags_ref[...].T, len(k_tags_ref), axis=1)
+        rules.append(q_tags_ref[:1] == segment)
+        ahead, window = of_keys or (ahead, window)
     if ahead is not None:
         rules.append(distance >= -ahead)
-    if behind is not None:
-        rules.append(distance < behind)
-    return (jnp.where(functools.reduce(operator.and_, rules), s, MASKED) if rules else s), flat
+    if window is not None:
+        rules.append(distance < window)
+    return (jnp.where(functools.reduce(operator.and_, rules), s, MASKED) if rules else s), slope_of_cap
 
 
-def _forward(tiles: Tiles, blocks, counts, q, k, v, slope, q_tags, k_tags, out, lse, top, total, sums) -> None:
+def _forward_kernel(tiles: Tiles, *refs: Ref) -> None:
+    blocks_ref, counts_ref, q_ref, k_ref, v_ref, slope_ref, q_tags_ref, k_tags_ref = refs[:8]
+    o_ref, lse_ref, m_ref, l_ref, acc_ref = refs[8:]
     i, t = pl.program_id(0), pl.program_id(2)
 
     @pl.when(t == 0)
     def begin() -> None:
-        top[...] = jnp.full(top.shape, MASKED, jnp.float32)
-        total[...] = jnp.zeros(total.shape, jnp.float32)
-        sums[...] = jnp.zeros(sums.shape, jnp.float32)
+        m_ref[...] = jnp.full(m_ref.shape, MASKED, jnp.float32)
+        l_ref[...] = jnp.zeros(l_ref.shape, jnp.float32)
+        acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
 
-    # A query may see nothing of its first tiles. What it collects there is wiped out by `shrink` = 0 as soon as it
-    # sees something, at the latest itself.
-    @pl.when(t < counts[i])
+    # A query may see nothing of its first tiles. What it adds up there is multiplied by alpha = 0 at the first key that
+    # it does see, at the latest itself.
+    @pl.when(t < counts_ref[i])
     def visit() -> None:
-        s, _ = _scores(tiles, i, blocks[i, t], q, k, slope, q_tags, k_tags)
-        higher = jnp.maximum(top[...], s.max(0, keepdims=True))
-        p, shrink = jnp.exp(s - higher), jnp.exp(top[...] - higher)
-        total[...] = shrink * total[...] + p.sum(0, keepdims=True)
-        sums[...] = shrink * sums[...] + product("SH,SL->HL", v[...], p)
-        top[...] = higher
+        s, _ = _scores(tiles, i, blocks_ref[i, t], q_ref, k_ref, slope_ref, q_tags_ref, k_tags_ref)
+        m = jnp.maximum(m_ref[...], s.max(0, keepdims=True))
+        p, alpha = jnp.exp(s - m), jnp.exp(m_ref[...] - m)
+        l_ref[...] = alpha * l_ref[...] + p.sum(0, keepdims=True)
+        acc_ref[...] = alpha * acc_ref[...] + product("SH,SL->HL", v_ref[...], p)
+        m_ref[...] = m
 
     @pl.when(t == pl.num_programs(2) - 1)
     def end() -> None:
-        out[...] = (sums[...] / total[...]).T.astype(out.dtype)
-        lse[...] = top[...] + jnp.log(total[...])
+        o_ref[...] = (acc_ref[...] / l_ref[...]).T.astype(o_ref.dtype)
+        lse_ref[...] = m_ref[...] + jnp.log(l_ref[...])
 
 
-def _again(
-    tiles: Tiles, row: Array, column: Array, q, k, v, slope, q_tags, k_tags, lse, dot, do
-) -> tuple[Array, Array]:
-    """The pattern of a tile once more, and the gradient of its scores."""
-    s, flat = _scores(tiles, row, column, q, k, slope, q_tags, k_tags)
-    p = jnp.exp(s - lse[...])
-    return p, p * (product("SH,LH->SL", v[...], do[...]) - dot[...]) * flat
+def _pattern_and_ds(tiles: Tiles, i: Array, j: Array, *refs: Ref) -> tuple[Array, Array]:
+    """Recompute the pattern p [S L] of tile (i, j), and return it with the gradient ds of its scores."""
+    q_ref, k_ref, v_ref, slope_ref, q_tags_ref, k_tags_ref, lse_ref, delta_ref, do_ref = refs
+    s, slope_of_cap = _scores(tiles, i, j, q_ref, k_ref, slope_ref, q_tags_ref, k_tags_ref)
+    p = jnp.exp(s - lse_ref[...])
+    return p, p * (product("SH,LH->SL", v_ref[...], do_ref[...]) - delta_ref[...]) * slope_of_cap
 
 
-def _backward_q(tiles: Tiles, blocks, counts, q, k, v, slope, q_tags, k_tags, lse, dot, do, dq, sums) -> None:
+def _dq_kernel(tiles: Tiles, *refs: Ref) -> None:
+    blocks_ref, counts_ref, *reads, dq_ref, acc_ref = refs
+    _, k_ref, *_ = reads
     i, t = pl.program_id(0), pl.program_id(2)
 
     @pl.when(t == 0)
     def begin() -> None:
-        sums[...] = jnp.zeros(sums.shape, jnp.float32)
+        acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
 
-    @pl.when(t < counts[i])
+    @pl.when(t < counts_ref[i])
     def visit() -> None:
-        _, ds = _again(tiles, i, blocks[i, t], q, k, v, slope, q_tags, k_tags, lse, dot, do)
-        sums[...] += product("SH,SL->HL", k[...], ds)
+        _, ds = _pattern_and_ds(tiles, i, blocks_ref[i, t], *reads)
+        acc_ref[...] += product("SH,SL->HL", k_ref[...], ds)
 
     @pl.when(t == pl.num_programs(2) - 1)
     def end() -> None:
-        dq[...] = sums[...].T.astype(dq.dtype)
+        dq_ref[...] = acc_ref[...].T.astype(dq_ref.dtype)
 
 
-def _backward_kv(
-    tiles: Tiles, blocks, counts, q, k, v, slope, q_tags, k_tags, lse, dot, do, dk, dv, k_sums, v_sums
-) -> None:
+def _dkv_kernel(tiles: Tiles, *refs: Ref) -> None:
+    blocks_ref, counts_ref, *reads, dk_ref, dv_ref, dk_acc_ref, dv_acc_ref = refs
+    q_ref, *_, do_ref = reads
     j, g, t = pl.program_id(0), pl.program_id(1), pl.program_id(2)
 
     @pl.when((g == 0) & (t == 0))
     def begin() -> None:
-        k_sums[...] = jnp.zeros(k_sums.shape, jnp.float32)
-        v_sums[...] = jnp.zeros(v_sums.shape, jnp.float32)
+        dk_acc_ref[...] = jnp.zeros(dk_acc_ref.shape, jnp.float32)
+        dv_acc_ref[...] = jnp.zeros(dv_acc_ref.shape, jnp.float32)
 
-    @pl.when(t < counts[j])
+    @pl.when(t < counts_ref[j])
     def visit() -> None:
-        p, ds = _again(tiles, blocks[j, t], j, q, k, v, slope, q_tags, k_tags, lse, dot, do)
-        k_sums[...] += product("LH,SL->SH", q[...], ds)
-        v_sums[...] += product("LH,SL->SH", do[...], p)
+        p, ds = _pattern_and_ds(tiles, blocks_ref[j, t], j, *reads)
+        dk_acc_ref[...] += product("LH,SL->SH", q_ref[...], ds)
+        dv_acc_ref[...] += product("LH,SL->SH", do_ref[...], p)
 
     @pl.when((g == pl.num_programs(1) - 1) & (t == pl.num_programs(2) - 1))
     def end() -> None:
-        dk[...] = k_sums[...].astype(dk.dtype)
-        dv[...] = v_sums[...].astype(dv.dtype)
+        dk_ref[...] = dk_acc_ref[...].astype(dk_ref.dtype)
+        dv_ref[...] = dv_acc_ref[...].astype(dv_ref.dtype)
 
 
-class Kernel(NamedTuple):
-    """A kernel runs for each block of one side, for each query head, over the blocks it visits of the other, `walk`.
+class Specs(NamedTuple):
+    """Which block of each array a step of the grid reads or writes; None: there is no such array."""
 
-    What it reads, writes and keeps in between is spelled by letters; it multiplies matrices `products` times a tile.
+    q: pl.BlockSpec  # [G L H], as o, do and dq
+    k: pl.BlockSpec  # [S H], as v, dk and dv
+    slope: pl.BlockSpec | None  # [G 1 1]
+    q_tags: pl.BlockSpec | None  # [T L]
+    k_tags: pl.BlockSpec | None  # [T S]
+    lse: pl.BlockSpec  # [G 1 L], as delta
+
+
+def specs_of(side: int, H: int, slopes: Array | None, tags: Array | None, i: BlockOf, j: BlockOf) -> Specs:
+    """Return the specs of a grid (n, g, t): in row n, step t visits tile (i, j) for query head g.
+
+    `i` and `j` say it as functions of (n, t, blocks).
     """
+    T = 0 if tags is None else len(tags)
+    slope = pl.BlockSpec((None, 1, 1), lambda n, g, t, blocks, _: (g, 0, 0))
+    q_tags = pl.BlockSpec((T, side), lambda n, g, t, blocks, _: (0, i(n, t, blocks)))
+    k_tags = pl.BlockSpec((T, side), lambda n, g, t, blocks, _: (0, j(n, t, blocks)))
+    return Specs(
+        q=pl.BlockSpec((None, side, H), lambda n, g, t, blocks, _: (g, i(n, t, blocks), 0)),
+        k=pl.BlockSpec((side, H), lambda n, g, t, blocks, _: (j(n, t, blocks), 0)),
+        slope=None if slopes is None else slope,
+        q_tags=None if tags is None else q_tags,
+        k_tags=None if tags is None else k_tags,
+        lse=pl.BlockSpec((None, 1, side), lambda n, g, t, blocks, _: (g, 0, i(n, t, blocks))),
+    )
 
-    body: Callable[..., None]
-    walk: str
-    writes: str
-    keeps: str
-    products: int
+
+def row(n: Any, t: Any, blocks: Any) -> Any:
+    """Return the block that row n of the grid keeps."""
+    return n
 
 
-READS = "GLH SH SH G11 TL TS G1L G1L GLH"  # q k v slopes tags tags; backward also lse, out . do, do
-FORWARD = Kernel(_forward, walk="S", writes="GLH G1L", keeps="1L 1L HL", products=2)
-BACKWARD_Q = Kernel(_backward_q, walk="S", writes="GLH", keeps="HL", products=3)
-BACKWARD_KV = Kernel(_backward_kv, walk="L", writes="SH SH", keeps="SH SH", products=4)
+def visited(n: Any, t: Any, blocks: Any) -> Any:
+    """Return the block that step t of row n visits."""
+    return blocks[n, t]
 
 
-def _run(kernel: Kernel, tiles: Tiles, q: Float[Array, "G L H"], *arrays: Array | None) -> Sequence[Array]:
-    """Runs a kernel for one key/value head and its G query heads."""
-    (G, L, H), side, tags = q.shape, tiles.side, arrays[3]
-    blocks, counts = visits(tiles.view if kernel.walk == "S" else tiles.view.T)
-    whole = {"G": G, "L": L, "S": L, "H": H, "T": 0 if tags is None else len(tags), "1": 1}
-    tile = whole | {"G": None, "L": side, "S": side}
+# Rows of a grid don't depend on each other; the query heads and the visits of a row add to the same sums.
+IN_ORDER = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary"))
 
-    def block(word: str) -> pl.BlockSpec:
-        def place(n, g, t, blocks, counts) -> tuple:
-            where = {"G": g, "L": n, "S": n, kernel.walk: blocks[n, t]}
-            return tuple(where.get(letter, 0) for letter in word)
 
-        return pl.BlockSpec([tile[letter] for letter in word], place)
-
-    def result(word: str) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct([whole[x] for x in word], jnp.float32 if word == "G1L" else q.dtype)
-
-    reads, writes, scores = (q, *arrays), kernel.writes.split(), G * int(counts.sum()) * side**2
+def _forward(
+    tiles: Tiles, q: Float[Array, "G L H"], k: Array, v: Array, slopes: Array | None, tags: Array | None
+) -> Sequence[Array]:
+    """Return o [G L H] and lse [G 1 L]. Each row of the grid keeps a block of queries, and visits blocks of keys."""
+    (G, L, H), side = q.shape, tiles.side
+    blocks, counts = visits(tiles.view)
+    spec = specs_of(side, H, slopes, tags, i=row, j=visited)
     call = functools.partial(
         pl.pallas_call,
-        functools.partial(kernel.body, tiles),
-        out_shape=[result(word) for word in writes],
+        functools.partial(_forward_kernel, tiles),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(len(blocks), G, blocks.shape[1]),
-            in_specs=[x if x is None else block(word) for x, word in zip(reads, READS.split(), strict=False)],
-            out_specs=[block(word) for word in writes],
-            scratch_shapes=[pltpu.VMEM([tile[x] for x in word], jnp.float32) for word in kernel.keeps.split()],
+            in_specs=[spec.q, spec.k, spec.k, spec.slope, spec.q_tags, spec.k_tags],
+            out_specs=[spec.q, spec.lse],
+            scratch_shapes=[
+                pltpu.VMEM((1, side), jnp.float32),  # m
+                pltpu.VMEM((1, side), jnp.float32),  # l
+                pltpu.VMEM((H, side), jnp.float32),  # acc
+            ],
         ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * kernel.products * scores * H,
-            transcendentals=scores,
-            bytes_accessed=2 * scores // side * H * q.dtype.itemsize,  # of the side that is walked
-        ),
-        name=f"flash{kernel.body.__name__}",
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((G, 1, L), jnp.float32)],
+        compiler_params=IN_ORDER,
+        cost_estimate=_cost(q, counts, side, products=2),
+        name="flash_forward",
     )
-    # Which of the two is settled when the program is lowered: right also where it compiles for devices elsewhere.
-    return jax.lax.platform_dependent(blocks, counts, *reads, cpu=call(interpret=True), default=call())
+    return _run(call, blocks, counts, q, k, v, slopes, tags, tags)
+
+
+def _backward_q(
+    tiles: Tiles, q: Float[Array, "G L H"], k: Array, v: Array, slopes: Array | None, tags: Array | None, *more: Array
+) -> Sequence[Array]:
+    """Return dq [G L H], given lse, delta and do. The grid is that of `_forward`."""
+    (G, _, H), side = q.shape, tiles.side
+    blocks, counts = visits(tiles.view)
+    spec = specs_of(side, H, slopes, tags, i=row, j=visited)
+    call = functools.partial(
+        pl.pallas_call,
+        functools.partial(_dq_kernel, tiles),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(len(blocks), G, blocks.shape[1]),
+            in_specs=[spec.q, spec.k, spec.k, spec.slope, spec.q_tags, spec.k_tags, spec.lse, spec.lse, spec.q],
+            out_specs=[spec.q],
+            scratch_shapes=[pltpu.VMEM((H, side), jnp.float32)],
+        ),
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype)],
+        compiler_params=IN_ORDER,
+        cost_estimate=_cost(q, counts, side, products=3),
+        name="flash_backward_q",
+    )
+    return _run(call, blocks, counts, q, k, v, slopes, tags, tags, *more)
+
+
+def _backward_kv(
+    tiles: Tiles, q: Float[Array, "G L H"], k: Array, v: Array, slopes: Array | None, tags: Array | None, *more: Array
+) -> Sequence[Array]:
+    """Return dk and dv [S H], given lse, delta and do. Each row keeps a block of keys, and visits blocks of queries."""
+    (G, _, H), side = q.shape, tiles.side
+    blocks, counts = visits(tiles.view.T)
+    spec = specs_of(side, H, slopes, tags, i=visited, j=row)
+    call = functools.partial(
+        pl.pallas_call,
+        functools.partial(_dkv_kernel, tiles),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(len(blocks), G, blocks.shape[1]),
+            in_specs=[spec.q, spec.k, spec.k, spec.slope, spec.q_tags, spec.k_tags, spec.lse, spec.lse, spec.q],
+            out_specs=[spec.k, spec.k],
+            scratch_shapes=[pltpu.VMEM((side, H), jnp.float32), pltpu.VMEM((side, H), jnp.float32)],
+        ),
+        out_shape=[jax.ShapeDtypeStruct(k.shape, q.dtype), jax.ShapeDtypeStruct(v.shape, q.dtype)],
+        compiler_params=IN_ORDER,
+        cost_estimate=_cost(q, counts, side, products=4),
+        name="flash_backward_kv",
+    )
+    return _run(call, blocks, counts, q, k, v, slopes, tags, tags, *more)
+
+
+def _cost(q: Float[Array, "G L H"], counts: np.ndarray, side: int, products: int) -> pl.CostEstimate:
+    """Return the cost of a kernel with so many matrix products for each tile it visits."""
+    G, _, H = q.shape
+    scores = G * int(counts.sum()) * side**2
+    return pl.CostEstimate(
+        flops=2 * products * scores * H,
+        transcendentals=scores,
+        bytes_accessed=2 * scores // side * H * q.dtype.itemsize,  # of the blocks that are visited
+    )
+
+
+def _run(call: Callable[..., Any], *arrays: Any) -> Sequence[Array]:
+    """Run a `pallas_call`, on a CPU interpreted.
+
+    Which of the two is decided when the program is lowered, so that it is right for devices that are elsewhere too.
+    """
+    return jax.lax.platform_dependent(*arrays, cpu=call(interpret=True), default=call())
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(tiles: Tiles, q: Array, k: Array, v: Array, slopes: Array | None, tags: Array | None) -> Array:
-    return _attend_forward(tiles, q, k, v, slopes, tags)[0]
-
-
-def _attend_forward(tiles: Tiles, q: Array, k: Array, v: Array, slopes: Array | None, tags: Array | None) -> tuple:
-    out, lse = _run(FORWARD, tiles, q, k, v, slopes, tags, tags)
-    return out, (q, k, v, slopes, tags, out, lse)
-
-
-def _attend_backward(tiles: Tiles, saved: tuple, do: Array) -> tuple:
-    q, k, v, slopes, tags, out, lse = saved
-    dot = (out.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1)[:, None]
-    reads = (q, k, v, slopes, tags, tags, lse, dot, do)
-    return *_run(BACKWARD_Q, tiles, *reads), *_run(BACKWARD_KV, tiles, *reads), None, None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
-
-
-def by_head(attend: Callable) -> Callable[..., Array]:
-    """`attend(q [G L H], k [S H], v [S H], of_head, of_row)` for every key/value head of every row of a batch.
-
-    `vmap` adds the two to the grid of a kernel, which is written for one.
-    """
-    heads = jax.vmap(attend, in_axes=(0, 0, 0, 0, None))
-    rows = jax.vmap(heads, in_axes=(0, 0, 0, None, 0))
-
-    def run(q: Array, k: Array, v: Array, *more: Any) -> Array:
-        out = rows(q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2), *more)
-        return out.transpose(0, 3, 1, 2, 4)
-
-    return run
-
-
-def accept(name: str, q: Array, k: Array, mask: Mask, scores: Scores, *, can: str, on: str) -> None:
-    """Declines what `name` is asked for and can't do. Causal masks, windows and scales all of them can."""
-    L, S, here = q.shape[1], k.shape[1], platform()
-    if here not in on.split():
-        raise Declined(f"{name} runs on {on.replace(' ', ' or ')}, got {here}; leave the implementation open")
-    if L != S:
-        raise Declined(f"{name} takes as many keys as queries, got {S} and {L}; 'chunked' and 'reference' take any")
-    fields = {field.name: getattr(x, field.name) for x in (mask, scores) for field in dataclasses.fields(x)}
-    asked = {field for field, value in fields.items() if isinstance(value, jax.Array | np.ndarray) or value}
-    if beyond := asked - {"causal", "window", "scale", *can.split()}:
-        raise Declined(f"{name} has no {' and no '.join(sorted(beyond))}; 'chunked' and 'reference' have")
-
-
-def side_of(name: str, L: int, mask: Mask) -> int:
-    """The side of a tile for rows of L tokens; a block of a sparse mask is a tile."""
-    sides = SIDES if mask.sparse is None else (mask.sparse.block,)
-    if sides[-1] not in SIDES:
-        raise Declined(f"{name} takes a sparse.block in {SIDES}, got {sides[-1]}; change it, or take 'chunked'")
-    for side in sides:
-        if L % side == 0:
-            return side
-    raise Declined(f"{name} takes a multiple of {sides[-1]} tokens, got {L}; pad rows to {L + -L % sides[-1]}")
-
-
 def flash(
-    q: Float[Array, "B L K G H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Mask, scores: Scores
-) -> Float[Array, "B L K G H"]:
-    """FlashAttention (arXiv:2205.14135), ours: on TPU compiled, on CPU interpreted, which is for tests.
-
-    Any mask without a cache, any scores, bfloat16 or float32; memory grows with L, work with the tiles in view.
-    """
-    accept("flash", q, k, mask, scores, can="sinks sparse segments prefix softcap alibi", on="tpu cpu")
-    B, L, K, G, H = q.shape
-    if H > WIDEST:
-        raise Declined(f"flash takes heads of at most {WIDEST}, got {H}; take 'chunked'")
-    side, tags = side_of("flash", L, mask), tags_of(mask, B, L)
-    tiles = Tiles(
-        side,
-        mask.view(L, L, side, side),
-        ahead=0 if mask.causal else None,
-        behind=mask.window,
-        softcap=scores.softcap,
-    )
-    q = q * jnp.asarray(scores.factor(H), q.dtype)
-    slopes = jnp.asarray(alibi_slopes(K * G).reshape(K, G, 1, 1), jnp.float32) if scores.alibi else None
-    return on_each_device(
-        by_head(functools.partial(_attend, tiles)), "BLKGH BSKH BSKH KG11 BTS BLKGH", q, k, v, slopes, tags
-    )
+    tiles: Tiles,
+    q: Float[Array, "G L H"],
+    k: Float[Array, "S H"],
+    v: Float[Array, "S H"],
+    slopes: Float[Array, "G 1 1"] | None,
+    tags: Int[Array, "T L"] | None,
+) -> Float[Array, "G L H"]:
+    """Attend with the G query heads of one key/value head; `q` is scaled already, `tags` are those of `tags_of`."""
+    return _flash_forward(tiles, q, k, v, slopes, tags)[0]
 
 
-def splash(
-    q: Float[Array, "B L K G H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Mask, scores: Scores
-) -> Float[Array, "B L K G H"]:
-    """The TPU kernel that comes with JAX; on CPU interpreted."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
-
-    accept("splash", q, k, mask, scores, can="segments softcap", on="tpu cpu")
-    (L, G, H), side = (q.shape[1], *q.shape[3:]), side_of("splash", q.shape[1], mask)
-    seen = splash_attention_mask.FullMask((L, L))
-    if mask.causal or mask.window is not None:
-        reach = None if mask.window is None else mask.window - 1
-        seen = splash_attention_mask.LocalMask((L, L), (reach, 0 if mask.causal else None), offset=0)
-    attend: Callable = splash_attention_kernel.make_splash_mqa_single_device(
-        splash_attention_mask.MultiHeadMask([seen] * G),
-        block_sizes=splash_attention_kernel.BlockSizes(side, side, side, side, side, side, side, side),
-        attn_logits_soft_cap=scores.softcap,
-        interpret=platform() == "cpu",
-    )
-    q, ids = q * jnp.asarray(scores.factor(H), q.dtype), None
-    if mask.segments is not None:
-        ids = splash_attention_kernel.SegmentIds(mask.segments, mask.segments)
-    return on_each_device(
-        by_head(lambda q, k, v, _, ids: attend(q, k, v, ids)), "BLKGH BSKH BSKH KG BS BLKGH", q, k, v, None, ids
-    )
+def _flash_forward(
+    tiles: Tiles, q: Array, k: Array, v: Array, slopes: Array | None, tags: Array | None
+) -> tuple[Array, tuple[Any, ...]]:
+    o, lse = _forward(tiles, q, k, v, slopes, tags)
+    return o, (q, k, v, slopes, tags, o, lse)
 
 
-def cudnn(
-    q: Float[Array, "B L K G H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Mask, scores: Scores
-) -> Float[Array, "B L K G H"]:
-    """NVIDIA's kernel, by way of `jax.nn.dot_product_attention`."""
-    accept("cudnn", q, k, mask, scores, can="", on="gpu")
-    if mask.window is not None and not mask.causal:
-        raise Declined(f"cudnn has windows under a causal mask only, got window={mask.window} and causal=False")
-    B, L, K, G, H = q.shape
-    try:
-        out = jax.nn.dot_product_attention(
-            q.reshape(B, L, K * G, H),
-            k,
-            v,
-            scale=scores.factor(H),
-            is_causal=mask.causal,
-            local_window_size=None if mask.window is None else (mask.window - 1, 0),
-            implementation="cudnn",
-        )
-    except (NotImplementedError, RuntimeError) as reason:  # a dtype, a head size, a missing library
-        raise Declined(f"cudnn: {reason}") from reason
-    return out.reshape(q.shape)
+def _flash_backward(tiles: Tiles, saved: tuple[Any, ...], do: Array) -> tuple[Any, ...]:
+    *reads, o, lse = saved
+    delta = (o.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1)[:, None]
+    (dq,) = _backward_q(tiles, *reads, lse, delta, do)
+    dk, dv = _backward_kv(tiles, *reads, lse, delta, do)
+    return dq, dk, dv, None, None
 
 
-def tokamax(
-    q: Float[Array, "B L K G H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Mask, scores: Scores
-) -> Float[Array, "B L K G H"]:
-    """What openxla/tokamax holds to be best on these devices."""
-    accept("tokamax", q, k, mask, scores, can="softcap", on="tpu gpu cpu")
-    try:
-        from tokamax import dot_product_attention
-    except ImportError as reason:
-        raise Declined(f"tokamax: {reason}; pip install tokamax (Python 3.12 and JAX 0.11.1, or later)") from reason
-
-    def kernel(q: Array, k: Array, v: Array) -> Array:
-        B, L, K, G, H = q.shape
-        reach = None if mask.window is None else (mask.window - 1, 0 if mask.causal else L)
-        out = dot_product_attention(
-            q.reshape(B, L, K * G, H),
-            k,
-            v,
-            scale=scores.factor(H),
-            is_causal=mask.causal,
-            local_window_size=reach,
-            logits_soft_cap=scores.softcap,
-        )
-        return out.reshape(q.shape)
-
-    return on_each_device(kernel, "BLKGH BSKH BSKH BLKGH", q, k, v)
+flash.defvjp(_flash_forward, _flash_backward)

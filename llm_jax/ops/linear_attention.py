@@ -1,14 +1,15 @@
-"""Linear attention: what a row has read is a state of fixed size, so a new token costs the same at every length.
+"""Linear attention: a row is remembered in a state of fixed size, so a new token costs the same at every length.
 
-Both mixers go chunk by chunk. Inside a chunk each token reads the earlier ones, as attention does; from chunk to chunk
-goes only the state, so memory is linear in L. A chunk of one token is the recurrence itself, and that is how text is
-generated. Inputs of any dtype are read as float32, and sums and states are float32; how many
-digits of its factors a product keeps is the platform's default (`jax.default_matmul_precision`): all on a CPU.
+Both mixers run chunk by chunk. Inside a chunk each token reads the earlier ones, as attention does; only the state goes
+from chunk to chunk, so memory is linear in L. A chunk of one token is the recurrence itself, which generates text.
+Inputs of any dtype are read as float32, and sums and states are float32; how many digits of its factors a product keeps
+is the platform's default (`jax.default_matmul_precision`): all on a CPU.
 
 In the einsums C and T are tokens of a chunk that read and are read, and I is the H of the values.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +22,10 @@ EPSILON = 1e-6  # keeps a division finite where there is nothing to divide by
 
 @struct.dataclass
 class State:
-    """What rows remember, in float32: for each key/value head a map from keys to values.
+    """The memory of rows, float32: for each key/value head a map from keys to values.
 
     Attributes:
-      memory: the sum of the outer products of keys (its rows) and what was written for them (its columns).
+      memory: the sum of the outer products of keys (rows) and what was written for them (columns).
       normaliser: the sum of the keys, by which `linear_attention` divides.
     """
 
@@ -42,13 +43,15 @@ def linear_attention(
     lengths: Int[Array, " B"] | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Float[Array, "B L K G H"], State]:
-    """Causal kernelised attention (Katharopoulos et al. 2020, arXiv:2006.16236, eqs. 7 and 9), and the state it leaves.
+    """Return causal kernelised attention (Katharopoulos et al. 2020, arXiv:2006.16236, eqs. 7 and 9), and the state.
 
     `y_t = sum_j (phi(q_t) . phi(k_j)) v_j / sum_j phi(q_t) . phi(k_j)` over `j <= t`, with `phi(x) = elu(x) + 1`. Query
-    head (k, g) reads the state of key/value head k. `chunk`, a power of two, changes the speed and nothing else.
+    head (k, g) reads the state of key/value head k. `chunk`, a power of two, changes the speed and nothing else; raises
+    `ValueError` for another number.
 
-    `state` is what the text before left; None: nothing. Where the id in `segments` changes, a document starts, and sees
-    nothing before it. From `lengths[b]` on, tokens of row b leave the state as it is, and their outputs mean nothing.
+    `state` is that of the text before; None: there is none. Where the id in `segments` changes a document starts, and
+    sees nothing before it. Tokens of row b from `lengths[b]` on don't change the state, and their outputs have no
+    meaning.
     """
     (B, L, K, _, H), dtype = q.shape, q.dtype
     if state is None:
@@ -57,9 +60,9 @@ def linear_attention(
     log_decay = _cut(_forget(_zeros(k, B, L, 1), segments), lengths)
     q, k, v, log_decay = _split(chunk, q, _cut(k, lengths), v, log_decay)
 
-    def step(state: State, part: tuple[Array, ...]) -> tuple[State, Array]:
+    def step(state: State, inputs: tuple[Array, ...]) -> tuple[State, Array]:
         assert state.normaliser is not None
-        q, k, v, decay = part
+        q, k, v, decay = inputs
         read, memory = _recall(state.memory, q, k, v, decay)
         # What is recalled of the value 1 is the sum of the weights.
         total, normaliser = _recall(state.normaliser[..., None], q, k, jnp.ones_like(v[..., :1]), decay)
@@ -81,14 +84,14 @@ def gated_delta_rule(
     lengths: Int[Array, " B"] | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Float[Array, "B L K G H"], State]:
-    """The gated delta rule (Yang et al. 2024, arXiv:2412.06464, eq. 10), and the state it leaves.
+    """Return the gated delta rule (Yang et al. 2024, arXiv:2412.06464, eq. 10), and the state.
 
-    `S_t = exp(g_t) S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T` and `y_t = S_t q_t`: the state fades by
-    `log_decay` g <= 0, and what it holds for key k_t moves by the part `beta` of the way to v_t. q and k are brought to
-    length 1 here, and q times `H**-0.5`. `memory` is S transposed. The rest is as in `linear_attention`.
+    `S_t = exp(g_t) S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T` and `y_t = S_t q_t`: the state decays by
+    `log_decay` g <= 0, and its value for key k_t moves by the share `beta` towards v_t. q and k are normalised to
+    length 1 here, and q is multiplied by `H**-0.5`. `memory` is S transposed. The rest is as in `linear_attention`.
 
-    Inside a chunk the rule writes `u_t k_t^T` with `u_t = beta_t (v_t - what is known for k_t)`. Some of that the chunk
-    itself has written, which makes `(I + A) u = beta (v - what the state before the chunk knows)` with a strictly
+    Inside a chunk the rule writes `u_t k_t^T` with `u_t = beta_t (v_t - the value stored for k_t)`. Some of that value
+    was written by the chunk itself, so `(I + A) u = beta (v - the value in the state before the chunk)` with a strictly
     lower triangular A: the WY representation. It is inverted for all chunks at once.
     """
     (B, L, K, _, H), dtype = q.shape, q.dtype
@@ -100,8 +103,8 @@ def gated_delta_rule(
     decay = _decay(log_decay)
     written = _inverse(jnp.tril(jnp.einsum("NBKCH,NBKTH->NBKCT", beta * k, k) * decay[..., 1:, 1:], -1))
 
-    def step(state: State, part: tuple[Array, ...]) -> tuple[State, Array]:
-        q, k, v, beta, decay, written = part
+    def step(state: State, inputs: tuple[Array, ...]) -> tuple[State, Array]:
+        q, k, v, beta, decay, written = inputs
         known = decay[..., 1:, :1] * jnp.einsum("BKCH,BKHI->BKCI", k, state.memory)
         read, memory = _recall(state.memory, q, k, written @ (beta * (v - known)), decay)
         return State(memory), read
@@ -118,9 +121,9 @@ def short_convolution(
     segments: Int[Array, "B L"] | None = None,
     lengths: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B L *D"], Float[Array, "B W-1 *D"]]:
-    """Each channel's weighted sum over the last W tokens, `kernel[-1]` for the newest; and the last W-1 inputs.
+    """Return each channel's weighted sum over the last W tokens, `kernel[-1]` for the newest; and the last W-1 inputs.
 
-    These are the `state` of the text to come. `segments` and `lengths` as in `linear_attention`.
+    Those are the `state` for the next tokens. `segments` and `lengths` as in `linear_attention`.
     """
     (B, L), W = x.shape[:2], kernel.shape[0]
     if state is None:
@@ -140,7 +143,7 @@ def short_convolution(
 
 
 def _recall(memory: Array, q: Array, k: Array, values: Array, decay: Array) -> tuple[Array, Array]:
-    """One chunk of decaying linear attention: reads from the memory and the chunk, then the memory after it."""
+    """Return what one chunk of decaying linear attention reads from memory and chunk, and the memory after it."""
     since, among, left, through = decay[..., 1:, :1], decay[..., 1:, 1:], decay[..., -1, 1:, None], decay[..., -1:, :1]
     weights = jnp.einsum("BKCGH,BKTH->BKCGT", q, k) * among[..., None, :]
     inside = jnp.einsum("BKCGT,BKTI->BKCGI", weights, values)
@@ -149,7 +152,7 @@ def _recall(memory: Array, q: Array, k: Array, values: Array, decay: Array) -> t
 
 
 def _decay(log_decay: Array) -> Array:
-    """[... C] -> [... C+1 C+1]: what is left at i of something written at j; place 0 is before the chunk.
+    """Return [... C+1 C+1] of [... C]: what is left at i of something written at j; index 0 is before the chunk.
 
     That is `exp(g[j+1] + ... + g[i])`, and 0 for j > i. Each j has a running sum of its own: the difference of two sums
     would lose digits after a strong decay, and could not hold the -inf of a document's start.
@@ -160,7 +163,7 @@ def _decay(log_decay: Array) -> Array:
 
 
 def _inverse(a: Array) -> Array:
-    """`(I + a)^-1` of strictly lower triangular matrices, by halves; a size that is a power of two.
+    """Return `(I + a)^-1` of strictly lower triangular matrices, whose size is a power of two, by halves.
 
     `[[P, 0], [R, Q]]^-1 = [[P^-1, 0], [-Q^-1 R P^-1, Q^-1]]`: matrix products, where a triangular solve goes by rows.
     """
@@ -169,20 +172,20 @@ def _inverse(a: Array) -> Array:
     half = a.shape[-1] // 2
     # Both halves in one call, along the first axis: XLA's CPU products abort at eight axes.
     p, q = jnp.split(_inverse(jnp.concatenate([a[..., :half, :half], a[..., half:, half:]])), 2)
-    with jax.default_matmul_precision("highest"):  # errors would pass from half to half
+    with jax.default_matmul_precision("highest"):  # errors would grow from half to half
         r = -q @ a[..., half:, :half] @ p
     return jnp.block([[p, jnp.zeros_like(p)], [r, q]])
 
 
-def _over_chunks(step: Callable, state: State, parts: tuple[Array, ...]) -> tuple[Array, State]:
-    """Scans over the chunks; the backward pass computes each again from the state that it met."""
-    state, y = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), state, parts)
+def _over_chunks(step: Callable[..., Any], state: State, chunks: tuple[Array, ...]) -> tuple[Array, State]:
+    """Scan over the chunks; the backward pass recomputes each from the state before it."""
+    state, y = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), state, chunks)
     y = jnp.moveaxis(y, (0, 2), (1, 3))  # [N B K C G H] -> [B N C K G H]
     return y.reshape(y.shape[0], -1, *y.shape[3:]), state
 
 
 def _split(chunk: int, *arrays: Array) -> list[Array]:
-    """[B L K ...] -> [N B K C ...] in float32: N chunks of C tokens, the last filled up with zeros."""
+    """Split [B L K ...] into [N B K C ...], float32: N chunks of C tokens, the last padded with zeros."""
     if chunk < 1 or chunk & (chunk - 1):
         raise ValueError(f"chunk={chunk} must be a power of two")
 
@@ -196,31 +199,31 @@ def _split(chunk: int, *arrays: Array) -> list[Array]:
 
 
 def _unit(x: Array) -> Array:
-    """Vectors of length 1."""
+    """Return vectors of length 1."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + EPSILON)
 
 
 def _forget(log_decay: Array, segments: Array | None) -> Array:
-    """Lets nothing last into a new document."""
+    """Return the decay with -inf where a document starts, so that it sees nothing before it."""
     return log_decay if segments is None else jnp.where(_starts(segments)[..., None], -jnp.inf, log_decay)
 
 
 def _cut(x: Array, lengths: Array | None) -> Array:
-    """Zeros behind the end of each row."""
+    """Return `x` with zeros after the end of each row."""
     return x if lengths is None else _only(jnp.arange(x.shape[1])[None] < lengths[:, None], x)
 
 
 def _starts(segments: Int[Array, "B L"]) -> Bool[Array, "B L"]:
-    """The tokens before which a document ends."""
+    """Return which tokens start a document, other than the first of a row."""
     return jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
 
 
 def _only(mask: Bool[Array, "B L"], x: Array) -> Array:
-    """`x` [B L ...] where the mask is true, else 0."""
+    """Return `x` [B L ...] where the mask is true, else 0."""
     return jnp.where(jnp.expand_dims(mask, range(2, x.ndim)), x, 0)
 
 
 def _zeros(like: Array, *shape: int) -> Array:
-    """Float32 zeros that, under `shard_map`, differ between devices as `like` does."""
+    """Return float32 zeros that, inside `shard_map`, vary over the same mesh axes as `like`."""
     return jnp.zeros_like(like, jnp.float32, shape=shape)

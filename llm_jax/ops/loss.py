@@ -7,33 +7,34 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from llm_jax.ops.attention import soft_cap
-from llm_jax.ops.gradient import in_turn
-from llm_jax.sharding import TOKENS, constrain, gathered, on_each_device
+from llm_jax.ops.collectives import all_gather, shard_map_by_letters
+from llm_jax.ops.gradient import gradient_after
+from llm_jax.sharding import TOKENS, constrain
 
-IGNORE = -1  # a target that counts for nothing: padding, or the last token of a document
+IGNORE = -1  # a target that does not count: padding, or the last token of a document
 
 
 def unembed(
     hidden: Float[Array, "*T D"], table: Float[Array, "V D"], softcap: float | None = None
 ) -> Float[Array, "*T V"]:
-    """The logits of hidden states, float32, squeezed into (-softcap, softcap) by tanh where there is one."""
+    """Return the float32 logits of hidden states, limited to (-softcap, softcap) by tanh if there is one."""
     return soft_cap(jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32), softcap)
 
 
 def in_chunks(x: Shaped[Array, "B L *D"], number: int) -> Shaped[Array, "number B _ *D"]:
-    """The tokens of every row in chunks, each spread over the row: where devices share it, none leaves its device."""
+    """Split the tokens of every row into chunks, each spread over the row, so that no token of a split row moves."""
     return jnp.moveaxis(x.reshape(len(x), -1, number, *x.shape[2:]), 2, 0)
 
 
 def whole_rows(x: Shaped[Array, "number B _"]) -> Shaped[Array, "B L"]:
-    """The rows that `in_chunks` took apart."""
+    """Join the chunks of `in_chunks` into rows."""
     return jnp.moveaxis(x, 0, 2).reshape(x.shape[1], -1)
 
 
 def likeliest(
     hidden: Float[Array, "B L D"], table: Float[Array, "V D"], chunk: int, softcap: float | None = None
 ) -> Int[Array, "B L"]:
-    """Where the logits of every hidden state are largest, with those of only `B * chunk` in memory at a time."""
+    """Return the argmax of the logits of every hidden state, with those of only `B * chunk` in memory at a time."""
     chunks = in_chunks(hidden, hidden.shape[1] // chunk)
     return whole_rows(jax.lax.map(lambda x: unembed(x, table, softcap).argmax(-1), chunks))
 
@@ -45,7 +46,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
 ) -> tuple[Float[Array, "*T"], Float[Array, "*T"]]:
-    """Returns (loss, negative log-likelihood) of every token in nats, float32, 0 where the target is IGNORE.
+    """Return (loss, negative log-likelihood) of every token in nats, float32, 0 where the target is IGNORE.
 
     Nothing is raised for a target that is neither IGNORE, which is -1, nor one of the V: it picks no logit, and its
     "likelihood" is exp(-logsumexp(logits)). So it is for PyTorch's -100. `train/batch.py` refuses such batches.
@@ -55,7 +56,7 @@ def cross_entropy(
     logits = logits.astype(jnp.float32)
     counted = targets != IGNORE
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    # A sum with one term: where V is split over devices, a gather would bring the logits together.
+    # A sum with one term: a gather would bring together the logits of a V that is split over devices.
     chosen = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
     picked = jnp.where(chosen, logits, 0).sum(-1)
     nll = log_z - picked
@@ -75,11 +76,11 @@ def chunked_cross_entropy(
     softcap: float | None = None,
     **terms: float,
 ) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
-    """The same of `unembed(hidden, table, softcap)`, with the logits of only `B * chunk` tokens in memory at a time.
+    """Return `cross_entropy(unembed(hidden, table, softcap), targets)` with `B * chunk` logits in memory at a time.
 
-    The backward pass computes each chunk's logits again. Each device goes through the chunks of its own tokens: the
-    table is gathered before the first and its gradient added up after the last, once, where the compiler by itself
-    would do both with every chunk. Raises `ValueError` unless `chunk` divides L.
+    The backward pass recomputes the logits of each chunk. Each device loops over the chunks of its own tokens: the
+    table is gathered once before the loop and its gradient reduced once after it, where the compiler would do both with
+    every chunk. Raises `ValueError` unless `chunk` divides L.
     """
     L = hidden.shape[1]
     if L % chunk:
@@ -87,7 +88,7 @@ def chunked_cross_entropy(
 
     def chunk_by_chunk(hidden: Array, table: Array, targets: Array) -> tuple[Array, Array]:
         # The table's gradient is a sum over chunks: in float32, or it would lose digits with every chunk.
-        wide = gathered(table, "VD").astype(jnp.float32)
+        wide = all_gather(table, "VD").astype(jnp.float32)
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def one(_: None, part: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
@@ -98,7 +99,8 @@ def chunked_cross_entropy(
         _, losses = jax.lax.scan(one, None, (in_chunks(hidden, L // chunk), in_chunks(targets, L // chunk)))
         return jax.tree.map(whole_rows, losses)
 
-    # Backward, the table's gradient is parted before that of `hidden` goes on: whole it is as large as many layers.
+    # Backward, the table's gradient is reduce-scattered before that of `hidden` is used: whole it is as large as many
+    # layers.
     hidden, table = jax.lax.optimization_barrier((hidden, table))
-    loss, nll = on_each_device(chunk_by_chunk, "BLD *VD BL BL", hidden, table, targets, over=TOKENS)
-    return in_turn(loss), nll
+    loss, nll = shard_map_by_letters(chunk_by_chunk, "BLD *VD BL BL", hidden, table, targets, over=TOKENS)
+    return gradient_after(loss), nll

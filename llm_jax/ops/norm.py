@@ -1,6 +1,6 @@
-"""Layer norm and RMS norm, with their gradients written by hand.
+"""Layer norm and RMS norm, with gradients of their own.
 
-XLA's CPU compiler turns the differentiated form into reductions that each read their whole input again; the form
+XLA's CPU compiler makes of the gradient by autodiff several reductions that each read their whole input again; the form
 below saves two numbers a token, and is the same mathematics (a test compares it with autodiff).
 """
 
@@ -14,7 +14,7 @@ from llm_jax.ops.gradient import add_bias, over_tokens
 
 
 def rms_norm(x: Float[Array, "B L *heads D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "B L *heads D"]:
-    """`scale * x / sqrt(mean(x^2) + eps)` (Zhang and Sennrich 2019, arXiv:1910.07467).
+    """Return `scale * x / sqrt(mean(x^2) + eps)` (Zhang and Sennrich 2019, arXiv:1910.07467).
 
     Statistics are float32; the product with `scale` is in the dtype of `scale`, the result in that of `x`.
     """
@@ -24,7 +24,10 @@ def rms_norm(x: Float[Array, "B L *heads D"], scale: Float[Array, " D"], eps: fl
 def layer_norm(
     x: Float[Array, "B L *heads D"], scale: Float[Array, " D"], bias: Float[Array, " D"], eps: float
 ) -> Float[Array, "B L *heads D"]:
-    """`scale * (x - mean) / sqrt(var + eps) + bias` (Ba et al. 2016, arXiv:1607.06450); statistics in float32."""
+    """Return `scale * (x - mean) / sqrt(var + eps) + bias` (Ba et al. 2016, arXiv:1607.06450).
+
+    Statistics are float32.
+    """
     return add_bias(_norm(x, scale, eps, True), jnp.broadcast_to(bias, x.shape[2:]))
 
 
@@ -54,7 +57,7 @@ def _norm_backward(eps: float, center: bool, saved: tuple[Array, ...], g: Array)
 
 
 def _along(x: Array, scale: Array) -> Array:
-    """`scale` with the rank of `x`, along its last axis."""
+    """Return `scale` with the rank of `x`, along its last axis."""
     return scale.reshape((1,) * (x.ndim - 1) + scale.shape)
 
 

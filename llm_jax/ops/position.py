@@ -1,4 +1,4 @@
-"""Where a token stands: rotary embedding and its scalings, ALiBi slopes, sinusoidal table."""
+"""Positions of tokens: rotary embedding and its scalings, ALiBi slopes, sinusoidal table."""
 
 import dataclasses
 import math
@@ -11,18 +11,20 @@ from jaxtyping import Array, Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class Rotary:
-    """Rotary embedding: pair i of a head turns by `theta**(-2i/H)` a position (Su et al. 2021, arXiv:2104.09864).
+    """Rotary embedding: pair i of a head rotates by `theta**(-2i/H)` per position (Su et al. 2021, arXiv:2104.09864).
+
+    Raises `ValueError` for fields that are out of range or don't fit together.
 
     Attributes:
       theta: how slowly the last pair rotates; larger for longer rows.
       pairs: which of the R numbers that are rotated make pair i: `halves`, i and i + R/2 (GPT-NeoX, Llama and most
         since), or `interleaved`, 2i and 2i + 1 (the paper, GPT-J, GLM). Weights of one mean nothing in the other.
-      fraction: of the head that is turned, its first pairs; the rest knows no position (GPT-NeoX turns a quarter).
+      fraction: of the head that is rotated, its first pairs; the rest has no position (GPT-NeoX rotates a quarter).
       scaling: how a model trained on `original_len` positions reads `factor` times as many: `linear` slows every pair
         (Chen et al. 2023, arXiv:2306.15595), `ntk` slows pair i by `factor**(2i/(H-2))`, `yarn` and `llama3` slow
-        those that make fewer than `low_turns` over `original_len`, leave those above `high_turns` (32 for YaRN, 4
-        for Llama 3), and blend between: by pair (Peng et al. 2023, arXiv:2309.00071), or by turns. Two go by the length
-        n of the text: `dynamic` is, beyond `original_len`, `ntk` by
+        those that make fewer than `low_turns` full turns over `original_len`, leave those above `high_turns` (32 for
+        YaRN, 4 for Llama 3), and blend between: by pair (Peng et al. 2023, arXiv:2309.00071), or by turns. Two depend
+        on the length n of the text: `dynamic` is, beyond `original_len`, `ntk` by
         `factor * n / original_len - (factor - 1)`; `longrope` slows pair i by `long_factors[i]` beyond it, by
         `short_factors[i]` up to it (Ding et al. 2024, arXiv:2402.13753).
       factor: how many times longer the rows are than in training, for `scaling`.
@@ -54,7 +56,7 @@ class Rotary:
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"rotary.{name}={value} must be positive")
         if self.theta <= 1:
-            raise ValueError(f"rotary.theta={self.theta} must exceed 1, or all pairs turn alike")
+            raise ValueError(f"rotary.theta={self.theta} must exceed 1, or all pairs rotate alike")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"rotary.fraction={self.fraction} must lie in (0, 1]")
         if self.high_turns <= self.low_turns:
@@ -75,23 +77,23 @@ class Rotary:
 
     @property
     def local(self) -> "Rotary":
-        """What local layers use."""
+        """The rotary embedding of local layers."""
         if self.local_theta is None:
             return self
         return Rotary(theta=self.local_theta, fraction=self.fraction, pairs=self.pairs)
 
     @property
     def by_length(self) -> bool:
-        """Whether angles depend on how long the text is."""
+        """Whether angles depend on the length of the text."""
         return self.scaling in ("dynamic", "longrope")
 
-    def turned(self, H: int) -> int:
-        """How many of a head's H numbers are turned, the first ones."""
+    def rotated(self, H: int) -> int:
+        """Return how many of a head's H numbers are rotated, the first ones."""
         return int(H * self.fraction)
 
     def frequencies(self, H: int, length: int | Int[Array, " B"] = 0) -> Float[Array | np.ndarray, "*B pairs"]:
-        """Radians a position, of every pair; with a leading B where they go by the lengths of B texts."""
-        size = self.turned(H)
+        """Return the radians per position of every pair; with a leading B if they depend on the lengths of B texts."""
+        size = self.rotated(H)
         theta = self.theta * self.factor ** (size / (size - 2)) if self.scaling == "ntk" else self.theta
         plain = theta ** (-np.arange(0, size, 2) / size)
         if self.by_length:
@@ -104,7 +106,7 @@ class Rotary:
         return plain * kept + plain / self.factor * (1 - kept)
 
     def _by_length(self, plain: np.ndarray, length: int | Array) -> Float[Array | np.ndarray, "B pairs"]:
-        """Frequencies of texts of these lengths: NumPy's where one is known before the program runs."""
+        """Return the frequencies for texts of these lengths: in NumPy if it is one that is known at trace time."""
         trained, xp = self.original_len, np if isinstance(length, int) else jnp
         assert trained is not None
         n, plain = xp.asarray(length, np.float32).reshape(-1, 1), plain[None].astype(np.float32)
@@ -115,7 +117,7 @@ class Rotary:
         return plain * stretch ** (-np.arange(plain.size, dtype=np.float32)[None] / (plain.size - 1))
 
     def _kept(self, frequencies: np.ndarray, size: int) -> np.ndarray:
-        """The share of each pair's frequency that is left as it was."""
+        """Return the share of each pair's frequency that is not scaled."""
         trained = self.original_len
         assert trained is not None
         if self.scaling == "llama3":
@@ -130,7 +132,7 @@ class Rotary:
 
     @property
     def scale(self) -> float:
-        """The amplitude in use."""
+        """The amplitude, or its default."""
         if self.amplitude is not None:
             return self.amplitude
         if self.factor <= 1 or self.original_len is None:
@@ -145,10 +147,10 @@ def rotary(
     config: Rotary,
     length: int | Int[Array, " B"] = 0,
 ) -> Float[Array, "B L *heads H"]:
-    """Rotates the pairs of the first R numbers of every head by their angle at `positions`.
+    """Rotate the pairs of the first R numbers of every head by their angles at `positions`.
 
-    `length` of the texts is what `config.by_length` goes by. Angles are computed in float32 whatever the dtype of `x`:
-    at position 4096 bfloat16 is off by whole turns.
+    Where `config.by_length`, angles depend on `length`. They are computed in float32 whatever the dtype of `x`: at
+    position 4096 bfloat16 is off by whole turns.
     """
     frequencies = jnp.asarray(config.frequencies(x.shape[-1], length), jnp.float32)
     half, of_rows = frequencies.shape[-1], frequencies.ndim == 2
@@ -164,11 +166,10 @@ def rotary(
 
 
 def alibi_slopes(heads: int) -> Float[np.ndarray, " heads"]:
-    """What a key loses for each position of distance, by head (Press et al. 2021, arXiv:2108.12409).
+    """Return how much each head takes off a score per position of distance (Press et al. 2021, arXiv:2108.12409).
 
-    The paper looks back only; where keys ahead are seen too, as in a prefix, they lose as much.
-
-    `2**(-8 i / heads)` for a power of two; else those of the power below, and every other one of the power above.
+    They are `2**(-8 i / heads)` for a power of two; else those of the power below, and every other one of the power
+    above. The paper looks back only; keys that are seen ahead, as in a prefix, lose as much.
     """
     power = 1 << (heads.bit_length() - 1)
     slopes = 2.0 ** (-8 / power * np.arange(1, power + 1))
@@ -177,7 +178,7 @@ def alibi_slopes(heads: int) -> Float[np.ndarray, " heads"]:
 
 
 def sinusoidal(positions: Int[Array, "B L"], d_model: int) -> Float[Array, "B L D"]:
-    """Sines then cosines of `positions / 10000**(2i/D)` (Vaswani et al. 2017, arXiv:1706.03762), float32."""
+    """Return sines then cosines of `positions / 10000**(2i/D)` (Vaswani et al. 2017, arXiv:1706.03762), float32."""
     frequencies = 10_000.0 ** (-jnp.arange(d_model // 2, dtype=jnp.float32) / (d_model // 2))
     angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)

@@ -1,4 +1,4 @@
-"""From logits to the next token. Each filter sets the logits it rejects to minus infinity; they compose."""
+"""Sampling: from logits to the next token. Each filter sets the logits it rejects to minus infinity; they compose."""
 
 import dataclasses
 import math
@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-# What float32 can divide logits by, and be divided by: beyond it they become infinite, and their softmax nothing.
+# What float32 logits can be divided by, or multiplied: beyond that they become infinite, and their softmax NaN.
 TEMPERATURES = (1e-37, 1e37)
 PENALTIES = (1e-6, 1e6)
-NO_TOKEN = -1  # what a row draws whose logits are no numbers
+NO_TOKEN = -1  # what a row gets whose logits are not numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Sampling:
     Attributes:
       temperature: divides the logits; below 1 the likely becomes likelier, and 0 always takes the likeliest.
       top_k, top_p, min_p: which tokens may be drawn at all, by the filters below, in this order.
-      repetition_penalty: above 1, tokens that stand in the text already become less likely.
+      repetition_penalty: above 1, tokens that are in the text already become less likely.
 
-    Raises `ValueError` for what is no number, infinite, or out of its range.
+    Raises `ValueError` for a value that is not a number, infinite, or out of its range.
     """
 
     temperature: float = 1.0
@@ -54,7 +54,7 @@ class Sampling:
 
 
 def _within(value: object, low: float, high: float) -> bool:
-    """Whether `value` is a number in this range; NaN lies in none."""
+    """Return whether `value` is a number in this range; NaN is in none."""
     return (
         isinstance(value, int | float | np.integer | np.floating)
         and not isinstance(value, bool)
@@ -63,13 +63,13 @@ def _within(value: object, low: float, high: float) -> bool:
 
 
 def top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
-    """Keeps the `k` largest logits, and those equal to the k-th (Fan et al. 2018, arXiv:1805.04833)."""
+    """Keep the `k` largest logits, and those equal to the k-th (Fan et al. 2018, arXiv:1805.04833)."""
     threshold = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][:, -1:]
     return jnp.where(logits < threshold, -jnp.inf, logits)
 
 
 def top_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
-    """Keeps the fewest tokens that have probability `p` together (Holtzman et al. 2019, arXiv:1904.09751).
+    """Keep the fewest tokens that have probability `p` together (Holtzman et al. 2019, arXiv:1904.09751).
 
     Nothing is sorted, which would cost more than a small model on a CPU: floats that are not negative have
     the order of the integers of their bits, so thirty halvings find exactly where to cut.
@@ -90,19 +90,19 @@ def top_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
 
 
 def min_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
-    """Keeps tokens at least `p` times as probable as the likeliest (Nguyen et al. 2024, arXiv:2407.01082)."""
+    """Keep tokens at least `p` times as probable as the likeliest (Nguyen et al. 2024, arXiv:2407.01082)."""
     return jnp.where(logits < logits.max(-1, keepdims=True) + jnp.log(p), -jnp.inf, logits)
 
 
 def repetition_penalty(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: float) -> Float[Array, "B V"]:
-    """Divides positive and multiplies negative logits of `seen` (Keskar et al. 2019, arXiv:1909.05858)."""
+    """Divide positive and multiply negative logits of `seen` (Keskar et al. 2019, arXiv:1909.05858)."""
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def sample(
     logits: Float[Array, "B V"], keys: Key[Array, " B"], seen: Bool[Array, "B V"], sampling: Sampling
 ) -> Int[Array, " B"]:
-    """Draw one token a row. Every row has its own key, so a row's draw does not depend on its neighbours.
+    """Sample one token per row. Every row has its own key, so its sample does not depend on its neighbours.
 
     A row with a NaN among its logits, or with no finite one, has no distribution: it gets `NO_TOKEN`.
     """

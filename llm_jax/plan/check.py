@@ -1,9 +1,9 @@
-"""This machine computes what it should: a config's train step jitted and eager, and its pieces against float64 NumPy.
+"""This machine computes correctly: the train step of a config jitted and eager, its pieces against float64 NumPy.
 
-Compilers have faults, and those that matter are silent. Here each kind of device computes what a step is made of twice:
+Compilers have faults, and those that matter are silent. Here each kind of device computes the pieces of a step twice:
 compiled as one program, and operation by operation. Both are compared with NumPy in double precision, which shares no
-code with JAX; a step of the config, shrunk to test size, is compared between the two. Where only the compiled program
-is wrong, it is the compiler that is.
+code with JAX; a step of the config, shrunk to test size, is compared between the two. If only the compiled program is
+wrong, the fault is the compiler's.
 """
 
 import contextlib
@@ -15,13 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 
-from llm_jax.ops.attention import Mask, Scores, attention
+from llm_jax.model.stack import n_scanned
+from llm_jax.ops.attention import Scores, attention
 from llm_jax.ops.gradient import linear, lookup
 from llm_jax.ops.loss import IGNORE, cross_entropy
+from llm_jax.ops.mask import Mask
 from llm_jax.ops.norm import layer_norm, rms_norm
-from llm_jax.plan.verify import GAPS, Answer, bounds_of, rows, shrunk
+from llm_jax.plan.verify import GAPS, answer, bounds_of, shrunk
 from llm_jax.runtime import JAXLIB, known_faults, open_faults
 from llm_jax.sharding import MeshConfig, make_mesh
 from llm_jax.train.config import RunConfig
@@ -29,9 +30,9 @@ from llm_jax.train.program import Program
 from llm_jax.train.timetable import PipelineConfig
 
 STEPS = 2
-ROWS = 40_001  # a batch of this many tokens divides nowhere, and not long ago went wrong past 32,768
-BOUND = 1e-5  # of the largest value, in float32; ten times that where functions are approximated in hardware
-# Where a public report is of the very same computation.
+ROWS = 40_001  # this number has no useful divisor, and a known fault is past the 32,768th row
+BOUND = 1e-5  # relative to the largest value, in float32; ten times that if the hardware approximates functions
+# Pieces that are the computation of a public report.
 KNOWN = {"sums of rows": "jax#39103", "sum of a broadcast": "tensorflow#126812"}
 
 Draw = np.random.Generator
@@ -39,9 +40,9 @@ Draw = np.random.Generator
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A function of float32 arrays, its arguments, and what it should give, computed by NumPy in float64.
+    """A function of float32 arrays, its arguments, and the exact result, computed by NumPy in float64.
 
-    It is called so many times: some faults depend on how threads meet.
+    It is called `calls` times: some faults depend on the timing of threads.
     """
 
     function: Callable[..., Any]
@@ -52,9 +53,9 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """How far a kind of device is from what it should compute, jitted and eager; None: not compared.
+    """The errors of a kind of device, jitted and eager, relative to the largest value; None: not compared.
 
-    `report` is a public one that fits what is wrong.
+    `report` is a public report of the same fault.
     """
 
     device: str
@@ -66,14 +67,14 @@ class Finding:
 
     @property
     def right(self) -> bool:
-        """Whether both are within the bound; NaN is not."""
+        """Whether both errors are within the bound; NaN is not."""
         return all(gap <= self.bound for gap in (self.jitted, self.eager) if gap is not None)
 
 
 def one_of_each_kind() -> list[Any]:
-    """Return the first device of every kind that JAX has here, the host among them."""
+    """Return the first device of every kind that JAX has here, including the host."""
     found = list(jax.local_devices())
-    with contextlib.suppress(RuntimeError):  # where JAX_PLATFORMS leaves the host out
+    with contextlib.suppress(RuntimeError):  # JAX_PLATFORMS may exclude the host
         found += jax.local_devices(backend="cpu")
     return list({device.device_kind: device for device in reversed(found)}.values())[::-1]
 
@@ -88,9 +89,9 @@ def check(config: RunConfig) -> Iterator[Finding]:
 
 
 def compare(device: Any, what: str, piece: Piece) -> Finding:
-    """Compute a piece on `device`, jitted and eager, and hold both to what it should give."""
+    """Compute a piece on `device`, jitted and eager, and compare both with the exact result."""
     given = jax.device_put(piece.arguments, device)
-    with jax.set_mesh(make_mesh(MeshConfig(), [device])):  # which says for what platform it is
+    with jax.set_mesh(make_mesh(MeshConfig(), [device])):  # which determines the platform
         together = jax.jit(piece.function)
         jitted = max(gap(together(*given), piece.exact) for _ in range(piece.calls))
         with jax.disable_jit():
@@ -100,7 +101,7 @@ def compare(device: Any, what: str, piece: Piece) -> Finding:
 
 
 def gap(found: Any, exact: np.ndarray) -> float:
-    """The largest error, as a share of the largest value."""
+    """Return the largest error, relative to the largest value."""
     return float(np.abs(np.asarray(found, np.float64) - exact).max() / np.abs(exact).max())
 
 
@@ -108,9 +109,9 @@ def step(device: Any, config: RunConfig) -> Iterator[Finding]:
     """Compare loss, gradient and the first steps of `config`, shrunk, between jitted and eager."""
     program = Program.on_one_device(small(config), device)
     start = jax.device_get(program.init())
-    jitted = answer(program, start)
+    jitted = answer(program, start, STEPS)
     with jax.disable_jit():
-        eager = answer(program, start)
+        eager = answer(program, start, STEPS)
     names = {
         "loss": "loss of the config",
         "gradient": "gradient of the config",
@@ -121,23 +122,12 @@ def step(device: Any, config: RunConfig) -> Iterator[Finding]:
 
 
 def small(config: RunConfig) -> RunConfig:
-    """Return `config` as `verify` shrinks it, and still less deep: eager, every operation is a program of its own."""
+    """Return `config` as `verify` shrinks it, with fewer layers: eager, every operation is a program of its own."""
     one = dataclasses.replace(shrunk(config), pipeline=PipelineConfig(), accumulate=1)
     c = one.model
-    layers = min(c.n_layers, 2 * len(c.layers) + c.n_layers - c.scanned)
+    layers = min(c.n_layers, 2 * len(c.layers) + c.n_layers - n_scanned(c))
     data = dataclasses.replace(one.data, batch_size=4)
     return dataclasses.replace(one, model=dataclasses.replace(c, n_layers=layers), data=data)
-
-
-def answer(program: Program, start: PyTree) -> Answer:
-    """Loss and gradient of a batch, and loss and gradient norm of the first steps."""
-    state = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), start, program.abstract_state)
-    (loss, _), gradient = jax.device_get(program.gradient(state.params, rows(program.config, STEPS)))
-    curve = []
-    for number in range(STEPS):
-        state, metrics = program.train_step(state, rows(program.config, number))
-        curve.append((float(metrics["loss"]), float(metrics["grad_norm"])))
-    return Answer(float(loss), gradient, np.array(curve))
 
 
 def wide(*arrays: np.ndarray) -> list[np.ndarray]:
@@ -149,9 +139,9 @@ def normal(draw: Draw, *shape: int) -> np.ndarray:
 
 
 def sums_of_rows(draw: Draw, config: RunConfig) -> Piece:
-    x, turn = normal(draw, ROWS, 3), normal(draw, 3, 3)
-    y, t = wide(x, turn)
-    return Piece(jax.vmap(lambda row, t: jnp.sum((t @ row) ** 2), (0, None)), (x, turn), ((y @ t.T) ** 2).sum(1))
+    x, matrix = normal(draw, ROWS, 3), normal(draw, 3, 3)
+    y, m = wide(x, matrix)
+    return Piece(jax.vmap(lambda row, m: jnp.sum((m @ row) ** 2), (0, None)), (x, matrix), ((y @ m.T) ** 2).sum(1))
 
 
 def sum_of_a_broadcast(draw: Draw, config: RunConfig) -> Piece:
@@ -161,7 +151,7 @@ def sum_of_a_broadcast(draw: Draw, config: RunConfig) -> Piece:
 
 
 def sums_over_tokens(draw: Draw, config: RunConfig) -> Piece:
-    x = draw.random((ROWS, 33), np.float32)  # of one sign: sums that cancel have no digits
+    x = draw.random((ROWS, 33), np.float32)  # all positive: sums that cancel lose their digits
     return Piece(lambda x: x.sum(0), (x,), x.astype(np.float64).sum(0))
 
 
@@ -225,12 +215,12 @@ PIECES: dict[str, Callable[[Draw, RunConfig], Piece]] = {
 
 
 def about() -> list[str]:
-    """Say which versions compute here, and which faults of theirs are known, a line each."""
+    """Return a line for the versions that compute here, and for each of their known faults."""
     lines = [f"jax {jax.__version__}, jaxlib {JAXLIB}, against NumPy {np.__version__} in float64"]
     still = {fault for device in one_of_each_kind() for fault in open_faults(device)}
     for fault in known_faults():
         word = "NOT GUARDED" if fault in still else "guarded"
-        lines.append(f"known of this jaxlib on a CPU: {fault.what} ({fault.reports}): {word}")
+        lines.append(f"known fault of this jaxlib on a CPU: {fault.what} ({fault.reports}): {word}")
     return lines
 
 
@@ -238,7 +228,7 @@ HEAD = f"{'device':16} {'':36} {'jitted':>8} {'eager':>8} {'bound':>8}"
 
 
 def line(f: Finding) -> str:
-    """A finding on the screen."""
+    """Return a finding as a line of text."""
     eager = "" if f.eager is None else f"{f.eager:.0e}"
     word = "right" if f.right else "WRONG" + (f", as {f.report} says" if f.report else "")
     return f"{f.device[:16]:16} {f.what:36} {f.jitted:8.0e} {eager:>8} {f.bound:8.0e}  {word}"

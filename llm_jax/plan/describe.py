@@ -1,7 +1,7 @@
 """What a config amounts to, before anything of it exists: every shape, parameters, FLOPs, memory.
 
-`describe` gives plain data, `render` prints it. All of it comes from the functions that train, evaluated in
-the abstract by `jax.eval_shape`: a model of any size is described in about a second, and none is allocated.
+`describe` returns plain data, which a console of `rich` prints. All of it comes from the functions that train,
+evaluated abstractly by `jax.eval_shape`: it takes about a second for a model of any size, and allocates nothing.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from llm_jax.data.loader import Batch, as_told
 from llm_jax.keys import REQUIRED, keys, value_at
 from llm_jax.model.config import TAPS, ModelConfig
 from llm_jax.model.count import active_parameters, flops_per_token, parameter_counts
+from llm_jax.model.stack import kinds_of, locate
 from llm_jax.model.taps import capture
 from llm_jax.model.transformer import Transformer
 from llm_jax.train.config import RunConfig
@@ -33,9 +34,9 @@ from llm_jax.train.step import TrainState, cast, init_state, make_loss
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """A named activation: its axes by letter, their sizes, what it is, and the layers of one kind where it is alike.
+    """A named activation: its axes by letter, their sizes, what it is, and the layers of one `kind` that share it.
 
-    `kind` is empty, and so is `layers`, outside of layers.
+    `kind` and `layers` are empty outside of layers.
     """
 
     name: str
@@ -49,14 +50,14 @@ class Activation:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes in use on all devices together, while a training step is at one microbatch.
+    """Bytes in use on all devices together, during one microbatch of a training step.
 
     Attributes:
       weights, gradients, optimizer: the train state, and a gradient for each weight.
-      cast: the copy of the weights in the dtype of the computation, where that is not float32.
-      kept: what the backward pass needs of the forward pass: all that `jax.vjp` of the loss holds on to, under
-        the config's rematerialization, weights left out. The compiler may keep less, or need scratch space.
-      recomputed: what rematerialization has made anew while the backward pass is in one layer.
+      cast: the copy of the weights in the dtype of the computation, if that is not float32.
+      kept: what the backward pass needs of the forward pass: all residuals of `jax.vjp` of the loss under the
+        rematerialization of the config, except weights. The compiler may keep less, or need scratch space.
+      recomputed: what rematerialization recomputes for one layer in the backward pass.
     """
 
     weights: int
@@ -69,9 +70,9 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What `llm-jax show` says.
+    """What `llm-jax show` prints.
 
-    A token meets the `active_parameters`, not every expert. FLOPs are those of training; a forward pass alone takes a
+    A token uses the `active_parameters`, not every expert. FLOPs are those of training; a forward pass alone takes a
     third of them.
     """
 
@@ -89,7 +90,7 @@ class Description:
 
 
 def describe(config: RunConfig) -> Description:
-    """All that follows from `config` without running it."""
+    """Return all that follows from `config` without running it."""
     c, data = config.model, config.data
     optimizer = make_optimizer(config.optimizer)
     state = jax.eval_shape(functools.partial(init_state, Transformer(c), optimizer), jax.random.key(0))
@@ -107,7 +108,7 @@ def describe(config: RunConfig) -> Description:
 
 
 def sizes_of(c: ModelConfig) -> dict[str, int]:
-    """N D K G H F V, and E and C where there are experts and classes."""
+    """Return the sizes N D K G H F V, and E and C if there are experts and classes."""
     sizes = (c.n_layers, c.d_model, c.K, c.G, c.H, c.F, c.vocab_size)
     some = {"E": c.experts.number} if c.experts is not None else {}
     some |= {"C": c.n_classes} if c.n_classes is not None else {}
@@ -115,23 +116,23 @@ def sizes_of(c: ModelConfig) -> dict[str, int]:
 
 
 def activations(c: ModelConfig, params: PyTree, tokens: jax.ShapeDtypeStruct) -> Iterator[Activation]:
-    """The tokens, and every tap in the order in which they meet it; those inside layers once for each kind of layer."""
+    """Yield the tokens, and every tap in the order of the forward pass; those inside layers once per kind of layer."""
     found = jax.eval_shape(functools.partial(capture, Transformer(c)), params, tokens) | {"tokens": tokens}
-    inside = {name for name, place in TAPS.items() if place.startswith("layers/")}
-    kinds: dict[str, list[int]] = {}
-    for layer in range(c.n_layers):
-        kinds.setdefault(c.layers[layer % len(c.layers)], []).append(layer)
+    inside = {name for name, path in TAPS.items() if path.startswith("layers/")}
+    by_kind: dict[str, list[int]] = {}
+    for layer, kind in enumerate(kinds_of(c)):
+        by_kind.setdefault(kind, []).append(layer)
     outside: dict[str, list[int]] = {"": []}
     names = list(TAPS)
     stages = (
         (["tokens", *names[: names.index("resid_pre")]], outside),
-        ([name for name in names if name in inside], kinds),
+        ([name for name in names if name in inside], by_kind),
         (names[names.index("resid_post") + 1 :], outside),
     )
-    for stage, places in stages:
-        for kind, layers in places.items():
+    for stage, layers_of in stages:
+        for kind, layers in layers_of.items():
             for name in stage:
-                if kind and not c.layer(layers[0]).has(name):
+                if kind and not locate(c, layers[0]).kind.has(name):
                     continue
                 letters, meaning = meanings(c, kind)[name]
                 x = found[name]
@@ -139,7 +140,7 @@ def activations(c: ModelConfig, params: PyTree, tokens: jax.ShapeDtypeStruct) ->
 
 
 def memory(config: RunConfig, state: TrainState, computed: PyTree, tokens: jax.ShapeDtypeStruct) -> Memory:
-    """Where the bytes of a training step are; `computed` are the weights as the model computes with them."""
+    """Return the bytes of a training step; `computed` are the weights in the dtype that the model computes with."""
     c = config.model
     kept = everything = residual_bytes(config, computed, tokens)
     if c.remat != "none":
@@ -155,7 +156,7 @@ def memory(config: RunConfig, state: TrainState, computed: PyTree, tokens: jax.S
 
 
 def residual_bytes(config: RunConfig, params: PyTree, tokens: jax.ShapeDtypeStruct) -> int:
-    """What the backward pass of one microbatch holds on to in the device's memory, beside `params`."""
+    """Return the bytes that the backward pass of one microbatch keeps in device memory, besides `params`."""
     loss = make_loss(Transformer(config.model), config.loss)
     seen = jax.ShapeDtypeStruct(tokens.shape, bool)
     batch = as_told(Batch(tokens, tokens, segments=tokens, positions=tokens, prefix=seen), config.data)
@@ -169,22 +170,22 @@ def residual_bytes(config: RunConfig, params: PyTree, tokens: jax.ShapeDtypeStru
 
 
 def nbytes(tree: PyTree) -> int:
-    """Bytes of all leaves, arrays or shapes."""
+    """Return the bytes of all leaves, arrays or shapes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def meanings(c: ModelConfig, kind: str = "") -> dict[str, tuple[str, str]]:
-    """The letters of each activation in a layer of that kind, and a line of words."""
+    """Return the letters of each activation in a layer of `kind`, and a line of words."""
     mixer = kind.partition("+")[0]
     recurrent = mixer in ("linear", "delta")
-    placed = {"learned": ", plus that of its position", "sinusoidal": ", plus the waves of its position"}
-    turned, too = (", turned by its position", ", turned too") if c.positions == "rotary" else ("", "")
+    added = {"learned": ", plus that of its position", "sinusoidal": ", plus the waves of its position"}
+    rotated, too = (", rotated by its position", ", rotated too") if c.positions == "rotary" else ("", "")
     if recurrent or mixer == "nope":
-        turned = too = ""
+        rotated = too = ""
     normed_after = ", normed" if c.residual == "post" else ""
     normed_before = ", normed" if c.residual in ("sandwich", "output") else ""
     shared = f"; one for {c.G} query heads" if c.G > 1 else ""
-    gate = ", times a second spread" if c.gated else ""
+    gate = ", times a second projection" if c.gated else ""
     head = "output" if c.head == "unembedding" else c.head
     scored = ("B L V", "the next token") if c.n_classes is None else ("B L C", "the classes, where a question ends")
     view = {"local": f"the last {c.attention.window} keys", "sparse": "the keys of its blocks"}.get(
@@ -196,24 +197,24 @@ def meanings(c: ModelConfig, kind: str = "") -> dict[str, tuple[str, str]]:
     seen = f"{c.experts.active} of {c.experts.number}" if c.experts else ""
     return {
         "tokens": ("B L", f"ids below {c.vocab_size}"),
-        "embed": ("B L D", f"each id becomes its row of the embedding table{placed.get(c.positions, '')}"),
-        "resid_pre": ("B L D", "the residual stream, as this layer finds it"),
-        "q": ("B L K G H", f"what each token looks for{turned}"),
+        "embed": ("B L D", f"each id becomes its row of the embedding table{added.get(c.positions, '')}"),
+        "resid_pre": ("B L D", "the residual stream, as it enters the layer"),
+        "q": ("B L K G H", f"what each token looks for{rotated}"),
         "k": ("B S K H", f"what it is found by{too}{shared}"),
-        "v": ("B S K H", f"what it hands over when found{shared}"),
+        "v": ("B S K H", f"what it contributes when found{shared}"),
         "attn_scores": ("B K G L S", f"every query times every key, {scale}{capped}{sloped}"),
         "pattern": ("B K G L S", f"softmax over {view}: each row sums to 1"),
         "z": (
             "B L K G H",
             "what each query finds in the state" if recurrent else "the values, averaged as the pattern says",
         ),
-        "attn_out": ("B L D", f"the heads joined, back at the width of the stream{normed_before}"),
-        "resid_mid": ("B L D", f"the stream, and what attention adds to it{normed_after}"),
-        "mlp_pre": ("B L F", "each token by itself, spread to F features"),
+        "attn_out": ("B L D", f"the heads joined, projected to the width of the stream{normed_before}"),
+        "resid_mid": ("B L D", f"the stream plus what attention adds to it{normed_after}"),
+        "mlp_pre": ("B L F", "each token by itself, projected to F features"),
         "mlp_post": ("B L F", f"{c.activation} of that{gate}"),
         "router": ("B L E", f"scores of the experts: a token goes to {seen}"),
-        "mlp_out": ("B L D", f"folded back to the width of the stream{normed_before}"),
-        "resid_post": ("B L D", f"the stream, and what the feed-forward adds to it{normed_after}"),
+        "mlp_out": ("B L D", f"projected back to the width of the stream{normed_before}"),
+        "resid_post": ("B L D", f"the stream plus what the feed-forward adds to it{normed_after}"),
         "final": ("B L D", f"the stream at the end{'' if normed_after else ', normed'}"),
         "logits": (scored[0], f"scores for {scored[1]}, against the {head} table"),
     }
@@ -233,7 +234,7 @@ LETTERS = {
     "C": "classes",
     "E": "experts",
 }
-WALKED = 3  # up to so many layers are walked through one by one
+WALKED = 3  # up to so many layers are shown one by one
 
 
 def _page(d: Description) -> Group:
@@ -243,25 +244,25 @@ def _page(d: Description) -> Group:
     compute.add_row("a token, training", metric(d.flops_per_token, "FLOP"))
     compute.add_row(f"a step, {d.tokens_per_step:,} tokens", metric(d.flops_per_token * d.tokens_per_step, "FLOP"))
     total = sum(d.parameters.values())
-    met = "" if d.active_parameters == total else f"; a token meets {d.active_parameters:,}"
+    met = "" if d.active_parameters == total else f"; a token uses {d.active_parameters:,}"
     return Group(
         title("Shapes of a microbatch"),
         Columns(legend, padding=(0, 3)),
         Text(),
         walk(d),
-        Text("attn_scores and pattern: whole only where a tap looks, or L is short", style="dim"),
+        Text("attn_scores and pattern: whole only if a tap captures them, or L is short", style="dim"),
         title(f"Parameters: {total:,}{met}"),
         shares(d.parameters, "{:,}".format),
         title("Compute"),
         compute,
         title("Memory, of all devices together"),
         shares(memory_in_words(d.memory), functools.partial(metric, unit="B")),
-        Text("kept: all that jax.vjp of the loss holds on to; the compiler may do better or worse", style="dim"),
+        Text("kept: all residuals of jax.vjp of the loss; the compiler may do better or worse", style="dim"),
     )
 
 
 def walk(d: Description) -> Table:
-    """A line for each activation: name, letters, sizes, dtype, words."""
+    """Return a line for each activation: name, letters, sizes, dtype, words."""
     table = columns("bold", "cyan", "", "dim")
     table.add_column(style="dim")
     several = len({a.kind for a in d.activations if a.kind}) > 1
@@ -279,14 +280,14 @@ def walk(d: Description) -> Table:
 
 
 def spans(numbers: Sequence[int]) -> str:
-    """`0..4, 6, 8..9`; a long list is cut."""
+    """Return ascending numbers as spans: `0..4, 6, 8..9`; a long list is shortened."""
     runs = [list(run) for _, run in itertools.groupby(numbers, lambda n, at=itertools.count(): n - next(at))]
     found = [str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs]
     return ", ".join(found if len(found) <= 4 else [*found[:3], f"... {found[-1]}"])
 
 
 def shares(amounts: dict[str, int], shown: Callable[[int], str]) -> Table:
-    """A line for each amount that is not 0, with its share of all, and the sum."""
+    """Return a line for each amount that is not 0, with its share of the sum, and the sum."""
     table, total = columns("", "right", "right"), sum(amounts.values())
     for name, amount in (amounts | {"in all": total}).items():
         if amount:
@@ -306,14 +307,14 @@ def memory_in_words(m: Memory) -> dict[str, int]:
 
 
 def metric(n: int | float, unit: str) -> str:
-    """`512 B`, `1.23 GB`, `236 PFLOP`."""
+    """Return a quantity in three digits and a prefix: `512 B`, `1.23 GB`, `236 PFLOP`."""
     mantissa, exponent = f"{n:.2e}".split("e")
     thousands = int(exponent) // 3
     return f"{float(mantissa) * 10 ** (int(exponent) % 3):.3g} {' kMGTPEZY'[thousands].strip()}{unit}"
 
 
 def keys_table(config: RunConfig) -> Table:
-    """Each key as the command line takes it, its default where that is another, and its meaning."""
+    """Return a line for each key: as the command line takes it, its default if that differs, and its meaning."""
     table = columns("", "dim")
     table.add_column(ratio=1)
     table.expand = True
@@ -333,7 +334,7 @@ def keys_table(config: RunConfig) -> Table:
 
 
 def keys_as_json(config: RunConfig) -> dict[str, dict[str, object]]:
-    """For each key that is a value: this and its default, absent where there is none, and its meaning."""
+    """Return for each key that is a value: the value, its default if it has one, and its meaning."""
     found = {}
     for key in keys(RunConfig):
         if key.group is None:
@@ -343,7 +344,7 @@ def keys_as_json(config: RunConfig) -> dict[str, dict[str, object]]:
 
 
 def quoted(word: str) -> str:
-    """`word` as a shell takes it, on one line."""
+    """Return `word` as a shell takes it, on one line."""
     if word.isprintable():
         return shlex.quote(word)
     return "$'" + word.encode("unicode_escape").decode().replace("'", "\\'") + "'"
@@ -354,7 +355,7 @@ def title(text: str) -> Text:
 
 
 def columns(*styles: str) -> Table:
-    """A table without lines; a column is of a style, or flush `right`."""
+    """Return a table without lines; a column has a style, or is flush `right`."""
     table = Table.grid(padding=(0, 2, 0, 0))
     for style in styles:
         if style == "right":

@@ -1,7 +1,7 @@
-"""Reads the text of a compiled program: what it sends, and how long it takes. `liveness.py` reads what it holds.
+"""Read the text of a compiled program: what it sends, and how long it takes. `liveness.py` reads what it holds.
 
-The text is that of `jit(...).lower(...).compile().as_text()`, of any platform: the instructions of each computation in
-the order in which they run. JAX is not needed to read it.
+The text is that of `jit(...).lower(...).compile().as_text()`, on any platform: the instructions of each computation in
+the order in which they run. Reading it needs no JAX.
 """
 
 import dataclasses
@@ -11,13 +11,13 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-# What a device of n sends, in sizes of what it puts in: the algorithms that send least, which are rings.
+# What one of n devices sends, as a multiple of its operand: for the algorithms that send least, which are rings.
 SENT = {
     "all-gather": lambda n: n - 1,
     "reduce-scatter": lambda n: (n - 1) / n,
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "all-to-all": lambda n: (n - 1) / n,
-    "ragged-all-to-all": lambda n: (n - 1) / n,  # at most: where all of it is asked for
+    "ragged-all-to-all": lambda n: (n - 1) / n,  # at most: if all of it is used
     "collective-permute": lambda n: 1,
     "collective-broadcast": lambda n: 1,
 }
@@ -25,7 +25,7 @@ SENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """`%name = shape opcode(operands), attributes`; of a constant the operand is its text."""
+    """`%name = shape opcode(operands), attributes`; the operand of a constant is its text."""
 
     name: str
     shape: str
@@ -35,13 +35,13 @@ class Instruction:
     root: bool
 
     def attribute(self, pattern: str) -> str | None:
-        """What the group of `pattern` matches in the attributes."""
+        """Return what the group of `pattern` matches in the attributes, or None."""
         found = re.search(pattern, self.attributes)
         return found and found[1]
 
     @property
     def calls(self) -> dict[str, str]:
-        """The computations that it runs, by the role of each."""
+        """The computations that it runs, by their roles."""
         if branches := self.attribute(r"branch_computations=\{([^}]*)\}"):
             return {str(i): name.strip(" %") for i, name in enumerate(branches.split(","))}
         roles = "calls|body|condition|true_computation|false_computation" + "|to_apply" * (self.opcode == "call")
@@ -50,7 +50,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """The computations of a program by name, and the name of that which is run."""
+    """The computations of a program by name, and the name of the one that runs."""
 
     computations: Mapping[str, Sequence[Instruction]]
     entry: str
@@ -65,16 +65,16 @@ class Module:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Devices that exchange arrays.
+    """An exchange of arrays between devices.
 
     Attributes:
-      kind: as the keys of `SENT`.
-      axes: the mesh axes along which they do, as `data+fsdp`; empty where no axes make such groups.
-      devices: how many of them, in a group.
+      kind: one of the keys of `SENT`.
+      axes: the mesh axes of its groups, such as `data+fsdp`; empty if no axes form such groups.
+      devices: how many there are in a group.
       sent: bytes that a device sends, each time.
-      count: times a step; None in a loop whose length is known only when it runs.
+      count: times per step; None in a loop whose length is known only at run time.
       overlapped: whether the program computes meanwhile.
-      scope: where in the source it stands, as `op_name` says.
+      scope: its scope in the source, as in `op_name`.
     """
 
     kind: str
@@ -87,7 +87,7 @@ class Collective:
 
 
 def parse(text: str) -> Module:
-    """The program that `text` spells. Raises `ValueError` where it spells none."""
+    """Return the program in `text`. Raises `ValueError` if there is none."""
     computations: dict[str, list[Instruction]] = {}
     entry, body = None, None
     for line in text.splitlines():
@@ -106,7 +106,7 @@ def parse(text: str) -> Module:
 
 
 def _shape(text: str) -> tuple[str, str]:
-    """The shape that `text` begins with, and what follows it."""
+    """Return the shape that `text` begins with, and the rest."""
     if text.startswith("("):
         shape, rest = _closed(text)
         return shape, rest.lstrip()
@@ -115,7 +115,7 @@ def _shape(text: str) -> tuple[str, str]:
 
 
 def _closed(text: str) -> tuple[str, str]:
-    """`text` up to the parenthesis that closes its first one, and what follows it."""
+    """Return `text` up to the parenthesis that closes its first one, and the rest. Raises `ValueError` if none does."""
     depth = 0
     for at in re.finditer(r"[()]", text):
         depth += 1 if at[0] == "(" else -1
@@ -125,12 +125,12 @@ def _closed(text: str) -> tuple[str, str]:
 
 
 def arrays(shape: str) -> list[str]:
-    """The arrays of a shape, a tuple's one after the other, each as `bf16[8,128]{1,0:T(8,128)}`."""
+    """Return the arrays of a shape, those of a tuple in order, each like `bf16[8,128]{1,0:T(8,128)}`."""
     return re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", shape)
 
 
 def tuple_elements(shape: str) -> list[str]:
-    """The shapes that a tuple's is made of, which may be tuples."""
+    """Return the shapes of the elements of a tuple, which may be tuples."""
     depth, found = 0, [""]
     for piece in re.split(r"([()\[\]{},])", shape[1:-1]):
         depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(piece, 0)
@@ -142,7 +142,7 @@ def tuple_elements(shape: str) -> list[str]:
 
 
 def array_bytes(array: str) -> int:
-    """The size of an array, without the padding of its tiles."""
+    """Return the bytes of an array, without the padding of its tiles."""
     kind, sizes = re.findall(r"(\w+)\[([\d,]*)\]", array)[0]
     named = re.search(r"\d+", kind)
     bits = int(named[0]) if named else 8 * (kind == "pred")  # a token has none
@@ -151,7 +151,7 @@ def array_bytes(array: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Visit:
-    """An instruction of a running program: how many times a step it runs, if that is known, and in which fusion."""
+    """An instruction of a running program: how often it runs per step, if that is known, and in which fusion."""
 
     instruction: Instruction
     computation: str
@@ -160,7 +160,7 @@ class Visit:
 
 
 def visits(module: Module) -> Iterator[Visit]:
-    """Every instruction that runs, in the order in which it first does; of branches those of the longest."""
+    """Iterate over every instruction that runs, in order of its first run; of branches, those of the longest."""
 
     def walk(computation: str, times: int | None, fusion: str | None) -> Iterator[Visit]:
         for x in module.computations[computation]:
@@ -179,10 +179,9 @@ def visits(module: Module) -> Iterator[Visit]:
 
 
 def trips(module: Module, computation: str, loop: Instruction) -> int | None:
-    """How often the body of a `while` runs: as the compiler says, or else as its counter is compared and raised.
+    """Return how often the body of a `while` runs: as the compiler says, or by the comparison and step of its counter.
 
-    None where that is known only when it runs: such are the further rounds of `ops/exchange.py`, which usually are not
-    needed.
+    None if that is known only at run time, as for the further rounds of `ops/exchange.py`, which are rarely needed.
     """
     if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"\}'):
         return int(known)
@@ -192,20 +191,20 @@ def trips(module: Module, computation: str, loop: Instruction) -> int | None:
     if start is None or start.opcode != "tuple" or end.opcode != "tuple" or compared.opcode != "compare":
         return None
 
-    def place(x: Instruction) -> int:
+    def index(x: Instruction) -> int:
         return int(x.attribute(r"index=(\d+)") or 0)
 
     def number(where: str, name: str) -> int | None:
-        """The constant that `name` is in the condition, the body or, carried unchanged, before the loop."""
+        """Return the constant `name` in the condition, the body or, carried unchanged, before the loop."""
         x = module.by_name[where].get(name)
         if x is None or x.opcode == "constant":
             return int(x.operands[0]) if x and re.fullmatch(r"-?\d+", x.operands[0]) else None
         if x.opcode in ("copy", "bitcast", "convert"):
             return number(where, x.operands[0])
         if x.opcode == "get-tuple-element" and where in (condition, body):
-            after = module.by_name[body][end.operands[place(x)]]
-            unchanged = after.opcode == "get-tuple-element" and place(after) == place(x)
-            return number(computation, start.operands[place(x)]) if unchanged else None
+            after = module.by_name[body][end.operands[index(x)]]
+            unchanged = after.opcode == "get-tuple-element" and index(after) == index(x)
+            return number(computation, start.operands[index(x)]) if unchanged else None
         return None
 
     def step(name: str) -> int:
@@ -221,22 +220,22 @@ def trips(module: Module, computation: str, loop: Instruction) -> int | None:
         return added + step(left) if added is not None else (number(body, left) or 0) + step(right)
 
     def raised(name: str) -> int:
-        """By how much a round changes what the condition compares."""
+        """Return by how much a round changes what the condition compares."""
         x = module.by_name[condition].get(name)
-        return step(end.operands[place(x)]) if x is not None and x.opcode == "get-tuple-element" else 0
+        return step(end.operands[index(x)]) if x is not None and x.opcode == "get-tuple-element" else 0
 
     (left, right), direction = compared.operands, compared.attribute(r"direction=(\w+)") or ""
     if not raised(left):
         left, right, direction = right, left, direction.translate(str.maketrans("LG", "GL"))
     if not raised(left):
         return None
-    first = number(computation, start.operands[place(module.by_name[condition][left])])
+    first = number(computation, start.operands[index(module.by_name[condition][left])])
     last = number(condition, right)
     return None if first is None or last is None else rounds(first, last, raised(left), direction)
 
 
 def rounds(first: int, last: int, step: int, direction: str) -> int | None:
-    """How many of `first`, `first + step`, ... come before one that is not LT, LE, GT, GE or NE `last`."""
+    """Count `first`, `first + step`, ... up to one for which `direction` (LT, LE, GT, GE, NE) to `last` is false."""
     toward = step < 0 if direction in ("GT", "GE") else step > 0 if direction in ("LT", "LE") else step != 0
     if not toward or direction == "EQ":
         return None
@@ -247,7 +246,10 @@ def rounds(first: int, last: int, step: int, direction: str) -> int | None:
 
 
 def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
-    """What a step sends over `mesh`, its axes with their sizes in the order of its devices."""
+    """Return what a step sends over `mesh`, whose axes and sizes are in the order of its devices.
+
+    Raises `ValueError` for a collective that is not in `SENT`.
+    """
     found, seen = [], set()
     for visit in visits(module):
         x, kind = visit.instruction, visit.instruction.opcode.removesuffix("-start")
@@ -259,16 +261,15 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
             continue
         channel, scope = x.attribute(r"channel_id=(\d+)"), x.attribute(r'op_name="([^"]*)"') or ""
         if kind == "all-reduce" and "all-reduce-scatter" in (visit.fusion or ""):
-            kind = "reduce-scatter"  # of the sum a device keeps its part
+            kind = "reduce-scatter"  # a device keeps its shard of the sum
         elif visit.fusion is not None and channel is not None:
-            # Each fusion of an asynchronous chain shows the collective that it carries. All of `shard_map` have one
-            # channel.
+            # Each fusion of an asynchronous chain shows its collective again. Those of a `shard_map` share a channel.
             if (channel, kind, scope) in seen:
                 continue
             seen.add((channel, kind, scope))
         group = _pairs(x) if kind == "collective-permute" else _groups(x, math.prod(mesh.values()))
         devices = len(mesh) and math.prod(mesh.values()) if group is None else len(group[0])
-        given = x.operands[:1] if kind == "ragged-all-to-all" else x.operands  # behind it, where and how much
+        given = x.operands[:1] if kind == "ragged-all-to-all" else x.operands  # after it, where and how much
         put_in = sum(array_bytes(a) for name in given for a in arrays(module.by_name[visit.computation][name].shape))
         found.append(
             Collective(
@@ -290,7 +291,7 @@ def _pairs(x: Instruction) -> list[list[int]] | None:
 
 
 def _groups(x: Instruction, devices: int) -> list[list[int]] | None:
-    """The groups that exchange, in any of the three spellings, or a device of each slice; None: all devices."""
+    """Return the groups of devices, in any of the three notations, or a device of each slice; None: all devices."""
     if slices := x.attribute(r'_xla_megascale_target="\{([\d,:]+)\}'):
         ids = [int(i) for i in re.findall(r"\d+", slices)]
         number = ids[-1] - ids[0] + 1 if ":" in slices else len(ids)
@@ -307,39 +308,39 @@ def _groups(x: Instruction, devices: int) -> list[list[int]] | None:
         chosen = re.findall(r"'(\w+)'", found[3])
         names = list(named)
         order = [names.index(name) for name in names if name not in chosen] + [names.index(name) for name in chosen]
-        places, each = _transposed(list(named.values()), order), math.prod(named[name] for name in chosen)
-        ids = list(range(len(places)))  # of the devices at these places
+        indices, each = _transposed(list(named.values()), order), math.prod(named[name] for name in chosen)
+        ids = list(range(len(indices)))  # the device at each index
         if laid := re.search(r"\[([\d,]+)\]T\(([\d,]+)\)", found[2]):
             ids = _transposed(*([int(n) for n in numbers.split(",")] for numbers in laid.groups()))
-        return [[ids[place] for place in places[i : i + each]] for i in range(0, len(places), each)]
+        return [[ids[index] for index in indices[i : i + each]] for i in range(0, len(indices), each)]
     return None
 
 
 def _transposed(sizes: Sequence[int], order: Sequence[int]) -> list[int]:
     """`arange(prod(sizes)).reshape(sizes).transpose(order).ravel()`."""
     strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
-    places = itertools.product(*(range(sizes[axis]) for axis in order))
-    return [sum(i * strides[axis] for i, axis in zip(place, order, strict=True)) for place in places]
+    indices = itertools.product(*(range(sizes[axis]) for axis in order))
+    return [sum(i * strides[axis] for i, axis in zip(index, order, strict=True)) for index in indices]
 
 
 def axes_of(groups: Sequence[Sequence[int]], mesh: Mapping[str, int], *, permuted: bool = False) -> str:
-    """The axes of `mesh` along which the devices of a group differ, joined by `+`; of a permutation, of any pair."""
+    """Return the axes of `mesh` along which devices of a group (of a permutation: any pair) differ, joined by `+`."""
     sizes = list(mesh.values())
 
-    def place(device: int) -> tuple[int, ...]:
+    def index(device: int) -> tuple[int, ...]:
         return tuple(device // math.prod(sizes[i + 1 :]) % size for i, size in enumerate(sizes))
 
     moving = [
         name
         for i, name in enumerate(mesh)
-        if any(len({place(device)[i] for device in group}) > 1 for group in (groups if permuted else groups[:1]))
+        if any(len({index(device)[i] for device in group}) > 1 for group in (groups if permuted else groups[:1]))
     ]
     whole = permuted or math.prod(mesh[name] for name in moving) == len(groups[0])
     return "+".join(moving) if whole else ""
 
 
 def _overlapped(module: Module, visit: Visit) -> bool:
-    """Whether anything is computed between the start of a collective and its end."""
+    """Return whether anything is computed between the start of a collective and its end."""
     if visit.fusion is not None:
         return "all-reduce-scatter" not in visit.fusion
     if not visit.instruction.opcode.endswith(("-start", "send")):
@@ -350,9 +351,9 @@ def _overlapped(module: Module, visit: Visit) -> bool:
 
 
 def cycles(module: Module) -> int:
-    """The cycles that the compiler for TPU expects a step to take; 0 where it says nothing. Kernels carry none.
+    """Return the cycles that the compiler for TPU expects of a step; 0 if it says none.
 
-    Nor do loops whose length is known only when they run.
+    Kernels, and loops whose length is known only at run time, do not count.
     """
     return sum(
         (visit.times or 0) * int(found)
@@ -362,7 +363,7 @@ def cycles(module: Module) -> int:
 
 
 def totals(found: Sequence[Collective]) -> dict[tuple[str, str], tuple[int, float]]:
-    """Times a step, and bytes that a device sends, of each kind of collective along each axis."""
+    """Return how often a step runs each kind of collective along each axis, and the bytes that a device sends."""
     sums: dict[tuple[str, str], tuple[int, float]] = {}
     for one in found:
         if one.count is None:

@@ -1,4 +1,4 @@
-"""What a compiled program holds in memory at once, read from the order of its instructions."""
+"""What a compiled program holds in memory at the same time, read from the order of its instructions."""
 
 import dataclasses
 import re
@@ -14,7 +14,7 @@ MODULES = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Buffer:
-    """An array in memory: its shape, and the scope of what made it."""
+    """An array in memory: its shape, and the scope of the instruction that made it."""
 
     array: str
     scope: str
@@ -25,12 +25,12 @@ class Buffer:
 
 
 def live(module: hlo.Module) -> Counter[str]:
-    """Temporary bytes at the moment when they are most, by the scope that made them: an estimate.
+    """Estimate the temporary bytes at their peak, by the scope that made them.
 
-    Read from the schedule: an array lives from the instruction that makes it to the last that reads it. What a program
-    is given, and the results that take its place, are not temporary. A loop changes what it carries in place, and a
-    fusion what dies in it and is shaped as its result. What has no scope of its own, as the zeros that a loop begins
-    with, is called by what the loop puts in its place. Gaps between arrays are left out.
+    An array lives from the instruction that makes it to the last one that reads it. The arguments of a program, and the
+    results that replace them, are not temporary. A loop updates its carry in place; a fusion overwrites an operand of
+    the shape of its result that nothing reads later. An array without a scope of its own, such as the zeros that a
+    loop starts with, gets the scope of what replaces it in the loop. Gaps between arrays are not counted.
     """
     return _live(module, module.entry)
 
@@ -43,7 +43,7 @@ def _live(module: hlo.Module, computation: str) -> Counter[str]:
     scopes: dict[Buffer, str] = {}
     for i, x in enumerate(body):
         values[x.name] = _buffers(x, module.by_name[computation], values)
-        taken = x.opcode == "get-tuple-element"  # which reads no more than it gives
+        taken = x.opcode == "get-tuple-element"  # which reads only what it returns
         read = [] if taken else [buffer for name in x.operands for buffer in values.get(name, [])]
         made.append([buffer for buffer in values[x.name] if buffer not in last])
         if x.opcode == "while":
@@ -77,7 +77,7 @@ def _live(module: hlo.Module, computation: str) -> Counter[str]:
 
 
 def _ends(module: hlo.Module, body: str) -> list[str]:
-    """The scope of each array that a loop carries, at the end of its body."""
+    """Return the scope of each array in the carry of a loop, at the end of its body."""
     ends = [module.by_name[body][name] for name in module.root(body).operands]
     return [_scope(x) for x in ends for _ in hlo.arrays(x.shape)]
 
@@ -89,9 +89,9 @@ def _scope(x: hlo.Instruction) -> str:
 def _buffers(
     x: hlo.Instruction, named: Mapping[str, hlo.Instruction], values: Mapping[str, list[Buffer]]
 ) -> list[Buffer]:
-    """Where the arrays of what `x` gives are: those of its operands, or new ones."""
+    """Return the buffers of the result of `x`: those of its operands, or new ones."""
     given = [buffer for name in x.operands for buffer in values.get(name, [])]
-    if x.opcode in ("bitcast", "tuple", "opt-barrier", "while"):  # they rename what others have made
+    if x.opcode in ("bitcast", "tuple", "opt-barrier", "while"):  # they rename the arrays of others
         return given
     if x.opcode == "get-tuple-element":
         sizes = [len(hlo.arrays(element)) for element in hlo.tuple_elements(named[x.operands[0]].shape)]
@@ -109,7 +109,7 @@ def _buffers(
 
 
 def by_module(scopes: Mapping[str, int]) -> Counter[str]:
-    """Bytes by place of the model and direction, where `scopes` have the names that the compiler keeps."""
+    """Return the bytes by module of the model and direction; `scopes` are names as the compiler keeps them."""
     found: Counter[str] = Counter()
     for scope, amount in scopes.items():
         again, back = "rematted_computation" in scope, "transpose(" in scope

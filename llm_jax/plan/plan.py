@@ -1,7 +1,7 @@
-"""What a run would be on accelerators that are not here: what fits, what is sent, how fast it could be.
+"""What a run needs on accelerators that are not here: what fits, what is sent, how fast it can be.
 
-`figures` compiles the very step that trains, for a topology; `plan` reads the compiled program and adds arithmetic;
-`render` prints it. Bytes are those of one device, a GB is 1e9 of them.
+`figures` compiles the very step that trains, for a topology; `plan` reads the compiled program and adds arithmetic; a
+console of `rich` prints the `Plan`. Bytes are those of one device, a GB is 1e9 of them.
 """
 
 import dataclasses
@@ -34,24 +34,24 @@ from llm_jax.train.offload import HOST
 from llm_jax.train.program import Program
 
 DAY = 24 * 3600
-CLOCKS = {"v5e": 1.5e9, "v5p": 1.75e9}  # cycles a second, where they are known
-# Below these a figure would be noise: compilers for accelerators count the memory of small programs badly, and a step
-# this short takes longer to start than to run.
+CLOCKS = {"v5e": 1.5e9, "v5p": 1.75e9}  # cycles per second, as far as they are known
+# Below these a figure is noise: compilers for accelerators count the memory of small programs badly, and such a short
+# step takes longer to start than to run.
 LEAST_MEMORY, LEAST_SECONDS = 3e8, 1e-3
 UNTOLD = "below what the compiler can tell"
 
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """What the compiler says of a program, a device.
+    """What the compiler says about a program, for one device.
 
     Attributes:
-      arguments: bytes of the state and the batch; the new state takes the place of the old.
-      temporary: bytes set apart for all else, gaps between arrays included.
-      needed: bytes set apart in all, which have to fit.
-      peak: bytes in use at the moment when they are most; of a CPU it may leave temporaries out.
-      finished: whether there is a program; what is too large is given up on.
-      text: of the scheduled program, where there is one.
+      arguments: bytes of the state and the batch; the new state overwrites the old one.
+      temporary: bytes allocated for everything else, including gaps between arrays.
+      needed: bytes allocated in all, which have to fit.
+      peak: the largest number of bytes in use at once; on a CPU possibly without temporaries.
+      finished: whether there is a program; the compiler gives up on one that is too large.
+      text: of the scheduled program, if there is one.
     """
 
     arguments: int
@@ -64,7 +64,7 @@ class Figures:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What a device sends by one kind of collective along some axes of the mesh, a step; and while it computes."""
+    """What a device sends per step by one kind of collective along some mesh axes; `overlapped`: while it computes."""
 
     kind: str
     axes: str
@@ -79,16 +79,16 @@ class Plan:
     """A step of a config on a topology. Bytes, FLOPs and seconds are those of one device.
 
     Attributes:
-      peak: bytes in use at the moment when they are most; on a CPU not known, and `needed`.
+      peak: the largest number of bytes in use at once; on a CPU unknown, and `needed`.
       parameters: bytes by path.
-      host: bytes of the state that wait in the host's memory; nothing else counts them.
-      gradients: bytes of all of them; they are among the temporaries.
-      temporaries: bytes at their peak by what made them, read from the program text: an estimate of `temporary`.
-      traffic: None where the program was too large to be finished.
-      more: collectives in loops whose length is known only when they run; nothing else counts them.
-      flops: of the model, and with what is computed again.
-      bubble: the share of time in which a stage of a pipeline has nothing to compute.
-      seconds: a step at published peak rates of compute, memory, and wire if it is known, each by itself.
+      host: bytes of the state in the memory of the host; nothing else counts them.
+      gradients: bytes of all gradients, which are among the temporaries.
+      temporaries: bytes at their peak by module, read from the program text: an estimate of `temporary`.
+      traffic: None if the program was too large to compile.
+      more: collectives in loops whose length is known only at run time; nothing else counts them.
+      flops: of the model, and including recomputation.
+      bubble: the share of time in which a stage of a pipeline is idle.
+      seconds: a step at the published peak rates of compute, memory and, if known, communication, each by itself.
       cycles: a step as the compiler for TPU estimates it, without kernels.
     """
 
@@ -123,23 +123,23 @@ class Plan:
 
     @property
     def step_seconds(self) -> float | None:
-        """The least that a step takes: what takes longest, with all else behind it. None where it can't be run."""
+        """The least that a step takes: the longest of `seconds`, if all else overlaps with it. None if it can't run."""
         return None if self.traffic is None else max(self.seconds.values())
 
     @property
     def tells_memory(self) -> bool:
-        """Whether the compiler's count of bytes is worth something."""
+        """Whether the compiler's count of bytes is reliable."""
         return self.topology.startswith("cpu") or self.needed >= LEAST_MEMORY
 
     @property
     def tokens_per_day(self) -> float | None:
-        """At best; None where a step can't be run, or is too short for it to mean anything."""
+        """At best; None if a step can't run, or is too short for a meaningful number."""
         seconds = self.step_seconds
         return None if seconds is None or seconds < LEAST_SECONDS else self.tokens / seconds * DAY
 
     @property
     def cost(self) -> float | None:
-        """Of a billion tokens, in the currency of the price."""
+        """The cost of a billion tokens, in the currency of the price."""
         return self.price and self.tokens_per_day and self.price * self.chips * 24 / self.tokens_per_day * 1e9
 
     def to_json(self) -> dict[str, Any]:
@@ -158,7 +158,10 @@ class Plan:
 
 
 def figures(program: Program, topology: Topology, folder: Path | None = None) -> Figures:
-    """Compiles the train step of `program`, or finds in `folder` what came of it before."""
+    """Compile the train step of `program`, or read from `folder` what an earlier compilation gave.
+
+    Raises `ValueError` if the compiler refuses the program, other than for its size.
+    """
     lowered = program.lowered()
     folder = folder or cache_folder() / "plans"
     known = [field.name for field in dataclasses.fields(Figures)]
@@ -173,13 +176,13 @@ def figures(program: Program, topology: Topology, folder: Path | None = None) ->
 
 
 def _compilers() -> list[str]:
-    """All beside the program that a compiler's answer depends on."""
+    """Return everything besides the program that the compiler's result depends on."""
     flags = [f"{name}={os.environ.get(name, '')}" for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     return [*versions(), *flags, H100.read_text()]
 
 
 def versions() -> list[str]:
-    """Of JAX and the compilers that are installed."""
+    """Return the versions of JAX and of the installed compilers."""
     found = []
     for package in ("jax", "jaxlib", "libtpu", "jax-cuda12-pjrt"):
         try:
@@ -189,14 +192,14 @@ def versions() -> list[str]:
     return found
 
 
-# How the compilers for TPU say that a program needs more memory than there is; the state and the batch are in it.
+# How the compilers for TPU say that a program needs too much memory; the number includes state and batch.
 TOO_LARGE = r"HLO temporaries \(([\d.]+)([KMGT]?)\)|Used ([\d.]+)([KMGT]?) of \S+ hbm"
 
 
 def too_large(message: str) -> int:
-    """The bytes that a program needs, where an error of the compiler says that they are more than there are.
+    """Return the bytes that a program needs, from the compiler's error that they are too many.
 
-    Raises `ValueError` for any other error, as of a kernel that exceeds the memory on the chip.
+    Raises `ValueError` for any other error, such as a kernel that exceeds the memory on the chip.
     """
     found = re.search(TOO_LARGE, message)
     if found is None:
@@ -216,7 +219,7 @@ def _compiled(lowered: jax.stages.Lowered, arguments: int) -> Figures:
     assert memory is not None
     given, new = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
     needed = given + memory.temp_size_in_bytes + new
-    peak = getattr(memory, "peak_memory_in_bytes", 0) - memory.host_argument_size_in_bytes  # which it counts too
+    peak = getattr(memory, "peak_memory_in_bytes", 0) - memory.host_argument_size_in_bytes  # which it includes
     peak = peak if given < peak < needed else needed
     try:
         text = compiled.as_text() or ""
@@ -227,13 +230,13 @@ def _compiled(lowered: jax.stages.Lowered, arguments: int) -> Figures:
 
 
 def bytes_here(tree: PyTree, host: bool = False) -> int:
-    """Bytes that a device holds of abstract arrays that are laid out on a mesh, or its `host` for it."""
+    """Return the bytes that a device, or the `host` for it, holds of abstract arrays that are sharded on a mesh."""
     here = [leaf for leaf in jax.tree.leaves(tree) if (leaf.sharding.memory_kind == HOST) == host]
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in here)
 
 
 def check_host(config: RunConfig, topology: Topology) -> None:
-    """Raises `ValueError` where something is to wait on the host, and `topology` is described without one."""
+    """Raise `ValueError` if the config keeps something on the host, and `topology` is described without one."""
     if topology.kind in ("cpu", "h100") and (config.offload != "none" or config.model.remat == "offload"):
         raise ValueError(
             f"a plan for {topology} knows of no memory but the devices'; set offload=none, and model.remat=full where "
@@ -242,7 +245,10 @@ def check_host(config: RunConfig, topology: Topology) -> None:
 
 
 def plan(config: RunConfig, topology: Topology, price: float | None = None, folder: Path | None = None) -> Plan:
-    """All that a step of `config` is on `topology`; `price` is that of a chip an hour."""
+    """Return the plan of a step of `config` on `topology`; `price` is that of a chip per hour.
+
+    Raises `ValueError` like `figures`, `check_host`, `Topology.devices` and `Program.on`.
+    """
     check_host(config, topology)
     program = Program.on(config, topology.devices())
     found = figures(program, topology, folder)
@@ -280,7 +286,7 @@ def plan(config: RunConfig, topology: Topology, price: float | None = None, fold
         more=sum(one.count is None for one in sent),
         flops=flops,
         bubble=bubble,
-        seconds=seconds if traffic is None else seconds | {"wire": sum(one.seconds for one in traffic)},
+        seconds=seconds if traffic is None else seconds | {"communication": sum(one.seconds for one in traffic)},
         cycles=cycles,
         cycle_seconds=cycles / clock if clock and cycles else None,
         price=price,
@@ -288,22 +294,22 @@ def plan(config: RunConfig, topology: Topology, price: float | None = None, fold
 
 
 def traffic_of(sent: Sequence[hlo.Collective], mesh: Mapping[str, int], topology: Topology) -> list[Traffic]:
-    """What a step sends, by kind and axes, the most first, as far as it is known how often."""
+    """Return what a step sends, by kind and axes, the most first; without collectives whose count is unknown."""
     found = []
     for (kind, axes), (count, amount) in hlo.totals(sent).items():
-        behind = [one for one in sent if one.overlapped]
-        _, overlapped = hlo.totals(behind).get((kind, axes), (0, 0.0))
+        hidden = [one for one in sent if one.overlapped]
+        _, overlapped = hlo.totals(hidden).get((kind, axes), (0, 0.0))
         seconds = amount / rate_along(axes.split("+") if axes else list(mesh), mesh, topology)
         found.append(Traffic(kind, axes, count, amount, overlapped, seconds))
     return sorted((one for one in found if one.count), key=lambda one: -one.bytes)
 
 
 def memory_bytes(config: RunConfig, program: Program) -> float:
-    """Bytes to and from memory at the least: weights, and their optimizer. Activations come on top.
+    """Return the least bytes to and from memory: for weights and optimizer, without activations.
 
-    Each pass of each microbatch reads the weights that its devices share out, gathered: forward, backward for the
-    gradients of inputs and for those of weights, and once more for what is computed again. The optimizer reads
-    weights, gradients and moments, and writes weights and moments; what waits on the host passes through.
+    Each pass of each microbatch reads the gathered weights: forward, backward for the gradients of inputs and for those
+    of weights, and once more for recomputation. The optimizer reads weights, gradients and moments, and writes weights
+    and moments; what is kept on the host passes through.
     """
     c, mesh, state = config.model, program.mesh.shape, program.abstract_state
     passes = 3 + (c.remat not in ("none", "dots"))
@@ -314,7 +320,7 @@ def memory_bytes(config: RunConfig, program: Program) -> float:
 
 def _page(p: Plan) -> Group:
     gb = functools.partial(metric, unit="B")
-    spare, needed = p.limit - p.needed, f"{gb(p.needed)} set apart" if p.tells_memory else f"{UNTOLD},"
+    spare, needed = p.limit - p.needed, f"{gb(p.needed)} allocated" if p.tells_memory else f"{UNTOLD},"
     in_use = f", {gb(p.peak)} in use at the peak" if p.tells_memory and p.peak < p.needed else ""
     verdict = f"fits, with {gb(spare)} to spare" if p.fits else f"does not fit, by {gb(-spare)}"
     mesh = ", ".join(f"{axis} {size}" for axis, size in p.mesh.items()) or "one device"
@@ -328,7 +334,7 @@ def _page(p: Plan) -> Group:
         Text(f"{p.devices} devices ({mesh}), {p.rows} rows, {p.tokens:,} tokens a step; all below is of one device"),
         title(f"Memory: {needed} of {gb(p.limit)}{in_use}"),
         shares(memory, gb),
-        *([Text(f"on the host: {gb(p.host)}, brought a layer at a time", "dim")] if p.host else []),
+        *([Text(f"on the host: {gb(p.host)}, fetched a layer at a time", "dim")] if p.host else []),
         Text("weights, by path", style="dim"),
         shares(largest | {"others": rest}, gb),
     ]
@@ -342,20 +348,20 @@ def _page(p: Plan) -> Group:
             ),
             shares(shown | {"others": others}, gb),
         ]
-    return Group(*pages, *_wire(p), *_time(p))
+    return Group(*pages, *_communication(p), *_time(p))
 
 
-def _wire(p: Plan) -> list[Any]:
+def _communication(p: Plan) -> list[Any]:
     if p.traffic is None:
-        return [title("Wire: the compiler gave up before it knew")]
+        return [title("Communication: the compiler gave up before it knew")]
     table = columns("", "", "right", "right", "right", "right")
     table.add_row("collective", "axes", "times", "sent", "overlapped", "at best", style="dim")
     for one in p.traffic:
         share = f"{one.overlapped / one.bytes:.0%}"
         table.add_row(one.kind, one.axes or "?", f"{one.count:,}", metric(one.bytes, "B"), share, _seconds(one.seconds))
-    pages = [title(f"Wire: {metric(sum(one.bytes for one in p.traffic), 'B')} sent a step"), table]
+    pages = [title(f"Communication: {metric(sum(one.bytes for one in p.traffic), 'B')} sent a step"), table]
     if p.more:
-        pages.append(Text(f"{p.more} more in loops whose length is known only when they run", "dim"))
+        pages.append(Text(f"{p.more} more in loops whose length is known only at run time", "dim"))
     return pages
 
 

@@ -1,6 +1,6 @@
-"""What to change so that a run fits and is fast: meshes, rematerialization, microbatches, batch.
+"""What to change so that a run fits and is fast: mesh, rematerialization, microbatches, batch size.
 
-Arithmetic orders all that may be tried; the compiler, which is slow and right, judges the best of it.
+Arithmetic ranks all choices; the compiler, which is slow and exact, judges the best ones.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from llm_jax.train.layout import check
 from llm_jax.train.program import Program
 
 REMATS = ("none", "dots", "full")
-LEAN = 0.8  # of what arithmetic counts the compiler may need less, where it keeps less than autodiff asks for
+LEAN = 0.8  # the compiler may need so much less than arithmetic says, as it keeps less than autodiff asks for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
-    """A choice, and its plan; None where the library refuses it, for the reason."""
+    """A choice, and its plan; None if the library refuses it, with the reason."""
 
     choice: Choice
     plan: Plan | None
@@ -74,7 +74,13 @@ class Tried:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """All that was compiled, the config itself first, and what else may fit; the fastest, and what changes least."""
+    """The result of a search.
+
+    Attributes:
+      tried: all that was compiled, the config itself first.
+      left: other choices that may fit, those with the fewest changes first.
+      considered: how many choices there were.
+    """
 
     tried: list[Tried]
     left: list[Choice]
@@ -90,7 +96,7 @@ class Found:
 
     @property
     def smaller(self) -> list[Choice]:
-        """What may fit and changes less than all that was found to."""
+        """The choices that may fit and change less than any that was found to fit."""
         return [one for one in self.left if self.smallest is None or one.fields < self.smallest.choice.fields]
 
     def to_json(self) -> dict[str, Any]:
@@ -142,19 +148,20 @@ def search(
     folder: Path | None = None,
     report: Callable[[str], object] = print,
 ) -> Found:
-    """Compiles `config`, and others up to `compiles` in all: those that promise to be fastest.
+    """Compile `config` and other choices, `compiles` in all: those that should be fastest.
 
-    Where the config itself does not fit, every second one is of the smallest change instead, until it is known which
-    change is the smallest that helps. Nothing else is compiled that arithmetic says is slower than what fits already.
+    If the config itself does not fit, every second one is that of the smallest change instead, until the smallest
+    change that fits is known. Nothing else is compiled that arithmetic says is slower than what fits already. Raises
+    `ValueError` if there is no compiler for `topology`, or it has no host that the config needs.
     """
-    devices = topology.devices()  # where they can't be had no choice helps
+    devices = topology.devices()  # raises, as without them no choice helps
     check_host(config, topology)
     every = list(choices(config, topology))
     mine = Choice({}, 0, config)
     able = [one for one in every if one.changes and LEAN * one.bytes <= topology.chip.memory]
     fast = sorted(able, key=lambda one: (one.seconds_a_token, one.fields))
     small = sorted(able, key=lambda one: (one.fields, one.seconds_a_token))
-    found, is_turn_of_small = Found([], small, len(every)), itertools.cycle((True, False))
+    found, take_small = Found([], small, len(every)), itertools.cycle((True, False))
 
     def attempt(choice: Choice) -> None:
         report(f"compile {len(found.tried) + 1} of {compiles}: {' '.join(choice.words) or 'the config as it is'}")
@@ -169,17 +176,18 @@ def search(
         slower = best is not None and fast[0].seconds_a_token >= best.seconds_a_token
         if slower and not smaller:
             break
-        choice = smaller[0] if smaller and (slower or next(is_turn_of_small)) else fast[0]
+        choice = smaller[0] if smaller and (slower or next(take_small)) else fast[0]
         fast.remove(choice)
         small.remove(choice)
-        if works(Program.on, choice.config, devices):  # attention has its own mind, which takes a moment to ask
+        if works(Program.on, choice.config, devices):  # the conditions of attention itself, which are slower to check
             attempt(choice)
     return found
 
 
 def choices(config: RunConfig, topology: Topology) -> Iterator[Choice]:
-    """Every mesh that the library can run `config` on, rematerialization, and way to part the batch; also of a half and
-    a quarter of the batch. What a pipeline does on its stages stays as it is.
+    """Yield every mesh that the library can run `config` on, with every rematerialization and number of microbatches.
+
+    So for the whole, a half and a quarter of the batch. The schedule of a pipeline stays.
     """
     c, mine, whole = config.model, mesh_sizes(config.mesh, topology.n_devices), config.data.batch_size
     have = {"model.remat": c.remat, "accumulate": config.accumulate, "data.batch_size": whole}
@@ -191,7 +199,7 @@ def choices(config: RunConfig, topology: Topology) -> Iterator[Choice]:
         if whole % (share * shards):
             continue
         axes = [axis for axis in mesh if mesh[axis] != mine[axis]]
-        # A -1 is said as a number too, or it would take what is left by the change of another.
+        # A -1 is spelled out as a number, or it would absorb the change of another axis.
         said = {axis: size for axis, size in mesh.items() if size != getattr(config.mesh, axis)} if axes else {}
         sizes = {f"mesh.{axis}": size for axis, size in said.items()}
         rows, layout = whole // share, MeshConfig(**mesh) if axes else config.mesh
@@ -208,7 +216,7 @@ def choices(config: RunConfig, topology: Topology) -> Iterator[Choice]:
 
 
 def splits(devices: int, axes: Sequence[str]) -> Iterator[dict[str, int]]:
-    """Every way to lay so many devices along these axes."""
+    """Yield every way to split `devices` over these axes."""
     if not axes:
         yield from [{}] * (devices == 1)
         return
@@ -221,7 +229,7 @@ def divisors(n: int) -> list[int]:
 
 
 def works(ask: Callable[..., object], *about: Any) -> bool:
-    """Whether the library refuses nothing."""
+    """Return whether `ask` raises no `ValueError`."""
     try:
         ask(*about)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Accelerators that programs can be compiled for, here or not: how fast they are, and how JAX is told of them.
+"""Accelerators that programs can be compiled for, whether here or not, and how JAX gets to know them.
 
     topology = parse_topology("v5e:4x4")
     topology.prepare()            # before anything imports JAX
@@ -19,7 +19,8 @@ from typing import Any
 from llm_jax import runtime
 from llm_jax.chips import CHIPS, Chip
 
-# What stands in the environment before JAX starts. The last four tell the TPU plugin that there is nothing to find.
+# The environment to set before JAX starts. It keeps the TPU plugin from asking the network for a TPU, from refusing to
+# load next to another process, and from logging.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -30,14 +31,14 @@ ENVIRONMENT = {
     "TPU_LOG_DIR": "disabled",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
-H100 = Path(__file__).parent / "h100.txtpb"  # of the hardware, what its compiler asks for
+H100 = Path(__file__).parent / "h100.txtpb"  # the description of the hardware that its compiler needs
 MOST_DEVICES = 100_000
-SIZES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3, "h100": 2, "cpu": 1}  # how many numbers say its shape
+SIZES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3, "h100": 2, "cpu": 1}  # how many numbers a shape has
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices of a kind, in one or several slices: TPUs in a mesh or torus, GPUs as nodes x GPUs a node."""
+    """Devices of a kind, in one or several slices: TPUs in a mesh or torus, GPUs as nodes x GPUs per node."""
 
     kind: str
     shape: tuple[int, ...]
@@ -49,7 +50,7 @@ class Topology:
 
     @property
     def n_devices(self) -> int:
-        return self.slices * math.prod(self.shape) * self.chip.a_chip
+        return self.slices * math.prod(self.shape) * self.chip.devices_per_chip
 
     @property
     def n_chips(self) -> int:
@@ -57,7 +58,7 @@ class Topology:
 
     @property
     def island(self) -> int:
-        """Devices that reach each other by the fast links."""
+        """How many devices reach each other over the fast links."""
         return self.shape[-1] if self.kind == "h100" else self.n_devices // self.slices
 
     def __str__(self) -> str:
@@ -65,14 +66,14 @@ class Topology:
         return name if self.slices == 1 else f"{self.slices} slices of {name}"
 
     def prepare(self) -> None:
-        """Set the environment that JAX starts in. What the user has set stays, but for the number of CPU devices."""
+        """Set the environment before JAX starts. Variables that the user set stay, except the number of CPU devices."""
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         if self.kind == "cpu":
             runtime.simulate(self.n_devices)
 
     def devices(self) -> Sequence[Any]:
-        """Its devices, to compile for. Raises `ValueError` where they can't be had, with what to install or change."""
+        """Return its devices, to compile for. Raises `ValueError` if there are none, with what to install or change."""
         import jax
 
         if self.kind == "cpu":
@@ -86,7 +87,7 @@ class Topology:
         _check_installed(self.kind, jax.__version__)
         try:
             return self._described()
-        except RuntimeError as reason:  # of the plugin, whose words are its own
+        except RuntimeError as reason:  # in the words of the plugin
             said = re.sub(r"^[A-Z_]+: ", "", str(reason).partition("\n")[0])[:200]
             raise ValueError(
                 f"the compiler knows no {self}: {said}; {self.chip.example} is one that there is"
@@ -101,14 +102,14 @@ class Topology:
             return topologies.get_topology_desc("", platform="cuda", **options).devices
         options: dict[str, Any] = {} if self.slices == 1 else {"num_slices": self.slices}
         if self.kind == "v4":
-            options["chip_config_name"] = "megacore"  # both cores of a chip as one device
-        if min(self.shape[:2]) < 2:  # a host has 2 x 2 chips unless it is said that it has fewer
+            options["chip_config_name"] = "megacore"  # both cores of a chip are one device
+        if min(self.shape[:2]) < 2:  # by default a host has 2 x 2 chips
             options["chips_per_host_bounds"] = [*(min(2, size) for size in self.shape[:2]), 1]
         return topologies.get_topology_desc(f"{self.kind}:{shape}", platform="tpu", **options).devices
 
 
 def parse_topology(name: str, slices: int = 1) -> Topology:
-    """`v5e:4x4` as a topology. Raises `ValueError` for what is none, with those that are known."""
+    """Return the topology `name`, such as `v5e:4x4`. Raises `ValueError` for any other name, with the known ones."""
     kind, _, shape = name.partition(":")
     if kind not in CHIPS:
         known = ", ".join(chip.example for chip in CHIPS.values())
@@ -128,7 +129,7 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
 
 
 def _check_installed(kind: str, version: str) -> None:
-    """Raises `ValueError` unless the compiler for `kind` is there."""
+    """Raise `ValueError` unless the compiler for `kind` is installed."""
     needed = ("jax-cuda12-plugin", "jax-cuda12-pjrt") if kind == "h100" else ("libtpu",)
     for package in needed:
         try:

@@ -1,6 +1,6 @@
-"""Every mesh gives the answer of one device: a config, shrunk to test size, is trained on each layout of eight of them.
+"""Every mesh gives the result of one device: train a config, shrunk to test size, in each layout of eight devices.
 
-What is compared is all that a layout could get wrong: the loss of a batch, the gradient of every parameter, and the
+It compares everything that a layout could get wrong: the loss of a batch, the gradient of every parameter, and the
 curve of a short training with the config's own optimizer. Devices are simulated on the CPU (`runtime.simulate`).
 """
 
@@ -17,6 +17,7 @@ from jaxtyping import Float, PyTree
 from llm_jax.config import replace
 from llm_jax.data.loader import IGNORE, Batch, as_told
 from llm_jax.model.config import ModelConfig
+from llm_jax.model.stack import n_scanned
 from llm_jax.ops.attention import ACROSS
 from llm_jax.ops.position import Rotary
 from llm_jax.sharding import MeshConfig
@@ -28,23 +29,25 @@ from llm_jax.tree import leaves
 
 DEVICES, STEPS = 8, 20
 MICROBATCHES = 4
-# How far a layout may be from one device, in float32, where sums run in another order: the loss as a share of it, the
-# gradient of each leaf as a share of its norm, loss and gradient norm of every step as shares of them.
+# How far a layout may be from one device, in float32, where sums run in another order. All are relative: the error of
+# the loss, the error of the gradient of each leaf by its norm, the errors of loss and gradient norm at every step.
 BOUNDS = {"loss": 1e-6, "gradient": 1e-5, "curve": 1e-4}
-# Of a mixture of experts: a token whose router is undecided goes where rounding sends it, and one of 1,024 that went to
-# another expert moved the gradient's norm by 6e-4.
+# For a mixture of experts: rounding decides a tie of the router, and one of 1,024 tokens that went to another expert
+# changed the norm of the gradient by 6e-4.
 WITH_TIES = BOUNDS | {"curve": 5e-3}
-# A leaf's gradient is measured by no less than this share of that of all: one that is 0 but for rounding has no digits.
+# The error of a leaf is relative to at least this share of the whole gradient: one that is 0 but for rounding has no
+# correct digits.
 LEAST = 1e-4
 
-# Than the config learns. A model so small takes noise in large steps, and then rounding decides which expert a token
-# meets: at the rate of quickstart two curves of eight experts were 1e-2 apart after twenty steps, at a tenth 5e-7.
+# The learning rate is that of the config over this. With large steps on noise, rounding decides which expert a token of
+# so small a model goes to: at the rate of quickstart two curves of eight experts differed by 1e-2 after twenty steps,
+# at a tenth by 5e-7.
 SLOWER = 10
 
 AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
-# Sizes to try, the first that the config can do counts.
+# Sizes to try; the first that the config supports is used.
 ALONE, PAIRS = ((8,), (4,), (2,)), ((4, 2), (2, 4), (2, 2))
-# What a config can say of how an axis splits, beside its size.
+# Settings of how an axis splits, besides its size.
 WAYS = {
     "context": [{"model.attention.implementation": name} for name in ("ring", "ulysses")],
     "pipeline": [{"pipeline.schedule": "gpipe"}, {"pipeline.chunks": 2}],
@@ -53,13 +56,13 @@ WAYS = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Mesh axes of more than one device, their sizes in order of preference, and settings that go with them."""
+    """Mesh axes of more than one device, and settings that go with them."""
 
     axes: tuple[str, ...]
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def meshes(self) -> Iterator[MeshConfig]:
-        """The meshes to try."""
+        """Yield the meshes to try, in order of preference."""
         for sizes in ALONE if len(self.axes) == 1 else PAIRS:
             yield MeshConfig(**{"data": 1, **dict(zip(self.axes, sizes, strict=True))})
 
@@ -71,7 +74,7 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """How far a layout is from one device, in the terms of its bounds; or why the config can't be laid out so."""
+    """How far a layout is from one device, by the names of its bounds; or why the config does not support it."""
 
     layout: str
     bounds: dict[str, float]
@@ -82,13 +85,13 @@ class Verdict:
 
     @property
     def equal(self) -> bool | None:
-        """Whether it is what one device gives; None where it is refused."""
+        """Whether the result is that of one device; None if the layout is refused."""
         return None if self.refused else all(self.gaps[name] <= bound for name, bound in self.bounds.items())
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a program makes of the batches of `rows`, from the state it is given."""
+    """What a program computes on the batches of `rows`, from a given state."""
 
     loss: float
     gradient: PyTree
@@ -96,13 +99,13 @@ class Answer:
 
 
 def layouts() -> list[Layout]:
-    """Every axis alone, in each of its ways, and every two together."""
+    """Return every axis alone, with each of its settings, and every two together."""
     alone = [Layout((axis,), way) for axis in AXES for way in [{}, *WAYS.get(axis, [])]]
     return alone + [Layout(pair) for pair in itertools.combinations(AXES, 2)]
 
 
 def verify(config: RunConfig, wanted: Sequence[Layout]) -> Iterator[Verdict]:
-    """Trains `config`, shrunk, on one device and then in each of the layouts. Needs `DEVICES` devices."""
+    """Train `config`, shrunk, on one device and in each layout; yield a verdict for each. Needs `DEVICES` devices."""
     small, bounds = shrunk(config), bounds_of(config)
     one = Program.on_one_device(dataclasses.replace(small, pipeline=PipelineConfig()))
     start = jax.device_get(one.init())
@@ -121,12 +124,12 @@ def verify(config: RunConfig, wanted: Sequence[Layout]) -> Iterator[Verdict]:
 
 
 def bounds_of(config: RunConfig) -> dict[str, float]:
-    """How far its layouts may be from one device."""
+    """Return how far the layouts of `config` may be from one device."""
     return BOUNDS if config.model.experts is None else WITH_TIES
 
 
 def laid_out(small: RunConfig, layout: Layout) -> Program:
-    """The program on the largest mesh of the layout that it can do. Raises `ValueError` where there is none."""
+    """Return the program on the largest mesh of the layout that it supports. Raises `ValueError` if there is none."""
     small = replace(small, **layout.settings)
     if "pipeline" not in layout.axes:
         small = dataclasses.replace(small, pipeline=PipelineConfig())
@@ -135,21 +138,21 @@ def laid_out(small: RunConfig, layout: Layout) -> Program:
         devices = jax.devices()[: int(np.prod(dataclasses.astuple(mesh)))]
         try:
             program = Program.on(dataclasses.replace(small, mesh=mesh), devices)
-            program.abstract_state  # noqa: B018 -- here sizes that don't divide are refused
+            program.abstract_state  # noqa: B018 -- raises for sizes that don't divide
         except ValueError as error:
-            reason = error  # of the smallest mesh, at last
+            reason = error  # in the end that of the smallest mesh
         else:
             return program
     assert reason is not None
     raise reason
 
 
-def answer(program: Program, start: TrainState) -> Answer:
-    """Loss and gradient of a batch, and the curve of STEPS more."""
+def answer(program: Program, start: TrainState, steps: int = STEPS) -> Answer:
+    """Return the loss and gradient of a batch, and the loss and gradient norm of `steps` steps on others."""
     state = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), start, program.abstract_state)
-    (loss, _), gradient = jax.device_get(program.gradient(state.params, rows(program.config, STEPS)))
+    (loss, _), gradient = jax.device_get(program.gradient(state.params, rows(program.config, steps)))
     curve = []
-    for step in range(STEPS):
+    for step in range(steps):
         state, metrics = program.train_step(state, rows(program.config, step))
         curve.append((float(metrics["loss"]), float(metrics["grad_norm"])))
     return Answer(float(loss), gradient, np.array(curve))
@@ -160,7 +163,7 @@ def loss_gap(found: Answer, expected: Answer) -> float:
 
 
 def gradient_gap(found: Answer, expected: Answer) -> float:
-    """Of the leaf that is furthest off."""
+    """Return the relative error of the leaf where it is largest."""
     ours, theirs = leaves(found.gradient), leaves(expected.gradient)
     norms = {path: float(np.linalg.norm(leaf)) for path, leaf in theirs.items()}
     least = LEAST * float(np.linalg.norm(list(norms.values())))
@@ -176,7 +179,7 @@ HEAD = f"{'layout':28} {'mesh':24} {'loss':>8} {'gradient':>9} {f'{STEPS} steps'
 
 
 def line(v: Verdict) -> str:
-    """A verdict on the screen."""
+    """Return a verdict as a line of text."""
     if v.refused is not None:
         return f"{v.layout:28} can't be: {v.refused}"
     mesh = " ".join(f"{axis}={size}" for axis, size in v.mesh.items())
@@ -192,12 +195,12 @@ def verdicts_to_json(verdicts: Sequence[Verdict]) -> dict[str, Any]:
 
 
 def like(size: int, small: int) -> int:
-    """A size as small, of the same remainder by eight: what divides there divides here. One not larger stays."""
+    """Return a size near `small` of the same remainder by eight, so that it divides alike. A size not larger stays."""
     return size if size <= small else small + size % 8
 
 
 def shrunk(config: RunConfig) -> RunConfig:
-    """The same kind of run in test size: every choice as it is, every width and length as small as it can be."""
+    """Return the same kind of run in test size: the same choices, every width and length as small as possible."""
     L, c = like(config.data.seq_len, 32), config.optimizer
     chunk = config.loss.chunk and (L // 2 if L % 2 == 0 else L)
     return dataclasses.replace(
@@ -213,7 +216,7 @@ def shrunk(config: RunConfig) -> RunConfig:
 
 
 def _shorter(rotary: Rotary, pairs: int, L: int) -> dict[str, Any]:
-    """What changes of positions in a head of so many pairs, and rows of L tokens, beyond what they were made for."""
+    """Return the changes to a rotary that scales by length, for `pairs` pairs a head and rows beyond its own length."""
     if rotary.scaling not in ("dynamic", "longrope"):
         return {}
     factors = {name: getattr(rotary, name)[:pairs] for name in ("short_factors", "long_factors")}
@@ -221,15 +224,15 @@ def _shorter(rotary: Rotary, pairs: int, L: int) -> dict[str, Any]:
 
 
 def small_model(c: ModelConfig, L: int) -> ModelConfig:
-    """The same kind of model for rows of L tokens."""
+    """Return the same kind of model for rows of L tokens."""
     K, period, attention, experts = like(c.K, 8), len(c.layers), c.attention, c.experts
-    if attention.implementation not in ACROSS:  # one of whole rows may want longer ones, or an accelerator
+    if attention.implementation not in ACROSS:  # others may need longer rows, or an accelerator
         attention = dataclasses.replace(attention, implementation=None)
     if attention.window is not None:
         attention = dataclasses.replace(attention, window=min(attention.window, 6), sinks=min(attention.sinks, 2))
     if attention.sparse is not None:
         attention = dataclasses.replace(attention, sparse=dataclasses.replace(attention.sparse, block=4))
-    rotary = dataclasses.replace(c.rotary, **_shorter(c.rotary, c.rotary.turned(like(c.H, 16)) // 2, L))
+    rotary = dataclasses.replace(c.rotary, **_shorter(c.rotary, c.rotary.rotated(like(c.H, 16)) // 2, L))
     if experts is not None:
         number = like(experts.number, 8)
         width = None if experts.d_ff is None else like(experts.d_ff, 32)
@@ -238,7 +241,7 @@ def small_model(c: ModelConfig, L: int) -> ModelConfig:
         c,
         vocab_size=like(c.vocab_size, 64),
         d_model=like(c.d_model, 32),
-        n_layers=like(c.scanned // period, 8) * period + c.n_layers - c.scanned,
+        n_layers=like(n_scanned(c) // period, 8) * period + c.n_layers - n_scanned(c),
         n_heads=K * min(c.G, 2),
         n_kv_heads=K,
         head_dim=like(c.H, 16),
@@ -253,14 +256,14 @@ def small_model(c: ModelConfig, L: int) -> ModelConfig:
 
 
 def rows(config: RunConfig, seed: int) -> Batch:
-    """Rows of noise, of the kind that the config's data has: two documents each, a prefix, the classes."""
+    """Return rows of noise with the fields of the config's data: two documents each, a prefix, the classes."""
     c, data, draw = config.model, config.data, np.random.default_rng(seed)
-    B, L, place = data.batch_size, data.seq_len, np.arange(data.seq_len, dtype=np.int32)[None]
+    B, L, position = data.batch_size, data.seq_len, np.arange(data.seq_len, dtype=np.int32)[None]
     tokens = draw.integers(c.vocab_size, size=(B, L + 1), dtype=np.int32)
     cut = draw.integers(1, L, size=(B, 1))
-    second = place >= cut
-    positions = np.where(second, place - cut, place).astype(np.int32)
-    targets = np.where(place == cut - 1, IGNORE, tokens[:, 1:]).astype(np.int32)
+    second = position >= cut
+    positions = np.where(second, position - cut, position).astype(np.int32)
+    targets = np.where(position == cut - 1, IGNORE, tokens[:, 1:]).astype(np.int32)
     if c.n_classes is not None:
         targets = np.where(draw.random((B, L)) < 0.2, tokens[:, 1:] % c.n_classes, IGNORE).astype(np.int32)
     seen = positions < draw.integers(1, L, size=(B, 1))

@@ -12,9 +12,10 @@ from jaxtyping import Array, Bool, PyTree
 from llm_jax import tree as trees
 from llm_jax.data.loader import IGNORE, Batch
 from llm_jax.model.config import TAPS
+from llm_jax.model.stack import layers_at, layers_with
 from llm_jax.model.taps import capture
 from llm_jax.model.transformer import Transformer
-from llm_jax.sharding import batch_sharding, row_parts
+from llm_jax.sharding import batch_sharding, row_shards
 from llm_jax.train.program import Program
 from llm_jax.train.step import cast
 
@@ -45,7 +46,7 @@ def _in_forward_pass(program: Program, params: PyTree, batch: Batch) -> str | No
     if not len(rows):
         return None
     # One bad row will do, a copy for each device: the activations of a whole batch need not fit in memory.
-    row = jax.tree.map(lambda x: np.repeat(x[rows[:1]], row_parts(program.mesh), axis=0), batch)
+    row = jax.tree.map(lambda x: np.repeat(x[rows[:1]], row_shards(program.mesh), axis=0), batch)
     with jax.set_mesh(program.mesh):
         in_order = jax.device_put(row, batch_sharding(program.mesh))  # and not as `program.put` may deal tokens out
         bad = jax.device_get(_bad_activations(Transformer(program.config.model), params, in_order))
@@ -54,7 +55,7 @@ def _in_forward_pass(program: Program, params: PyTree, batch: Batch) -> str | No
         (layer, order, name)
         for order, name in enumerate(TAPS)
         if name in bad
-        for layer in _layers(TAPS[name], bad[name], c.layers_with(name), n)
+        for layer in _layers(TAPS[name], bad[name], layers_with(c, name), n)
     ]
     if not places:
         return None
@@ -84,7 +85,7 @@ def _behind_it(program: Program, params: PyTree, batch: Batch, step: int, opt_st
     places = [
         (-layer, trees.first_match(BACKWARD, path), path)
         for path, size in sizes.items()
-        for layer in _layers(path, np.asarray(~np.isfinite(size)), c.model.layers_at(path), n)
+        for layer in _layers(path, np.asarray(~np.isfinite(size)), layers_at(c.model, path), n)
     ]
     if places:
         layer, _, path = min(places)

@@ -69,7 +69,7 @@ def fit(
             processes.from_first(lambda: run_folder.check_free(folder, config))  # still
             try:
                 if processes.is_first():
-                    run_folder.create(folder, config, session.shards, command, custom.record())
+                    run_folder.create(folder, config, session.shards, command, session.code)
                 return _trained(session, state, Progress())
             except BaseException:
                 if processes.is_first() and run_folder.identity(folder) == ours and not log.read(folder):

@@ -23,7 +23,7 @@ from llm_jax.runs.checkpoint import Checkpoints, Progress, Report
 from llm_jax.runs.refusals import check_heldout
 from llm_jax.runs.seal import moves, seal, seal_of
 from llm_jax.train.config import RunConfig
-from llm_jax.train.custom import Custom
+from llm_jax.train.custom import Custom, Record, mixers_of
 from llm_jax.train.optimizer import make_schedule
 from llm_jax.train.program import Program
 from llm_jax.train.step import Metrics, TrainState
@@ -71,9 +71,14 @@ class Session:
             prompt_ids(config.model, shards.tokenizer, asked, config.data.end_of_text, config.data.special)
         except ValueError as error:
             raise ValueError(f"prompts={config.prompts}: {error}; or set prompts= for no samples") from error
-        seal = seal_of(config, shards, custom.record())
+        seal = seal_of(config, shards, custom.record() | mixers_of(config.model))
         checkpoints = Checkpoints(folder, config.keep, seal=seal, say=on(console))
         return cls(config, folder, console, shards, program, loader, checkpoints, watchers)
+
+    @property
+    def code(self) -> Record:
+        """What code of a user's own the run is made with."""
+        return self.program.custom.record() | mixers_of(self.config.model)
 
     def say(self, line: str) -> None:
         """Print `line` as it is."""

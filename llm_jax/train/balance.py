@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from llm_jax import tree as trees
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.feedforward import Utilisation
-from llm_jax.model.taps import homes
+from llm_jax.model.stack import rows_by_path
 from llm_jax.ops.experts import Experts, rebalanced
 
 LOAD = "expert_load"  # the sum that `expert_sums` makes and the train step turns into what it reports
@@ -41,7 +41,8 @@ def rebalance(config: ModelConfig, params: PyTree, load: Float[Array, "N E"]) ->
     """The parameters with the bias of every router moved against the load of its experts."""
     experts = config.experts
     assert experts is not None
-    rows = {f"{path}_bias": np.array(layers) for path, layers in homes(config, "router") if layers is not None}
+    found = rows_by_path(config, "router").items()
+    rows = {f"{path}_bias": np.array(layers) for path, layers in found if layers is not None}
 
     def follow(path: str, leaf: jax.Array) -> jax.Array:
         if path not in rows:

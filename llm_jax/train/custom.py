@@ -8,7 +8,6 @@ import ast
 import dataclasses
 import functools
 import hashlib
-import importlib
 import inspect
 import re
 import textwrap
@@ -21,7 +20,9 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, PyTree
 
+from llm_jax.config import import_object
 from llm_jax.data.loader import Batch
+from llm_jax.model.config import ModelConfig, is_own, own_mixer
 from llm_jax.model.transformer import Transformer
 from llm_jax.train.config import RunConfig
 from llm_jax.train.step import Metrics
@@ -101,12 +102,28 @@ class Custom:
         }
 
 
+def mixers_of(model: ModelConfig) -> Record:
+    """Return the record of each mixer of a user's own in the layers of a model, by its path."""
+    paths = dict.fromkeys(layer.mixer for layer in model.period if is_own(layer.mixer))
+    return {path: {"path": path, "sha256": code_hash(own_mixer(path))} for path in paths}
+
+
+def check_mixers(model: ModelConfig, record: Mapping[str, Mapping[str, str | None]], run: str) -> None:
+    """Raise `ValueError` where a mixer of a run has other code than it was trained with."""
+    for path, now in mixers_of(model).items():
+        if path in record and record[path]["sha256"] != now["sha256"]:
+            raise ValueError(
+                f"{path} has other code than {run} was trained with; restore it, or start anew with init_from={run}"
+            )
+
+
 def found_again(record: Mapping[str, Mapping[str, str | None]], given: Custom, run: str) -> Custom:
     """Return the code that the run `run` was trained with: as `given`, else imported from where `record` says.
 
     Raise `ValueError` where some of it can't be had, or is no longer what it was.
     """
     there, pieces = given.record(), {"loss": given.loss, "optimizer": given.made_by or given.optimizer}
+    record = {name: record[name] for name in pieces if name in record}
     for name, known in record.items():
         if name not in there:
             pieces[name] = _imported(name, known["path"], run)
@@ -135,18 +152,6 @@ def _imported(name: str, path: str | None, run: str) -> Any:
         raise ValueError(f"{run} was trained with {name}={path}: {error}; or {way}") from None
 
 
-def import_object(path: str) -> Any:
-    """Return what `package.module:name` names. Raise `ValueError` where there is no such thing here."""
-    module, _, name = path.partition(":")
-    try:
-        return functools.reduce(getattr, name.split("."), importlib.import_module(module))
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"{path} can't be imported here ({error}); start from the folder that holds {module.partition('.')[0]}, or "
-            "put that on PYTHONPATH"
-        ) from None
-
-
 def import_path(piece: Any) -> str | None:
     """Return `package.module:name` of a function or class; None for what no import could bring back."""
     module, name = getattr(piece, "__module__", None), getattr(piece, "__qualname__", None)
@@ -171,6 +176,8 @@ def _spelled(piece: Any, seen: set[int]) -> Iterator[str]:
     seen = seen | {id(piece)}
     if isinstance(piece, functools.partial):
         yield from _spelled([piece.func, piece.args, sorted(piece.keywords.items())], seen)
+    elif isinstance(piece, type):
+        yield _syntax(piece)
     elif isinstance(piece, types.MethodType):
         yield from _spelled([piece.__func__, piece.__self__], seen)
     elif isinstance(piece, types.FunctionType):
@@ -196,12 +203,14 @@ def _filled(cell: types.CellType) -> bool:
         return False
 
 
-def _syntax(function: types.FunctionType) -> str:
-    """The syntax tree of a function, without docstrings; of what has no source its instructions."""
+def _syntax(piece: types.FunctionType | type) -> str:
+    """The syntax tree of a function or class, without docstrings; of what has no source its instructions."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(piece)))
     except (OSError, TypeError, SyntaxError):  # typed at a prompt, or a lambda in the middle of a line
-        code = function.__code__
+        if isinstance(piece, type):
+            raise ValueError(f"the source of {piece.__qualname__} can't be read; put it in a file") from None
+        code = piece.__code__
         return (
             f"{code.co_code.hex()} {code.co_names} {[c for c in code.co_consts if not isinstance(c, types.CodeType)]}"
         )

@@ -10,11 +10,12 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Int
 
 from llm_jax.data.loader import Batch
-from llm_jax.model.config import SOFTMAX, ModelConfig
+from llm_jax.model.config import SOFTMAX, ModelConfig, is_own, own_mixer
 from llm_jax.model.transformer import Transformer
-from llm_jax.ops.attention import Dropout, Mask, attention
+from llm_jax.ops.attention import Dropout, attention
+from llm_jax.ops.mask import Mask
 from llm_jax.ops.ring import zigzag_order
-from llm_jax.sharding import ROWS, row_parts
+from llm_jax.sharding import ROWS, row_shards
 from llm_jax.train.config import RunConfig
 from llm_jax.train.pipeline import Pipeline
 from llm_jax.train.timetable import PipelineConfig, Timetable
@@ -50,19 +51,32 @@ def check(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
     to `check_attention`.
     """
     _check_rows(config, mesh)
+    _check_own_layers(config.model, mesh)
     _check_experts(config.model, mesh.shape["expert"])
     _check_tokens(config, mesh)
     _check_stages(config, mesh.shape["pipeline"])
 
 
 def _check_rows(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
-    size, accumulate, shards = config.data.batch_size, config.accumulate, row_parts(mesh)
+    size, accumulate, shards = config.data.batch_size, config.accumulate, row_shards(mesh)
     rows, least = size // accumulate, shards * accumulate
     if size % least:
         raise ValueError(
             f"a microbatch of {rows} rows (data.batch_size={size} / accumulate={accumulate}) does not divide over "
             f"{' x '.join(ROWS)} = {shards} devices; use data.batch_size={-(-size // least) * least}"
         )
+
+
+def _check_own_layers(model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Raise `ValueError` for a mixer of the user's own on a mesh axis that it does not declare."""
+    for path in {layer.mixer for layer in model.period if is_own(layer.mixer)}:
+        axes = own_mixer(path).axes
+        for axis, size in mesh.shape.items():
+            if size > 1 and axis not in axes:
+                raise ValueError(
+                    f"mesh.{axis}={size}, but layers of {path} are right on the mesh axes {', '.join(axes)} alone; set "
+                    f"mesh.{axis}=1, or add {axis!r} to its `axes` once it is right there too"
+                )
 
 
 def _check_experts(model: ModelConfig, devices: int) -> None:
@@ -100,7 +114,7 @@ def _check_tokens(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
             f"loss.chunk={chunk} does not divide over mesh.context={n} x mesh.tensor={t} = {n * t} devices; use "
             f"loss.chunk={_nearest(chunk, n * t)}"
         )
-    others = sorted({layer.mixer for layer in model.period} - {*SOFTMAX})
+    others = sorted(mixer for mixer in {layer.mixer for layer in model.period} - {*SOFTMAX} if not is_own(mixer))
     if n > 1 and others:
         raise ValueError(
             f"{' and '.join(others)} layers read a row from end to end, and mesh.context={n} splits it; use "
@@ -133,7 +147,7 @@ def check_attention(config: RunConfig, mesh: Mesh) -> None:
     if parts == 1 and not rate:
         return
     model = config.model if parts == 1 else split(config.model, parts)
-    shape = row_parts(mesh), config.data.seq_len, model.K
+    shape = row_shards(mesh), config.data.seq_len, model.K
     q, k = (jax.ShapeDtypeStruct((*shape, *x, model.H), model.dtype) for x in ((model.G,), ()))
     choice = {"scores": model.scores, "implementation": model.attention.implementation}
 

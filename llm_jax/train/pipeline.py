@@ -23,10 +23,10 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from llm_jax.data.loader import Batch
 from llm_jax.model.attention import Context
 from llm_jax.model.transformer import Transformer
-from llm_jax.ops.attention import Mask
+from llm_jax.ops.collectives import shard_map_by_letters
 from llm_jax.ops.gradient import after
 from llm_jax.ops.loss import IGNORE
-from llm_jax.sharding import on_each_device
+from llm_jax.ops.mask import Mask
 from llm_jax.train.balance import LOAD, expert_sums
 from llm_jax.train.step import LossConfig, Metrics, Scored, cast, losses_of, microbatches, scored
 from llm_jax.train.timetable import Timetable, Work
@@ -362,7 +362,7 @@ def _shared(x: Float[Array, "B L D"], source: int) -> Float[Array, "B l D"]:
         p = jax.lax.axis_size(AXIS)
         return jax.lax.all_to_all(jnp.moveaxis(x.reshape(B, L // p, p, D), 2, 0), AXIS, 0, 0)[source]
 
-    return on_each_device(own, "BLD BLD", x)
+    return shard_map_by_letters(own, "BLD BLD", x)
 
 
 def _gathered(x: Float[Array, "B l D"], onto: int) -> Float[Array, "B L D"]:
@@ -374,7 +374,7 @@ def _gathered(x: Float[Array, "B l D"], onto: int) -> Float[Array, "B L D"]:
         parts = jax.lax.all_to_all(jnp.zeros((p, *x.shape), x.dtype).at[onto].set(x), AXIS, 0, 0)
         return jnp.moveaxis(parts, 0, 2).reshape(B, share * p, D)
 
-    return on_each_device(own, "BLD BLD", x)
+    return shard_map_by_letters(own, "BLD BLD", x)
 
 
 def _at(tree: PyTree, index: Int[Array, ""] | int) -> PyTree:
