@@ -1,7 +1,7 @@
 """The process that JAX runs in: compiler flags, the platform that exists, devices, memory, caches. All in one place.
 
     import llm_jax       # calls `guard`: a compiler with known faults does not run unguarded
-    runtime.start()      # what a verb calls before its first array
+    runtime.start()      # once, before the first array
 
 Nothing here imports JAX until `start`: flags and the environment count only until its backend starts.
 """
@@ -14,9 +14,10 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Mapping
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from jaxlib.version import __version__ as JAXLIB
 
@@ -84,20 +85,40 @@ def warning(device: Any) -> str | None:
     )
 
 
-def start(devices: int | None = None) -> None:
-    """Set up a process of llm-jax, before its first array.
+class Target(Protocol):
+    """Accelerators to compile for, which need not be here: `plan/topology.py` has them."""
 
-    It sees the platform that exists, or `devices` simulated ones; it keeps freed memory and caches compiled programs.
+    @property
+    def environment(self) -> Mapping[str, str]: ...
+
+    @property
+    def simulated(self) -> int | None: ...
+
+
+def start(devices: int | None = None, topology: Target | None = None) -> None:
+    """Set up this process for JAX, before its first array: the platform, memory, the cache of compiled programs.
+
+    devices: so many simulated CPU devices, in place of those of this machine.
+    topology: accelerators that programs are compiled for, here or not.
+
+    It does not matter what was imported before. Raise `ValueError` if JAX runs already, with fewer devices than this
+    asks for.
     """
     import jax
 
-    if devices is None:
+    devices = devices if topology is None else topology.simulated
+    for name, value in ({} if topology is None else topology.environment).items():
+        os.environ.setdefault(name, value)  # what the user has set stays
+    if devices is not None:
+        _simulate(devices)
+    elif topology is None:
         choose_platform()
-    else:
-        simulate(devices)
+    elif not started():
+        jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])  # JAX may have read its variables before
     reuse_freed_memory()
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if topology is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def started() -> bool:
@@ -146,17 +167,21 @@ def unavailable(error: Exception) -> str | None:
     return f"JAX can't start on {found[1]}: {said}; free it of what holds it, or set JAX_PLATFORMS=cpu to do without"
 
 
-def simulate(devices: int) -> None:
-    """Make JAX see `devices` CPU devices, and no others. Call it before the first array; later it has no effect."""
+def _simulate(devices: int) -> None:
+    """Make JAX see `devices` CPU devices, and no others."""
+    import jax
+
     if started():
+        if len(here := jax.devices()) < devices:
+            raise ValueError(
+                f"JAX runs in this process already, with {len(here)} devices, and {devices} are asked for; call "
+                f"llm_jax.runtime.start(devices={devices}) before the first array, or set JAX_NUM_CPU_DEVICES={devices}"
+            )
         return
     # NPROC is the number of XLA's threads: with one for each device, collectives wait for each other forever.
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "NPROC": str(4 * devices)}
-    if "jax" in sys.modules:  # it has read the first two already
-        import jax
-
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", devices)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
 
 
 def reuse_freed_memory() -> None:

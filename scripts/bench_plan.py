@@ -10,7 +10,11 @@ Needs `pip install "jax[tpu]"`, and no TPU. MaxText 0.2.5 was measured in Novemb
 
 import sys
 
+from llm_jax import runtime
+from llm_jax.config import override
+from llm_jax.plan.plan import plan, versions
 from llm_jax.plan.topology import parse_topology
+from llm_jax.runs.start import load_recipe
 
 # Name: topology, recipe, changes; then MaxText's GB of arguments, temporaries, peak and communication, and megacycles.
 ROWS = {
@@ -24,12 +28,7 @@ COLUMNS = ("arguments", "temporary", "peak", "sent", "Mcycles")
 
 
 def main(names: list[str]) -> None:
-    parse_topology("v5e:4x4").prepare()  # before JAX is imported
-
-    from llm_jax.config import override
-    from llm_jax.plan.plan import plan, versions
-    from llm_jax.runs.start import load_recipe
-
+    runtime.start(topology=parse_topology("v5e:4x4"))
     print(f"ours: {', '.join(versions())}; MaxText 0.2.5: jax 0.12.0.1, libtpu 0.0.52")
     print(f"{'':12}" + "".join(f"{column:>22}" for column in COLUMNS) + "      (ours / MaxText)")
     for name in names:

@@ -254,7 +254,7 @@ def test_a_tpu_gathers_what_a_sublayer_reads_once_and_parts_once_what_it_adds():
     Left to itself its compiler does so for each product apart; that for CPU, which the budgets are of, never did.
     """
     topology = parse_topology("v5e:2x2")
-    topology.prepare()
+    runtime.start(topology=topology)
     sizes = ["vocab_size=2048", "d_model=1024", "n_heads=8", "n_kv_heads=4", "d_ff=2048", "max_seq_len=512"]
     rows = ["data.seq_len=512", "data.batch_size=4", "loss.chunk=128", "mesh.data=1", "mesh.tensor=4"]
     config = override(CONFIG, [*(f"model.{size}" for size in sizes), "model.dtype=bfloat16", *rows])

@@ -192,7 +192,7 @@ def test_what_blocks_read_waits_on_the_host_and_gradients_stay_what_they_were(co
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the compiler for TPU is not installed")
 def test_a_tpu_holds_less_by_what_waits_on_the_host(tmp_path):
     topology = parse_topology("v5e:2x2")
-    topology.prepare()
+    runtime.start(topology=topology)
     widths = ["model.d_model=1024", "model.n_heads=8", "model.d_ff=4096", "model.n_layers=8", "model.dtype=bfloat16"]
     tokens = ["data.seq_len=512", "model.max_seq_len=512", "accumulate=1", "model.remat=full", "model.dropout=0"]
     config = override(tiny(Path("nowhere")), ["mesh.data=1", "mesh.fsdp=4", *tokens, *widths])

@@ -193,7 +193,7 @@ def test_the_verb_prints_its_plan_for_machines(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1"])
 def test_a_plan_for_a_tpu_agrees_with_its_compiler(name: str, config, folder):
     topology = parse_topology(name)
-    topology.prepare()
+    runtime.start(topology=topology)
     small = override(config, ["mesh.data=1", "mesh.fsdp=4", "model.d_model=256", "model.d_ff=512"])
     found = plan(small, topology, folder=folder)
     assert found.fits

@@ -132,12 +132,21 @@ def test_a_device_that_is_taken_is_an_error_of_one_line(monkeypatch: pytest.Monk
     assert unavailable(RuntimeError("something else")) is None
 
 
-def test_devices_are_simulated_until_the_first_array_and_not_after_it():
-    count = "runtime.simulate(3); import jax; print(jax.device_count())"
+def test_devices_are_simulated_whatever_was_imported_and_not_after_the_first_array():
+    count = "runtime.start(devices=3); import jax; print(jax.device_count())"
     assert printed(f"import jax; from llm_jax import runtime; {count}")[0] == "3"
+    assert printed(f"from llm_jax import runtime; {count}")[0] == "3"
     jax.devices()
-    runtime.simulate(3)  # too late here, and then nothing changes
-    assert os.environ["NPROC"] == "32"
+    with pytest.raises(ValueError, match=r"JAX runs in this process already, with 8 devices, and 9 are asked for"):
+        runtime.start(devices=9)
+
+
+def test_compiling_for_accelerators_needs_no_order_of_imports():
+    begin = "from llm_jax.plan.topology import parse_topology as parse; from llm_jax import runtime"
+    show = "import jax; print(jax.devices()[0].platform, jax.config.jax_platforms)"
+    for first in ("import jax", "pass"):
+        said = printed(f"{first}; {begin}; runtime.start(topology=parse('v5e:4x4')); {show}")
+        assert said[0] == "cpu cpu"
 
 
 REUSE = """

@@ -274,6 +274,11 @@ def plan(args: Namespace) -> None:
       llm-jax plan llama2_7b --topology v5p:2x2x1 data.batch_size=8 --price 4.2
       llm-jax plan llama2_7b --topology v5e:4x4 data.batch_size=256 --search --compiles 6
     """
+    from rich.console import Console
+
+    from llm_jax import runtime
+    from llm_jax.plan import plan as plans
+    from llm_jax.plan import search
     from llm_jax.plan.topology import parse_topology
 
     if args.compiles is not None and (not args.search or args.compiles < 1):
@@ -281,13 +286,7 @@ def plan(args: Namespace) -> None:
     if args.price is not None and not 0 <= args.price < math.inf:
         raise ValueError(f"--price {args.price} is that of a chip an hour, at least 0")
     topology = parse_topology(args.topology, args.slices)
-    topology.prepare()
-
-    from rich.console import Console
-
-    from llm_jax.plan import plan as plans
-    from llm_jax.plan import search
-
+    runtime.start(topology=topology)
     config, console = _config_or_run(args), Console(width=None if sys.stdout.isatty() else 120)
     searched = search.search(config, topology, args.compiles or 6, args.price, report=_say) if args.search else None
     found = plans.plan(config, topology, args.price) if searched is None else searched.tried[0].plan

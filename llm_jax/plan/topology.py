@@ -1,26 +1,24 @@
 """Accelerators that programs can be compiled for, whether here or not, and how JAX gets to know them.
 
     topology = parse_topology("v5e:4x4")
-    topology.prepare()            # before anything imports JAX
+    runtime.start(topology=topology)
     devices = topology.devices()
 
-Nothing here imports JAX before `devices`: the plugin of an accelerator reads the environment when JAX starts.
+The plugin of an accelerator reads the environment when it is loaded, by `devices`.
 """
 
 import dataclasses
 import importlib.metadata
 import math
-import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm_jax import runtime
 from llm_jax.chips import CHIPS, Chip
 
-# The environment to set before JAX starts. It keeps the TPU plugin from asking the network for a TPU, from refusing to
-# load next to another process, and from logging.
+# The environment of a process that compiles for accelerators elsewhere. It keeps the TPU plugin from asking the network
+# for a TPU, from refusing to load next to another process, and from logging.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -65,12 +63,15 @@ class Topology:
         name = f"{self.kind}:{'x'.join(map(str, self.shape))}"
         return name if self.slices == 1 else f"{self.slices} slices of {name}"
 
-    def prepare(self) -> None:
-        """Set the environment before JAX starts. Variables that the user set stay, except the number of CPU devices."""
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        if self.kind == "cpu":
-            runtime.simulate(self.n_devices)
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """What stands in the environment of a process that compiles for it."""
+        return ENVIRONMENT
+
+    @property
+    def simulated(self) -> int | None:
+        """How many CPU devices stand for it; None for accelerators."""
+        return self.n_devices if self.kind == "cpu" else None
 
     def devices(self) -> Sequence[Any]:
         """Return its devices, to compile for. Raises `ValueError` if there are none, with what to install or change."""
