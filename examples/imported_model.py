@@ -1,0 +1,42 @@
+# %% [markdown]
+# # A model from Hugging Face, and back
+#
+# `import_hf` makes a run of a model: a folder, or a name on the hub, such as `HuggingFaceTB/SmolLM2-135M`. To need no
+# network, this notebook exports a model of its own first. It takes `pip install "llm-jax[hf]"`.
+
+# %%
+import llm_jax as lj
+
+config = lj.RunConfig(
+    model=lj.ModelConfig(vocab_size=320, d_model=64, n_layers=2, n_heads=4, max_seq_len=128),
+    data=lj.DataConfig(uri="builtin:numbers", tokenizer="train:320", seq_len=128, batch_size=8),
+    optimizer=lj.OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
+    steps=60,
+    evaluate_every=60,
+    prompts=(),
+)
+lj.export_hf(lj.fit(config, "runs/origin"), "exported")
+
+# %% [markdown]
+# What transformers would load, as a run of ours: the same model, to the last bit of its greedy text.
+
+# %%
+run = lj.import_hf("exported", "runs/imported")
+prompt = "zwei\t"
+(
+    run.generate(prompt, temperature=0.0, max_tokens=12),
+    lj.Run.open("runs/origin").generate(prompt, temperature=0.0, max_tokens=12),
+)
+
+# %% [markdown]
+# Train on from it, on other text: weights, model and tokenizer are those of the run, data and training are yours.
+
+# %%
+texts = [f"{a} + {b} = {a + b}\n" for a in range(40) for b in range(40)]
+more = lj.replace(
+    run.config,
+    **{"steps": 120, "data.batch_size": 8, "data.seq_len": 128, "evaluate_every": 120, "optimizer.learning_rate": 1e-2},
+)
+more = lj.replace(more, **{"init_from": "runs/imported", "optimizer.warmup_steps": 10, "prompts": ()})
+sums = lj.fit(more, "runs/sums", data=texts)
+sums.evaluate().bits_per_byte, sums.generate("3 + 4 = ", temperature=0.0, max_tokens=4)
