@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # orbax-checkpoint 0.12.8: a pytree with a key that contains a dot.
 #
-# One would expect that a tree comes back as it was saved, or that a key which can't be told from a path is refused.
+# One would expect that a tree comes back as it was saved, or that a key which can be confused with a path is refused.
 # Seen: {"a.b": x, "a": {"b": y}} is saved without a word, and both leaves come back with the value of one of them. Keys
 # with dots are common: they are the parameter names of PyTorch.
 set -euo pipefail

@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from llm_jax.model.taps import edit as edit
     from llm_jax.model.transformer import Transformer as Transformer
     from llm_jax.model.transformer import forward as forward
-    from llm_jax.ops.attention import Mask as Mask
     from llm_jax.ops.attention import attention as attention
     from llm_jax.ops.experts import Experts as Experts
     from llm_jax.ops.loss import cross_entropy as cross_entropy
+    from llm_jax.ops.mask import Mask as Mask
     from llm_jax.ops.position import Rotary as Rotary
     from llm_jax.ops.sampling import Sampling as Sampling
     from llm_jax.runs.evaluate import Evaluation as Evaluation
@@ -81,7 +81,7 @@ _HOMES = {
     "cross_entropy": "ops.loss:cross_entropy",
     "Mixer": "model.mixer:Mixer",
     "attention": "ops.attention:attention",
-    "Mask": "ops.attention:Mask",
+    "Mask": "ops.mask:Mask",
     "capture": "model.taps:capture",
     "edit": "model.taps:edit",
     # text

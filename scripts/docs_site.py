@@ -56,6 +56,8 @@ def front_door() -> str:
         module, attribute = home.split(":")
         body = parsed(f"llm_jax/{module.replace('.', '/')}.py").body
         found = {node.name: node for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+        if attribute not in found:
+            raise ValueError(f"llm_jax/__init__.py says {home} of {name}; name the module that defines it")
         first = (ast.get_docstring(found[attribute]) or "").partition("\n")[0]
         rows.append(f"| [`{name}`][llm_jax.{module}.{attribute}] | {first} |")
     return "\n".join(rows)

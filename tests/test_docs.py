@@ -73,3 +73,17 @@ def test_the_rows_of_a_table_begin_and_end_with_a_bar(page: Path):
 def test_the_links_of_a_page_lead_to_a_file(page: Path):
     for target in re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in ("log.md", "CHANGELOG.md")], ids=name)
+def test_the_files_and_functions_that_a_page_names_are_there(page: Path):
+    """`train/step.py` is a file of the library or of the repository, and `ops/loss.cross_entropy` a name in one."""
+    text = FENCE.sub("", page.read_text())
+    for path in re.findall(r"`((?:\w+/)+\w+\.py)(?:::\w+)?`", text):
+        if not re.search("[A-Z]{4}", path):  # NAME stands for one
+            assert (ROOT / "llm_jax" / path).exists() or (ROOT / path).exists(), f"{page.name} names {path}"
+    for module, function in re.findall(r"`(?:llm_jax/)?((?:\w+/)+\w+)\.(\w+)`", text):
+        path = ROOT / "llm_jax" / f"{module}.py"
+        if function not in ("py", "md") and path.exists():
+            assert re.search(rf"\b{function}\b", path.read_text()), f"{page.name} names {function} of {module}"

@@ -56,6 +56,11 @@ def test_the_search_finds_a_page_and_a_name_of_the_reference(site: Path):
     assert not [location for location in found if location.startswith("source/")]
 
 
+def test_the_first_page_leads_to_every_other():
+    linked = set(re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs" / "index.md").read_text()))
+    assert linked == {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+
+
 def test_each_room_has_a_page_in_the_reference_and_each_module_of_the_ground_floor_a_section():
     assert {path.stem for path in (ROOT / "docs" / "reference").glob("*.md")} == ROOMS | {"index", "ground"}
     ground = re.findall(r"^::: llm_jax\.(\w+)$", (ROOT / "docs" / "reference" / "ground.md").read_text(), re.MULTILINE)

@@ -55,7 +55,8 @@ def prepare(
 
     Args:
       tokenizer: as `tokenizer.build` takes it; one that learns from text learns from all documents.
-      separator, column: as `sources.documents` takes them.
+      separator: what documents are cut at, as `sources.documents` takes it.
+      column: which column is text, as `sources.documents` takes it.
       end_of_text: whether the end-of-text token follows every document.
       heldout: the fraction of documents held out for evaluation.
       heldout_by: "hash" chooses them by content, so that a document keeps its side as the corpus grows, and shares it
