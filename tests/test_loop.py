@@ -87,7 +87,7 @@ def test_a_finished_run_has_a_row_for_each_step_its_last_and_best_checkpoints_an
 
 def test_a_folder_that_holds_a_run_is_refused_before_anything_is_computed(finished: Path, config, say):
     before = (finished / "metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match=f"already holds a run; go on with it: llm-jax resume {finished}"):
+    with pytest.raises(ValueError, match=f"already holds a run; continue it: llm-jax resume {finished}"):
         fit(config, finished, console=say)
     assert (finished / "metrics.jsonl").read_bytes() == before
     assert said(say) == ""
