@@ -17,6 +17,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from llm_jax import runtime
 from llm_jax.data.loader import Batch, as_told
 from llm_jax.model.transformer import Transformer
 from llm_jax.ops.attention import heard
@@ -111,8 +112,7 @@ class Program:
 
     def init(self) -> TrainState:
         """A fresh state, every leaf made where it belongs."""
-        make = jax.jit(functools.partial(init_state, self.model, self._optimizer), out_shardings=self._layout)
-        return make(jax.random.key(self.config.seed))
+        return self._init(jax.random.key(self.config.seed))
 
     def gradient(self, params: PyTree, batch: Batch) -> tuple[tuple[Float[Array, ""], Metrics], PyTree]:
         """Sums of loss and metrics over the targets of a batch, with the noise of step 0, and the gradient."""
@@ -219,6 +219,12 @@ class Program:
     @functools.cached_property
     def _layout(self) -> TrainState:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+
+    @functools.cached_property
+    def _init(self) -> Any:
+        options = runtime.for_one_call(self.mesh.devices.flat[0].platform)
+        make = functools.partial(init_state, self.model, self._optimizer)
+        return jax.jit(make, out_shardings=self._layout, compiler_options=options)
 
     @functools.cached_property
     def _gradient(self) -> Any:
