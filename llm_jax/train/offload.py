@@ -1,8 +1,8 @@
-"""State that waits in the host's memory, and comes to the device a layer at a time.
+"""Offloading: state that is kept in host memory, and copied to the device a layer at a time.
 
-A step reads moments once, and float32 weights twice. Brought all at once they take then what they spared before, and
-XLA brings an array as a whole, however little of it is read. But of a stack from which a loop takes a slice, and to
-which it gives one back, it copies the slices; so the loops here go over the layers.
+A step reads moments once, and float32 weights twice. Copied all at once they would need the device memory that
+offloading saved, and XLA copies an array as a whole, however little of it is read. But where a loop reads a slice of a
+stack and writes one back, XLA copies slices only; so the loops here run over the layers.
 """
 
 import operator
@@ -23,9 +23,9 @@ Advance = Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
 
 
 def waiting(layout: PyTree) -> PyTree:
-    """The shardings of parameters, or of an optimizer's state, with matrices of stacked layers on the host.
+    """Return shardings of parameters or optimizer state, with the matrices of stacked layers in host memory.
 
-    Biases and scales, of which a layer has a vector, stay: they are small.
+    Biases and scales, one vector a layer, stay on the device: they are small.
     """
 
     def one(path: str, sharding: NamedSharding) -> NamedSharding:
@@ -37,12 +37,12 @@ def waiting(layout: PyTree) -> PyTree:
 
 
 def waits(x: Any) -> bool:
-    """Whether `x` lies in the host's memory."""
+    """Return whether `x` is in host memory."""
     return jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
 def fetched(stack: PyTree, i: Int[Array, ""]) -> PyTree:
-    """Layer `i` of a stack, on the device."""
+    """Return layer `i` of a stack, on the device."""
 
     def one(x: Array) -> Array:
         return jax.device_put(jax.lax.dynamic_index_in_dim(x, i, keepdims=False), jax.memory.Space.Device)
@@ -51,7 +51,7 @@ def fetched(stack: PyTree, i: Int[Array, ""]) -> PyTree:
 
 
 def returned(stack: PyTree, layer: PyTree, i: Int[Array, ""]) -> PyTree:
-    """A stack, where it lies, with `layer` as its layer `i`."""
+    """Return a stack, in its own memory, with `layer` as its layer `i`."""
 
     def one(x: Array, new: Array) -> Array:
         return jax.lax.dynamic_update_index_in_dim(x, jax.device_put(new, jax.typeof(x).memory_space), i, 0)
@@ -60,7 +60,7 @@ def returned(stack: PyTree, layer: PyTree, i: Int[Array, ""]) -> PyTree:
 
 
 def brought(params: PyTree, form: Callable[[PyTree], PyTree]) -> PyTree:
-    """`form(params)`, on the device; where some wait on the host, of one layer after another."""
+    """Return `form(params)` on the device, computed layer by layer where some are in host memory."""
     if not any(map(waits, jax.tree.leaves(params))):
         return form(params)
     stack = params[STACK]
@@ -73,7 +73,7 @@ def summed(
 ) -> Float[Array, ""]:
     """Compute `square(params, opt_state, gradients)`, a sum over parameters.
 
-    Where some wait on the host, add it up one layer after another, and bring nothing back.
+    Where some are in host memory, add it up layer by layer, and write nothing back.
     """
     given = params, opt_state, gradients
     if not any(map(waits, jax.tree.leaves(given))):
@@ -87,9 +87,9 @@ def summed(
 
 
 def advanced(advance: Advance, params: PyTree, opt_state: PyTree, gradients: PyTree) -> tuple[PyTree, PyTree]:
-    """Compute `advance(params, opt_state, gradients)`; where some wait on the host, one layer after another.
+    """Compute `advance(params, opt_state, gradients)`, layer by layer where some are in host memory.
 
-    For an update rule that treats every layer by itself.
+    For an update rule that treats each layer independently.
     """
     given = params, opt_state, gradients
     if not any(map(waits, jax.tree.leaves(given))):
@@ -105,7 +105,7 @@ def advanced(advance: Advance, params: PyTree, opt_state: PyTree, gradients: PyT
 
 
 def _split(given: tuple[PyTree, ...]) -> tuple[tuple[PyTree, ...], tuple[PyTree, ...]]:
-    """`given` without the stacked layers, and with them alone."""
+    """Return `given` without the stacked layers, and with them alone."""
     rest = _in_each(lambda tree: tree | {STACK: {}}, given)
     return rest, _in_each(lambda tree: {STACK: tree[STACK]}, given)
 
@@ -115,7 +115,7 @@ def _height(stack: PyTree) -> int:
 
 
 def _in_each(function: Callable[..., PyTree], *trees: Any) -> Any:
-    """`function` of each tree of parameters in `trees`. What is beside these, as a count of updates, is the first's."""
+    """Map `function` over the parameter trees in `trees`. Other leaves, such as a step count, come from the first."""
 
     def one(tree: PyTree, *more: PyTree) -> PyTree:
         return function(tree, *more) if _has_stack(tree) else tree
