@@ -91,7 +91,7 @@ def test_a_path_that_no_checkpoint_could_be_written_to_is_refused_before_the_fir
 def test_a_folder_that_holds_a_run_is_refused_by_what_differs(shards: Shards, tmp_path: Path):
     run_folder.check_free(tmp_path, CONFIG)
     run_folder.create(tmp_path, CONFIG, shards, "")
-    with pytest.raises(ValueError, match=f"already holds a run; go on with it: llm-jax resume {tmp_path}"):
+    with pytest.raises(ValueError, match=f"already holds a run; continue it: llm-jax resume {tmp_path}"):
         run_folder.check_free(tmp_path, CONFIG)
     other = dataclasses.replace(CONFIG, steps=9)
     with pytest.raises(ValueError, match=r"a run of another config \(steps is 8 there, 9 here\)"):

@@ -146,7 +146,7 @@ def test_a_mixture_killed_and_resumed_equals_the_uninterrupted_one(config: RunCo
 
 def test_a_run_does_not_go_on_with_another_batch_size(config: RunConfig, uninterrupted):
     """Its step would be another position in the data."""
-    with pytest.raises(ValueError, match=r"data.batch_size=8: a run goes on with its own config, .* change"):
+    with pytest.raises(ValueError, match=r"data.batch_size=8: a run resumes with its own config, .* change"):
         resume(uninterrupted[0], layout=["data.batch_size=8"])
 
 

@@ -81,7 +81,7 @@ def test_what_is_changed_by_hand_is_said(trained: Path, recipe: RunConfig):
     said: list[str] = []
     config = config_from(trained, recipe, ["model.max_seq_len=128", "data.seq_len=128"], said.append)
     assert (config.model.max_seq_len, config.data.seq_len) == (128, 128)
-    assert said[1] == f"the model of {trained} is changed by hand: model.max_seq_len is 64 there, 128 here"
+    assert said[1] == f"the model of {trained} is changed by the command line: model.max_seq_len is 64 there, 128 here"
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ GLOSSARY = {
     r"\bby hand\b": "manual",
     r"\bmend(s|ed|ing)?\b": "fix",
     r"\bgo(es|ing)? on\b|\bwent on\b": "resume, continue",
-    r"(?<!\bin )(?<!\bin the )(?<!\bin their )(?<!\bin its )(?<!\btakes )(?<!\btake )\bplaces?\b": "index, position, slot",
+    r"(?<!\bin )(?<!\bin the )(?<!\bin (its|our) )(?<!\btakes )(?<!\btake )\bplaces?\b": "index, position, slot",
     r"\b(told|tells?) \w+ ?apart\b|\btold apart\b": "segmented, distinguished",
     r"\bat hand\b": "available",
     r"\bdear\b": "expensive",

@@ -44,7 +44,12 @@ def _prepared(config: RunConfig, report: Report) -> list[Path]:
 
 def given_data(documents: Any, config: RunConfig, report: Report) -> str:
     """Return the address of documents that a program gives, stored in the cache of this machine."""
-    return stored(documents, config.data, runtime.cache_folder() / "data", report)
+
+    def store() -> str:
+        return stored(documents, config.data, runtime.cache_folder() / "data", report)
+
+    address = processes.from_first(store)
+    return address if Path(address).exists() else store()  # a cache of this machine's own
 
 
 def open_run_data(folder: Path, config: RunConfig, report: Report) -> Shards | Mixture:

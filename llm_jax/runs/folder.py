@@ -42,14 +42,14 @@ BEGUN = ("environment.json", "data.json", "code.json", "tokenizer", ORIGIN, ORIG
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run lives in `folder`."""
+    """Return whether `folder` holds a run."""
     return (folder / "config.json").exists()
 
 
 def check_free(folder: Path, config: RunConfig) -> None:
-    """Raises `ValueError` unless `folder` is empty or yet to be made: what a run or a user has there stays.
+    """Raise `ValueError` unless `folder` is empty or does not exist: what a run or a user has there stays.
 
-    What a process left that was killed as it began a run there, `create` removes. Raises too where the path is not
+    `create` removes what a process left that was killed while it began a run there. Raise too for a path that is not
     UTF-8: the library that writes checkpoints would say so only after some steps.
     """
     try:
@@ -62,14 +62,14 @@ def check_free(folder: Path, config: RunConfig) -> None:
         changed = changes(folder, config)
         other = f" of another config ({'; '.join(changed[:3])})" if changed else ""
         raise ValueError(
-            f"{folder} already holds a run{other}; go on with it: llm-jax resume {folder}, or choose another --run"
+            f"{folder} already holds a run{other}; continue it: llm-jax resume {folder}, or choose another --run"
         )
     if folder.exists() and (not folder.is_dir() or _begun(folder) is None):
         raise ValueError(f"{folder} is not empty, and a run begins in a folder of its own; choose another --run")
 
 
 def _begun(folder: Path) -> list[Path] | None:
-    """What is in `folder`, if it is only what `create` writes before it is through; None where it is anything else."""
+    """Return what is in `folder` if `create` wrote it and did not finish; None if it is anything else."""
     found = [path for path in folder.iterdir() if path.name != ".lock"]
     names = {path.name for path in found if not re.fullmatch(r"\..+\.json\.\d+\.part", path.name)}
     if names and not (names <= {*BEGUN} and _is_environment(folder / BEGUN[0])):
@@ -78,7 +78,7 @@ def _begun(folder: Path) -> list[Path] | None:
 
 
 def _is_environment(path: Path) -> bool:
-    """Whether `path` is what `create` writes first: others call files so too."""
+    """Return whether `path` is the file that `create` writes first; other programs use that name too."""
     try:
         return {"command", "date", "jax"} <= read_json(path, advice=ADVICE).keys()
     except (OSError, ValueError):
@@ -86,12 +86,12 @@ def _is_environment(path: Path) -> bool:
 
 
 def changes(folder: Path, config: RunConfig) -> list[str]:
-    """A phrase for each field in which the run in `folder` has another config than `config`."""
+    """Return a phrase for each field in which the config of the run in `folder` differs from `config`."""
     return differences(to_dict(load_config(folder)), to_dict(_with_absolute_paths(config)))
 
 
 def load_config(folder: str | Path) -> RunConfig:
-    """The config of the run in `folder`. Raises `ValueError` where there is none, and names one nearby."""
+    """Return the config of the run in `folder`. Raise `ValueError` where there is none, and name one nearby."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no run (no config.json); {_way_to_a_run(Path(folder))}")
@@ -106,7 +106,7 @@ def load_config(folder: str | Path) -> RunConfig:
 
 
 def _way_to_a_run(folder: Path) -> str:
-    """The runs near `folder` that may be meant, or else how to start one."""
+    """Return the runs near `folder` that may be meant, or else how to start one."""
     above = [parent for parent in list(folder.absolute().parents)[:2] if _looks_like_a_run(parent)]
     below = (path.parent for name in ("*/config.json", "*/*/config.json") for path in folder.glob(name))
     inside = sorted(itertools.islice(filter(_looks_like_a_run, below), 100))
@@ -123,7 +123,7 @@ def _looks_like_a_run(folder: Path) -> bool:
 
 
 def load_code(folder: Path) -> dict[str, dict[str, str | None]]:
-    """Return which code a run has in the place of a part of its config; empty where there is none.
+    """Return which code of a user's own the run in `folder` was made with; empty if none.
 
     Raise `ValueError` for a damaged code.json.
     """
@@ -135,7 +135,7 @@ def load_code(folder: Path) -> dict[str, dict[str, str | None]]:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of the run in `folder`."""
+    """Return the tokenizer of the run in `folder`."""
     return tokenizer.load_tokenizer(Path(folder) / "tokenizer")
 
 
@@ -144,7 +144,7 @@ def create(
 ) -> None:
     """Lay out the folder of a run that begins. Paths in its config are absolute: it resumes from any directory.
 
-    `code` is the record of what stands in the place of a part of the config (`train/custom.py`).
+    `code` is the record of the user's own code (`train/custom.py`).
     """
     folder.mkdir(parents=True, exist_ok=True)
     for path in _begun(folder) or ():  # of a process that was killed
@@ -161,7 +161,7 @@ def create(
 
 
 def remove(folder: Path, *, keep_folder: bool) -> None:
-    """Takes back a run that came to nothing; `keep_folder` leaves the empty folder that it began in."""
+    """Remove a run that never got started; `keep_folder` leaves the empty folder that it began in."""
     folder = folder.resolve()
     shutil.rmtree(folder, ignore_errors=True)
     if keep_folder:
@@ -169,7 +169,7 @@ def remove(folder: Path, *, keep_folder: bool) -> None:
 
 
 def identity(folder: Path) -> tuple[int, int] | None:
-    """What stays the same of a folder that is moved, and is another of any other; None where there is none."""
+    """Return what identifies a folder wherever it is moved to; None where there is none."""
     try:
         found = folder.stat()
     except OSError:
@@ -179,7 +179,7 @@ def identity(folder: Path) -> tuple[int, int] | None:
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[Callable[[], str | None]]:
-    """Within it, the function that it gives says where `folder` was moved to; None while it is where it was."""
+    """Yield a function that says where `folder` was moved to; None while it has not moved."""
     opened = os.open(folder, os.O_RDONLY)  # first: some stores number anew what nobody holds
     ours = identity(folder)
 
@@ -199,9 +199,9 @@ def held(folder: Path) -> Iterator[Callable[[], str | None]]:
 
 @contextlib.contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Keeps every other process from writing to the run in `folder`. Raises `ValueError` where one does.
+    """Keep every other process from writing to the run in `folder`. Raise `ValueError` where one does.
 
-    Of the processes of one run the first holds it for all.
+    If a run has several processes, the first holds the lock for all.
     """
     if not processes.is_first():
         yield
@@ -215,7 +215,7 @@ def owned(folder: Path) -> Iterator[None]:
 
 
 def save_config(folder: Path, config: RunConfig) -> None:
-    """Writes config.json, all of it or nothing."""
+    """Write config.json, all of it or nothing."""
     write_json(folder / "config.json", to_dict(config))
 
 
@@ -229,13 +229,13 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def _absolute(name: str) -> str:
-    """The absolute path, or pattern, where `name` is one that leads somewhere on this machine; else `name`."""
+    """Return the absolute path, or pattern, if `name` leads somewhere on this machine; else `name`."""
     here = Path(name).exists() or any(glob.iglob(name, recursive=True))
     return os.path.abspath(name) if here else name
 
 
 def data_identity(data: Shards | Mixture) -> dict[str, Any]:
-    """What decides the batches, beside the config: of a mixture by the names of its sources, with their shares."""
+    """Return what decides the batches besides the config; of a mixture each source by its name, with its share."""
     whole = {"tokenizer": data.tokenizer.fingerprint, "vocab_size": data.tokenizer.vocab_size}
     if isinstance(data, Shards):
         return whole | _content(data)
@@ -258,14 +258,14 @@ def _content(shards: Shards) -> dict[str, Any]:
 
 
 def shards_folders(folder: Path, config: RunConfig) -> list[Path]:
-    """Where the token shards of the run in `folder` lay when it began, by source.
+    """Return the folders of the token shards that the run in `folder` began with, by source.
 
-    Raises `ValueError` where it never had any, or data.json is not that of `config`.
+    Raise `ValueError` where it never had any, or data.json is not that of `config`.
     """
     if not (folder / "data.json").exists():
         raise ValueError(
             f"{folder} was imported: it has weights, and neither data nor an optimizer of its own. Train on from it: "
-            f"llm-jax train CONFIG --from {folder}; evaluate it on text of yours: llm-jax evaluate {folder} --data URI"
+            f"llm-jax train CONFIG --from {folder}; evaluate it on your own text: llm-jax evaluate {folder} --data URI"
         )
     there, names = _read_data(folder), [source.name for source in config.data.sources]
     sources = there.get("sources", {names[0]: there})
@@ -277,16 +277,16 @@ def shards_folders(folder: Path, config: RunConfig) -> list[Path]:
 
 
 def begins(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> bool:
-    """Whether a text of the run in `folder` begins with `tokenizer.begin_of_text`.
+    """Return whether a text of the run in `folder` begins with `tokenizer.begin_of_text`.
 
-    Where the run was trained, as its documents did. Where it was imported, as the tokenizer itself begins a text: the
-    model was made with that, and so does transformers.
+    If it was trained here, as its documents did. If it was imported, as the tokenizer itself begins a text: the model
+    was trained with that, and transformers does the same.
     """
     return config.data.end_of_text if (folder / "data.json").exists() else tokenizer.begins
 
 
 def check_data(folder: Path, data: Shards | Mixture) -> None:
-    """Raises `ValueError` unless `data` is what the run in `folder` began with, wherever it lies."""
+    """Raise `ValueError` unless `data` is what the run in `folder` began with, wherever it is stored."""
     changed = differences(without_folders(_read_data(folder)), without_folders(data_identity(data)))
     if changed:
         raise ValueError(
@@ -296,7 +296,7 @@ def check_data(folder: Path, data: Shards | Mixture) -> None:
 
 
 def _read_data(folder: Path) -> dict[str, Any]:
-    """The data.json in `folder`, in which each source has a folder."""
+    """Return the data.json in `folder`, in which each source has a folder."""
     path = folder / "data.json"
     there = read_json(path, {"tokenizer": str, "vocab_size": int}, advice=ADVICE)
     mixed = "sources" in there
@@ -307,7 +307,7 @@ def _read_data(folder: Path) -> dict[str, Any]:
 
 
 def without_folders(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What data.json says of content and weights, wherever the shards lie."""
+    """Return what data.json says of content and weights, without the folders of the shards."""
     return {
         name: without_folders(value) if isinstance(value, Mapping) else value
         for name, value in identity.items()
@@ -316,7 +316,7 @@ def without_folders(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def environment(command: str) -> dict[str, object]:
-    """Where a run takes place, for its report."""
+    """Return the environment of a run, for its report."""
     return {
         "command": command,
         "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
@@ -329,13 +329,13 @@ def environment(command: str) -> dict[str, object]:
 
 
 def machine() -> dict[str, Any]:
-    """What of the environment decides the last bits of a run."""
+    """Return the part of the environment that decides the last bits of a run."""
     devices = [f"{device.platform}:{device.id} {device.device_kind}" for device in jax.devices()]
     return {"jax": jax.__version__, "devices": devices}
 
 
 def first_machine(folder: Path) -> dict[str, Any]:
-    """That on which the run in `folder` began. Raises `ValueError` where its environment.json does not say so."""
+    """Return the machine on which the run in `folder` began. Raise `ValueError` if environment.json does not say."""
     path, fields = folder / "environment.json", {"jax": str, "devices": list}
     found = read_json(path, fields, advice=ADVICE)
     return {name: found[name] for name in fields}

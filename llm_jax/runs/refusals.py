@@ -47,13 +47,13 @@ def moved_away(folder: Path, now: str, checkpoints: Checkpoints) -> ValueError:
         checkpoints.finish()
     return ValueError(
         f"{folder} was moved or removed while its run trained; {newest_checkpoint(checkpoints)}, and nothing was "
-        f"written elsewhere; go on with: llm-jax resume {now}"
+        f"written elsewhere; continue with: llm-jax resume {now}"
     )
 
 
 def disk_failed(folder: Path, error: OSError, checkpoints: Checkpoints) -> ValueError:
     """Say what the disk said, and how to resume."""
-    way = f"go on with: llm-jax resume {folder}" if checkpoints.steps() else "start again"
+    way = f"continue with: llm-jax resume {folder}" if checkpoints.steps() else "start again"
     said = f"{error.filename or folder}: {error.strerror}" if error.strerror else error  # an open file has no name
     return ValueError(f"{said}; {newest_checkpoint(checkpoints)}; fix this, then {way}")
 
@@ -74,6 +74,6 @@ def check_layout(folder: Path, words: Sequence[str]) -> None:
     """Raise `ValueError` for a `key=value` that would make a resumed run another one."""
     if other := [word for word in words if not word.startswith(LAYOUT)]:
         raise ValueError(
-            f"{other[0]}: a run goes on with its own config, of which only {', '.join(LAYOUT)} may change; "
+            f"{other[0]}: a run resumes with its own config, of which only {', '.join(LAYOUT)} may change; "
             f"for another one start a new run with init_from={folder}"
         )

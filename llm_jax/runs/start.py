@@ -64,7 +64,7 @@ def config_from(
     config = override(recipe, assignments, **start)
     for owner, other, line in (
         (recipe.model, model, f"the model is that of {folder}, in place of the recipe's"),
-        (config.model, model, f"the model of {folder} is changed by hand"),
+        (config.model, model, f"the model of {folder} is changed by the command line"),
     ):
         if changed := differences(to_dict(other), to_dict(owner), "model."):
             more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
