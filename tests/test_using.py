@@ -14,6 +14,7 @@ from llm_jax.cli.main import main
 from llm_jax.runs import folder as run_folder
 from llm_jax.runs import restore
 from llm_jax.runs.evaluate import Evaluation
+from llm_jax.runs.run import Run
 
 
 def test_evaluation_gives_each_number_within_its_interval(output: Any):
@@ -32,7 +33,7 @@ def test_what_is_no_number_is_null_in_an_object(output: Any, monkeypatch: pytest
     lost, far = (math.nan, math.nan), (-math.inf, math.inf)
     found = Evaluation(math.nan, lost, math.inf, math.nan, far, None, None, 3, 5, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(restore, "evaluate", lambda *_, **__: (found, 4))
+        patch.setattr(Run, "evaluate", lambda *_, **__: found)
         said = json.loads(output("evaluate", "runs/tiny", "--json"), parse_constant=pytest.fail)
     assert (said["loss"], said["perplexity"], said["bits_per_byte"], said["tokens"]) == (None, None, None, 3)
     assert (said["loss_interval"], said["bits_per_byte_interval"]) == ([None, None], [None, None])

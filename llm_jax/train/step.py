@@ -150,7 +150,7 @@ def scored(
     hidden: Float[Array, "B L D"],
     nll: Float[Array, "B L"],
 ) -> Scored:
-    """`nll`, and whether what the head makes of `hidden` is likeliest for the target."""
+    """Return `nll`, and whether the likeliest token by the head on `hidden` is the target."""
     head = head_table(model, params).astype(hidden.dtype)
     return Scored(nll, likeliest(hidden, head, chunk or targets.shape[1], model.logit_softcap) == targets)
 
