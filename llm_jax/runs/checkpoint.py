@@ -10,20 +10,14 @@ that is not finite is never saved.
 
 import dataclasses
 import functools
-import gc
 import json
-import logging
 import math
-import re
 import shutil
-import sys
-import time
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +29,7 @@ from llm_jax import tree as trees
 from llm_jax.runs import folder as run_folder
 from llm_jax.runs import seal as seals
 from llm_jax.runs.checksum import checksums, not_finite
+from llm_jax.runs.damage import attempt, gist, hushed
 from llm_jax.runs.seal import Seal
 from llm_jax.train.step import TrainState
 
@@ -42,7 +37,6 @@ FOLDER = "checkpoints"
 UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 Report = Callable[[str], object]
-Read = TypeVar("Read")
 
 
 class NotFinite(ValueError):
@@ -238,11 +232,11 @@ class Checkpoints:
         """
         here = seals.seal_of_folder(self.folder.parent) if self._seal is None else self._seal
         for step in steps:
-            record, damage = _attempt(functools.partial(self._record, step))
+            record, damage = attempt(functools.partial(self._record, step))
             refusal = None if record is None else self._refusal(step, record, here, abstract)
             found: dict[str, PyTree] | None = {}
             if damage is None and refusal is None:
-                found, damage = _attempt(functools.partial(self._read, step, abstract))
+                found, damage = attempt(functools.partial(self._read, step, abstract))
             damage = next(filter(None, processes.from_all(damage)), None)
             if damage is None and record is not None and found is not None:
                 if refusal is not None:
@@ -282,7 +276,7 @@ class Checkpoints:
         return _unsealed(self._reader.restore(self.folder / str(step), args=arguments).record)
 
     def _heldout_loss(self, step: int) -> float:
-        record, _ = _attempt(
+        record, _ = attempt(
             functools.partial(self._record, step)
         )  # a damaged one is never the best; a restore reports it
         return math.inf if record is None else _or_infinite(record["progress"]["heldout_loss"])
@@ -308,12 +302,12 @@ class Checkpoints:
     @contextmanager
     def _named_errors(self, step: int) -> Iterator[None]:
         try:
-            with _hushed():
+            with hushed():
                 yield
         except Exception as error:
             self._saving = None
             self._heldout_losses.pop(step, None)
-            raise OSError(f"the checkpoint of step {step} could not be written ({_line(error)})") from error
+            raise OSError(f"the checkpoint of step {step} could not be written ({gist(error)})") from error
 
 
 def _with_leaves(items: dict[str, PyTree]) -> dict[str, PyTree]:
@@ -365,48 +359,5 @@ def _unsealed(sealed: dict[str, Any]) -> dict[str, Any]:
     return sealed["content"]
 
 
-@contextmanager
-def _hushed() -> Iterator[None]:
-    """Silence Orbax: at a damaged file it abandons its other reads, and each would print its own traceback."""
-    hooks, level = (sys.unraisablehook, sys.excepthook), logging.root.manager.disable
-    sys.unraisablehook = sys.excepthook = lambda *_: None
-    logging.disable()
-    try:
-        yield
-    except Exception as error:
-        error.__traceback__ = error.__context__ = error.__cause__ = None  # these keep the abandoned reads alive
-        with warnings.catch_warnings(action="ignore"):
-            gc.collect()
-            time.sleep(0.2)
-        raise
-    finally:
-        sys.unraisablehook, sys.excepthook = hooks
-        logging.disable(level)
-
-
-def _attempt(read: Callable[[], Read]) -> tuple[Read | None, str | None]:
-    """Return what `read` returns, or else a line on how the bytes that it read are damaged."""
-    try:
-        with _hushed():
-            return read(), None
-    except Exception as error:
-        if not _is_damage(error):
-            raise
-        return None, _line(error)
-
-
-def _is_damage(error: Exception) -> bool:
-    """Return whether damaged bytes are to blame, which may raise anything, and not memory or permissions."""
-    elsewhere = re.search("RESOURCE_EXHAUSTED|PERMISSION_DENIED", str(error))
-    return not (elsewhere or isinstance(error, MemoryError | PermissionError))
-
-
 def _or_infinite(loss: float | None) -> float:
     return math.inf if loss is None or math.isnan(loss) else loss
-
-
-def _line(error: Exception) -> str:
-    """Return an error on one line: the operating system's message, where it has one."""
-    line = " ".join(str(error).split()) or type(error).__name__
-    system = re.search(r"([\w ]+) \[os_error_code", line)
-    return system[1].strip() if system else re.split("[.:] ", line)[0]
