@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree, UInt32
 
 from llm_jax import tree as trees
-from llm_jax.train.offload import fetched, waits
+from llm_jax.train.offload import fetch_layer, on_host
 
 
 @jax.jit
@@ -19,8 +19,8 @@ def _checksum(x: Array, row: Int[Array, ""] | int = 0) -> UInt32[Array, ""]:
 
     `row` is the index of `x` in an array in host memory, which is copied to the device a row at a time.
     """
-    if waits(x):
-        return jax.lax.map(lambda i: _checksum(fetched(x, i), i), jnp.arange(len(x))).sum(dtype=jnp.uint32)
+    if on_host(x):
+        return jax.lax.map(lambda i: _checksum(fetch_layer(x, i), i), jnp.arange(len(x))).sum(dtype=jnp.uint32)
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
     index = jnp.full(x.shape, row, jnp.uint32)
     for axis, size in enumerate(x.shape):
@@ -42,6 +42,6 @@ def _finite(tree: PyTree) -> dict[str, Bool[Array, ""]]:
 
 
 def _all_finite(x: Array) -> Bool[Array, ""]:
-    if waits(x):
-        return jax.lax.map(lambda i: _all_finite(fetched(x, i)), jnp.arange(len(x))).all()
+    if on_host(x):
+        return jax.lax.map(lambda i: _all_finite(fetch_layer(x, i)), jnp.arange(len(x))).all()
     return jnp.isfinite(x).all()

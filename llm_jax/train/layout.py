@@ -22,7 +22,7 @@ from llm_jax.train.timetable import PipelineConfig, Timetable
 
 
 @functools.cache
-def split(model: ModelConfig, context: int) -> ModelConfig:
+def context_model(model: ModelConfig, context: int) -> ModelConfig:
     """Return the model for rows split over `context` devices: its attention is `zigzag` unless the config names one."""
     if context == 1:
         return model
@@ -30,13 +30,13 @@ def split(model: ModelConfig, context: int) -> ModelConfig:
     return dataclasses.replace(model, attention=named)
 
 
-def order(model: ModelConfig, L: int, context: int) -> Int[np.ndarray, " L"] | None:
-    """Return which token of a row comes at each index, for the model that `split` returns; None: the usual order."""
-    zigzag = context > 1 and split(model, context).attention.implementation == "zigzag"
+def token_order(model: ModelConfig, L: int, context: int) -> Int[np.ndarray, " L"] | None:
+    """Return which token of a row comes at each index, for the `context_model`; None: the usual order."""
+    zigzag = context > 1 and context_model(model, context).attention.implementation == "zigzag"
     return zigzag_order(L, context) if zigzag else None
 
 
-def ordered(batch: Batch, order: Int[np.ndarray, " L"]) -> Batch:
+def reorder(batch: Batch, order: Int[np.ndarray, " L"]) -> Batch:
     """Return `batch` with its tokens in `order`, and positions that say where each belongs."""
     if batch.positions is None:
         positions = np.broadcast_to(np.arange(len(order), dtype=np.int32), batch.tokens.shape)
@@ -95,7 +95,7 @@ def _check_experts(model: ModelConfig, devices: int) -> None:
 
 def _check_tokens(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
     n, t, p = (mesh.shape[axis] for axis in ("context", "tensor", "pipeline"))
-    model = split(config.model, n)
+    model = context_model(config.model, n)
     L, chunk, how, heads = config.data.seq_len, config.loss.chunk, model.attention.implementation, model.K
     least = math.lcm(n * t * p, 2 * n if how == "zigzag" else 1)
     if heads % t:
@@ -146,7 +146,7 @@ def check_attention(config: RunConfig, mesh: Mesh) -> None:
     context, rate = mesh.shape["context"], config.model.attention.dropout
     if context == 1 and not rate:
         return
-    model = config.model if context == 1 else split(config.model, context)
+    model = config.model if context == 1 else context_model(config.model, context)
     shape = row_shards(mesh), config.data.seq_len, model.K
     q, k = (jax.ShapeDtypeStruct((*shape, *x, model.H), model.dtype) for x in ((model.G,), ()))
     choice = {"scores": model.scores, "implementation": model.attention.implementation}

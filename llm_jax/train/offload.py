@@ -19,10 +19,10 @@ from llm_jax import tree as trees
 HOST = "pinned_host"
 STACK = "layers"  # in a tree of parameters, those with a leading N
 # (params, opt_state, gradients) -> (params, opt_state), of all parameters or of some.
-Advance = Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
+Update = Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
 
 
-def waiting(layout: PyTree) -> PyTree:
+def host_shardings(layout: PyTree) -> PyTree:
     """Return shardings of parameters or optimizer state, with the matrices of stacked layers in host memory.
 
     Biases and scales, one vector a layer, stay on the device: they are small.
@@ -36,12 +36,12 @@ def waiting(layout: PyTree) -> PyTree:
     return trees.map_with_path(one, layout)
 
 
-def waits(x: Any) -> bool:
+def on_host(x: Any) -> bool:
     """Return whether `x` is in host memory."""
     return jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
-def fetched(stack: PyTree, i: Int[Array, ""]) -> PyTree:
+def fetch_layer(stack: PyTree, i: Int[Array, ""]) -> PyTree:
     """Return layer `i` of a stack, on the device."""
 
     def one(x: Array) -> Array:
@@ -50,7 +50,7 @@ def fetched(stack: PyTree, i: Int[Array, ""]) -> PyTree:
     return jax.tree.map(one, stack)
 
 
-def returned(stack: PyTree, layer: PyTree, i: Int[Array, ""]) -> PyTree:
+def store_layer(stack: PyTree, layer: PyTree, i: Int[Array, ""]) -> PyTree:
     """Return a stack, in its own memory, with `layer` as its layer `i`."""
 
     def one(x: Array, new: Array) -> Array:
@@ -59,16 +59,16 @@ def returned(stack: PyTree, layer: PyTree, i: Int[Array, ""]) -> PyTree:
     return jax.tree.map(one, stack, layer)
 
 
-def brought(params: PyTree, form: Callable[[PyTree], PyTree]) -> PyTree:
+def map_layers(params: PyTree, form: Callable[[PyTree], PyTree]) -> PyTree:
     """Return `form(params)` on the device, computed layer by layer where some are in host memory."""
-    if not any(map(waits, jax.tree.leaves(params))):
+    if not any(map(on_host, jax.tree.leaves(params))):
         return form(params)
     stack = params[STACK]
-    layers = jax.lax.map(lambda i: form({STACK: fetched(stack, i)}), jnp.arange(_height(stack)))
+    layers = jax.lax.map(lambda i: form({STACK: fetch_layer(stack, i)}), jnp.arange(_n_layers(stack)))
     return form(params | {STACK: {}}) | layers
 
 
-def summed(
+def sum_layers(
     square: Callable[[PyTree, PyTree, PyTree], Float[Array, ""]], params: PyTree, opt_state: PyTree, gradients: PyTree
 ) -> Float[Array, ""]:
     """Compute `square(params, opt_state, gradients)`, a sum over parameters.
@@ -76,32 +76,32 @@ def summed(
     Where some are in host memory, add it up layer by layer, and write nothing back.
     """
     given = params, opt_state, gradients
-    if not any(map(waits, jax.tree.leaves(given))):
+    if not any(map(on_host, jax.tree.leaves(given))):
         return square(*given)
     rest, stacks = _split(given)
 
     def one(i: Int[Array, ""], total: Float[Array, ""]) -> Float[Array, ""]:
-        return total + square(*_in_each(lambda tree: fetched(tree, i), stacks))
+        return total + square(*_in_each(lambda tree: fetch_layer(tree, i), stacks))
 
-    return jax.lax.fori_loop(0, _height(params[STACK]), one, square(*rest))
+    return jax.lax.fori_loop(0, _n_layers(params[STACK]), one, square(*rest))
 
 
-def advanced(advance: Advance, params: PyTree, opt_state: PyTree, gradients: PyTree) -> tuple[PyTree, PyTree]:
-    """Compute `advance(params, opt_state, gradients)`, layer by layer where some are in host memory.
+def update_layers(update: Update, params: PyTree, opt_state: PyTree, gradients: PyTree) -> tuple[PyTree, PyTree]:
+    """Compute `update(params, opt_state, gradients)`, layer by layer where some are in host memory.
 
     For an update rule that treats each layer independently.
     """
     given = params, opt_state, gradients
-    if not any(map(waits, jax.tree.leaves(given))):
-        return advance(*given)
+    if not any(map(on_host, jax.tree.leaves(given))):
+        return update(*given)
     rest, (*stacks, slopes) = _split(given)
 
     def one(i: Int[Array, ""], stacks: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-        new = advance(*_in_each(lambda tree: fetched(tree, i), (*stacks, slopes)))
-        return _in_each(lambda tree, layer: returned(tree, layer, i), stacks, new)
+        new = update(*_in_each(lambda tree: fetch_layer(tree, i), (*stacks, slopes)))
+        return _in_each(lambda tree, layer: store_layer(tree, layer, i), stacks, new)
 
-    layers = jax.lax.fori_loop(0, _height(params[STACK]), one, tuple(stacks))
-    return _in_each(operator.or_, advance(*rest), layers)
+    layers = jax.lax.fori_loop(0, _n_layers(params[STACK]), one, tuple(stacks))
+    return _in_each(operator.or_, update(*rest), layers)
 
 
 def _split(given: tuple[PyTree, ...]) -> tuple[tuple[PyTree, ...], tuple[PyTree, ...]]:
@@ -110,7 +110,7 @@ def _split(given: tuple[PyTree, ...]) -> tuple[tuple[PyTree, ...], tuple[PyTree,
     return rest, _in_each(lambda tree: {STACK: tree[STACK]}, given)
 
 
-def _height(stack: PyTree) -> int:
+def _n_layers(stack: PyTree) -> int:
     return len(jax.tree.leaves(stack)[0])
 
 

@@ -24,8 +24,8 @@ from llm_jax.train.balance import rebalance
 from llm_jax.train.batch import check_batch
 from llm_jax.train.config import RunConfig
 from llm_jax.train.custom import Custom
-from llm_jax.train.layout import check, check_attention, order, ordered, split
-from llm_jax.train.offload import waiting
+from llm_jax.train.layout import check, check_attention, context_model, reorder, token_order
+from llm_jax.train.offload import host_shardings
 from llm_jax.train.optimizer import make_optimizer, make_schedule
 from llm_jax.train.pipeline import Pipeline
 from llm_jax.train.step import (
@@ -44,7 +44,7 @@ from llm_jax.train.step import (
 )
 from llm_jax.train.timetable import Timetable
 
-WAITING = {"none": (), "optimizer": ("opt_state",), "state": ("params", "opt_state")}  # by `RunConfig.offload`
+ON_HOST = {"none": (), "optimizer": ("opt_state",), "state": ("params", "opt_state")}  # by `RunConfig.offload`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Program:
 
     @functools.cached_property
     def model(self) -> Transformer:
-        return Transformer(split(self.config.model, self.mesh.shape["context"]))
+        return Transformer(context_model(self.config.model, self.mesh.shape["context"]))
 
     @functools.cached_property
     def pipeline(self) -> Pipeline | None:
@@ -88,8 +88,8 @@ class Program:
         else:
             opt_state = shardings(shapes.opt_state, self.mesh, unknown="whole")
             layout = dataclasses.replace(shardings(shapes.replace(opt_state=()), self.mesh), opt_state=opt_state)
-        for field in WAITING[self.config.offload]:
-            layout = dataclasses.replace(layout, **{field: waiting(getattr(layout, field))})
+        for field in ON_HOST[self.config.offload]:
+            layout = dataclasses.replace(layout, **{field: host_shardings(getattr(layout, field))})
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, layout
         )
@@ -174,7 +174,7 @@ class Program:
     @functools.cached_property
     def order(self) -> Int[np.ndarray, " L"] | None:
         """Which token of a row comes at each index on the mesh; None: the usual order."""
-        return order(self.config.model, self.config.data.seq_len, self.mesh.shape["context"])
+        return token_order(self.config.model, self.config.data.seq_len, self.mesh.shape["context"])
 
     def share(self, batch: Batch) -> Batch:
         """Return this process's rows of `batch`, which holds all."""
@@ -186,7 +186,7 @@ class Program:
         return self._spread(batch)
 
     def _spread(self, batch: Batch) -> Batch:
-        batch = batch if self.order is None else ordered(batch, self.order)
+        batch = batch if self.order is None else reorder(batch, self.order)
         rows, layout = range(self.config.data.batch_size), batch_sharding(self.mesh)
 
         def slice_of(x: np.ndarray, index: Any) -> np.ndarray:

@@ -21,7 +21,7 @@ from llm_jax.model.precision import in_dtype
 from llm_jax.model.transformer import Output, Transformer, forward, head_table
 from llm_jax.ops.loss import IGNORE, chunked_cross_entropy, cross_entropy, likeliest
 from llm_jax.train.balance import LOAD, expert_sums, utilisation
-from llm_jax.train.offload import advanced, brought, summed
+from llm_jax.train.offload import map_layers, sum_layers, update_layers
 
 Metrics = dict[str, jax.Array]
 # (params, batch, key) -> (sum of the loss over counted tokens, {name: sum over counted tokens}).
@@ -67,7 +67,7 @@ def cast(params: PyTree, dtype: Any) -> PyTree:
     Called once, before anything is gathered from other devices.
     """
     with jax.named_scope("cast"):
-        return brought(params, functools.partial(in_dtype, dtype=dtype))
+        return map_layers(params, functools.partial(in_dtype, dtype=dtype))
 
 
 @struct.dataclass
@@ -206,9 +206,7 @@ def make_train_step(
         each = 1 / targets.astype(jnp.float32)  # a product is computed where it is read, a quotient kept
         mean = functools.partial(jax.tree.map, lambda x: x * each.astype(x.dtype))
         loss, sums, norm = mean(loss), mean(sums), optax.tree.norm(mean(gradients))
-        tokens = (
-            targets if batch.segments is None else (batch.segments != 0).sum()
-        )  # the tokens read, with a target or not
+        tokens = targets if batch.segments is None else (batch.segments != 0).sum()  # read, with a target or not
         rate = None if schedule is None else schedule(state.step)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
@@ -223,9 +221,9 @@ def make_train_step(
         def square(params: PyTree, opt_state: PyTree, gradients: PyTree) -> Float[Array, ""]:
             return optax.tree.norm(new(params, opt_state, gradients)[0] if held is None else held, squared=True)
 
-        finite &= jnp.isfinite(summed(square, *given))
+        finite &= jnp.isfinite(sum_layers(square, *given))
 
-        def advance(params: PyTree, opt_state: PyTree, gradients: PyTree) -> tuple[PyTree, PyTree]:
+        def update(params: PyTree, opt_state: PyTree, gradients: PyTree) -> tuple[PyTree, PyTree]:
             # Recomputed where it is stored: otherwise all new parameters would stay in memory until the norm is known.
             old = jax.lax.optimization_barrier((params, opt_state))
             fresh, moments = new(old[0], old[1], gradients)
@@ -233,7 +231,7 @@ def make_train_step(
             # A select, not a `cond`: before that all float32 gradients would have to be in memory.
             return jax.tree.map(functools.partial(jnp.where, finite), (fresh, moments), old)
 
-        params, opt_state = advanced(advance, *given)
+        params, opt_state = update_layers(update, *given)
         if rebalance is not None and load is not None:
             params = rebalance(params, jnp.where(finite, load, 0))  # an even load moves nothing
         metrics: Metrics = {"loss": loss, **sums, "grad_norm": norm}
