@@ -1,4 +1,4 @@
-"""A small Llama that tells whether brackets are balanced, where neither length nor counts give it away.
+"""A small Llama that classifies whether brackets are balanced, where neither length nor counts give it away.
 
     llm-jax train classify
     llm-jax generate runs/classify --prompt '([]{<>})'

@@ -4,7 +4,7 @@
 
 A text file with <|endoftext|> between the tales. Gave, on the 1.5 MB of Grimm's in English and two cores that had other
 work too (commit 5f9f801, 181 s, Python 3.11, JAX 0.10.2): 1.606 bits per byte held out, 95 % interval 1.534 to 1.654.
-TinyStories, from the hub (pip install -e '.[hf]'; not tried here, where there is no hub):
+TinyStories, from the hub (pip install -e '.[hf]'; not run here, without a network):
 
     llm-jax train fairytales data.uri=hf://datasets/roneneldan/TinyStories/data steps=5000
 """

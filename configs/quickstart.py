@@ -4,7 +4,7 @@
 
 Gave, on two cores (commit 2b8d004, 186 s in training steps, Python 3.11, JAX 0.10.2, the 2.9 M tokens of that standard
 library): 1.769 bits per byte held out, 95 % interval 1.597 to 1.921, by `llm-jax evaluate`; on Python 3.13 with JAX
-0.12.0.1, whose library is another text, 1.633 (1.432 to 1.840) after 143 s.
+0.12.0.1, whose library is other text, 1.633 (1.432 to 1.840) after 143 s.
 Of 50 held-out functions completed, 10 parse at temperature 0.7 and 18 at 0.5 (`scripts/python_parses.py`, 3.11).
 """
 

@@ -1,8 +1,8 @@
-"""The smallest model whose shapes tell something: vocabulary 24, width 32. The walk that a learner does first.
+"""The smallest model whose shapes are instructive: vocabulary 24, width 32. Look at this one first.
 
     llm-jax show shapes
 
-It is there to be looked at: no tokenizer here has so few tokens.
+It is for `show` only: no tokenizer here has so few tokens.
 """
 
 from llm_jax.data.loader import DataConfig

@@ -2,7 +2,7 @@
 # # A model from Hugging Face, and back
 #
 # `import_hf` makes a run of a model: a folder, or a name on the hub, such as `HuggingFaceTB/SmolLM2-135M`. To need no
-# network, this notebook exports a model of its own first. It takes `pip install "llm-jax[hf]"`.
+# network, this notebook first exports a model of its own. It needs `pip install "llm-jax[hf]"`.
 
 # %%
 import llm_jax as lj
@@ -18,7 +18,7 @@ config = lj.RunConfig(
 lj.export_hf(lj.fit(config, "runs/origin"), "exported")
 
 # %% [markdown]
-# What transformers would load, as a run of ours: the same model, to the last bit of its greedy text.
+# The folder that transformers would load, as a run: the same model, with the same greedy text.
 
 # %%
 run = lj.import_hf("exported", "runs/imported")
@@ -29,7 +29,7 @@ prompt = "zwei\t"
 )
 
 # %% [markdown]
-# Train on from it, on other text: weights, model and tokenizer are those of the run, data and training are yours.
+# Train it further, on other text: weights, model and tokenizer are those of the run, data and training are yours.
 
 # %%
 texts = [f"{a} + {b} = {a + b}\n" for a in range(40) for b in range(40)]

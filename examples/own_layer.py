@@ -28,14 +28,14 @@ config = lj.RunConfig(
 run = lj.fit(config, "runs/mean")
 
 # %% [markdown]
-# It generates like any other: the state of each layer has its place in the cache.
+# It generates like any other: the state of each layer is kept in the cache.
 
 # %%
 run.generate("elf\t", temperature=0.2, max_tokens=20)
 
 # %% [markdown]
-# The class declares the mesh axes on which it computes what one device does, `axes = ("data", "fsdp")` unless it says
-# more; on other axes a run is refused, not wrong. The run remembers a hash of its code, as of a loss.
+# The class declares the mesh axes on which it computes what one device does, `axes = ("data", "fsdp")` by default; on
+# other axes a run is refused, not wrong. The run remembers a hash of its code, as of a loss.
 
 # %%
 print(Path("runs/mean/code.json").read_text())

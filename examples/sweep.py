@@ -20,7 +20,7 @@ base = lj.RunConfig(
 
 
 def trained(config, folder):
-    """The run in `folder`, trained to the end, whatever of it is there."""
+    """Return the run in `folder`, trained to the end, begun or resumed as needed."""
     if not Path(folder, "config.json").exists():
         return lj.fit(config, folder)
     run = lj.Run.open(folder)

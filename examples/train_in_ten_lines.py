@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Train a language model in ten lines
 #
-# A run is a config and a folder: the folder holds all there is to know of it. This one is small enough for a laptop: it
+# A run is a config and a folder: the folder holds everything about it. This one is small enough for a laptop: it
 # learns German number words and their English ones, from the library itself, with nothing to download.
 
 # %%
@@ -22,7 +22,7 @@ run = lj.fit(config, "runs/numbers")
 run.metrics["loss"][[0, -1]], run.evaluate().bits_per_byte
 
 # %% [markdown]
-# What it generates. The sampler behind `generate` is built once, at the first call.
+# What it generates. The sampler is built once, at the first call of `generate`.
 
 # %%
 run.generate(["siebenundvierzig\t", "tausend\t"], temperature=0.2, max_tokens=30, stop=["\n"])

@@ -99,9 +99,10 @@ def _insert(values: dict[str, Any], path: str, value: Any) -> None:
     """Put `value` at `path` of nested dicts. Raises `ValueError` if another value, or a group of values, is there."""
     *groups, leaf = path.split(".")
     for depth, group in enumerate(groups, 1):
-        values = values.setdefault(group, {})
-        if not isinstance(values, dict):
+        inner: Any = values.setdefault(group, {})
+        if not isinstance(inner, dict):
             raise _mixed(".".join(groups[:depth]))
+        values = inner
     if isinstance(values.get(leaf), dict):
         raise _mixed(path)
     if values.setdefault(leaf, value) != value:
@@ -139,7 +140,7 @@ def check_ranges(config: Any, where: str) -> None:
         for item in value if isinstance(value, tuple) else (value,):
             if isinstance(item, int) and abs(item) > INT32 and field.name != "seed":
                 raise ValueError(f"{name}={_short(item)} is more than int32 can count; use at most {INT32}")
-            if isinstance(item, float) and item != 0 and not FLOAT32[0] <= abs(item) <= FLOAT32[1]:
+            if isinstance(item, float) and item != 0.0 and not FLOAT32[0] <= abs(item) <= FLOAT32[1]:
                 raise ValueError(f"{name}={item:g} is no float32; use 0, or a size from 1.2e-38 to 3.4e+38")
 
 

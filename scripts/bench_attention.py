@@ -1,9 +1,9 @@
-"""What leaving out blocks saves: attention under masks that see less, beside attention to everything, in one run.
+"""Measure what skipping blocks saves: attention under sparse masks, against full attention in the same run.
 
     python scripts/bench_attention.py [--length 4096] [--rounds 5]
 
-Heads as in GPT-2 124M (12 of 64), one row, float32, the default implementation of this platform. Rounds go through all
-masks in turn, so that a machine that is busy for a while is so for all; a ratio is the median over rounds.
+Heads as in GPT-2 124M (12 of 64), one row, float32, the default implementation of this platform. Each round runs
+all masks in turn, so that a busy machine slows all alike; a ratio is the median over rounds.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def masks() -> dict[str, Mask]:
 
 
 def program(mask: Mask, implementation: str | None) -> Callable:
-    """Output and gradients."""
+    """Return a function to output and gradients of attention under `mask`."""
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jnp.square(attention(q, k, v, mask, implementation=implementation)).sum()
@@ -44,7 +44,7 @@ def program(mask: Mask, implementation: str | None) -> Callable:
 
 
 def measure(programs: dict[str, Callable], length: int, rounds: int) -> dict[str, tuple[list[float], float]]:
-    """Seconds of every round, and megabytes of temporaries, by name."""
+    """Return the seconds of every round, and megabytes of temporaries, by name."""
     keys = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (1, length, HEADS, 1, SIZE))
     k, v = (jax.random.normal(key, (1, length, HEADS, SIZE)) for key in keys[1:])

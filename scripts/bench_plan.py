@@ -1,11 +1,11 @@
-"""What MaxText's compiled train step takes, and ours, on the same topologies.
+"""Compare our compiled train step with MaxText's, on the same topologies.
 
-    python -m llm_jax plan llama2_7b --topology v5e:4x4      # to see one of them whole
+    python -m llm_jax plan llama2_7b --topology v5e:4x4      # to see one of them in full
     python scripts/bench_plan.py [ROW ...]                   # all: about 100 seconds each on two quiet cores
 
 Needs `pip install "jax[tpu]"`, and no TPU. MaxText 0.2.5 was measured in November 2026 with JAX 0.12.0.1 and libtpu
 0.0.52: AdamW, float32 state, bfloat16 compute, full rematerialization, rows of 2048 tokens, splash attention. GB are
-1e9 bytes of a device; "sent" is per step; cycles are the compiler's estimate, kernels not included.
+1e9 bytes a device; "sent" is per step; cycles are the compiler's estimate, kernels not included.
 """
 
 import sys
@@ -16,7 +16,7 @@ from llm_jax.plan.plan import plan, versions
 from llm_jax.plan.topology import parse_topology
 from llm_jax.runs.start import load_recipe
 
-# Name: topology, recipe, changes; then MaxText's GB of arguments, temporaries, peak and sent, and millions of cycles.
+# Name: topology, recipe, changes; then MaxText's GB of arguments, temporaries, peak and sent, and Mcycles.
 ROWS = {
     "7b": ("v5e:4x4", "llama2_7b", [], (5.054, 3.701, 8.719, 40.58, 1546)),
     "7b-tensor": ("v5e:4x4", "llama2_7b", ["mesh.fsdp=4", "mesh.tensor=4"], (5.055, 3.741, 8.704, 29.75, 1247)),

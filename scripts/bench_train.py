@@ -1,10 +1,10 @@
-"""Training speed on this machine, beside the model's PyTorch twin measured in turn in the same run.
+"""Measure training speed on this machine, against the model's PyTorch twin in the same run.
 
     .venv/bin/python scripts/bench_train.py [shakespeare_char | medium | gpt2_124m] [--rounds 8] [--seconds 2]
 
-Prints tokens/s, the share of the matmul peak that JAX itself measures here, and the ratio to PyTorch eager, round
+Print tokens/s, the share of the matmul peak that JAX itself reaches here, and the ratio to PyTorch eager, round
 by round and as a median: single figures swing by 40 % on a shared machine, ratios within one run don't. Without
-PyTorch (`pip install torch`) it prints our own figures alone.
+PyTorch (`pip install torch`) print our own figures alone.
 """
 
 import argparse
@@ -44,13 +44,13 @@ GPT = {
 
 
 def medium() -> RunConfig:
-    """6 layers, 6 heads, width 384, context 256, batch 8, characters: nanoGPT's GPU setting, shrunk in batch."""
+    """Return nanoGPT's GPU setting with a smaller batch: 6 layers, 6 heads, width 384, context 256, batch 8."""
     model = ModelConfig(vocab_size=65, d_model=384, n_layers=6, n_heads=6, max_seq_len=256, unroll=6, **GPT)
     return RunConfig(model=model, data=DataConfig(seq_len=256, batch_size=8, packing="windows", end_of_text=False))
 
 
 def gpt2_on_a_laptop() -> RunConfig:
-    """GPT-2 124M at context 256 and batch 2, so that it fits a laptop."""
+    """Return GPT-2 124M at context 256 and batch 2, so that it fits a laptop."""
     config = load_recipe("gpt2_124m")
     model = dataclasses.replace(config.model, max_seq_len=256, dtype="float32", remat="none", unroll=12)
     data = dataclasses.replace(config.data, seq_len=256, batch_size=2)
@@ -71,7 +71,7 @@ def random_batch(config: RunConfig) -> Batch:
 
 
 SIDES = {"llm_jax": "jax", "pytorch": "eager"}
-step_here: Step | None = None  # of the one side that this process runs
+step_here: Step | None = None  # that of the one side which this process runs
 
 
 def begin(side: str, setting: str) -> None:
@@ -80,11 +80,11 @@ def begin(side: str, setting: str) -> None:
     config = SETTINGS[setting]()
     batch, params = random_batch(config), jax.device_get(Program.on(config).init().params)
     step = STEPS[SIDES[side]](config, params, itertools.repeat(1e-3))
-    step_here = lambda: step(batch)[0]  # noqa: E731  (JAX's loss is on the device still: the caller waits for it)
+    step_here = lambda: step(batch)[0]  # noqa: E731  (JAX's loss is still on the device: the caller waits for it)
 
 
 def steps_per_second(seconds: float) -> float:
-    """Over at least eight steps."""
+    """Measure over at least eight steps and `seconds`."""
     assert step_here is not None
     start, count = time.perf_counter(), 0
     while True:

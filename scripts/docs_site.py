@@ -1,6 +1,6 @@
-"""What MkDocs calls while it builds the site: two things that Markdown can't say.
+"""Hooks that MkDocs calls while it builds the site, for two things that Markdown can't express.
 
-Links that leave docs/ lead to pages of the site. On disk a page links to `../llm_jax/sharding.py` and to
+Links out of docs/ become links to pages of the site. On disk a page links to `../llm_jax/sharding.py` and to
 `../CONTRIBUTING.md`, which works in an editor and on any host of repositories. The site has no `..`: a few Markdown
 files of the root become pages of it (`ROOT_PAGES`), and each other file that a page links to becomes a page under
 `source/` that shows it.

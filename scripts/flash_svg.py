@@ -1,4 +1,4 @@
-"""Draws the tiles of a causal mask with a window, as docs/flash_attention.md shows them: those visited are `Mask.view`.
+"""Draw the tiles of a causal mask with a window, as docs/flash_attention.md shows them: those visited are `Mask.view`.
 
 .venv/bin/python scripts/flash_svg.py docs/flash_attention.svg
 """
@@ -28,10 +28,10 @@ def arrow(x: float, y: float, length: float) -> str:
 
 
 def scores(row: int) -> list[str]:
-    """The square of all scores; `row` is the row of tiles that is worked on."""
+    """Draw the square of all scores; `row` is the row of tiles being computed."""
     mask, side = Mask(window=4 * 128), TILES * TILE
     view, whole = mask.view(TILES * 128, TILES * 128, 128, 128), mask.materialise(TILES * 128, TILES * 128)[0]
-    parts = [
+    shapes = [
         text(LEFT + side / 2, TOP - 10, "keys", "middle"),
         f'<g transform="translate({LEFT - 10} {TOP + side / 2}) rotate(-90)">{text(0, 0, "queries", "middle")}</g>',
     ]
@@ -39,14 +39,14 @@ def scores(row: int) -> list[str]:
         for j in range(TILES):
             cut = not whole[i * 128 : (i + 1) * 128, j * 128 : (j + 1) * 128].all()
             colour, opacity = (ORANGE if i == row else BLUE, 0.25 if cut else 0.6) if view[i, j] else (GREY, 0)
-            parts.append(box(LEFT + j * TILE + 1, TOP + i * TILE + 1, TILE - 2, TILE - 2, colour, opacity))
+            shapes.append(box(LEFT + j * TILE + 1, TOP + i * TILE + 1, TILE - 2, TILE - 2, colour, opacity))
     first = int(view[row].argmax())
     y = TOP + row * TILE + TILE / 2
-    return [*parts, arrow(LEFT + first * TILE + 4, y, int(view[row].sum()) * TILE - 8)]
+    return [*shapes, arrow(LEFT + first * TILE + 4, y, int(view[row].sum()) * TILE - 8)]
 
 
 def chip() -> list[str]:
-    """What one row of tiles needs at a time, and where it is."""
+    """Draw what one row of tiles needs at a time, and where it is kept."""
     x, y, side = 330, TOP, 84
     return [
         f'<path d="M{x - 34} {TOP}V{TOP + TILES * TILE}" stroke="{GREY}" stroke-opacity=".25"/>',

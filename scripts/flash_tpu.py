@@ -1,4 +1,4 @@
-"""Compiles attention and its gradient for TPUs that are not there, and prints what the compiler says.
+"""Compile attention and its gradient for TPUs that are not here, and print what the compiler says.
 
 .venv/bin/python scripts/flash_tpu.py v5e:2x2 flash splash chunked reference
 """

@@ -1,4 +1,4 @@
-"""Draws the loss curve of a run, as the README shows it.
+"""Draw the loss curve of a run, as the README shows it.
 
 .venv/bin/python scripts/loss_svg.py runs/quickstart docs/loss.svg
 """

@@ -1,6 +1,6 @@
 """Write examples/*.ipynb from the scripts beside them, whose cells begin with `# %%`, or `# %% [markdown]` for text.
 
-python scripts/notebooks.py            # after a change of a script; tests/test_examples.py holds them to be the same
+python scripts/notebooks.py            # after a change of a script; tests/test_examples.py checks that they agree
 """
 
 import json

@@ -1,10 +1,10 @@
-"""How much of the Python that a run writes is Python: completes held-out functions and counts what parses.
+"""Measure how much of the Python that a run generates parses: complete held-out functions, and count.
 
     .venv/bin/python scripts/python_parses.py runs/quickstart [--count 50] [--tokens 160] [--temperature 0.7]
 
-A prompt is the first line of a function from a held-out file. The completion ends before the first line
-that is not indented, as the function does; one that has not ended by then loses its last, unfinished line. It counts
-if it has a body and `ast.parse` takes prompt and completion together.
+A prompt is the first line of a function from a held-out file. The completion ends before the first line that is not
+indented, as the function does; one that reaches the token limit loses its last, unfinished line. It counts if it has a
+body and `ast.parse` accepts prompt and completion together.
 """
 
 import argparse
@@ -23,14 +23,14 @@ SIGNATURE = re.compile(r"^def \w+\([^()\n]*\):\n", re.MULTILINE)
 
 
 def prompts(shards: Shards | Mixture) -> Iterator[str]:
-    """Every signature on one line, at the left margin, of the held-out documents."""
+    """Yield every one-line signature at the left margin of the held-out documents."""
     store = shards.split("heldout")
     for start, stop in zip(store.offsets[:-1].tolist(), store.offsets[1:].tolist(), strict=True):
         yield from SIGNATURE.findall(shards.tokenizer.decode(store.read(start, stop)))
 
 
 def function(prompt: str, text: str) -> str:
-    """`prompt` and the indented lines after it."""
+    """Return `prompt` and the indented lines after it."""
     whole = text.split("\n")[:-1]
     body = itertools.takewhile(lambda line: not line or line[0].isspace(), whole)
     return prompt + "\n".join(body) + "\n"

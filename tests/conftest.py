@@ -4,6 +4,7 @@ This file is read before any test module, hence before JAX or llm_jax is importe
 Programs that tests start in processes of their own inherit the environment, not `jax.config`.
 """
 
+import contextlib
 import functools
 import gc
 import os
@@ -84,3 +85,60 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield tiny(write_corpus(tmp_path_factory.mktemp("corpus")))
+
+
+@contextlib.contextmanager
+def at(folder: Path) -> Iterator[None]:
+    """Work in `folder`, as a user does, with a cache of its own."""
+    from llm_jax import runtime
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLM_JAX_CACHE", str(folder / "cache"))
+        patch.setattr(runtime, "start", lambda: None)  # the tests have a cache of compiled programs
+        patch.chdir(folder)
+        yield
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from command_line import fill
+
+    folder = tmp_path_factory.mktemp("workspace")
+    with at(folder):
+        fill(folder)
+    return folder
+
+
+@pytest.fixture
+def workspace(trained: Path) -> Iterator[Path]:
+    """The working directory: a text, a recipe and a trained run (`command_line.py`)."""
+    with at(trained):
+        yield trained
+
+
+@pytest.fixture
+def output(workspace: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a verb; return what it prints on standard output."""
+    from llm_jax.cli.main import main
+
+    def run(*words: str) -> str:
+        capsys.readouterr()
+        assert main(words) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def error(workspace: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a verb that fails; return its one line."""
+    from llm_jax.cli.main import main
+
+    def run(*words: str) -> str:
+        capsys.readouterr()
+        assert main(words) == 2
+        *_, line = capsys.readouterr().err.splitlines()
+        assert line.startswith("llm-jax: error: ")
+        return line
+
+    return run

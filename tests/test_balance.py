@@ -23,7 +23,7 @@ from llm_jax.train.step import (
     make_gradient,
     make_loss,
     make_train_step,
-    microbatches,
+    split_microbatches,
     token_losses,
 )
 from llm_jax.tree import leaves
@@ -111,7 +111,7 @@ def test_experts_in_microbatches_add_up_to_the_step_of_the_whole_batch(balance: 
         for other, same in ((parts, gradient), moved):
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-5), other, same)
         return
-    alone = jax.lax.map(lambda one: loss(params, one, key)[0], microbatches(batch, 2))
+    alone = jax.lax.map(lambda one: loss(params, one, key)[0], split_microbatches(batch, 2))
     np.testing.assert_allclose(total, alone.sum(), rtol=1e-6)
     assert abs(total - whole) > 1e-6 * abs(whole)
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -13,8 +11,6 @@ from test_runtime import printed
 from tiny_run import tiny
 
 from llm_jax import runtime
-from llm_jax.cli.main import main
-from llm_jax.plan import check as checks
 from llm_jax.plan.check import BOUND, PIECES, Finding, Piece, compare, findings_to_json, line, one_of_each_kind
 
 ROOT = Path(__file__).parents[1]
@@ -62,28 +58,6 @@ def test_a_compiler_that_is_not_guarded_is_found_out():
     known = [fault.reports for fault in runtime.known_faults()]
     assert all(f"({reports}): NOT GUARDED" in out for reports in known)
     assert "WRONG, as jax#39103 says" in out or "jax#39103" not in known  # the other depends on how threads meet
-
-
-@pytest.mark.slow
-def test_the_verb_passes_here_with_every_piece_and_a_step_of_the_config():
-    command = [sys.executable, "-m", "llm_jax", "check", "quickstart", "model.n_layers=2", "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    found = json.loads(done.stdout)["findings"]
-    assert done.returncode == 0, done.stderr
-    assert {finding["what"] for finding in found} > {*PIECES}
-    assert all(finding["right"] for finding in found)
-    assert any("gradient of the config" in finding["what"] for finding in found)
-
-
-def test_the_verb_fails_by_its_status_where_something_is_wrong(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setattr(runtime, "start", lambda: None)
-    monkeypatch.setattr(checks, "check", lambda config: [Finding("cpu", "norm", 1.0, 0.0, BOUND)])
-    assert main(["check", "quickstart"]) == 2
-    said = capsys.readouterr()
-    assert "WRONG" in said.out
-    assert "wrong here: norm on cpu" in said.err
 
 
 def test_everything_is_there_for_machines():

@@ -202,7 +202,7 @@ def test_a_folder_is_known_again_where_numbers_of_files_change_unless_held(tmp_p
         checkpoints.wait()
         assert checkpoints.steps() == [4, 3]
     assert len(said) == 1
-    assert "is not where step 4 was saved: older checkpoints are not cleared" in said[0]
+    assert "is not where step 4 was saved: older checkpoints are not deleted" in said[0]
 
 
 @pytest.mark.parametrize("losses", [{1: float("nan"), 2: 5.0}, {1: 5.0, 2: float("nan")}], ids=str)

@@ -12,27 +12,12 @@ from typing import Any
 
 import pytest
 
-from llm_jax import runtime
-from llm_jax.cli.main import main
 from llm_jax.compat import compare as module
 from llm_jax.compat.compare import Comparison, Gap, check, compare, table, write
 from llm_jax.compat.sides import Side, Stretch
 from llm_jax.model.config import AttentionConfig
 from llm_jax.train.config import RunConfig
 from llm_jax.train.optimizer import OptimizerConfig
-
-
-def test_what_a_disk_has_no_room_for_was_told_before(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path):
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device", "compare.json")
-
-    for name, value in (("compare", lambda *_, **__: None), ("table", lambda _: "the facts"), ("write", full)):
-        monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(runtime, "start", lambda: None)
-    assert main(["compare", "quickstart", "--out", str(tmp_path)]) == 2
-    out, err = capsys.readouterr()
-    assert out == "the facts\n"
-    assert "no space left on the disk for compare.json" in err
 
 
 def comparable(config: RunConfig, **changes: Any) -> RunConfig:

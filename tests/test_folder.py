@@ -65,7 +65,7 @@ def test_a_recipe_without_a_config_is_an_error_that_says_what_to_set(tmp_path: P
         ("accumulate=5", "accumulate=5 does not divide data.batch_size=16; use batch_size=20"),
         (
             "model.rotary.scaling=dynamic model.rotary.factor=2 model.rotary.original_len=16",
-            r"goes by the length of a text, .* of data.seq_len=32; use data.seq_len=16, .* or data.packing=windows",
+            r"depends on the length of a text, .* of data.seq_len=32; use data.seq_len=16, .* or data.packing=windows",
         ),
         ("data.seq_len=64", "data.seq_len=64 exceeds model.max_seq_len=32; set data.seq_len=32, or"),
         ("loss.chunk=5", "loss.chunk=5 does not divide data.seq_len=32"),

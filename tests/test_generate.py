@@ -207,7 +207,7 @@ def test_a_repetition_penalty_does_not_count_what_begins_a_text_but_all_else():
 def test_weights_that_give_no_numbers_are_named_and_not_written_from():
     broken = weights() | {"embedding": {"table": weights()["embedding"]["table"].at[7].set(jnp.nan)}}
     for sampling in (GREEDY, Sampling()):
-        with pytest.raises(ValueError, match=r"logits are no numbers: its weights have diverged.*--checkpoint"):
+        with pytest.raises(ValueError, match=r"logits are not finite: its weights have diverged.*--checkpoint"):
             generate(CONFIG, broken, TEXT, ["a"], sampling=sampling, max_tokens=12)
 
 

@@ -281,18 +281,6 @@ def test_a_model_with_a_prefix_is_not_exported_as_a_causal_one(imported: Path, t
     assert not (tmp_path / "out").exists()
 
 
-def test_the_verbs_say_what_they_made(llama: Path, tmp_path: Path, capsys: Any):
-    a_run, out = str(tmp_path / "run"), str(tmp_path / "out")
-    assert main(["import", str(llama), "--run", a_run, "--tokenizer", "byte", "--json"]) == 0
-    count = sum(np.prod(tensor.shape) for tensor in safetensors.open_folder(llama).values())
-    assert json.loads(capsys.readouterr().out) == {"run": a_run, "parameters": count}
-    assert main(["export", a_run, "--out", out, "--dtype", "bfloat16", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"out": out, "family": "llama", "step": 0}
-    assert {tensor.dtype for tensor in safetensors.open_folder(Path(out)).values()} == {"BF16"}
-    files = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-    assert sorted(os.listdir(out)) == files
-
-
 # ---- the hub
 
 

@@ -43,7 +43,7 @@ def test_experts_that_do_not_divide_are_refused_with_what_does(experts: Experts 
             {"context": 8, "tensor": 1},
             {"seq_len": 24},
             {},
-            "=24 .*context=8 .*= 8 devices, .*two parts.* zigzag; .*=16 or 32",
+            "=24 .*context=8 .*= 8 devices, .*two slices.* zigzag; .*=16 or 32",
         ),
         ({"context": 4, "tensor": 2}, {}, {"loss": LossConfig(chunk=4)}, "loss.chunk=4 .* 8 devices.*loss.chunk=8"),
         ({"context": 2}, {"layers": ("delta", "linear")}, {}, "delta and linear layers .*; use mesh.context=1"),

@@ -25,7 +25,7 @@ from llm_jax.runs.checkpoint import Checkpoints, Progress
 from llm_jax.runs.data import open_data
 from llm_jax.sharding import MeshConfig, make_mesh
 from llm_jax.train.config import RunConfig
-from llm_jax.train.offload import HOST, advanced, waiting
+from llm_jax.train.offload import HOST, host_shardings, update_layers
 from llm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from llm_jax.train.program import Program
 from llm_jax.train.step import TrainState, make_train_step
@@ -123,7 +123,7 @@ def test_layers_one_after_the_other_are_updated_as_all_at_once(name: Any):
     on_device = jax.tree.map(lambda x: x.sharding, expected)
     away = jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(HOST)), params["layers"])
     given = params | {"layers": away}, optimizer.init(params), gradients
-    step = jax.jit(lambda *given: advanced(advance, *given), out_shardings=on_device)
+    step = jax.jit(lambda *given: update_layers(advance, *given), out_shardings=on_device)
     found = step(*step(*given), gradients)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for path, x in tree.leaves(expected).items():
@@ -145,7 +145,7 @@ def test_a_layer_whose_update_overflows_keeps_all_others_as_they_were():
     state = TrainState(jnp.int32(0), params, rule.init(params))
     here = NamedSharding(make_mesh(MeshConfig(), jax.devices()[:1]), PartitionSpec())
     layout = jax.tree.map(lambda _: here, state)
-    layout = layout.replace(params=waiting(layout.params), opt_state=waiting(layout.opt_state))
+    layout = layout.replace(params=host_shardings(layout.params), opt_state=host_shardings(layout.opt_state))
     state = jax.device_put(state, layout)
     step = jax.jit(make_train_step(slopes, rule, optax.constant_schedule(0.1)), out_shardings=(layout, None))
     for number, skipped in ((1, 0), (1000, 1)):
@@ -165,7 +165,7 @@ def test_a_layer_whose_update_overflows_keeps_all_others_as_they_were():
     [
         (
             ["offload=state", "mesh.pipeline=2"],
-            "offload=state brings one layer after another .* mesh.pipeline=2 .* or ",
+            "offload=state copies one layer after another .* mesh.pipeline=2 .* or ",
         ),
         (["model.remat=offload", "mesh.pipeline=2"], "keeps those of stages anyway; set model.remat=full or"),
         (["offload=state", "optimizer.name=adafactor"], "adafactor's state, which is small, .*; use offload=none"),

@@ -5,8 +5,6 @@ import dataclasses
 import functools
 import importlib.util
 import io
-import json
-import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,7 +14,6 @@ from rich.console import Console, RenderableType
 from tiny_run import tiny
 
 from llm_jax import runtime
-from llm_jax.cli.main import main
 from llm_jax.config import override
 from llm_jax.plan.plan import UNTOLD, Figures, Plan, figures, plan, too_large
 from llm_jax.plan.topology import parse_topology
@@ -160,33 +157,6 @@ def test_a_kernel_too_large_for_the_memory_on_the_chip_is_an_error():
     )
     with pytest.raises(ValueError, match=r"refuses the program: Ran out of memory in memory space vmem\. .* 6\.36M\.$"):
         too_large(message)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--compiles", "3"], "--compiles 3 says how many --search may take; add --search"),
-        (["--search", "--compiles", "0"], "--compiles 0 .* at least 1"),
-        (["--price", "-1"], "--price -1.0 is that of a chip an hour, at least 0"),
-    ],
-)
-def test_options_that_mean_nothing_are_refused(words: list[str], message: str, capsys):
-    assert main(["plan", "quickstart", "--topology", "cpu:8", *words]) == 2
-    assert re.search(message, capsys.readouterr().err)
-
-
-def test_the_verb_prints_its_plan_for_machines(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path))
-    recipe = Path(__file__).parents[1] / "configs" / "quickstart.py"
-    small = ["model.n_layers=1", "model.d_model=32", "model.vocab_size=264", "data.batch_size=8", "data.seq_len=32"]
-    argv = ["plan", str(recipe), "--topology", "cpu:8", *small, "--json"]
-    assert main(argv) == 0
-    written = json.loads(capsys.readouterr().out)
-    assert written["fits"]
-    assert written["devices"] == 8
-    assert {"parameters", "traffic", "seconds", "tokens_per_day"} <= set(written)
-    assert main([*argv[:-1]]) == 0
-    assert "fits" in capsys.readouterr().out
 
 
 @pytest.mark.slow

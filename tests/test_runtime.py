@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from llm_jax import runtime
-from llm_jax.cli import verbs
 from llm_jax.cli.main import main
 from llm_jax.runtime import FUSIONS, for_one_call, guard, known_faults, open_faults, unavailable
 
@@ -116,15 +115,15 @@ def test_a_tpu_is_looked_for_only_where_one_can_be_used(tmp_path: Path):
 
 
 def test_a_device_that_is_taken_is_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    def configs(args: object) -> None:
+    def fail(args: object) -> None:
         """Fail as JAX does."""
         raise RuntimeError(
             "Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by process with pid 7. Not "
             "attempting to load libtpu.so in this process. (set JAX_PLATFORMS='' to automatically choose a backend)"
         )
 
-    monkeypatch.setattr(verbs, "configs", configs)
-    assert main(["configs"]) == 2
+    monkeypatch.setitem(SYNTAX, fail, ())
+    assert main(["fail"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("llm-jax: error: JAX can't start on tpu: The TPU is already in use by process with pid 7.")
     assert "set JAX_PLATFORMS=cpu" in said

@@ -24,7 +24,7 @@ def done(table: Timetable, work: Work) -> Iterator[tuple[int, int, int, int]]:
     """(microbatch, piece of the model, tick, place) of everything in one direction."""
     for tick, stage in np.argwhere(work.busy).tolist():
         piece = int(work.chunk[tick, stage]) * table.stages + stage
-        yield int(work.microbatch[tick, stage]), piece, tick, int(work.place[tick, stage])
+        yield int(work.microbatch[tick, stage]), piece, tick, int(work.slot[tick, stage])
 
 
 @given(timetables())

@@ -5,10 +5,7 @@
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -119,18 +116,6 @@ def test_every_layout_trains_as_one_device(layout: Layout):
     experts = MIXTURE if "expert" in layout.axes else ()
     (verdict,) = verdicts(override(TINY, [*experts, "model.n_layers=8", "model.n_heads=8"]), layout)
     assert verdict.equal, line(verdict)
-
-
-@pytest.mark.slow
-def test_the_verb_prints_what_it_found_and_refuses_axes_that_are_none(tmp_path: Path):
-    def verify(*words: str) -> subprocess.CompletedProcess[str]:
-        environment = {name: x for name, x in os.environ.items() if name not in ("NPROC", "JAX_PLATFORMS")}
-        command = [sys.executable, "-m", "llm_jax", "verify", "quickstart", *words]
-        return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500)
-
-    found = json.loads(verify("--axes", "data", "model.attention.implementation=chunked", "--json").stdout)
-    assert [(layout["mesh"], layout["equal"]) for layout in found["layouts"]] == [({"data": 8}, True)]
-    assert "'dta' is no mesh axis; did you mean 'data'?" in verify("--axes", "dta").stderr
 
 
 if __name__ == "__main__":

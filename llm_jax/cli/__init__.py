@@ -1,1 +1,1 @@
-"""The command line: `main.py` reads it, `verbs.py` does what it asks for, `terminal.py` writes to a person."""
+"""The command line: `main.py` parses it and lists the verbs, which the other files hold; `terminal.py` prints text."""

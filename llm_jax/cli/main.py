@@ -1,4 +1,4 @@
-"""`llm-jax VERB`: the command line and its errors. What a verb does stands in `verbs.py`."""
+"""`llm-jax VERB`: parse the command line, run the verb, print its errors on one line."""
 
 import argparse
 import difflib
@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llm_jax import __version__, runtime
-from llm_jax.cli import verbs
+from llm_jax.cli import checking, models, planning, tokenizing, training, using
 from llm_jax.config import nearest, read_number
 from llm_jax.keys import options_meant, suggestions
 
@@ -28,13 +28,13 @@ look around:     llm-jax show shapes
 read of a verb:  llm-jax help VERB
 
 The exit status is 0, 2 for what you can fix, 130 or 143 where a run was stopped and saved by Ctrl-C or SIGTERM.
-docs/cli.md tells the rest."""
+docs/cli.md has the rest."""
 
-AS_OPTIONS = re.compile(r"\bdata\.(column|separator)=")  # keys that some verbs have as options
+AS_OPTIONS = re.compile(r"\bdata\.(column|separator)=")  # keys that some verbs take as options
 
 
 class Parser(ArgumentParser):
-    """argparse with its errors on one line, `key=value` words anywhere among the options, and no option twice."""
+    """argparse with errors on one line, `key=value` words anywhere among the options, and no option twice."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -68,7 +68,7 @@ class Parser(ArgumentParser):
                 self.error(f"a key and its value are one word, without blanks around the =; write {meant}")
 
     def _unknown(self, word: str, words: list[str]) -> str:
-        """What is wrong with `word`, which this verb does not take, and what is meant by it."""
+        """Say what is wrong with `word`, which this verb does not take, and what it may mean."""
         verb = self.prog.rpartition(" ")[2]
         option, equals, value = word.partition("=")
         if not word.startswith("-"):
@@ -104,7 +104,7 @@ class Once(argparse.Action):
 
 
 def _number(text: str, *, kind: type) -> int | float:
-    """As `read_number`: no `1_000`, neither infinity nor nan, and no count that nobody can wait for."""
+    """Read a number by `read_number`: no `1_000`, no infinity or nan, and no count of 2**32 or more."""
     try:
         number = read_number(text, kind)
     except ValueError as error:
@@ -135,24 +135,35 @@ BEGIN_OF_TEXT = arg(
 JSON = arg("--json", action="store_true", help="print one JSON object instead")
 PEERS: tuple[Argument, ...] = (
     arg("--coordinator", metavar="HOST:PORT", help="where process 0 of several can be reached"),
-    arg("--processes", type=int, metavar="N", help="how many there are; a scheduler's are found by themselves"),
+    arg("--processes", type=int, metavar="N", help="how many there are; those of a scheduler are found automatically"),
     arg("--process", type=int, metavar="I", help="which one this is, from 0"),
 )
 DEBUG = arg("--debug", action="store_true", help="show the traceback of an error")
 
 
-# What each function of `verbs` takes.
-SYNTAX: dict[str, tuple[Argument, ...]] = {
-    "train": (
+def help_(args: Namespace) -> None:
+    """Explain a verb, with examples.
+
+    Without VERB, list them all. `llm-jax VERB --help` is the same.
+
+    llm-jax help
+    llm-jax help train
+    """
+    parser().parse_args([*([args.verb] if args.verb else []), "--help"])
+
+
+# The verbs and what they take. A verb is a function, and its docstring is its help.
+SYNTAX: dict[Callable[[Namespace], int | None], tuple[Argument, ...]] = {
+    training.train: (
         arg("config", metavar="CONFIG", help="a recipe (llm-jax configs) or a Python file"),
         ASSIGNMENTS,
         arg("--run", metavar="DIR", help="the run folder; default: runs/CONFIG"),
-        arg("--resume", action="store_true", help="go on with the run that is there already, if there is one"),
-        arg("--from", dest="source_run", metavar="RUN", help="train on from its weights, with its model and tokenizer"),
+        arg("--resume", action="store_true", help="resume the run that is already there, if there is one"),
+        arg("--from", dest="source_run", metavar="RUN", help="start from its weights, with its model and tokenizer"),
         *PEERS,
         JSON,
     ),
-    "resume": (
+    training.resume: (
         RUN,
         arg(
             "assignments",
@@ -165,19 +176,19 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
         *PEERS,
         JSON,
     ),
-    "prepare": (
+    tokenizing.prepare: (
         arg("uri", metavar="URI", help="where the text is"),
         arg("--out", required=True, metavar="DIR", help="a folder that does not exist yet"),
         arg("--tokenizer", default="train:4096", metavar="NAME", help="default: train:4096"),
         arg("--separator", metavar="TEXT", help=r"cut documents after this text, such as $'\n\n'"),
         COLUMN,
-        arg("--no-end-of-text", dest="end_of_text", action="store_false", help="put no such token behind documents"),
+        arg("--no-end-of-text", dest="end_of_text", action="store_false", help="put no such token after documents"),
         arg("--heldout", type=float, default=0.05, metavar="SHARE", help="of the documents; default: 0.05"),
         arg("--heldout-by", choices=("hash", "tail"), default="hash", help="chosen by content, or the last"),
         arg("--special", action="store_true", help="read <|endoftext|> and the like as special tokens"),
         JSON,
     ),
-    "generate": (
+    using.generate: (
         RUN,
         arg("--prompt", action="append", metavar="TEXT", help="again for more; default: standard input"),
         arg("--max-tokens", type=int, default=200, metavar="N", help="default: 200"),
@@ -194,7 +205,7 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
         CHECKPOINT,
         JSON,
     ),
-    "evaluate": (
+    using.evaluate: (
         RUN,
         arg("--data", metavar="URI", help="score all of this text"),
         COLUMN,
@@ -202,13 +213,13 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
         CHECKPOINT,
         JSON,
     ),
-    "show": (
+    planning.show: (
         arg("config", metavar="CONFIG|RUN", help="recipe, Python file, or run"),
         ASSIGNMENTS,
         arg("--config", action="store_true", dest="keys", help="every key instead: value, default, meaning"),
         JSON,
     ),
-    "plan": (
+    planning.plan: (
         arg("config", metavar="CONFIG|RUN", help="recipe, Python file, or run"),
         ASSIGNMENTS,
         arg("--topology", required=True, metavar="NAME", help="v5e:4x4, v5p:2x2x4, h100:1x8, cpu:8, ..."),
@@ -218,7 +229,7 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
         arg("--compiles", type=int, metavar="N", help="that --search may take; default: 6"),
         JSON,
     ),
-    "compare": (
+    checking.compare: (
         arg("config", metavar="CONFIG", help="a recipe (llm-jax configs) or a Python file"),
         ASSIGNMENTS,
         arg("--steps", type=int, default=200, metavar="N", help="of the run, its first; default: 200"),
@@ -226,7 +237,7 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
         arg("--no-compile", dest="compiled", action="store_false", help="leave torch.compile out"),
         JSON,
     ),
-    "verify": (
+    checking.verify: (
         arg(
             "config",
             metavar="CONFIG",
@@ -238,7 +249,7 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
         arg("--axes", metavar="A,B", help="only layouts of these mesh axes"),
         JSON,
     ),
-    "check": (
+    checking.check: (
         arg(
             "config",
             metavar="CONFIG",
@@ -249,13 +260,13 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
         ASSIGNMENTS,
         JSON,
     ),
-    "import_": (
+    models.import_: (
         arg("source", metavar="PATH|NAME", help="a folder, or a name on the Hugging Face hub"),
         arg("--run", required=True, metavar="DIR", help="the run folder"),
         arg("--tokenizer", metavar="NAME", help="in place of the model's own: gpt2, ..., or a folder"),
         JSON,
     ),
-    "export": (
+    models.export: (
         RUN,
         arg("--out", required=True, metavar="DIR", help="a folder that does not exist yet"),
         arg("--family", metavar="NAME", help="default: as imported, or the first that fits"),
@@ -263,11 +274,11 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
         CHECKPOINT,
         JSON,
     ),
-    "configs": (
+    planning.configs: (
         arg("name", metavar="NAME", nargs="?", help="a recipe, or a Python file, to show every key of"),
         JSON,
     ),
-    "tokenize": (
+    tokenizing.tokenize: (
         arg("text", metavar="TEXT", nargs="?", help="default: standard input"),
         arg("--tokenizer", default="byte", metavar="NAME", help="default: byte; gpt2, ..., a run, a folder"),
         arg("--special", action="store_true", help="read <|endoftext|> and the like as special tokens"),
@@ -278,22 +289,21 @@ SYNTAX: dict[str, tuple[Argument, ...]] = {
         arg("--out", metavar="DIR", help="the folder where it is saved"),
         JSON,
     ),
-    "help": (arg("verb", metavar="VERB", nargs="?", help="one of those that llm-jax --help lists"),),
+    help_: (arg("verb", metavar="VERB", nargs="?", help="one of those that llm-jax --help lists"),),
 }
 
 
 def parser() -> ArgumentParser:
-    """Every verb with its arguments; its docstring is its help."""
+    """Return the parser of every verb with its arguments."""
     top = Parser(prog="llm-jax", description=ABOUT, epilog=BEGIN, allow_abbrev=False)
     top.formatter_class = argparse.RawDescriptionHelpFormatter
     jax = importlib.metadata.version("jax")  # without importing it
     version = f"llm-jax {__version__} (JAX {jax}, Python {platform.python_version()})"
     top.add_argument("--version", action="version", version=version, help="show the versions of llm-jax and JAX")
     choices = top.add_subparsers(metavar="VERB", required=True)
-    for name, arguments in SYNTAX.items():
-        function = help_ if name == "help" else getattr(verbs, name)
+    for function, arguments in SYNTAX.items():
         summary, _, rest = (function.__doc__ or "").partition("\n")
-        p = choices.add_parser(name.rstrip("_"), help=summary, description=summary, allow_abbrev=False)
+        p = choices.add_parser(function.__name__.rstrip("_"), help=summary, description=summary, allow_abbrev=False)
         p.epilog = "\n".join(line.removeprefix("    ") for line in rest.rstrip().splitlines())
         p.formatter_class = argparse.RawDescriptionHelpFormatter
         for add in (*arguments, DEBUG):
@@ -302,19 +312,8 @@ def parser() -> ArgumentParser:
     return top
 
 
-def help_(args: Namespace) -> None:
-    """Explain a verb, with examples.
-
-    Without VERB, list them all. `llm-jax VERB --help` is the same.
-
-    llm-jax help
-    llm-jax help train
-    """
-    parser().parse_args([*([args.verb] if args.verb else []), "--help"])
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb. The exit status: 0, 2 for an error that the user can fix, 128 + the signal that stopped a run."""
+    """Run a verb. Return 0, 2 for an error that the user can fix, or 128 + the signal that stopped a run."""
     words = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(words or ["--help"], Namespace(command=shlex.join(["llm-jax", *words])))
     if not args.debug:
@@ -324,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except KeyboardInterrupt:
         return _failed("interrupted", args.debug, status=130)
-    except BrokenPipeError:  # who reads our output has seen enough; nothing more may be written at exit
+    except BrokenPipeError:  # the reader of our output has closed it; nothing more may be written at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         message = _message(error)
@@ -338,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _message(error: Exception) -> str | None:
-    """What went wrong and what to do about it; None for what the user can't fix."""
+    """Say what went wrong and what to do about it; None for what the user can't fix."""
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return (
             "out of memory; use a smaller data.batch_size, a larger accumulate, or model.remat=full "
@@ -359,14 +358,14 @@ def _failed(message: str, debug: bool, status: int = 2) -> int:
 
 
 def _line(message: str) -> str:
-    """`message` on one line, with nothing in it that would steer a terminal, and not endless."""
+    """Return `message` on one line, of limited length, without control characters."""
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
     return line if len(line) <= 2000 else f"{line[:1000]} ... {line[-900:]}"
 
 
 def _quiet() -> None:
-    """Silences what libraries log and warn about, which is not the user's to fix. Before JAX is imported."""
+    """Silence what libraries log and warn about, which users can't fix. Call it before JAX is imported."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # what fails in Orbax is raised, and said in a line
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # an error of Orbax is raised, and printed on one line
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

@@ -1,6 +1,6 @@
-"""Text for a person at a terminal: written as it comes, tokens in colours, prompts one by one.
+"""Print text on a terminal: as it is generated, tokens in colours, prompts one by one.
 
-Whatever is not a terminal, a pipe or a file, gets the bare text and nothing else.
+A pipe or a file gets the plain text and nothing else.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COLOURS = ("black on cyan", "black on yellow", "black on green", "black on magen
 
 
 def write(text: str, style: str = "") -> None:
-    """`text`, at once; on a terminal in `style`, and with nothing in it that would steer the terminal."""
+    """Print `text` at once; on a terminal in `style`, and without control characters."""
     if sys.stdout.isatty():
         Console(soft_wrap=True).print(Text(visible(text), style), end="")
     else:
@@ -34,7 +34,7 @@ def write(text: str, style: str = "") -> None:
 
 
 def write_rows(prompts: Sequence[str], pieces: Iterable[Piece]) -> None:
-    """Each prompt and what grows behind it; an empty line between two. `pieces` come row after row."""
+    """Print each prompt and the text after it, with an empty line between two. `pieces` come row by row."""
     row = -1
     for piece in pieces:
         if piece.row != row:
@@ -45,7 +45,7 @@ def write_rows(prompts: Sequence[str], pieces: Iterable[Piece]) -> None:
 
 
 def read_prompts(default: Sequence[str]) -> Iterator[Sequence[str]]:
-    """From a terminal, a prompt at a time; from a pipe, all its lines together, or `default` where it has none."""
+    """Yield one prompt at a time from a terminal; from a pipe all its lines at once, or `default` if it has none."""
     if not sys.stdin.isatty():
         lines = [line.rstrip("\r\n") for line in sys.stdin]
         yield [line for line in lines if line] or default
@@ -57,7 +57,7 @@ def read_prompts(default: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def write_tokens(tokenizer: Tokenizer, tokens: Sequence[int]) -> None:
-    """Every token in a colour of its own, its id below it."""
+    """Print every token in a colour, with its id below it."""
     boxes = [
         Text.assemble((spelled(tokenizer.token_bytes(token)), colour), "\n", (str(token), "dim"))
         for token, colour in zip(tokens, itertools.cycle(COLOURS), strict=False)
@@ -66,7 +66,7 @@ def write_tokens(tokenizer: Tokenizer, tokens: Sequence[int]) -> None:
 
 
 def spelled(data: bytes) -> str:
-    """The text of a token, its blanks visible; in hexadecimal where it is only a part of a character."""
+    """Return the text of a token with visible blanks; hexadecimal where it is only part of a character."""
     try:
         return visible(data.decode().translate(BLANKS))
     except UnicodeDecodeError:

@@ -47,7 +47,7 @@ def stored(documents: Any, config: DataConfig, cache: Path, report: Report) -> s
 
 
 def _peeked(documents: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
-    """The first document, and an iterator over all."""
+    """Return the first document, and an iterator over all."""
     rest = iter(documents)
     for first in rest:
         return first, itertools.chain([first], rest)
@@ -83,7 +83,7 @@ def _tokenizer(config: DataConfig) -> Tokenizer:
 
 
 def _cut(ids: Int[np.ndarray, " n"], tokenizer: Tokenizer) -> list[Int[np.ndarray, " _"]]:
-    """The documents of a stream, each without the end of text that ends it."""
+    """Split a stream into its documents, each without the end-of-text token that ends it."""
     ends = np.flatnonzero(ids == tokenizer.end_of_text)
     pieces = np.split(ids, ends + 1)
     return [piece[: len(piece) - (number < len(ends))] for number, piece in enumerate(pieces) if len(piece)]
@@ -132,7 +132,7 @@ def _checked(number: int, ids: np.ndarray, tokenizer: Tokenizer) -> Int[np.ndarr
 
 
 def _sides(documents: Sequence[np.ndarray], sizes: Sequence[int], config: DataConfig) -> list[str]:
-    """The split of each document, chosen by the hash of its ids or from the tail, as of text."""
+    """Return the split of each document, chosen by the hash of its ids or from the tail, as for text."""
     if config.heldout_by == "hash":
         side = by_hash(config.heldout)
         return [side(ids.astype(np.uint32).tobytes()) for ids in documents]

@@ -1,4 +1,4 @@
-"""Answer questions with a classifier: each is read once, and nothing is generated."""
+"""Classify prompts: one forward pass each, and nothing is generated."""
 
 import dataclasses
 import functools
@@ -43,11 +43,13 @@ def classify(
     """
     separator = resolve(task, tokenizer, special=special).separator
     ids = prompt_ids(config, tokenizer, [task.ask(prompt) for prompt in prompts], begin, special)
-    config = replace(config, **{"attention.implementation": None})  # one for rows of training length may decline these
+    config = replace(
+        config, **{"attention.implementation": None}
+    )  # an implementation for rows of training length may decline these
     answers = []
     for first in range(0, len(ids), BATCH):
         tokens, _ = padded(ids[first : first + BATCH], config.max_seq_len)
-        pooled = (tokens == separator).argmax(1)  # every question has one; the first ends it
+        pooled = (tokens == separator).argmax(1)  # every question has a separator; the first ends it
         chances = np.asarray(probabilities(config, params, tokens, pooled))
         answers += [(task.answers[row.argmax()], row.max().item()) for row in chances]
     return [Answer(prompt, *answer) for prompt, answer in zip(prompts, answers, strict=True)]
@@ -57,7 +59,7 @@ def classify(
 def probabilities(
     config: ModelConfig, params: PyTree, tokens: Int[Array, "B L"], pooled: Int[Array, " B"]
 ) -> Float[Array, "B C"]:
-    """Return the probability of every class, read at one token of each row; what comes after it changes nothing."""
+    """Return the probability of every class, read at token `pooled` of each row; later tokens change nothing."""
     out = forward(Transformer(config), params, tokens, lengths=pooled + 1, logits=False)
     last = out.hidden[jnp.arange(len(tokens)), pooled]
     return jax.nn.softmax(unembed(last, head_table(config, params).astype(last.dtype), config.logit_softcap))

@@ -1,4 +1,4 @@
-"""Generate text: prompts in one pass, then one token a row a step."""
+"""Generate text: prefill the prompts in one forward pass, then decode one token a row a step."""
 
 import codecs
 import dataclasses
@@ -24,12 +24,12 @@ from llm_jax.ops.loss import unembed
 from llm_jax.ops.sampling import NO_TOKEN, Sampling, sample
 
 Finish = Literal["end_of_text", "stop", "length"]
-BATCH = 32  # rows that grow together; further prompts wait
+BATCH = 32  # rows decoded together; further prompts wait
 
 
 @struct.dataclass
 class Decoding:
-    """What is carried from token to token: the cache, which tokens each row has had, and a key a row."""
+    """The state between tokens: the cache, which tokens each row has seen, and a key a row."""
 
     cache: Cache
     seen: Bool[Array, "B V"]
@@ -54,11 +54,11 @@ def next_token(
     prefix: Bool[Array, "B L"] | None = None,
     uncounted: Int[Array, ""] | int = 0,
 ) -> tuple[Decoding, Int[Array, " B"]]:
-    """Read the first `lengths` tokens of each row, of which all see the `prefix`, and draw the one after them.
+    """Read the first `lengths` tokens of each row, all of which see the `prefix`, and sample the next one.
 
-    The first `uncounted` tokens of a row are not among those that a repetition penalty makes less likely. Whole
-    prompts, padded on the right, and single tokens take the same code path. What padding writes to the cache lies after
-    the row's end, where nobody looks, and is overwritten as the row grows.
+    A repetition penalty ignores the first `uncounted` tokens of a row. Whole prompts, padded on the right, and single
+    tokens take the same code path. Padding fills cache slots after the row's end, which are masked, and overwritten as
+    the row grows.
     """
     model = Transformer(config, stacked=False)
     out = forward(model, params, tokens, prefix=prefix, lengths=lengths, cache=state.cache, logits=False)
@@ -87,12 +87,12 @@ def continuations(
     task: Task | None = None,
     uncounted: int = 0,
 ) -> Iterator[Int[np.ndarray, " B"]]:
-    """Yield one new token a row, `max_tokens` times. Past `max_seq_len` a row's tokens mean nothing.
+    """Yield one new token a row, `max_tokens` times. Beyond `max_seq_len` a row's tokens mean nothing.
 
-    `params` are `unstack`ed; ids from `vocab_size` on are never drawn. A row depends on its prompt and key. The
-    question of a `task` is read as its prefix; what comes after sees all before it anyway. A repetition penalty
-    leaves the first `uncounted` tokens of a prompt alone. A row whose logits are no numbers gets `NO_TOKEN`. Raise
-    `ValueError` for a prompt with an id that the model does not have: the forward pass would take the nearest one.
+    `params` are `unstack`ed; ids from `vocab_size` on are never sampled. A row depends on its own prompt and key only.
+    The question of a `task` is read as its prefix; what follows it is causal. A repetition penalty ignores the first
+    `uncounted` tokens of a prompt. A row whose logits are not finite gets `NO_TOKEN`. Raise `ValueError` for a prompt
+    with an id outside the vocabulary: the forward pass would take the nearest one.
     """
     for prompt in prompts:
         if len(wrong := prompt[(prompt < 0) | (prompt >= config.vocab_size)]):
@@ -105,21 +105,21 @@ def continuations(
     there = (np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.int32)
     prefix = None if task is None else task.question(tokens, there)
     state, ones = begin_rows(config, size, vocab_size, keys), np.ones_like(lengths)
-    if state.cache.reach is not None:  # a row's own, whatever the padding and its neighbours
+    if state.cache.reach is not None:  # of each row, independent of padding and of other rows
         reach = jnp.asarray(np.minimum(lengths + max_tokens, config.max_seq_len))
         state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, reach=reach))
     state, token = next_token(config, sampling, params, state, tokens, lengths, prefix, uncounted)
     for _ in range(max_tokens - 1):
         newest = token
         state, token = next_token(config, sampling, params, state, newest[:, None], ones)
-        yield np.asarray(newest)  # read while the device is at the next one
+        yield np.asarray(newest)  # read while the device computes the next one
     yield np.asarray(token)
 
 
 def padded(prompts: Sequence[Int[np.ndarray, " _"]], most: int) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, " B"]]:
-    """Return the prompts as rows, filled up on the right, and their lengths.
+    """Return the prompts as rows, padded on the right, and their lengths.
 
-    Widths come in few steps, `most` at most, so that other prompts seldom need another program.
+    Widths are powers of two, at most `most`, so that other prompts seldom need another compile.
     """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), _step_up(int(lengths.max()), most)), np.int32)
@@ -129,7 +129,7 @@ def padded(prompts: Sequence[Int[np.ndarray, " _"]], most: int) -> tuple[Int[np.
 
 
 def _step_up(length: int, most: int) -> int:
-    """The next power of two from 16 on, but `most` at most."""
+    """Return the next power of two, at least 16 and at most `most`."""
     return min(max(16, 1 << (length - 1).bit_length()), most)
 
 
@@ -145,7 +145,7 @@ class Piece:
 def prompt_ids(
     config: ModelConfig, tokenizer: Tokenizer, prompts: Sequence[str], begin: bool, special: bool = False
 ) -> list[Int[np.ndarray, " _"]]:
-    """Return the tokens of each prompt, after the one that begins a text where `begin` asks for it.
+    """Return the tokens of each prompt, with the begin-of-text token first if `begin`.
 
     `special` reads special tokens in a prompt. Raise `ValueError` for a prompt that has no tokens, or that leaves no
     room in `max_seq_len`.
@@ -181,8 +181,8 @@ class Sampler:
         sampler.generate(["def f("], Sampling(temperature=0.5))
 
     `params` are those of `Transformer(config)`. `begin` puts the begin-of-text token before each prompt, as a document
-    began in training; of a model that was imported and not trained here, its tokenizer's `begins` is the right value.
-    `special` reads special tokens in prompts. Prompts are the questions of a `task`, with its separator or without.
+    began in training; for an imported model the right value is its tokenizer's `begins`. `special` reads special tokens
+    in prompts. With a `task`, prompts are its questions, with its separator or without.
     Raise `ValueError` for a classifier.
     """
 
@@ -199,7 +199,7 @@ class Sampler:
         if config.n_classes is not None:
             raise ValueError("a classifier generates nothing; let it answer by infer/classify.py")
         self.tokenizer, self.begin, self.special = tokenizer, begin, special
-        # What was chosen for rows of training length may decline a single query.
+        # An implementation chosen for rows of training length may decline a single query.
         self.config = replace(config, **{"attention.implementation": None})
         self._params = unstack(config, in_dtype(params, config.dtype))
         self._task = None if task is None else resolve(task, tokenizer, special=special)
@@ -218,10 +218,10 @@ class Sampler:
 
         A row ends with one of the tokenizer's `end_ids`, before the first `stop` text, after `max_tokens`, or where
         prompt and text fill `max_seq_len`. A row depends on its prompt, its index among `prompts` and `seed`; at
-        temperature 0, on its prompt alone, but where positions are scaled by how long a text may get (`dynamic`,
-        `longrope`): there on `max_tokens` too, once prompt and text may exceed `rotary.original_len`. A repetition
-        penalty does not count the begin-of-text token. Raise `ValueError` for a prompt that is empty or too long, and
-        where the weights give no numbers.
+        temperature 0, on its prompt alone, unless positions are scaled by the length that a text may reach (`dynamic`,
+        `longrope`): then on `max_tokens` too, once prompt and text may exceed `rotary.original_len`. A repetition
+        penalty ignores the begin-of-text token. Raise `ValueError` for a prompt that is empty or too long, and where
+        the logits are not finite.
         """
         if max_tokens < 1:
             raise ValueError(f"max_tokens={max_tokens} generates nothing; use 1 or more")
@@ -266,7 +266,7 @@ class Sampler:
 
 
 def row_by_row(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Yield the same pieces in the order of rows: each row as it grows, once the row before it has ended."""
+    """Yield the same pieces row by row: each row as it grows, once the row before it has ended."""
     waiting: dict[int, list[Piece]] = {}
     row = 0
     for piece in pieces:
@@ -279,22 +279,22 @@ def row_by_row(pieces: Iterable[Piece]) -> Iterator[Piece]:
 
 
 class Row:
-    """One text as it grows. Each token's bytes are looked at once, whatever the length of the text."""
+    """One text as it grows. Each token's bytes are decoded once, so the cost of a token does not grow with the text."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], room: int) -> None:
         self.finish: Finish | None = None
         self._tokenizer, self._stop, self._room = tokenizer, stop, room
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""  # what may turn out to be the start of a stop text
+        self._held = ""  # what may be the start of a stop text
 
     def add(self, token: int) -> str:
         """Return the text that `token` makes certain: characters of several tokens come whole, stop texts never.
 
-        Raises `ValueError` for `NO_TOKEN`.
+        Raise `ValueError` for `NO_TOKEN`.
         """
         if token == NO_TOKEN:
             raise ValueError(
-                "the model's logits are no numbers: its weights have diverged, or overflow its dtype; name another "
+                "the model's logits are not finite: its weights have diverged, or overflow its dtype; name another "
                 "--checkpoint, or look at the loss of its run"
             )
         ends = token in self._tokenizer.end_ids

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 # What float32 logits can be divided by, or multiplied: beyond that they become infinite, and their softmax NaN.
 TEMPERATURES = (1e-37, 1e37)
 PENALTIES = (1e-6, 1e6)
-NO_TOKEN = -1  # what a row gets whose logits are not numbers
+NO_TOKEN = -1  # what a row gets whose logits are not finite
 
 
 @dataclasses.dataclass(frozen=True)

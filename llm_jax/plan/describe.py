@@ -27,7 +27,7 @@ from llm_jax.model.stack import kinds_of, locate
 from llm_jax.model.taps import capture
 from llm_jax.model.transformer import Transformer
 from llm_jax.train.config import RunConfig
-from llm_jax.train.offload import waits
+from llm_jax.train.offload import on_host
 from llm_jax.train.optimizer import make_optimizer
 from llm_jax.train.step import TrainState, cast, init_state, make_loss
 
@@ -164,7 +164,7 @@ def residual_bytes(config: RunConfig, params: PyTree, tokens: jax.ShapeDtypeStru
     def residuals(params: PyTree, batch: Batch, key: Key[Array, ""]) -> PyTree:
         _, backward, _ = jax.vjp(lambda p: loss(p, batch, key), params, has_aux=True)
         given = {id(x) for x in jax.tree.leaves(params)}
-        return [x for x in jax.tree.leaves(backward) if id(x) not in given and not waits(x)]
+        return [x for x in jax.tree.leaves(backward) if id(x) not in given and not on_host(x)]
 
     return nbytes(jax.eval_shape(residuals, params, batch, jax.random.key(0)))
 

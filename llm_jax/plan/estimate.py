@@ -23,7 +23,7 @@ from llm_jax.plan.topology import Topology
 from llm_jax.sharding import PARAMETER_AXES, TOKENS, MeshConfig, letters_of, spec
 from llm_jax.train.config import RunConfig
 from llm_jax.train.offload import STACK
-from llm_jax.train.step import cast, rows_apart
+from llm_jax.train.step import cast, rows_independent
 from llm_jax.train.timetable import PipelineConfig, Timetable
 
 
@@ -87,7 +87,7 @@ def sent(config: RunConfig, mesh: Mapping[str, int]) -> dict[str, float]:
         "expert": 2 * (2 + recomputed) * share["expert"] * mixtures * each * c.d_model * active * ROOM,
         "pipeline": (2 + 4 * share["pipeline"]) * staged * config.pipeline.chunks * each * c.d_model,
     }
-    once = ["pipeline"] + ["data"] * (config.accumulate > 1 and rows_apart(c, mesh))
+    once = ["pipeline"] + ["data"] * (config.accumulate > 1 and rows_independent(c, mesh))
     times = dict.fromkeys(mesh, config.accumulate * size) | dict.fromkeys(once, 4)
     return {axis: 2 * share[axis] * held(c, mesh, besides=axis) * times[axis] + own.get(axis, 0) for axis in mesh}
 

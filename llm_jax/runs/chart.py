@@ -1,4 +1,4 @@
-"""A line chart as SVG text: a pure function of its numbers, as readable on a white page as on a black one."""
+"""Draw a line chart as SVG text: a pure function of its numbers, readable on a white and on a black page."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ TOP, BOTTOM, RIGHT = 50, 26, 10  # pixels around the plot; on its left the label
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: a "line", the "faint" raw values behind it, or "points" joined by a line."""
+    """One curve: a "line", the "faint" raw values under it, or "points" joined by a line."""
 
     label: str
     x: np.ndarray
@@ -29,7 +29,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Scale:
-    """Numbers to pixels: `low` stands at `start`, `high` at `end`."""
+    """A map from numbers to pixels: `low` is at `start`, `high` at `end`."""
 
     low: Number
     high: Number
@@ -53,10 +53,10 @@ def line_chart(
     width: int = 720,
     height: int = 320,
 ) -> str:
-    """`series` over whole-numbered x as an `<svg>` element, which is also complete as a file.
+    """Return `series` over integer x as an `<svg>` element, which is also complete as a file.
 
-    A value that is not finite (nor positive, if `log_y`) is a gap. Of a curve with more points than pixels
-    the extremes stay. One wild step of a faint curve does not stretch the axis; it leaves the plot.
+    A value that is not finite (or, with `log_y`, not positive) is a gap. A curve with more points than pixels keeps its
+    extremes. One outlier of a faint curve does not stretch the axis; it leaves the plot.
     """
     curves = [_prepared(curve, log_y, width) for curve in series]
     curves = [curve for curve in curves if np.isfinite(curve.y).any()]
@@ -74,7 +74,7 @@ role="img" font-family="{FONT}" font-size="12" fill="{GRAY}">
 
 
 def linear_ticks(low: Number, high: Number, count: int, least: Number = 0) -> list[float]:
-    """About `count` multiples of 1, 2 or 5 times a power of ten in [low, high], `least` or more apart."""
+    """Return about `count` multiples of 1, 2 or 5 times a power of ten in [low, high], at least `least` apart."""
     rough = max((high - low) / max(count, 1), least)
     power = 10.0 ** math.floor(math.log10(rough))
     step = power * next(nice for nice in (1, 2, 5, 10) if power * nice >= 0.999 * rough)
@@ -82,7 +82,7 @@ def linear_ticks(low: Number, high: Number, count: int, least: Number = 0) -> li
 
 
 def log_ticks(low: Number, high: Number, count: int) -> list[float]:
-    """The same on a logarithmic axis: whole decades, or what divides a decade finely enough."""
+    """Return the same on a logarithmic axis: whole decades, or what divides a decade finely enough."""
     bottom, top = math.floor(math.log10(low)), math.ceil(math.log10(high))
     every = math.ceil((top - bottom) / max(count, 1))
     decades = [10.0**power for power in range(bottom, top + 1) if power % every == 0]
@@ -96,11 +96,11 @@ def log_ticks(low: Number, high: Number, count: int) -> list[float]:
 
 
 def tick_labels(ticks: Sequence[Number]) -> list[str]:
-    """The ticks of one axis in one notation: `40k`, `2e-4` or `0.25`."""
+    """Return the ticks of one axis in one notation: `40k`, `2e-4` or `0.25`."""
     top = max(map(abs, ticks), default=0.0)
     if top >= 1e15 or 0 < top < 1e-2:
-        parts = [f"{tick:.5e}".partition("e") for tick in ticks]
-        return [f"{float(digits):g}e{int(power)}" if float(digits) else "0" for digits, _, power in parts]
+        split = [f"{tick:.5e}".partition("e") for tick in ticks]
+        return [f"{float(digits):g}e{int(power)}" if float(digits) else "0" for digits, _, power in split]
     units = ((1e12, 1e12, "T"), (1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k"), (0.0, 1.0, ""))
     size, suffix = next((size, suffix) for least, size, suffix in units if top >= least)
     decimals = max((len(f"{tick / size:.9g}".partition(".")[2]) for tick in ticks), default=0)
@@ -108,22 +108,22 @@ def tick_labels(ticks: Sequence[Number]) -> list[str]:
 
 
 def _prepared(curve: Series, log_y: bool, columns: int) -> Series:
-    """`curve` as arrays, NaN at gaps; if long, the lowest and highest point of each of `columns` slices."""
+    """Return `curve` as arrays, NaN at gaps; if long, only the lowest and highest point of each of `columns` slices."""
     x, y = np.asarray(curve.x, np.float64), np.asarray(curve.y, np.float64)
     y = np.where(np.isfinite(y) & ((y > 0) | (not log_y)), y, np.nan)
     if len(y) > 2 * columns:
-        kept = np.concatenate([_extremes(part, y) for part in np.array_split(np.arange(len(y)), columns)])
+        kept = np.concatenate([_extremes(column, y) for column in np.array_split(np.arange(len(y)), columns)])
         x, y = x[kept], y[kept]
     return replace(curve, x=x, y=y)
 
 
-def _extremes(part: np.ndarray, y: np.ndarray) -> np.ndarray:
-    finite = part[np.isfinite(y[part])]
-    return np.unique([finite[y[finite].argmin()], finite[y[finite].argmax()]]) if len(finite) else part[:1]
+def _extremes(column: np.ndarray, y: np.ndarray) -> np.ndarray:
+    finite = column[np.isfinite(y[column])]
+    return np.unique([finite[y[finite].argmin()], finite[y[finite].argmax()]]) if len(finite) else column[:1]
 
 
 def _plot(curves: Sequence[Series], x_label: str, log: bool, zero: bool, width: int, height: int) -> str:
-    """Legend, axes and curves. The label of x stands in front of its ticks: `step  0  1,000  2,000`."""
+    """Draw legend, axes and curves. The label of x comes before its ticks: `step  0  1,000  2,000`."""
     y = Scale(*_y_limits(curves, log, zero), height - BOTTOM, TOP, log)
     y_ticks = (log_ticks if log else linear_ticks)(y.low, y.high, (height - TOP - BOTTOM) // 44)
     y_texts = [tick_labels([tick])[0] for tick in y_ticks] if log else tick_labels(y_ticks)
@@ -149,7 +149,7 @@ def _text(x: Number, y: Number, text: str, anchor: str = "middle") -> str:
 def _x_limits(curves: Sequence[Series]) -> tuple[float, float]:
     x = np.concatenate([curve.x for curve in curves])
     low, high = float(x.min()), float(x.max())
-    low = 0.0 if 0 < low <= high / 10 else low  # the first row is step 1 or step 10, the axis begins at 0
+    low = 0.0 if 0 < low <= high / 10 else low  # the first row is step 1 or step 10, but the axis begins at 0
     return (low, high) if high > low else (low - 1, high + 1)
 
 
@@ -165,7 +165,7 @@ def _y_limits(curves: Sequence[Series], log_y: bool, from_zero: bool) -> tuple[f
 
 
 def _legend(curves: Sequence[Series], right: Number) -> list[str]:
-    """The names of the curves, up to `right`, where there is more than one colour to explain."""
+    """Draw the names of the curves, up to `right`, where there is more than one colour to explain."""
     parts = []
     for curve in reversed(curves if len({curve.color for curve in curves}) > 1 else []):
         right -= CHARACTER * len(curve.label)
@@ -181,7 +181,7 @@ def _stroke(curve: Series) -> str:
 
 
 def _drawn(curve: Series, x: Scale, y: Scale) -> str:
-    """A path that lifts the pen at gaps, in its own `<svg>`, which cuts a faint curve off at its edges."""
+    """Draw a path with gaps, in its own `<svg>`, which clips a faint curve at its edges."""
     path, dots, pen = [], [], "M"
     for at, value, px, py in zip(curve.x, curve.y, x(curve.x), y(curve.y), strict=True):
         if math.isfinite(value):

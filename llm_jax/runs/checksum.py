@@ -1,26 +1,26 @@
-"""What tells a leaf that was saved from another: a checksum of its bits, and whether all of it is finite."""
+"""Check a saved tree leaf by leaf: a checksum of the bits, and whether all numbers are finite."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree, UInt32
 
 from llm_jax import tree as trees
-from llm_jax.train.offload import fetched, waits
+from llm_jax.train.offload import fetch_layer, on_host
 
 
 @jax.jit
 def checksums(tree: PyTree) -> dict[str, UInt32[Array, ""]]:
-    """A number for every leaf, by path, that any flipped bit changes and no mesh does: integer sums have no order."""
+    """Return a checksum of every leaf by path: any flipped bit changes it, no mesh does: integer sums have no order."""
     return {path: _checksum(leaf) for path, leaf in trees.leaves(tree).items()}
 
 
 def _checksum(x: Array, row: Int[Array, ""] | int = 0) -> UInt32[Array, ""]:
-    """The sum of all elements' bits, each mixed with its index by the finalizer of MurmurHash3, which is one-to-one.
+    """Return the sum of all elements' bits, each mixed with its index by MurmurHash3's finalizer, which is one-to-one.
 
-    `row` is the index of `x` in an array that waits on the host, and is brought a row at a time.
+    `row` is the index of `x` in an array in host memory, which is copied to the device a row at a time.
     """
-    if waits(x):
-        return jax.lax.map(lambda i: _checksum(fetched(x, i), i), jnp.arange(len(x))).sum(dtype=jnp.uint32)
+    if on_host(x):
+        return jax.lax.map(lambda i: _checksum(fetch_layer(x, i), i), jnp.arange(len(x))).sum(dtype=jnp.uint32)
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
     index = jnp.full(x.shape, row, jnp.uint32)
     for axis, size in enumerate(x.shape):
@@ -32,7 +32,7 @@ def _checksum(x: Array, row: Int[Array, ""] | int = 0) -> UInt32[Array, ""]:
 
 
 def not_finite(tree: PyTree) -> str | None:
-    """The path of the first leaf that holds a NaN or an infinity; None where none does."""
+    """Return the path of the first leaf with a NaN or an infinity; None where there is none."""
     return next((path for path, fine in jax.device_get(_finite(tree)).items() if not fine), None)
 
 
@@ -42,6 +42,6 @@ def _finite(tree: PyTree) -> dict[str, Bool[Array, ""]]:
 
 
 def _all_finite(x: Array) -> Bool[Array, ""]:
-    if waits(x):
-        return jax.lax.map(lambda i: _all_finite(fetched(x, i)), jnp.arange(len(x))).all()
+    if on_host(x):
+        return jax.lax.map(lambda i: _all_finite(fetch_layer(x, i)), jnp.arange(len(x))).all()
     return jnp.isfinite(x).all()

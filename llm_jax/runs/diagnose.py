@@ -1,4 +1,4 @@
-"""Where a loss or gradient that is not finite comes from: the first number to go bad, in the order of computation."""
+"""Find where a NaN or infinity in the loss or gradient comes from: the first bad array in order of computation."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from llm_jax.sharding import batch_sharding, row_shards
 from llm_jax.train.program import Program
 from llm_jax.train.step import cast
 
-# In which order the backward pass comes to the parameters of a layer, and to those outside of all layers.
+# The order in which the backward pass reaches the parameters of a layer, and those outside all layers.
 BACKWARD = (
     (r"^(unembedding|classes)/", 0),
     (r"^final_norm/", 1),
@@ -34,21 +34,21 @@ BACKWARD = (
 
 
 def diagnose(program: Program, params: PyTree, batch: Batch, step: int, opt_state: PyTree = None) -> str:
-    """What goes wrong where `batch`, every row of it, follows `step` steps, as a clause: the first number to go bad.
+    """Say, in a clause, which array is the first with a NaN or infinity on `batch`, all its rows, after `step` steps.
 
-    With `opt_state` the update is looked at too, where loss and gradient are finite.
+    With `opt_state` the update is checked too, where loss and gradient are finite.
     """
-    return _in_forward_pass(program, params, batch) or _behind_it(program, params, batch, step, opt_state)
+    return _in_forward_pass(program, params, batch) or _in_backward_pass(program, params, batch, step, opt_state)
 
 
 def _in_forward_pass(program: Program, params: PyTree, batch: Batch) -> str | None:
     rows = np.flatnonzero(~np.isfinite(program.score(params, batch).nll).all(axis=1))
     if not len(rows):
         return None
-    # One bad row will do, a copy for each device: the activations of a whole batch need not fit in memory.
+    # One bad row is enough, a copy for each device: the activations of a whole batch need not fit in memory.
     row = jax.tree.map(lambda x: np.repeat(x[rows[:1]], row_shards(program.mesh), axis=0), batch)
     with jax.set_mesh(program.mesh):
-        in_order = jax.device_put(row, batch_sharding(program.mesh))  # and not as `program.put` may deal tokens out
+        in_order = jax.device_put(row, batch_sharding(program.mesh))  # and not in the token order of `program.put`
         bad = jax.device_get(_bad_activations(Transformer(program.config.model), params, in_order))
     c, n = program.config.model, program.config.model.n_layers
     places = [
@@ -63,8 +63,8 @@ def _in_forward_pass(program: Program, params: PyTree, batch: Batch) -> str | No
     return f"the first activation to go bad is {_called(name, layer, n)}"
 
 
-def _behind_it(program: Program, params: PyTree, batch: Batch, step: int, opt_state: PyTree) -> str:
-    """The first gradient to go bad, or else the first parameter that the update would make so."""
+def _in_backward_pass(program: Program, params: PyTree, batch: Batch, step: int, opt_state: PyTree) -> str:
+    """Say which gradient goes bad first, or else which parameter the update would make bad."""
     c, n = program.config, program.config.model.n_layers
     key = jax.random.fold_in(jax.random.key(c.seed), step)
 
@@ -100,7 +100,7 @@ def _behind_it(program: Program, params: PyTree, batch: Batch, step: int, opt_st
 
 @functools.partial(jax.jit, static_argnums=0)
 def _bad_activations(model: Transformer, params: PyTree, batch: Batch) -> dict[str, Bool[Array, "..."]]:
-    """Whether any number of each named activation is not finite; [N] for those inside layers."""
+    """Return whether each named activation has a number that is not finite; [N] for those inside layers."""
     params = cast(params, model.config.dtype)
     taps = capture(model, params, batch.tokens, segments=batch.segments, positions=batch.positions, prefix=batch.prefix)
     return {name: _by_layer(TAPS[name], ~jnp.isfinite(x), jnp.any) for name, x in taps.items()}
@@ -111,7 +111,7 @@ def _by_layer(path: str, x: Array, reduce: Callable[..., Array]) -> Array:
 
 
 def _layers(path: str, bad: Bool[np.ndarray, "..."], layers: Sequence[int], n_layers: int) -> Sequence[int]:
-    """Those of `layers` where what stands at `path` is bad; -1 is before all layers, `n_layers` after them."""
+    """Return those of `layers` where the array at `path` is bad; -1 is before all layers, `n_layers` after them."""
     if layers:
         return [layers[row] for row in np.flatnonzero(bad).tolist()]
     return [-1 if path.startswith(("embed", "positions")) else n_layers] if bad else []

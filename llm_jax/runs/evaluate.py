@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text: loss, perplexity, bits per byte, accuracy, and how sure of it we are."""
+"""Evaluate a model on held-out text: loss, perplexity, bits per byte, accuracy, and their confidence intervals."""
 
 import dataclasses
 import functools
@@ -28,16 +28,16 @@ class Evaluation:
     """Means over all scored tokens, with 95 % intervals from a bootstrap over documents.
 
     `loss` is in nats a token. `bits_per_byte` counts the UTF-8 bytes of the scored text, as `text_bytes` defines them,
-    so that models with different tokenizers compare; where no target has any, as of classes, it is None. One document
-    says nothing of others: where there is no more than one, of a mixture in any source, the intervals are None.
+    so that models with different tokenizers compare; it is None where no target has bytes, as with classes. One
+    document says nothing of others: where a source has only one, the intervals are None.
 
-    `accuracy`, of a task, is the share of documents of which every target is the likeliest. For an answer in tokens
-    this is exact match with what the model writes at temperature 0: as long as it has written what it should have, it
-    has read what it reads here, and writes next what is the likeliest here.
+    `accuracy`, of a task, is the share of documents in which every target is the likeliest. For an answer in tokens
+    this is exact match with what the model generates at temperature 0: as long as its tokens are right, it reads the
+    same context as here, and the likeliest token is the same.
 
-    Of a mixture `loss` is the mean of its sources by their shares of the rows, which is what training minimizes, and
-    the other ratios are those of a text that holds tokens of each source by these shares; `sources` has each source by
-    itself. A source of which nothing was scored counts for nothing. Tokens, bytes and documents are those scored.
+    For a mixture `loss` is the mean over its sources weighted by their shares of the rows, which is what training
+    minimizes, and the other ratios are those of a text with tokens of each source in these shares; `sources` has each
+    source by itself. A source without scored tokens is left out. Tokens, bytes and documents are those scored.
     """
 
     loss: float
@@ -53,13 +53,13 @@ class Evaluation:
     sources: Mapping[str, "Evaluation"] = dataclasses.field(default_factory=dict)
 
     def said(self) -> str:
-        """Say it in a line, of a mixture with the held-out loss of each source."""
+        """Return it as a line, for a mixture with the held-out loss of each source."""
         numbers = self.numbers()
         whole = [text.format(numbers[name]) for name, text in SAID.items() if name in numbers]
         return "  ".join([*whole, *(f"{name} {source.loss:.4f}" for name, source in self.sources.items())])
 
     def numbers(self) -> dict[str, float]:
-        """What a run logs of it; that of a source is `heldout_loss/NAME`."""
+        """Return the numbers that a run logs; that of a source is `heldout_loss/NAME`."""
         found = {"heldout_loss": self.loss, "bits_per_byte": self.bits_per_byte, "heldout_accuracy": self.accuracy}
         numbers = {name: number for name, number in found.items() if number is not None}
         for source, result in self.sources.items():
@@ -69,7 +69,7 @@ class Evaluation:
 
 @functools.lru_cache(maxsize=2)  # every evaluation asks
 def target_lengths(tokenizer: Tokenizer, task: TaskConfig | None = None) -> Int[np.ndarray, " V"]:
-    """Bytes that whatever can be a target spells: every token id, 0 for end-of-text; the classes of a task, 0 each."""
+    """Return the bytes that each possible target spells: every token id, 0 for end-of-text; 0 for each class."""
     if task is not None and task.kind == "classify":
         return np.zeros(len(task.answers), np.int64)
     lengths = np.array([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)])
@@ -80,9 +80,9 @@ def target_lengths(tokenizer: Tokenizer, task: TaskConfig | None = None) -> Int[
 def evaluate(
     score: Callable[[Batch], Scored], batches: Iterable[Batch], store: TokenStore, task: TaskConfig | None = None
 ) -> Evaluation:
-    """Score every target of `batches`, whose documents are those of `store`. Raises `ValueError` if there is none."""
+    """Score every target of `batches`, whose documents are those of `store`. Raise `ValueError` if there is none."""
     lengths = target_lengths(store.tokenizer, task)
-    sums = np.zeros((store.n_documents, 4))  # of nats, tokens, bytes and targets that are the likeliest, by document
+    sums = np.zeros((store.n_documents, 4))  # a row a document: nats, tokens, bytes, targets that are the likeliest
     for batch in batches:
         counted = batch.targets != IGNORE
         documents, targets = batch.documents[counted], batch.targets[counted]
@@ -110,31 +110,31 @@ def text_bytes(
     tokens: Float[np.ndarray, " n"],
     spelled: Float[np.ndarray, " n"],
 ) -> Float[np.ndarray, " n"]:
-    """Bytes of UTF-8 text that were scored of each of `documents`: `tokens` of its tokens, which spell `spelled` bytes.
+    """Return the scored UTF-8 bytes of each of `documents`: `tokens` of its tokens, which spell `spelled` bytes.
 
     A document of which every token was scored has the bytes of its own text, whatever its tokens spell: a tokenizer may
-    add a blank, write all in lower case, or not know a character. One that was scored in part (an answer; of a long
-    document the rows that were reached; all but a first token that nothing stands before) has of these bytes the share
-    that the scored tokens spell of what all of its tokens spell: exact where tokens spell the text itself, as ours do.
-    Where they spell nothing at all, each token has an equal share. End-of-text spells nothing.
+    add a blank, lowercase the text, or lack a character. One that was scored in part (an answer; the rows of a long
+    document that were reached; all but the first token) has the share of its bytes that the scored tokens spell of
+    what all of its tokens spell: exact where tokens spell the text itself, as ours do. Where they spell nothing at all,
+    each token has an equal share. End-of-text spells nothing.
     """
     sizes = store.document_bytes[documents].astype(np.float64)
     whole = store.offsets[documents + 1] - store.offsets[documents]
     for i in np.flatnonzero(tokens < whole).tolist():
         total = spelled_by_all(store, int(documents[i]))
         scored, of = (int(spelled[i]), total) if total else (int(tokens[i]), int(whole[i]))
-        sizes[i] = int(sizes[i]) * scored / of  # of whole numbers: a quotient that is one is exact
+        sizes[i] = int(sizes[i]) * scored / of  # in integers: a whole quotient is exact
     return sizes
 
 
-@functools.lru_cache(maxsize=1 << 16)  # the next evaluation cuts the same documents
+@functools.lru_cache(maxsize=1 << 16)  # the next evaluation splits the same documents
 def spelled_by_all(store: TokenStore, document: int) -> int:
-    """How many bytes all tokens of `document` spell."""
+    """Return how many bytes all tokens of `document` spell."""
     lengths = target_lengths(store.tokenizer)
     return sum(int(lengths[tokens].sum()) for tokens in store.read_document(document))
 
 
-Sums = Sequence[Float[np.ndarray, "_ 4"]]  # of every source, a row for each of its documents
+Sums = Sequence[Float[np.ndarray, "_ 4"]]  # an array a source, a row a document
 
 
 def _summary(sums: Sums, shares: Sequence[float], asked: bool) -> Evaluation:
@@ -157,7 +157,7 @@ def _summary(sums: Sums, shares: Sequence[float], asked: bool) -> Evaluation:
 
 
 def resampled(sums: Sums, shares: Sequence[float]) -> Float[np.ndarray, "resamples 3"]:
-    """The ratios of `RESAMPLES` corpora, of as many documents of each source, drawn with replacement (Efron 1979)."""
+    """Return the ratios of `RESAMPLES` bootstrap samples of the documents of each source (Efron 1979)."""
     random = np.random.default_rng(0)
 
     def drawn() -> Sums:
@@ -167,7 +167,7 @@ def resampled(sums: Sums, shares: Sequence[float]) -> Float[np.ndarray, "resampl
 
 
 def _ratios(sums: Sums, shares: Sequence[float]) -> tuple[float, float, float]:
-    """Nats a token, bits a byte, and the share of documents that are right throughout.
+    """Return nats a token, bits a byte, and the share of documents whose targets are all right.
 
     The sums of each source are scaled, those of the first by 1, so that their tokens have the `shares`.
     """

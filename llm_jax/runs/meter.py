@@ -1,4 +1,4 @@
-"""The meter counts and times the steps of a run, and writes a row for each."""
+"""Count and time the steps of a run, and write a row of metrics for each."""
 
 import time
 from collections import deque
@@ -16,14 +16,16 @@ from llm_jax.train.step import Metrics
 
 Row = dict[str, Any]
 
-WINDOW = 10  # steps over which speed is measured: a CPU that runs a step while it is dispatched hides when one ends
+WINDOW = (
+    10  # steps over which speed is measured: a CPU runs a step while it is dispatched, so single ends are uncertain
+)
 
 
 class Meter:
-    """Reads metrics one step late: the device never waits for a number that is only printed.
+    """Metrics read one step late: the device never waits for a number that is only printed.
 
-    `step` counts the steps dispatched, `progress` what is known of those that are done. `token_shares` gives, of all
-    tokens before a step, the share of each source of a mixture; a row has them as `share/NAME`.
+    `step` counts the steps dispatched, `progress` those that are done. `token_shares(step)` returns the share of each
+    source of a mixture in all tokens before that step; a row has them as `share/NAME`.
     """
 
     def __init__(
@@ -40,14 +42,14 @@ class Meter:
         self._clock = deque[tuple[float, int]](maxlen=WINDOW + 1)  # when steps ended, and tokens until then
 
     def push(self, metrics: Metrics) -> None:
-        """Takes the metrics of a step just dispatched, and writes the row of the step before."""
+        """Take the metrics of a step just dispatched, and write the row of the step before."""
         if self._pending is not None:
             self.write(self.read())
         self._pending = metrics
         self.step += 1
 
     def read(self) -> Row:
-        """Waits for the newest step, counts it, and returns its row."""
+        """Wait for the newest step, count it, and return its row."""
         assert self._pending is not None
         row: Row = {name: float(value) for name, value in jax.device_get(self._pending).items()}
         self._pending = None
@@ -63,16 +65,16 @@ class Meter:
         return row | {"tokens": self.progress.tokens, "skipped": self.progress.skipped} | self._speed()
 
     def write(self, row: Row) -> None:
-        """Writes the row of the newest step that was read."""
+        """Write the row of the newest step that was read."""
         self._rows.write(self.progress.step, row)
 
     def restart(self) -> None:
-        """Forgets the time until now: what came between two steps was no training."""
+        """Restart the clock, after a pause between two steps that was no training."""
         self._clock.clear()
         self._clock.append((time.perf_counter(), self.progress.tokens))
 
     def _speed(self) -> Row:
-        """Speed since the last restart, over `WINDOW` steps at most; nothing of the very first step, which compiles."""
+        """Return the speed since the last restart, over at most `WINDOW` steps, without the first, which compiles."""
         (began, before), (ended, after) = self._clock[0], self._clock[-1]
         if began == ended:
             return {}

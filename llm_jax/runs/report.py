@@ -1,4 +1,4 @@
-"""report.html: a run on one page, with nothing to load and no script, from what its folder holds."""
+"""Write report.html: a run on one page, without scripts or external files, from the files in its folder."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ NUMBERS = (
     "tokens_per_second",
 )
 NUMBERS += ("peak_fraction", "step_seconds", "skipped")
-# Of a source of a mixture: what a row has as `share/NAME`, the head of its column, how it is written.
+# For each source of a mixture: the metric that a row has as `share/NAME`, its column head, its format.
 OF_SOURCES = {
     "share": ("share of tokens", "{:.1%}"),
     "heldout_loss": ("held-out loss", "{:.4f}"),
@@ -104,16 +104,16 @@ td:first-child { color: var(--soft); white-space: nowrap; }
 
 
 def write_report(folder: str | Path) -> Path:
-    """Writes `folder`/report.html, all or nothing, from its config.json, environment.json and metrics.jsonl.
+    """Write `folder`/report.html, all or nothing, from its config.json, environment.json and metrics.jsonl.
 
-    Any of the three may be absent: a run that has only begun gets a page with what there is. Raises `ValueError`, and
-    leaves the page as it was, where one is damaged.
+    Any of the three may be absent: a run that has just begun gets a page with what there is. Raise `ValueError`, and
+    leave the page as it was, where one is damaged.
     """
     folder = Path(folder).resolve()
     config, environment = _load(folder / "config.json"), _load(folder / "environment.json")
     rows = log.read(folder)
     numbers = columns(rows)
-    parts = {
+    fields = {
         "name": _text(folder.name),
         "style": STYLE,
         "summary": _summary(rows, config, environment),
@@ -123,12 +123,12 @@ def write_report(folder: str | Path) -> Path:
         "config": _section("Configuration", _tree("run", config)),
         "environment": _section("Environment", _tree("machine", environment, unfolded=True)),
     }
-    write_whole(folder / "report.html", PAGE.format(**parts))
+    write_whole(folder / "report.html", PAGE.format(**fields))
     return folder / "report.html"
 
 
 def card(folder: str | Path) -> str:
-    """Return a run as a piece of HTML for a notebook: what came out of it, and its loss curve."""
+    """Return a run as HTML for a notebook: its results and its loss curve."""
     folder = Path(folder)
     config, environment = _load(folder / "config.json"), _load(folder / "environment.json")
     rows = log.read(folder)
@@ -143,7 +143,7 @@ def card(folder: str | Path) -> str:
 
 
 def columns(rows: Rows) -> Columns:
-    """The steps and the values of each number in the rows of `log.read(folder)`; empty if there are none."""
+    """Return steps and values of each metric in the rows of `log.read(folder)`; empty if there are none."""
     having = {name: [row for row in rows if isinstance(row.get(name), int | float)] for name in NUMBERS}
     return {
         name: (np.array([row["step"] for row in some], float), np.array([_float(row[name]) for row in some], float))
@@ -159,7 +159,7 @@ def _float(number: int | float) -> float:
 
 
 def loss_chart(numbers: Columns, *, title: str = "Loss", width: int = 960, height: int = 360) -> str:
-    """The training and held-out loss of a run as SVG."""
+    """Return the training and held-out loss of a run as SVG."""
     curves = [
         Series("training", *numbers["loss"], mark="faint"),
         Series("smoothed", *smooth(*numbers["loss"])),
@@ -170,9 +170,9 @@ def loss_chart(numbers: Columns, *, title: str = "Loss", width: int = 960, heigh
 
 
 def smooth(steps: np.ndarray, values: np.ndarray, points: int = 600) -> tuple[np.ndarray, np.ndarray]:
-    """A running median at up to `points` places, over 4 % of the run, or less near its fast beginning.
+    """Return a running median at up to `points` steps, over 4 % of the run, or less near its fast beginning.
 
-    A few wild steps don't move it, and where a whole window is not finite it is NaN.
+    A few outliers don't move it; where a whole window is not finite it is NaN.
     """
     n = len(values)
     centers = np.unique(np.linspace(0, n - 1, min(n, points)).round().astype(int))
@@ -200,7 +200,7 @@ def _headline(numbers: Columns) -> str:
 
 
 def _facts(numbers: Columns) -> Iterator[tuple[str, str, str]]:
-    """What came out of a run and what it took: name, value, note."""
+    """Yield the results and the cost of a run: name, value, note."""
     loss, heldout, bits = (numbers[name] for name in ("loss", "heldout_loss", "bits_per_byte"))
     _, right = numbers["heldout_accuracy"]
     finite = {name: values[np.isfinite(values)] for name, (_, values) in numbers.items()}
@@ -246,7 +246,7 @@ def _small(column: tuple[np.ndarray, np.ndarray], title: str, unit: str, **axis:
 
 
 def _sources(rows: Rows) -> str:
-    """Of a mixture, the newest of each number of `OF_SOURCES`, a line a source."""
+    """Return a table of a mixture: a line a source, the newest value of each metric of `OF_SOURCES`."""
     found: dict[str, dict[str, str]] = {}
     for row in rows:
         for key, number in row.items():
@@ -261,7 +261,7 @@ def _sources(rows: Rows) -> str:
 
 
 def _texts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The prompts of a row, and what the model wrote after each."""
+    """Return the prompts of a row, and what the model generated after each."""
     found = row.get("samples")
     samples = [sample for sample in found if isinstance(sample, dict)] if isinstance(found, list) else []
     pairs = [(sample.get("prompt"), sample.get("text")) for sample in samples]
@@ -269,20 +269,20 @@ def _texts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _samples(rows: Sequence[tuple[int, list[tuple[str, str]]]]) -> str:
-    """What the model wrote, from the first step to the last, which stands open."""
+    """Return the samples from the first step to the last, which is unfolded."""
     picked = sorted({round(index) for index in np.linspace(0, len(rows) - 1, SHOWN_SAMPLES)}) if rows else []
-    parts = []
+    folds = []
     for index in picked:
         step, texts = rows[index]
         beginning = " ".join(texts[0][1].split())[:200]
         body = "".join(f"<pre><mark>{_text(prompt)}</mark>{_text(text)}</pre>" for prompt, text in texts)
-        parts.append(_fold(f"step {step:,}", beginning, body, unfolded=index == len(rows) - 1))
+        folds.append(_fold(f"step {step:,}", beginning, body, unfolded=index == len(rows) - 1))
     left_out = f'<p class="note">{len(picked)} of {len(rows)} steps; all are in metrics.jsonl.</p>'
-    return "".join(parts) + left_out * (len(picked) < len(rows))
+    return "".join(folds) + left_out * (len(picked) < len(rows))
 
 
 def _tree(name: str, values: Mapping[str, Any], unfolded: bool = False) -> str:
-    """A fold with a table of `values`, followed by a fold for each of them that is a mapping itself."""
+    """Return a fold with a table of `values`, followed by a fold for each value that is a mapping."""
     leaves = {key: plain(value) for key, value in values.items() if not isinstance(value, Mapping)}
     cells = "".join(f"<tr><td>{_text(key)}</td><td>{_text(value)}</td></tr>" for key, value in leaves.items())
     preview = "  ".join(f"{key}={value}" for key, value in leaves.items())

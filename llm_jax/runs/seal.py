@@ -1,7 +1,7 @@
-"""The seal of a checkpoint: what decided its numbers, to be compared with what the run's folder says by now.
+"""The seal of a checkpoint: all that decided its numbers, to be compared with what the run folder says now.
 
-The weights are checked bit by bit; but the same weights under another `rotary.theta` or tokenizer are another model. So
-the record of a checkpoint holds the values, not a hash of them: a difference has a name.
+Checksums protect the weights; but the same weights with another `rotary.theta` or tokenizer are another model. So the
+record of a checkpoint holds these values, not a hash of them: a difference can be named.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from llm_jax.train.config import RunConfig
 
 Seal = dict[str, Any]
 
-# What may change when a run resumes: how it is laid out and computed, not what.
+# What may change when a run resumes: how it is sharded and computed, not what is computed.
 LAYOUT = (
     "mesh.",
     "pipeline.",
@@ -30,8 +30,8 @@ LAYOUT = (
     "model.unroll=",
     "model.attention.implementation=",
 )
-# What decides no number of a step: how long and how often, and where things lie. The data and the tokenizer are sealed
-# by their content; `steps`, to which the schedule stretches, is said when it changes.
+# What decides no number of a step: how long, how often, and paths. Data and tokenizer are sealed by their content;
+# `steps`, to which the schedule stretches, is reported when it changes.
 FREE = (
     "steps=",
     "keep=",
@@ -53,8 +53,8 @@ def seal(
 ) -> Seal:
     """Return what decides the numbers of a run: config, code, fingerprint of the tokenizer, identity of the data.
 
-    And the machine, which decides the last bits. `data` is None where a run has none of its own; `code` is what stands
-    in the place of a part of the config.
+    And the machine, which decides the last bits. `data` is None where a run has none of its own; `code` records a
+    caller's own loss and optimizer.
     """
     found = {"config": to_dict(config), "tokenizer": tokenizer, "machine": run_folder.machine()}
     if code:
@@ -65,12 +65,12 @@ def seal(
 
 
 def seal_of(config: RunConfig, shards: Shards | Mixture, code: Mapping[str, Any] | None = None) -> Seal:
-    """Return the seal of a run of `config` on `shards`, with `code` of a caller's own."""
+    """Return the seal of a run of `config` on `shards`, with a caller's own `code`."""
     return seal(config, shards.tokenizer.fingerprint, run_folder.data_identity(shards), code)
 
 
 def seal_of_folder(folder: Path) -> Seal | None:
-    """The seal of the run in `folder`, by its files; None where there is none. Raises `ValueError` for damaged ones."""
+    """Return the seal of the run in `folder`, from its files; None for no run. Raise `ValueError` for damaged files."""
     if not run_folder.is_run(folder):
         return None
     path = folder / "data.json"
@@ -80,7 +80,7 @@ def seal_of_folder(folder: Path) -> Seal | None:
 
 
 def changes(there: Seal, here: Seal) -> list[str]:
-    """In what a run is no longer what it was: a phrase for each value that decides its numbers."""
+    """Return a phrase for each changed value that decides the numbers of a run."""
     before, now = (_plain(found["config"]) for found in (there, here))
     found = [phrase for phrase in differences(before, now) if not _key(phrase).startswith((*LAYOUT, *FREE))]
     found += differences({"tokenizer": there["tokenizer"]}, {"tokenizer": here["tokenizer"]})
@@ -91,9 +91,9 @@ def changes(there: Seal, here: Seal) -> list[str]:
 
 
 def moves(there: Seal, here: Seal) -> list[str]:
-    """In what a run is laid out or computed otherwise than before.
+    """Return a phrase for each change in how a run is sharded or computed.
 
-    It changes the last bits alone, except for `accumulate` where a microbatch has noise or a loss of its own: the
+    Such changes affect the last bits only, except for `accumulate` where a microbatch has its own dropout or loss: the
     phrase says so.
     """
     before, now = (_plain(found["config"]) for found in (there, here))
@@ -104,7 +104,7 @@ def moves(there: Seal, here: Seal) -> list[str]:
 
 
 def _of_a_microbatch(model: Mapping[str, Any]) -> str:
-    """What is another number, beyond the last bits, in other microbatches; empty where nothing is."""
+    """Say what changes beyond the last bits with other microbatches; empty where nothing does."""
     experts, found = model["experts"] or {}, []
     if model["dropout"] or model["attention"]["dropout"]:
         found.append("other dropout noise")
@@ -114,7 +114,7 @@ def _of_a_microbatch(model: Mapping[str, Any]) -> str:
 
 
 def _plain(config: Mapping[str, Any], cls: Any = RunConfig) -> dict[str, Any]:
-    """Fill in the defaults of keys that are newer than `config`. Keys and values that `cls` lacks stay as they are."""
+    """Fill in the defaults of keys that are newer than `config`. Keys and values that `cls` lacks are kept."""
     filled, hints = dict(config), get_type_hints(cls)
     for field in dataclasses.fields(cls):
         inner = next(filter(dataclasses.is_dataclass, (hints[field.name], *get_args(hints[field.name]))), None)
@@ -133,5 +133,5 @@ def _json(value: Any) -> Any:
 
 
 def _key(phrase: str) -> str:
-    """The key that a phrase of `differences` is about, as it begins a word of the command line."""
+    """Return the key that a phrase of `differences` is about, with the `=` that it has on the command line."""
     return f"{phrase.partition(' ')[0]}="

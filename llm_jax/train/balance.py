@@ -1,4 +1,4 @@
-"""The load of experts: what its unevenness costs, how router biases follow it, and what is reported of it."""
+"""The load of experts: the loss terms for its imbalance, router biases that follow it, and its metrics."""
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +11,17 @@ from llm_jax.model.feedforward import Utilisation
 from llm_jax.model.stack import rows_by_path
 from llm_jax.ops.experts import Experts, rebalanced
 
-LOAD = "expert_load"  # the sum that `expert_sums` makes and the train step turns into what it reports
+LOAD = "expert_load"  # the sum from `expert_sums` of which the train step makes metrics
 
 
 def expert_sums(
     config: Experts, use: Utilisation, tokens: Int[Array, ""]
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, "..."]]]:
-    """What is added to the loss of a microbatch of `tokens`, and the sums to report, each layer counted in full.
+    """Return what is added to the loss of a microbatch of `tokens`, and the sums to report, over all layers.
 
-    The balance loss is of the load of one microbatch: over several it is another number than over all at once. Both it
-    and the z-loss are means over the tokens that are read, and weigh as their microbatch has targets: the z-loss is
-    that of the whole batch where all microbatches have as many.
+    The balance loss is that of one microbatch: it is nonlinear in the load, so a sum over several differs from that of
+    the whole batch. Both it and the z-loss are means over the tokens read, weighted by the targets of the microbatch:
+    the z-loss is that of the whole batch where all microbatches have as many.
     """
     counted = tokens.astype(jnp.float32)
     balance, z = use.balance_loss.sum() * counted, use.z_loss.sum() * counted
@@ -32,13 +32,13 @@ def expert_sums(
 
 
 def utilisation(load: Float[Array, "N E"]) -> dict[str, Float[Array, ""]]:
-    """How even the load is: that of the busiest expert of a layer over the mean, and the share of experts with none."""
+    """Return how even the load is: the busiest expert of any layer over the mean, and the share of idle experts."""
     mean = jnp.maximum(load.mean(-1), 1e-9)
     return {"expert_busiest": (load.max(-1) / mean).max(), "expert_idle": (load == 0).astype(jnp.float32).mean()}
 
 
 def rebalance(config: ModelConfig, params: PyTree, load: Float[Array, "N E"]) -> PyTree:
-    """The parameters with the bias of every router moved against the load of its experts."""
+    """Return the parameters with every router's bias moved against the load of its experts."""
     experts = config.experts
     assert experts is not None
     found = rows_by_path(config, "router").items()

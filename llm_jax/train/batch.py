@@ -1,7 +1,7 @@
-"""What a batch must be before it goes to the devices: there nothing raises any more.
+"""Check a batch before it goes to the devices, where nothing raises any more.
 
 In a compiled program an id outside the vocabulary reads the nearest row of the embedding, and a target outside it picks
-no logit: both give numbers, and wrong ones. The loader's own batches pass; those of others are refused here.
+no logit: both give wrong numbers silently. The loader's batches pass; this check is for batches made elsewhere.
 """
 
 from typing import Any
@@ -16,10 +16,10 @@ MOST = np.iinfo(np.int32).max
 
 
 def check_batch(batch: Batch, model: ModelConfig, rows: int, seq_len: int) -> None:
-    """Raises `ValueError` unless `batch` holds `rows` rows of `seq_len` tokens that `model` can read and answer.
+    """Raise `ValueError` unless `batch` holds `rows` rows of `seq_len` tokens that `model` can read and answer.
 
-    Ids and positions are int32, `prefix` is bool. Targets are ids of the vocabulary, of the classes where the model has
-    some, or IGNORE. Reads every number once, on the host.
+    Ids and positions are int32, `prefix` is bool. Targets are ids of the vocabulary, or of the classes of a
+    classifier, or IGNORE. Reads every number once, on the host.
     """
     shape = (rows, seq_len)
     farthest = model.max_seq_len - 1 if model.positions == "learned" else MOST

@@ -18,25 +18,25 @@ class RunConfig:
 
     Attributes:
       model: the transformer.
-      data: what it reads.
+      data: the text, the tokenizer, and how batches are made of them.
       optimizer: the update rule and its schedule.
-      loss: what is minimized, and how it is computed.
+      loss: the loss that is minimized, and how it is computed.
       mesh: how devices share the work.
       pipeline: how the stages of `mesh.pipeline` share a step.
-      offload: what of stacked layers waits in the host's memory, and is brought a layer at a time: the moments of the
-        optimizer, or the whole state, weights too.
+      offload: what of the stacked layers is kept in host memory and copied to the device a layer at a time: the
+        moments of the optimizer, or the whole state, weights too.
       steps: optimizer steps, each over `data.batch_size` rows.
       accumulate: microbatches a step; each device holds the activations of one.
       evaluate_every: steps between evaluations on held-out text.
-      evaluate_batches: how many batches of held-out text an evaluation scores.
+      evaluate_batches: batches of held-out text that an evaluation scores.
       checkpoint_every: steps between checkpoints.
-      keep: how many of the last checkpoints stay, beside the best by held-out loss.
-      sample_every: steps between samples, a text from each of `prompts`.
+      keep: how many of the last checkpoints are kept, besides the best by held-out loss.
+      sample_every: steps between samples: a text is generated from each of `prompts`.
       prompts: what samples begin with; an empty prompt starts a document.
-      patience: steps in a row with a loss, gradient or update that is not finite, before the run stops.
-      seed: of initial weights and dropout; `data.seed` is that of the order of rows.
-      init_from: a run folder whose weights, and nothing else, this run starts from.
-      tensorboard: write the metrics for TensorBoard too, into the run folder.
+      patience: consecutive steps with a loss, gradient or update that is not finite, before the run stops.
+      seed: seed of initial weights and dropout; `data.seed` is that of the order of rows.
+      init_from: a run folder from which this run takes its initial weights, and nothing else.
+      tensorboard: also write the metrics for TensorBoard, into the run folder.
     """
 
     model: ModelConfig
@@ -92,21 +92,20 @@ class RunConfig:
             raise ValueError(f"loss.chunk={self.loss.chunk} does not divide data.seq_len={self.data.seq_len}")
         if self.offload != "none" and self.optimizer.name == "adafactor":
             raise ValueError(
-                f"offload={self.offload} updates a layer at a time, and adafactor's state, which is small, lies by "
-                "parameter; "
-                "use offload=none, or optimizer.name=adamw"
+                f"offload={self.offload} updates a layer at a time, and adafactor's state, which is small, is by "
+                "parameter; use offload=none, or optimizer.name=adamw"
             )
         self._check_task()
 
     def _check_scaling(self) -> None:
-        """Raise `ValueError` where the angles of a document would depend on those that it shares a row with."""
+        """Raise `ValueError` where a document's rotary angles would depend on the documents packed beside it."""
         rotary, longest = self.model.rotary, self.data.seq_len
         by_length = self.model.positions == "rotary" and rotary.scaling in ("dynamic", "longrope")
         if by_length and self.data.packing == "documents" and longest > (rotary.original_len or longest):
             raise ValueError(
-                f"model.rotary.scaling={rotary.scaling} goes by the length of a text, and data.packing=documents puts "
-                f"several into a row of data.seq_len={longest}; use data.seq_len={rotary.original_len}, which leaves "
-                "them on one side, or data.packing=windows"
+                f"model.rotary.scaling={rotary.scaling} depends on the length of a text, and data.packing=documents "
+                f"puts several into a row of data.seq_len={longest}; use data.seq_len={rotary.original_len}, within "
+                "which nothing is scaled, or data.packing=windows"
             )
 
     def _check_task(self) -> None:

@@ -1,7 +1,7 @@
-"""What a caller puts in the place of what a config says: a loss, an optimizer. And how a run remembers them.
+"""A caller's own loss or optimizer, in place of the config's, and how a run remembers it.
 
-A config is JSON, and code is not. So a run folder keeps, of each piece of code, where it can be imported from and a
-hash of what it says; whoever resumes the run has to bring the same code again, and is told so before the first step.
+A config is JSON, and code is not. So a run folder keeps the import path and a hash of each piece of code; whoever
+resumes the run has to pass the same code again, which is checked before the first step.
 """
 
 import ast
@@ -27,12 +27,12 @@ from llm_jax.model.transformer import Transformer
 from llm_jax.train.config import RunConfig
 from llm_jax.train.step import Metrics
 
-BATCH_FIELDS = ("segments", "positions", "documents")  # that a batch has only where somebody asks for them
+BATCH_FIELDS = ("segments", "positions", "documents")  # what a batch has only on request
 Record = dict[str, dict[str, str | None]]
 
 
-# A loss of a caller's own: `(model, params, batch, key)` to sums over the targets that count: of the loss, and of each
-# metric. They are sums, not means: the step divides them by the number of targets, over all microbatches and devices.
+# A caller's own loss: `(model, params, batch, key)` -> sums over the counted targets, of the loss and of each metric.
+# They are sums, not means: the step divides them by the number of targets, over all microbatches and devices.
 # `params` are float32; `train.step.forward_batch` casts them and runs the model. A function with an attribute `needs`,
 # some of `BATCH_FIELDS`, gets batches that have these.
 Loss = Callable[[Transformer, PyTree, Batch, Key[Array, ""]], tuple[Float[Array, ""], Metrics]]
@@ -40,12 +40,13 @@ Loss = Callable[[Transformer, PyTree, Batch, Key[Array, ""]], tuple[Float[Array,
 
 @dataclasses.dataclass(frozen=True)
 class Custom:
-    """Code in the place of a part of the config; None: as the config says.
+    """Code in place of a field of the config; None: as the config says.
 
     Attributes:
-      loss: what is minimized, in place of `config.loss`.
+      loss: the loss in place of `config.loss`.
       optimizer: an optax transformation in place of `config.optimizer`, its learning rate and schedule included; what
-        it returns is added to the parameters as it is.
+        it returns is added to the parameters unchanged.
+      made_by: the function that made the optimizer, if one did: a run records its code.
     """
 
     loss: Loss | None = None
@@ -54,7 +55,7 @@ class Custom:
 
     @classmethod
     def of(cls, loss: Any = None, optimizer: Any = None) -> "Custom":
-        """Return what `fit` was given. An optimizer may be a function without arguments that makes one.
+        """Return the code passed to `fit`. An optimizer may be a function without arguments that makes one.
 
         Raise `ValueError` for what is neither, and for a field that a loss needs and no batch has.
         """
@@ -93,7 +94,7 @@ class Custom:
             )
 
     def record(self) -> Record:
-        """Return where each piece of code can be imported from, None where it can't, and the hash of what it says."""
+        """Return the import path of each piece of code, None where it has none, and the hash of its code."""
         pieces = {"loss": self.loss, "optimizer": self.made_by or self.optimizer}
         return {
             name: {"path": import_path(piece), "sha256": code_hash(piece)}
@@ -118,9 +119,9 @@ def check_mixers(model: ModelConfig, record: Mapping[str, Mapping[str, str | Non
 
 
 def found_again(record: Mapping[str, Mapping[str, str | None]], given: Custom, run: str) -> Custom:
-    """Return the code that the run `run` was trained with: as `given`, else imported from where `record` says.
+    """Return the code that the run `run` was trained with: `given`, else imported by the path in `record`.
 
-    Raise `ValueError` where some of it can't be had, or is no longer what it was.
+    Raise `ValueError` where some of it is missing, or has changed.
     """
     there, pieces = given.record(), {"loss": given.loss, "optimizer": given.made_by or given.optimizer}
     record = {name: record[name] for name in pieces if name in record}
@@ -159,18 +160,18 @@ def import_path(piece: Any) -> str | None:
 
 
 def code_hash(piece: Any) -> str:
-    """Return the SHA-256 of what a function does: its syntax tree, and whatever it has closed over.
+    """Return the SHA-256 of a function's syntax tree and of the values that it closes over.
 
-    Comments, docstrings and line breaks change nothing. Functions that it calls by a global name are not followed.
+    Comments, docstrings and line breaks change nothing. Global functions that it calls are not followed.
     """
     digest = hashlib.sha256()
-    for part in _spelled(piece, set()):
-        digest.update(part.encode() + b"\0")
+    for text in _spelled(piece, set()):
+        digest.update(text.encode() + b"\0")
     return digest.hexdigest()
 
 
 def _spelled(piece: Any, seen: set[int]) -> Iterator[str]:
-    """The parts of `piece` as text, in an order that every process has."""
+    """Yield what `piece` consists of as text, in an order that is the same in every process."""
     if id(piece) in seen:
         return
     seen = seen | {id(piece)}
@@ -187,8 +188,8 @@ def _spelled(piece: Any, seen: set[int]) -> Iterator[str]:
     elif isinstance(piece, Mapping):
         yield from _spelled([[str(key), value] for key, value in piece.items()], seen)
     elif isinstance(piece, list | tuple):
-        for part in piece:
-            yield from _spelled(part, seen)
+        for item in piece:
+            yield from _spelled(item, seen)
     elif hasattr(piece, "__array__"):
         array = np.asarray(piece)
         yield f"{array.dtype} {array.shape} {hashlib.sha256(array.tobytes()).hexdigest()}"
@@ -204,7 +205,7 @@ def _filled(cell: types.CellType) -> bool:
 
 
 def _syntax(piece: types.FunctionType | type) -> str:
-    """The syntax tree of a function or class, without docstrings; of what has no source its instructions."""
+    """Return the syntax tree of a function or class without docstrings; its bytecode where it has no source."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(piece)))
     except (OSError, TypeError, SyntaxError):  # typed at a prompt, or a lambda in the middle of a line

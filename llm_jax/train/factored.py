@@ -1,8 +1,8 @@
-"""Adafactor's second moment: of a matrix the means over its rows and over its columns in place of all of it.
+"""Adafactor's second moment: for a matrix the means over its rows and over its columns, instead of every element.
 
-Which axes of a parameter are its input and which its output is known by their letters. So a matrix of attention is one
-matrix, whatever its heads; layers and experts are never mixed; and the factors are split over devices like the
-parameter. (optax factors the two largest axes, wherever they are.)
+The letters of a parameter say which axes are its input and which its output. So a matrix of attention is one matrix,
+whatever its heads; layers and experts are never mixed; and the factors are sharded like the parameter. (optax factors
+the two largest axes, wherever they are.)
 """
 
 import functools
@@ -18,17 +18,17 @@ from jaxtyping import Array, Float, Int, PyTree
 from llm_jax import tree as trees
 from llm_jax.sharding import MATRICES, TABLES, letters_of
 
-LEAST = 128  # what has fewer inputs or outputs is kept whole: there is little to save
+LEAST = 128  # a matrix with fewer inputs or outputs is kept whole: there is little to save
 
 
 class FactoredState(NamedTuple):
-    """The moments, by the paths of the parameters; one number where there is none.
+    """The second moments, in the tree of the parameters; a scalar where a parameter has none.
 
     Attributes:
-      step: how many updates were made.
-      v_row: means of squared gradients over the output of a matrix, by its input.
-      v_col: over the input, by the output.
-      v: of each number of what is not factored.
+      step: the number of updates so far.
+      v_row: squared gradients of a matrix averaged over its outputs, one an input.
+      v_col: squared gradients averaged over the inputs, one an output.
+      v: squared gradients of each element of a parameter that is not factored.
     """
 
     step: Int[Array, ""]
@@ -38,9 +38,9 @@ class FactoredState(NamedTuple):
 
 
 def sides(path: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """The axes of the input and of the output of the parameter at `path`; None where it is no matrix.
+    """Return the input axes and the output axes of the parameter at `path`; None where it is no matrix.
 
-    Raises `ValueError` for another rank than its letters have.
+    Raise `ValueError` for a rank other than the number of its letters.
     """
     pair = trees.first_match((*TABLES, *MATRICES), path)
     if pair is None:
@@ -53,17 +53,17 @@ def sides(path: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int
 
 
 def factors(path: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """The same of a matrix that is large enough to be factored; None where the moment is kept whole."""
+    """Return the same for a matrix that is large enough to be factored; None where the moment is kept whole."""
     found = sides(path, shape)
     large = found is not None and all(math.prod(shape[axis] for axis in side) >= LEAST for side in found)
     return found if large else None
 
 
 def scale_by_factored_rms(decay: float = 0.8, floor: float = 1e-30, most: float = 1.0) -> optax.GradientTransformation:
-    """Divides a gradient by the root of its second moment, and an update of more than `most` RMS by the excess.
+    """Return Adafactor's scaling: divide by the root of the second moment, and clip the update to an RMS of `most`.
 
-    The moment of step t is a mean with the weight `1 - t**-decay` on what was, and of a factored one the product of its
-    two means over their mean; the RMS is that of one matrix of one layer (Shazeer and Stern 2018, arXiv:1804.04235,
+    The moment of step t is a running mean with decay `1 - t**-decay`; a factored one is the outer product of its two
+    means over their common mean. The RMS is that of one matrix of one layer (Shazeer and Stern 2018, arXiv:1804.04235,
     algorithms 4 and 5).
     """
 
@@ -75,7 +75,7 @@ def scale_by_factored_rms(decay: float = 0.8, floor: float = 1e-30, most: float 
             row, column = (jnp.zeros(np.delete(w.shape, gone), w.dtype) for gone in reversed(axes))
             return row, column, jnp.zeros(())  # each its own buffer, so that the state can be donated
 
-        return FactoredState(jnp.zeros((), jnp.int32), *_apart(trees.map_with_path(moments, params), params, 3))
+        return FactoredState(jnp.zeros((), jnp.int32), *_unzip(trees.map_with_path(moments, params), params, 3))
 
     def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, FactoredState]:
         step = state.step + 1
@@ -96,14 +96,14 @@ def scale_by_factored_rms(decay: float = 0.8, floor: float = 1e-30, most: float 
         found = jax.tree_util.tree_map_with_path(
             lambda path, *leaves: one(trees.path_name(path), *leaves), updates, state.v_row, state.v_col, state.v
         )
-        scaled, *moments = _apart(found, updates, 4)
+        scaled, *moments = _unzip(found, updates, 4)
         return scaled, FactoredState(step, *moments)
 
     return optax.GradientTransformation(init, update)
 
 
 def of_a_layer(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes of what the parameter at `path` is in one layer, of experts in one of them."""
+    """Return the axes of the parameter at `path` within one layer and one expert."""
     if (found := sides(path, shape)) is not None:
         return found[0] + found[1]
     stacked = len(shape) > 0 and letters_of(path, shape).startswith("N")
@@ -115,12 +115,12 @@ def _mixed(old: Float[Array, ""], squares: Array, moment: Array, axes: tuple[int
 
 
 def _limited(update: Array, axes: tuple[int, ...], most: float) -> Array:
-    """`update`, over its root mean square along `axes` where that is more than `most`."""
+    """Return `update` scaled down to a root mean square of `most` along `axes` where it has more."""
     rms = jnp.sqrt(jnp.square(update).mean(axes, keepdims=True))
     return update / jnp.maximum(1.0, rms / most)
 
 
-def _apart(found: PyTree, like: PyTree, number: int) -> list[PyTree]:
-    """A tree of tuples, each at a leaf of `like`, as a tuple of trees."""
+def _unzip(found: PyTree, like: PyTree, number: int) -> list[PyTree]:
+    """Split a tree of tuples, one at each leaf of `like`, into a list of trees."""
     tuples = jax.tree.structure(like).flatten_up_to(found)
     return [jax.tree.unflatten(jax.tree.structure(like), [each[i] for each in tuples]) for i in range(number)]

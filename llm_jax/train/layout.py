@@ -1,4 +1,4 @@
-"""How a config lies on a mesh: what its sizes have to divide, and where the tokens of a row go that devices share."""
+"""How a config fits on a mesh: which sizes must divide which, and the token order of rows that devices share."""
 
 import dataclasses
 import functools
@@ -22,22 +22,22 @@ from llm_jax.train.timetable import PipelineConfig, Timetable
 
 
 @functools.cache
-def split(model: ModelConfig, context: int) -> ModelConfig:
-    """The model as it runs where `context` devices share a row: with its attention named, `zigzag` where none is."""
+def context_model(model: ModelConfig, context: int) -> ModelConfig:
+    """Return the model for rows split over `context` devices: its attention is `zigzag` unless the config names one."""
     if context == 1:
         return model
     named = dataclasses.replace(model.attention, implementation=model.attention.implementation or "zigzag")
     return dataclasses.replace(model, attention=named)
 
 
-def order(model: ModelConfig, L: int, context: int) -> Int[np.ndarray, " L"] | None:
-    """Which token of a row stands where, in what the model reads that `split` gives; None: each in its own place."""
-    zigzag = context > 1 and split(model, context).attention.implementation == "zigzag"
+def token_order(model: ModelConfig, L: int, context: int) -> Int[np.ndarray, " L"] | None:
+    """Return which token of a row comes at each index, for the `context_model`; None: the usual order."""
+    zigzag = context > 1 and context_model(model, context).attention.implementation == "zigzag"
     return zigzag_order(L, context) if zigzag else None
 
 
-def ordered(batch: Batch, order: Int[np.ndarray, " L"]) -> Batch:
-    """`batch` with its tokens in `order`; their positions say where they belong."""
+def reorder(batch: Batch, order: Int[np.ndarray, " L"]) -> Batch:
+    """Return `batch` with its tokens in `order`, and positions that say where each belongs."""
     if batch.positions is None:
         positions = np.broadcast_to(np.arange(len(order), dtype=np.int32), batch.tokens.shape)
         batch = dataclasses.replace(batch, positions=positions)
@@ -45,10 +45,10 @@ def ordered(batch: Batch, order: Int[np.ndarray, " L"]) -> Batch:
 
 
 def check(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
-    """Raises `ValueError`, with the nearest that works, where `config` can't be split as `mesh` says.
+    """Raise `ValueError`, with the nearest value that works, where `config` can't be split over `mesh`.
 
-    Its devices need not be there. Nothing is traced, so this takes no time. Widths are left to `shardings`, attention
-    to `check_attention`.
+    The devices need not exist. Nothing is traced, so this takes no time. `shardings` checks widths, and
+    `check_attention` attention.
     """
     _check_rows(config, mesh)
     _check_own_layers(config.model, mesh)
@@ -74,8 +74,8 @@ def _check_own_layers(model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
         for axis, size in mesh.shape.items():
             if size > 1 and axis not in axes:
                 raise ValueError(
-                    f"mesh.{axis}={size}, but layers of {path} are right on the mesh axes {', '.join(axes)} alone; set "
-                    f"mesh.{axis}=1, or add {axis!r} to its `axes` once it is right there too"
+                    f"mesh.{axis}={size}, but layers of {path} are correct on the mesh axes {', '.join(axes)} alone; "
+                    f"set mesh.{axis}=1, or add {axis!r} to its `axes` once it is correct there too"
                 )
 
 
@@ -95,7 +95,7 @@ def _check_experts(model: ModelConfig, devices: int) -> None:
 
 def _check_tokens(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
     n, t, p = (mesh.shape[axis] for axis in ("context", "tensor", "pipeline"))
-    model = split(config.model, n)
+    model = context_model(config.model, n)
     L, chunk, how, heads = config.data.seq_len, config.loss.chunk, model.attention.implementation, model.K
     least = math.lcm(n * t * p, 2 * n if how == "zigzag" else 1)
     if heads % t:
@@ -104,7 +104,7 @@ def _check_tokens(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
             f"{math.gcd(heads, t)} or model.n_kv_heads={heads + -heads % t}"
         )
     if L % least:
-        twice = ", two parts each by zigzag" if least > n * t * p else ""
+        twice = ", each with two slices of it by zigzag" if least > n * t * p else ""
         raise ValueError(
             f"data.seq_len={L} does not divide over mesh.context={n} x mesh.tensor={t} x mesh.pipeline={p} = "
             f"{n * t * p} devices, which share a row{twice}; use data.seq_len={_nearest(L, least)}"
@@ -127,26 +127,26 @@ def _check_stages(config: RunConfig, stages: int) -> None:
         if config.pipeline != PipelineConfig():
             raise ValueError(f"{config.pipeline} has no stages to run on; set mesh.pipeline to their number")
         return
-    timetable = Timetable(config.pipeline, stages, config.accumulate)  # these two say themselves what they can't do
+    timetable = Timetable(config.pipeline, stages, config.accumulate)  # these two raise for what they can't do
     Pipeline(Transformer(config.model), config.loss, timetable)
     if config.model.remat == "offload":
         raise ValueError(
-            f"model.remat=offload lets inputs of layers wait on the host, and mesh.pipeline={stages} keeps those of "
+            f"model.remat=offload keeps the inputs of layers on the host, and mesh.pipeline={stages} saves those of "
             "stages anyway; set model.remat=full or mesh.pipeline=1"
         )
     if config.offload != "none":
         raise ValueError(
-            f"offload={config.offload} brings one layer after another from the host, and mesh.pipeline={stages} works "
-            "on several at a time; set offload=none or mesh.pipeline=1"
+            f"offload={config.offload} copies one layer after another from the host, and mesh.pipeline={stages} "
+            "computes several at a time; set offload=none or mesh.pipeline=1"
         )
 
 
 def check_attention(config: RunConfig, mesh: Mesh) -> None:
-    """Raise `ValueError` where attention declines rows that are split, or dropout: it is traced, which takes time."""
-    parts, rate = mesh.shape["context"], config.model.attention.dropout
-    if parts == 1 and not rate:
+    """Raise `ValueError` where attention declines split rows, or dropout. It is traced, which takes time."""
+    context, rate = mesh.shape["context"], config.model.attention.dropout
+    if context == 1 and not rate:
         return
-    model = config.model if parts == 1 else split(config.model, parts)
+    model = config.model if context == 1 else context_model(config.model, context)
     shape = row_shards(mesh), config.data.seq_len, model.K
     q, k = (jax.ShapeDtypeStruct((*shape, *x, model.H), model.dtype) for x in ((model.G,), ()))
     choice = {"scores": model.scores, "implementation": model.attention.implementation}
@@ -159,6 +159,6 @@ def check_attention(config: RunConfig, mesh: Mesh) -> None:
 
 
 def _nearest(size: int, least: int) -> str:
-    """The multiples of `least` around `size`."""
+    """Name the multiples of `least` around `size`."""
     below = size // least * least
     return " or ".join(str(multiple) for multiple in (below, below + least) if multiple)

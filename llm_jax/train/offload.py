@@ -1,8 +1,8 @@
-"""State that waits in the host's memory, and comes to the device a layer at a time.
+"""Offloading: state that is kept in host memory, and copied to the device a layer at a time.
 
-A step reads moments once, and float32 weights twice. Brought all at once they take then what they spared before, and
-XLA brings an array as a whole, however little of it is read. But of a stack from which a loop takes a slice, and to
-which it gives one back, it copies the slices; so the loops here go over the layers.
+A step reads moments once, and float32 weights twice. Copied all at once they would need the device memory that
+offloading saved, and XLA copies an array as a whole, however little of it is read. But where a loop reads a slice of a
+stack and writes one back, XLA copies slices only; so the loops here run over the layers.
 """
 
 import operator
@@ -19,13 +19,13 @@ from llm_jax import tree as trees
 HOST = "pinned_host"
 STACK = "layers"  # in a tree of parameters, those with a leading N
 # (params, opt_state, gradients) -> (params, opt_state), of all parameters or of some.
-Advance = Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
+Update = Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
 
 
-def waiting(layout: PyTree) -> PyTree:
-    """The shardings of parameters, or of an optimizer's state, with matrices of stacked layers on the host.
+def host_shardings(layout: PyTree) -> PyTree:
+    """Return shardings of parameters or optimizer state, with the matrices of stacked layers in host memory.
 
-    Biases and scales, of which a layer has a vector, stay: they are small.
+    Biases and scales, one vector a layer, stay on the device: they are small.
     """
 
     def one(path: str, sharding: NamedSharding) -> NamedSharding:
@@ -36,13 +36,13 @@ def waiting(layout: PyTree) -> PyTree:
     return trees.map_with_path(one, layout)
 
 
-def waits(x: Any) -> bool:
-    """Whether `x` lies in the host's memory."""
+def on_host(x: Any) -> bool:
+    """Return whether `x` is in host memory."""
     return jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
-def fetched(stack: PyTree, i: Int[Array, ""]) -> PyTree:
-    """Layer `i` of a stack, on the device."""
+def fetch_layer(stack: PyTree, i: Int[Array, ""]) -> PyTree:
+    """Return layer `i` of a stack, on the device."""
 
     def one(x: Array) -> Array:
         return jax.device_put(jax.lax.dynamic_index_in_dim(x, i, keepdims=False), jax.memory.Space.Device)
@@ -50,8 +50,8 @@ def fetched(stack: PyTree, i: Int[Array, ""]) -> PyTree:
     return jax.tree.map(one, stack)
 
 
-def returned(stack: PyTree, layer: PyTree, i: Int[Array, ""]) -> PyTree:
-    """A stack, where it lies, with `layer` as its layer `i`."""
+def store_layer(stack: PyTree, layer: PyTree, i: Int[Array, ""]) -> PyTree:
+    """Return a stack, in its own memory, with `layer` as its layer `i`."""
 
     def one(x: Array, new: Array) -> Array:
         return jax.lax.dynamic_update_index_in_dim(x, jax.device_put(new, jax.typeof(x).memory_space), i, 0)
@@ -59,63 +59,63 @@ def returned(stack: PyTree, layer: PyTree, i: Int[Array, ""]) -> PyTree:
     return jax.tree.map(one, stack, layer)
 
 
-def brought(params: PyTree, form: Callable[[PyTree], PyTree]) -> PyTree:
-    """`form(params)`, on the device; where some wait on the host, of one layer after another."""
-    if not any(map(waits, jax.tree.leaves(params))):
+def map_layers(params: PyTree, form: Callable[[PyTree], PyTree]) -> PyTree:
+    """Return `form(params)` on the device, computed layer by layer where some are in host memory."""
+    if not any(map(on_host, jax.tree.leaves(params))):
         return form(params)
     stack = params[STACK]
-    layers = jax.lax.map(lambda i: form({STACK: fetched(stack, i)}), jnp.arange(_height(stack)))
+    layers = jax.lax.map(lambda i: form({STACK: fetch_layer(stack, i)}), jnp.arange(_n_layers(stack)))
     return form(params | {STACK: {}}) | layers
 
 
-def summed(
+def sum_layers(
     square: Callable[[PyTree, PyTree, PyTree], Float[Array, ""]], params: PyTree, opt_state: PyTree, gradients: PyTree
 ) -> Float[Array, ""]:
     """Compute `square(params, opt_state, gradients)`, a sum over parameters.
 
-    Where some wait on the host, add it up one layer after another, and bring nothing back.
+    Where some are in host memory, add it up layer by layer, and write nothing back.
     """
     given = params, opt_state, gradients
-    if not any(map(waits, jax.tree.leaves(given))):
+    if not any(map(on_host, jax.tree.leaves(given))):
         return square(*given)
     rest, stacks = _split(given)
 
     def one(i: Int[Array, ""], total: Float[Array, ""]) -> Float[Array, ""]:
-        return total + square(*_in_each(lambda tree: fetched(tree, i), stacks))
+        return total + square(*_in_each(lambda tree: fetch_layer(tree, i), stacks))
 
-    return jax.lax.fori_loop(0, _height(params[STACK]), one, square(*rest))
+    return jax.lax.fori_loop(0, _n_layers(params[STACK]), one, square(*rest))
 
 
-def advanced(advance: Advance, params: PyTree, opt_state: PyTree, gradients: PyTree) -> tuple[PyTree, PyTree]:
-    """Compute `advance(params, opt_state, gradients)`; where some wait on the host, one layer after another.
+def update_layers(update: Update, params: PyTree, opt_state: PyTree, gradients: PyTree) -> tuple[PyTree, PyTree]:
+    """Compute `update(params, opt_state, gradients)`, layer by layer where some are in host memory.
 
-    For an update rule that treats every layer by itself.
+    For an update rule that treats each layer independently.
     """
     given = params, opt_state, gradients
-    if not any(map(waits, jax.tree.leaves(given))):
-        return advance(*given)
+    if not any(map(on_host, jax.tree.leaves(given))):
+        return update(*given)
     rest, (*stacks, slopes) = _split(given)
 
     def one(i: Int[Array, ""], stacks: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-        new = advance(*_in_each(lambda tree: fetched(tree, i), (*stacks, slopes)))
-        return _in_each(lambda tree, layer: returned(tree, layer, i), stacks, new)
+        new = update(*_in_each(lambda tree: fetch_layer(tree, i), (*stacks, slopes)))
+        return _in_each(lambda tree, layer: store_layer(tree, layer, i), stacks, new)
 
-    layers = jax.lax.fori_loop(0, _height(params[STACK]), one, tuple(stacks))
-    return _in_each(operator.or_, advance(*rest), layers)
+    layers = jax.lax.fori_loop(0, _n_layers(params[STACK]), one, tuple(stacks))
+    return _in_each(operator.or_, update(*rest), layers)
 
 
 def _split(given: tuple[PyTree, ...]) -> tuple[tuple[PyTree, ...], tuple[PyTree, ...]]:
-    """`given` without the stacked layers, and with them alone."""
+    """Return `given` without the stacked layers, and with them alone."""
     rest = _in_each(lambda tree: tree | {STACK: {}}, given)
     return rest, _in_each(lambda tree: {STACK: tree[STACK]}, given)
 
 
-def _height(stack: PyTree) -> int:
+def _n_layers(stack: PyTree) -> int:
     return len(jax.tree.leaves(stack)[0])
 
 
 def _in_each(function: Callable[..., PyTree], *trees: Any) -> Any:
-    """`function` of each tree of parameters in `trees`. What is beside these, as a count of updates, is the first's."""
+    """Map `function` over the parameter trees in `trees`. Other leaves, such as a step count, come from the first."""
 
     def one(tree: PyTree, *more: PyTree) -> PyTree:
         return function(tree, *more) if _has_stack(tree) else tree

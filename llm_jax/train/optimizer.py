@@ -1,4 +1,4 @@
-"""Schedules and update rules: an optax chain that clips, updates and decays, and the learning rate that scales it."""
+"""Update rules and schedules: an optax chain that clips, updates and decays, and the learning rate that scales it."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from llm_jax import tree as trees
 from llm_jax.sharding import MATRICES
 from llm_jax.train.factored import scale_by_factored_rms, sides
 
-# Which parameters weight decay pulls to zero. First match wins; no match raises.
+# (path regex, whether weight decay applies). First match wins; no match raises.
 DECAYED: tuple[tuple[str, bool], ...] = (
     (r"(scale|bias|/log_rate)$", False),
     (r"/b_\w+$", False),
@@ -23,7 +23,7 @@ DECAYED: tuple[tuple[str, bool], ...] = (
     (r"/w_\w+$", True),
 )
 
-# Muon's iteration: so many steps, each the polynomial a X + b (X X') X + c (X X')^2 X of these (Jordan et al. 2024).
+# Muon's Newton-Schulz iteration: NS_STEPS steps of the polynomial a X + b (X X') X + c (X X')^2 X (Jordan et al. 2024).
 NS_STEPS, NS_COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
 
 SMALLEST, LARGEST = (float(number) for number in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
@@ -33,22 +33,22 @@ SMALLEST, LARGEST = (float(number) for number in (np.finfo(np.float32).tiny, np.
 class OptimizerConfig:
     """The update rule and its schedule, in optimizer steps.
 
-    Raises `ValueError` for numbers with which a finite gradient makes weights that are not, in float32: b1 or b2 of 1
-    divides by 0, so does an eps of 0.
+    Raise `ValueError` for values with which a finite gradient gives weights that are not finite in float32: b1 or b2 of
+    1 divides by 0, and so does an eps of 0.
 
     Attributes:
       name: the update rule.
-      learning_rate: the peak of the schedule.
+      learning_rate: the peak learning rate of the schedule.
       schedule: after a linear warm-up of `warmup_steps`, `cosine` and `linear` fall to `final_fraction` of the peak at
         the last step, `constant` stays, and `wsd` stays until the last `decay_fraction` of the run, then falls
         linearly.
-      warmup_steps: steps in which the rate rises to the peak; fewer than `steps`.
-      final_fraction: of the peak, at the last step.
-      decay_fraction: of the run, in which `wsd` falls.
+      warmup_steps: steps over which the rate rises to the peak; fewer than `steps`.
+      final_fraction: the rate at the last step, as a fraction of the peak.
+      decay_fraction: the fraction of the run in which `wsd` falls.
       clip: the largest global norm of the gradient; None: no clipping.
-      b1: decay of the mean of gradients, of AdamW and Lion. Adafactor has none, Muon's matrices a momentum of 0.95.
-      b2: decay of the mean of squared gradients of AdamW; of Lion that of its momentum.
-      eps: added by AdamW to the root of the mean square, so that none divides by 0.
+      b1: decay of the mean of gradients, for AdamW and Lion. Adafactor has none, Muon's matrices a momentum of 0.95.
+      b2: decay of the mean of squared gradients for AdamW, of the momentum for Lion.
+      eps: added by AdamW to the root of the mean square, so that nothing divides by 0.
       weight_decay: how fast matrices and token tables shrink: by `learning_rate * weight_decay` of themselves a step.
     """
 
@@ -83,7 +83,7 @@ class OptimizerConfig:
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Step -> learning rate, for a run of `steps`. Raises `ValueError` when warm-up and decay don't fit in the run."""
+    """Return step -> learning rate for a run of `steps`. Raise `ValueError` when warm-up and decay don't fit in it."""
     peak, warmup = config.learning_rate, config.warmup_steps
     end = peak * config.final_fraction
     if warmup >= steps:
@@ -109,9 +109,9 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def decay_mask(params: PyTree) -> PyTree:
-    """True where weight decay applies: matrices and token tables, not norms, biases or positions.
+    """Return True where weight decay applies: matrices and token tables, not norms, biases or positions.
 
-    Raises `ValueError` for a parameter whose name does not say which of these it is.
+    Raise `ValueError` for a parameter whose name does not say which of these it is.
     """
 
     def decayed(path: str, _: Any) -> bool:
@@ -127,17 +127,17 @@ def decay_mask(params: PyTree) -> PyTree:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
-    """The chain: clip by global norm, update rule, decoupled weight decay, at a learning rate of 1.
+    """Return the chain: clip by global norm, update rule, decoupled weight decay, at a learning rate of 1.
 
-    The train step scales what comes out by its schedule. A schedule inside the chain would count the updates made,
-    and fall behind with every step that was skipped.
+    The train step scales its output by the schedule. A schedule inside the chain would count updates, and lag with
+    every skipped step.
     """
     clip = optax.identity() if config.clip is None else _clip(config.clip)
     return optax.chain(clip, _RULES[config.name](config))
 
 
 def _clip(most: float) -> optax.GradientTransformationExtraArgs:
-    """Scales a gradient to the norm `most` where its own is larger; `norm`, for a part, is that of the whole."""
+    """Return clipping to a norm of `most`. For a subset of the gradient, pass the global one as `norm`."""
 
     def update(
         updates: PyTree, state: PyTree, params: PyTree = None, *, norm: Float[Array, ""] | None = None, **_: Any
@@ -149,17 +149,17 @@ def _clip(most: float) -> optax.GradientTransformationExtraArgs:
 
 
 def _adamw(c: OptimizerConfig) -> optax.GradientTransformation:
-    """Loshchilov and Hutter 2017, arXiv:1711.05101."""
+    """Return AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101)."""
     return optax.adamw(1.0, c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=decay_mask)
 
 
 def _lion(c: OptimizerConfig) -> optax.GradientTransformation:
-    """Chen et al. 2023, arXiv:2302.06675."""
+    """Return Lion (Chen et al. 2023, arXiv:2302.06675)."""
     return optax.lion(1.0, c.b1, c.b2, weight_decay=c.weight_decay, mask=decay_mask)
 
 
 def _adafactor(c: OptimizerConfig) -> optax.GradientTransformation:
-    """Shazeer and Stern 2018, arXiv:1804.04235, with our schedule, decay and clipping in place of its own."""
+    """Return Adafactor (Shazeer and Stern 2018, arXiv:1804.04235), with our schedule, decay and clipping."""
     return optax.chain(
         scale_by_factored_rms(),
         optax.add_decayed_weights(c.weight_decay, decay_mask),
@@ -168,11 +168,11 @@ def _adafactor(c: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _muon(c: OptimizerConfig) -> optax.GradientTransformation:
-    """Jordan et al. 2024 for the matrices inside blocks, AdamW for the rest.
+    """Return Muon (Jordan et al. 2024) for the matrices inside blocks, AdamW for the rest.
 
     The update is scaled by `0.2 sqrt(max(fan in, fan out))` to the size of AdamW's (Liu et al. 2025,
-    arXiv:2502.16982), so that one learning rate serves both. Its five steps bring singular values near 1, not to 1:
-    between about 0.5 and 1.3.
+    arXiv:2502.16982), so that one learning rate serves both. Five steps bring singular values near 1: between about 0.5
+    and 1.3.
     """
 
     def role(path: str, _: jnp.ndarray) -> str:

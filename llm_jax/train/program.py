@@ -1,7 +1,7 @@
 """What a config compiles to: abstract state, shardings, and the jitted init, train step and scoring.
 
 Shapes first, then shardings, then arrays: nothing is allocated before `init` or a restore, so the same object serves
-a run, a restore onto another mesh, and the study of a model far larger than this machine.
+a run, a restore onto another mesh, and a plan for a model far larger than this machine.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ from llm_jax.train.balance import rebalance
 from llm_jax.train.batch import check_batch
 from llm_jax.train.config import RunConfig
 from llm_jax.train.custom import Custom
-from llm_jax.train.layout import check, check_attention, order, ordered, split
-from llm_jax.train.offload import waiting
+from llm_jax.train.layout import check, check_attention, context_model, reorder, token_order
+from llm_jax.train.offload import host_shardings
 from llm_jax.train.optimizer import make_optimizer, make_schedule
 from llm_jax.train.pipeline import Pipeline
 from llm_jax.train.step import (
@@ -40,13 +40,13 @@ from llm_jax.train.step import (
     make_gradient,
     make_loss,
     make_train_step,
-    microbatches,
-    rows_apart,
+    rows_independent,
     score,
+    split_microbatches,
 )
 from llm_jax.train.timetable import Timetable
 
-WAITING = {"none": (), "optimizer": ("opt_state",), "state": ("params", "opt_state")}  # by `RunConfig.offload`
+ON_HOST = {"none": (), "optimizer": ("opt_state",), "state": ("params", "opt_state")}  # by `RunConfig.offload`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Program:
 
     @classmethod
     def on_one_device(cls, config: RunConfig, device: Any = None) -> "Program":
-        """The program on one device, by default the first there is, and in its memory, whatever the config asks for."""
+        """Return the program on one device, by default the first, without offloading, whatever the config says."""
         return cls(dataclasses.replace(config, offload="none"), make_mesh(MeshConfig(), [device or jax.devices()[0]]))
 
     @functools.cached_property
@@ -77,11 +77,11 @@ class Program:
 
     @functools.cached_property
     def model(self) -> Transformer:
-        return Transformer(split(self.config.model, self.mesh.shape["context"]))
+        return Transformer(context_model(self.config.model, self.mesh.shape["context"]))
 
     @functools.cached_property
     def pipeline(self) -> Pipeline | None:
-        """What computes loss and gradient, where the mesh has several stages."""
+        """The pipeline, where the mesh has several stages; else None."""
         stages, c = self.mesh.shape["pipeline"], self.config
         return None if stages == 1 else Pipeline(self.model, c.loss, Timetable(c.pipeline, stages, c.accumulate))
 
@@ -94,15 +94,15 @@ class Program:
         else:
             opt_state = shardings(shapes.opt_state, self.mesh, unknown="whole")
             layout = dataclasses.replace(shardings(shapes.replace(opt_state=()), self.mesh), opt_state=opt_state)
-        for part in WAITING[self.config.offload]:
-            layout = dataclasses.replace(layout, **{part: waiting(getattr(layout, part))})
+        for field in ON_HOST[self.config.offload]:
+            layout = dataclasses.replace(layout, **{field: host_shardings(getattr(layout, field))})
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, layout
         )
 
     @functools.cached_property
     def abstract_batch(self) -> Batch:
-        """Shape, dtype and sharding of what the loader gives, rows of all processes together."""
+        """Shape, dtype and sharding of a batch of the loader, with the rows of all processes."""
         data = self.config.data
         shape, rows = (data.batch_size, data.seq_len), batch_sharding(self.mesh)
         ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
@@ -111,11 +111,11 @@ class Program:
         return batch if self.order is None else dataclasses.replace(batch, positions=ids)
 
     def init(self) -> TrainState:
-        """A fresh state, every leaf made where it belongs."""
+        """Return a fresh state, every leaf created with its sharding."""
         return self._init(jax.random.key(self.config.seed))
 
     def gradient(self, params: PyTree, batch: Batch) -> tuple[tuple[Float[Array, ""], Metrics], PyTree]:
-        """Sums of loss and metrics over the targets of a batch, with the noise of step 0, and the gradient."""
+        """Return sums of loss and metrics over the targets of a batch, with the dropout of step 0, and the gradient."""
         with jax.set_mesh(self.mesh):
             return self._gradient(params, self.put(batch))
 
@@ -127,18 +127,18 @@ class Program:
             return self.pipeline.gradient
         own = self.custom.loss
         loss = make_loss(model, c.loss) if own is None else functools.partial(own, model)
-        near = make_gradient(loss, c.accumulate, own is None and rows_apart(c.model, self.mesh.shape))
+        near = make_gradient(loss, c.accumulate, own is None and rows_independent(c.model, self.mesh.shape))
         if c.offload != "state":
             return near
 
         def of_waiting(params: PyTree, batch: Batch, key: Key[Array, ""]) -> Any:
-            # Only what the model computes with is brought; as float32, so that gradients add up as they did.
+            # Only the compute dtype is copied to the device; there it becomes float32, in which gradients add up.
             return near(jax.tree.map(lambda x: x.astype(jnp.float32), cast(params, c.model.dtype)), batch, key)
 
         return of_waiting
 
     def updated(self, params: PyTree, opt_state: PyTree, gradient: PyTree, step: int) -> PyTree:
-        """The parameters after the update of `step` by a mean gradient, whatever they come to; to be traced."""
+        """Return the parameters after the update of `step` by a mean gradient, finite or not; to be traced."""
         optimizer = optax.with_extra_args_support(self._optimizer)
         updates, _ = optimizer.update(gradient, opt_state, params, norm=optax.tree.norm(gradient))
         if self._schedule is not None:
@@ -146,22 +146,22 @@ class Program:
         return optax.apply_updates(params, updates)
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """One optimizer step; `state` is donated. Compiles once, and says so by an error if it ever would again.
+        """Run one optimizer step; `state` is donated. It compiles once; a second compile is an error.
 
-        `batch` holds the `rows` of this process. Raises `ValueError` for one that `check_batch` refuses, and so do
+        `batch` holds the `rows` of this process. Raise `ValueError` for a batch that `check_batch` refuses, as do
         `gradient` and `score`.
         """
         with jax.set_mesh(self.mesh), heard(self.attention_notes.append):
             return self._train_step(state, self.put(batch))
 
     def lowered(self) -> jax.stages.Lowered:
-        """The train step before it is compiled, from shapes alone: the devices of the mesh need not be there."""
-        state, batch = self.abstract_state, self.abstract_batch  # made on devices that are there, so before the mesh
+        """Return the lowered train step, from shapes alone: the devices of the mesh need not exist."""
+        state, batch = self.abstract_state, self.abstract_batch  # computed on existing devices, so before the mesh
         with jax.set_mesh(self.mesh):
             return self._train_step.lower(state, batch)
 
     def score(self, params: PyTree, batch: Batch) -> Scored:
-        """How well every target of `batch`, all rows of it, is predicted; arrays of NumPy, the same in each process."""
+        """Score every target of `batch`, which holds all rows; return NumPy arrays, the same in each process."""
         with jax.set_mesh(self.mesh):
             self._check(batch, self.config.data.batch_size)
             given = self._spread(self.share(dataclasses.replace(batch, documents=None)))
@@ -173,34 +173,35 @@ class Program:
 
     @functools.cached_property
     def rows(self) -> list[int]:
-        """The rows of a batch that the devices of this process hold, and so all of it that this process reads."""
+        """The rows of a batch that this process's devices hold, which is all that it reads."""
         return rows_here(self.mesh, self.config.data.batch_size)
 
     @functools.cached_property
     def order(self) -> Int[np.ndarray, " L"] | None:
-        """Which token of a row stands where on the mesh; None: each in its own place."""
-        return order(self.config.model, self.config.data.seq_len, self.mesh.shape["context"])
+        """Which token of a row comes at each index on the mesh; None: the usual order."""
+        return token_order(self.config.model, self.config.data.seq_len, self.mesh.shape["context"])
 
     def share(self, batch: Batch) -> Batch:
-        """Of all rows of `batch` those of this process."""
+        """Return this process's rows of `batch`, which holds all."""
         return jax.tree.map(lambda x: x[self.rows], batch)
 
     def put(self, batch: Batch) -> Batch:
-        """`batch`, the `rows` of this process, as global arrays on the mesh, the tokens of each row in `order`."""
+        """Return `batch`, the `rows` of this process, as global arrays on the mesh, tokens in `order`."""
         self._check(batch, len(self.rows))
         return self._spread(batch)
 
     def _spread(self, batch: Batch) -> Batch:
-        batch = batch if self.order is None else ordered(batch, self.order)
+        batch = batch if self.order is None else reorder(batch, self.order)
         rows, layout = range(self.config.data.batch_size), batch_sharding(self.mesh)
 
-        def part(x: np.ndarray, index: Any) -> np.ndarray:
+        def slice_of(x: np.ndarray, index: Any) -> np.ndarray:
             wanted = rows[index[0]]
             first = self.rows.index(wanted[0])
             return x[(slice(first, first + len(wanted)), *index[1:])]
 
         return jax.tree.map(
-            lambda x: jax.make_array_from_callback((len(rows), *x.shape[1:]), layout, functools.partial(part, x)), batch
+            lambda x: jax.make_array_from_callback((len(rows), *x.shape[1:]), layout, functools.partial(slice_of, x)),
+            batch,
         )
 
     def _check(self, batch: Batch, rows: int) -> None:
@@ -212,7 +213,7 @@ class Program:
 
     @property
     def _schedule(self) -> optax.Schedule | None:
-        """None: an optimizer of the caller's own has one inside."""
+        """The schedule; None: a caller's own optimizer has one inside."""
         c = self.config
         return make_schedule(c.optimizer, c.steps) if self.custom.optimizer is None else None
 
@@ -245,11 +246,11 @@ class Program:
             self._schedule,
             seed=c.seed,
             rebalance=functools.partial(rebalance, c.model) if follow else None,
-            # Its iteration is expensive, and it has one moment less. With `offload` there is no room to hold.
+            # Muon's iteration is expensive, and it has one moment less. With `offload` there is no room to hold.
             hold=c.optimizer.name == "muon" and self.custom.optimizer is None and c.offload == "none",
         )
         replicated = NamedSharding(self.mesh, PartitionSpec())
-        chex.clear_trace_counter()  # it counts by name, and every program of this process has a step of that name
+        chex.clear_trace_counter()  # it counts by name, and every program of this process has a step with this name
         return jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=0, out_shardings=(self._layout, replicated))
 
     @functools.cached_property
@@ -257,12 +258,12 @@ class Program:
         c = self.config
 
         def scored(params: PyTree, batch: Batch) -> Scored:
-            # In the microbatches of training: what fits there fits here.
+            # In the microbatches of training: if those fit in memory, these do.
             if self.pipeline is not None:
                 return self.pipeline.score(params, batch)
             one = functools.partial(score, self.model, c.loss.chunk, params)
-            parts = jax.lax.map(one, microbatches(batch, c.accumulate))
-            return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch.targets.shape), parts)
+            found = jax.lax.map(one, split_microbatches(batch, c.accumulate))
+            return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch.targets.shape), found)
 
         return jax.jit(scored, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 

@@ -21,7 +21,7 @@ from llm_jax.model.precision import in_dtype
 from llm_jax.model.transformer import Output, Transformer, forward, head_table
 from llm_jax.ops.loss import IGNORE, chunked_cross_entropy, cross_entropy, likeliest
 from llm_jax.train.balance import LOAD, expert_sums, utilisation
-from llm_jax.train.offload import advanced, brought, summed
+from llm_jax.train.offload import map_layers, sum_layers, update_layers
 
 Metrics = dict[str, jax.Array]
 # (params, batch, key) -> (sum of the loss over counted tokens, {name: sum over counted tokens}).
@@ -33,7 +33,7 @@ Gradient = Callable[[PyTree, Batch, Key[Array, ""]], tuple[tuple[Float[Array, ""
 
 @struct.dataclass
 class TrainState:
-    """All that a run is, beside its position in the data."""
+    """The state of a run, apart from its position in the data, which follows from `step`."""
 
     step: Int[Array, ""]
     params: PyTree
@@ -42,12 +42,12 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """What is added to cross-entropy, and how it is computed.
+    """What is added to cross-entropy, and how much of it is computed at once.
 
     Attributes:
-      z_loss: weight of the squared log-partition; 1e-4 where logits drift.
-      label_smoothing: share of the target that goes to the uniform distribution.
-      chunk: tokens of a row whose logits are held at once; None: all of them.
+      z_loss: weight of the squared log-partition function; 1e-4 where logits drift.
+      label_smoothing: share of the target distribution that is uniform.
+      chunk: tokens of a row whose logits are in memory at once; None: all of them.
     """
 
     z_loss: float = 0.0
@@ -62,17 +62,17 @@ class LossConfig:
 
 
 def cast(params: PyTree, dtype: Any) -> PyTree:
-    """Return the parameters `in_dtype`, those that wait in the host's memory brought to the device.
+    """Return the parameters `in_dtype` and on the device, those too that are kept in host memory.
 
-    Done once, before anything is gathered from other devices.
+    Called once, before anything is gathered from other devices.
     """
     with jax.named_scope("cast"):
-        return brought(params, functools.partial(in_dtype, dtype=dtype))
+        return map_layers(params, functools.partial(in_dtype, dtype=dtype))
 
 
 @struct.dataclass
 class TokenLosses:
-    """Loss and negative log-likelihood of every target, in nats, what the head read, and how the experts were used."""
+    """Loss and negative log-likelihood of every target, in nats, the hidden states, and the use of the experts."""
 
     loss: Float[Array, "B L"]
     nll: Float[Array, "B L"]
@@ -83,7 +83,7 @@ class TokenLosses:
 def forward_batch(
     model: Transformer, params: PyTree, batch: Batch, key: Key[Array, ""] | None = None, *, logits: bool = True
 ) -> Output:
-    """Run the model on a batch, its parameters `cast` to the dtype of the computation; dropout is on with a `key`.
+    """Run the model on a batch, its parameters `cast` to the compute dtype; a `key` turns dropout on.
 
     `logits=False` stops before the head, for a loss that makes logits chunk by chunk.
     """
@@ -102,7 +102,7 @@ def forward_batch(
 def token_losses(
     model: Transformer, config: LossConfig, params: PyTree, batch: Batch, key: Key[Array, ""] | None = None
 ) -> TokenLosses:
-    """Return what the model makes of the targets of a batch; dropout is on with a `key`."""
+    """Return the loss of every target of a batch; a `key` turns dropout on."""
     params = cast(params, model.config.dtype)
     out = forward_batch(model, params, batch, key, logits=config.chunk is None)
     losses = losses_of(model.config, config, params, batch.targets, out.hidden, out.logits)
@@ -117,7 +117,7 @@ def losses_of(
     hidden: Float[Array, "B L D"],
     logits: Float[Array, "B L V"] | None,
 ) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
-    """Loss and negative log-likelihood of every target; without `logits`, which are then made chunk by chunk."""
+    """Return loss and negative log-likelihood of every target; without `logits`, these are made chunk by chunk."""
     terms = {"z_loss": config.z_loss, "label_smoothing": config.label_smoothing}
     with jax.named_scope("loss"):
         if logits is not None:
@@ -130,14 +130,14 @@ def losses_of(
 
 @struct.dataclass
 class Scored:
-    """Negative log-likelihood of every target, in nats, and whether it is the likeliest of all tokens, or classes."""
+    """Negative log-likelihood of every target, in nats, and whether it is the likeliest token, or class."""
 
     nll: Float[Array | np.ndarray, "B L"]
     likeliest: Bool[Array | np.ndarray, "B L"]
 
 
 def score(model: Transformer, chunk: int | None, params: PyTree, batch: Batch) -> Scored:
-    """How well the model predicts the targets of a batch, `chunk` tokens of a row at once."""
+    """Score how well the model predicts the targets of a batch, `chunk` tokens of a row at once."""
     out = token_losses(model, LossConfig(chunk=chunk), params, batch)
     return scored(model.config, chunk, params, batch.targets, out.hidden, out.nll)
 
@@ -150,13 +150,13 @@ def scored(
     hidden: Float[Array, "B L D"],
     nll: Float[Array, "B L"],
 ) -> Scored:
-    """`nll`, and whether what the head makes of `hidden` is likeliest for the target."""
+    """Return `nll`, and whether the likeliest token by the head on `hidden` is the target."""
     head = head_table(model, params).astype(hidden.dtype)
     return Scored(nll, likeliest(hidden, head, chunk or targets.shape[1], model.logit_softcap) == targets)
 
 
 def make_loss(model: Transformer, config: LossConfig) -> LossFn:
-    """Next-token cross-entropy, summed over the tokens that count, and what uneven experts cost."""
+    """Return next-token cross-entropy, summed over the counted targets, plus the loss terms of the experts."""
 
     def loss_fn(params: PyTree, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
         out = token_losses(model, config, params, batch, key)
@@ -171,7 +171,7 @@ def make_loss(model: Transformer, config: LossConfig) -> LossFn:
 
 
 def init_state(model: Transformer, optimizer: optax.GradientTransformation, key: Key[Array, ""]) -> TrainState:
-    """A fresh state. Call it under `jax.eval_shape` for the shapes, under `jit` with shardings for the arrays."""
+    """Return a fresh state. Call it under `jax.eval_shape` for the shapes, under `jit` with shardings for arrays."""
     params = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
 
@@ -185,16 +185,16 @@ def make_train_step(
     rebalance: Callable[[PyTree, Float[Array, "N E"]], PyTree] | None = None,
     hold: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Return one optimizer step over a batch. `gradient` is what `make_gradient` gives, or a program has instead.
+    """Return one optimizer step over a batch. `gradient` comes from `make_gradient`, or from a pipeline.
 
-    The `schedule` scales what the optimizer returns; None: an optimizer of a caller's own has its learning rate inside.
+    The `schedule` scales the updates of the optimizer; None: a caller's own optimizer has its learning rate inside.
 
-    A loss or gradient that is not finite, or an update after which the norm of the parameters would not be, changes
-    neither parameters nor optimizer state; the step still counts, so that data and learning rate move on, and
-    `metrics["skipped"]` is 1. `rebalance` changes the new parameters by the load of the experts.
+    If the loss, the gradient or the norm of the updated parameters is not finite, parameters and optimizer state stay;
+    the step still counts, so that data and learning rate advance, and `metrics["skipped"]` is 1. `rebalance` changes
+    the new parameters by the load of the experts.
 
-    Whether they are finite is known only after the last of them. Until then none of the new parameters are held, and
-    the update is computed a second time; with `hold` they are held, for an update rule that costs more than memory.
+    Whether they are finite is known only after the last parameter. Until then no new parameters are kept in memory, and
+    the update is computed a second time; with `hold` they are kept, for an update rule where compute is the bottleneck.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
@@ -206,7 +206,7 @@ def make_train_step(
         each = 1 / targets.astype(jnp.float32)  # a product is computed where it is read, a quotient kept
         mean = functools.partial(jax.tree.map, lambda x: x * each.astype(x.dtype))
         loss, sums, norm = mean(loss), mean(sums), optax.tree.norm(mean(gradients))
-        tokens = targets if batch.segments is None else (batch.segments != 0).sum()  # what was read, asked or not
+        tokens = targets if batch.segments is None else (batch.segments != 0).sum()  # read, with a target or not
         rate = None if schedule is None else schedule(state.step)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
@@ -221,17 +221,17 @@ def make_train_step(
         def square(params: PyTree, opt_state: PyTree, gradients: PyTree) -> Float[Array, ""]:
             return optax.tree.norm(new(params, opt_state, gradients)[0] if held is None else held, squared=True)
 
-        finite &= jnp.isfinite(summed(square, *given))
+        finite &= jnp.isfinite(sum_layers(square, *given))
 
-        def advance(params: PyTree, opt_state: PyTree, gradients: PyTree) -> tuple[PyTree, PyTree]:
-            # Computed again where it is kept: else every new parameter would wait in memory for the norm of the last.
+        def update(params: PyTree, opt_state: PyTree, gradients: PyTree) -> tuple[PyTree, PyTree]:
+            # Recomputed where it is stored: otherwise all new parameters would stay in memory until the norm is known.
             old = jax.lax.optimization_barrier((params, opt_state))
             fresh, moments = new(old[0], old[1], gradients)
             fresh = fresh if held is None else held
-            # A choice of numbers, not of a branch: that would want float32 gradients whole in memory, before it.
+            # A select, not a `cond`: before that all float32 gradients would have to be in memory.
             return jax.tree.map(functools.partial(jnp.where, finite), (fresh, moments), old)
 
-        params, opt_state = advanced(advance, *given)
+        params, opt_state = update_layers(update, *given)
         if rebalance is not None and load is not None:
             params = rebalance(params, jnp.where(finite, load, 0))  # an even load moves nothing
         metrics: Metrics = {"loss": loss, **sums, "grad_norm": norm}
@@ -242,42 +242,42 @@ def make_train_step(
     return train_step
 
 
-def make_gradient(loss_fn: LossFn, accumulate: int = 1, apart: bool = False) -> Gradient:
-    """Sums of loss, metrics and gradient over a batch, one microbatch of `B / accumulate` rows at a time.
+def make_gradient(loss_fn: LossFn, accumulate: int = 1, per_device: bool = False) -> Gradient:
+    """Return the function that sums loss, metrics and gradient over a batch, `B / accumulate` rows at a time.
 
-    They are sums over tokens, so a microbatch weighs as much as it has. With `apart`, as `rows_apart` says, each device
-    goes through its own rows, and gradients are added up behind the last microbatch; the compiler would do so in every
-    one.
+    They are sums over tokens, so a microbatch weighs as much as it has tokens. With `per_device`, which
+    `rows_independent` allows, each device loops over its own rows, and gradients are all-reduced once, after the last
+    microbatch; the compiler would do so in each.
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
     def run(params: PyTree, batch: Batch, keys: Key[Array, " M"]) -> tuple[tuple[Float[Array, ""], Metrics], PyTree]:
-        def add(total: PyTree, part: tuple[Batch, Key[Array, ""]]) -> tuple[PyTree, None]:
-            return jax.tree.map(jnp.add, total, value_and_grad(params, *part)), None
+        def add(total: PyTree, one: tuple[Batch, Key[Array, ""]]) -> tuple[PyTree, None]:
+            return jax.tree.map(jnp.add, total, value_and_grad(params, *one)), None
 
-        parts = microbatches(batch, accumulate), keys
-        shapes = jax.eval_shape(value_and_grad, params, *jax.tree.map(lambda x: x[0], parts))
+        microbatches = split_microbatches(batch, accumulate), keys
+        shapes = jax.eval_shape(value_and_grad, params, *jax.tree.map(lambda x: x[0], microbatches))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.scan(add, zeros, parts)[0]
+        return jax.lax.scan(add, zeros, microbatches)[0]
 
     def gradient(params: PyTree, batch: Batch, key: Key[Array, ""]) -> tuple[tuple[Float[Array, ""], Metrics], PyTree]:
-        every = _on_copies(run) if apart else run
+        every = _per_device(run) if per_device else run
         return every(params, batch, jax.random.split(key, accumulate))
 
     return value_and_grad if accumulate == 1 else gradient
 
 
-def rows_apart(c: ModelConfig, mesh: Mapping[str, int]) -> bool:
-    """Whether devices share nothing but weights: where `data` alone splits, and no row has to do with another.
+def rows_independent(c: ModelConfig, mesh: Mapping[str, int]) -> bool:
+    """Return whether devices share nothing but weights: `data` alone splits, and no row depends on another.
 
-    Experts share a load, and noise is drawn for all rows. Beside fsdp the compiler for TPU would multiply in loops:
-    fewer bytes, but more cycles than they save.
+    Experts share a load, and dropout is drawn for all rows at once. With fsdp the TPU compiler would split matmuls into
+    loops: fewer bytes, but more cycles than they save.
     """
     return c.experts is None and c.dropout == c.attention.dropout == 0 and 1 < mesh["data"] == math.prod(mesh.values())
 
 
-def _on_copies(run: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """`run` on the rows of each copy along `data`, and the sum of all."""
+def _per_device(run: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    """Return `run` on the rows of each device along `data`, its results summed over all."""
     whole, rows = PartitionSpec(), PartitionSpec("data")
 
     def own(*given: Any) -> PyTree:
@@ -286,6 +286,6 @@ def _on_copies(run: Callable[..., PyTree]) -> Callable[..., PyTree]:
     return jax.shard_map(own, in_specs=(whole, rows, whole), out_specs=whole, axis_names={"data"}, check_vma=False)
 
 
-def microbatches(batch: Batch, number: int) -> Batch:
-    """`batch` with a leading axis of `number` parts: every number-th row, so that no row leaves its device."""
+def split_microbatches(batch: Batch, number: int) -> Batch:
+    """Return `batch` with a leading axis M: microbatch i has rows i, i + M, ..., so that no row changes device."""
     return jax.tree.map(lambda x: x.reshape(-1, number, *x.shape[1:]).swapaxes(0, 1), batch)

@@ -1,8 +1,8 @@
-"""When each stage of a pipeline works on what: a table made before anything is compiled.
+"""The pipeline schedule: which stage works on which microbatch when, as a table made before anything is compiled.
 
-Layers are cut into `stages * chunks` pieces, dealt out round robin: stage s holds the pieces s, stages + s, ... A
-microbatch goes forward through all pieces, then backward. In one tick every stage has room for one piece forward and
-one backward; what it sends, its neighbour reads in the next tick.
+Layers are cut into `stages * chunks` pieces, assigned round robin: stage s holds the pieces s, stages + s, ... A
+microbatch goes forward through all pieces, then backward. In one tick every stage computes at most one piece forward
+and one backward; what it sends, its neighbour reads in the next tick.
 """
 
 import dataclasses
@@ -12,19 +12,19 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Int
 
-# What a piece costs, in forward passes: backward is twice the work, and the stage computes its forward pass again.
+# The cost of a piece in forward passes: backward is twice the work, and recomputes the forward pass first.
 FORWARD, BACKWARD = 1, 3
 
 
 @dataclasses.dataclass(frozen=True)
 class PipelineConfig:
-    """How microbatches take turns on the stages of `mesh.pipeline`.
+    """How microbatches are scheduled on the stages of `mesh.pipeline`.
 
     Attributes:
-      schedule: `gpipe` has all microbatches forward before the first goes backward, and holds them all (Huang et al.
+      schedule: `gpipe` runs all microbatches forward before the first goes backward, and holds them all (Huang et al.
         2019, arXiv:1811.06965); `1f1b` begins backward at once, and holds a few however many there are (Narayanan et
         al. 2021, arXiv:2104.04473).
-      chunks: pieces of the model on a stage. Each more makes the bubble smaller, and the messages more.
+      chunks: pieces of the model on a stage. More of them shrink the bubble and add messages.
     """
 
     schedule: Literal["gpipe", "1f1b"] = "1f1b"
@@ -37,14 +37,14 @@ class PipelineConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """One direction: what each stage does in each tick; a microbatch of -1 is nothing.
+    """One direction: what each stage does in each tick. A microbatch of -1 means idle.
 
-    `place` is where the stage keeps the input of the piece, from its way forward to its way back.
+    `slot` is where the stage keeps the input of the piece, from its forward pass to its backward pass.
     """
 
     microbatch: Int[np.ndarray, "ticks stages"]
     chunk: Int[np.ndarray, "ticks stages"]
-    place: Int[np.ndarray, "ticks stages"]
+    slot: Int[np.ndarray, "ticks stages"]
 
     @property
     def busy(self) -> Bool[np.ndarray, "ticks stages"]:
@@ -53,9 +53,9 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Timetable:
-    """What `stages` devices do with `microbatches` microbatches, `chunks` pieces each.
+    """The schedule of `microbatches` microbatches on `stages` devices, with `chunks` pieces each.
 
-    Raises `ValueError` where microbatches don't come in groups of `stages`, as several chunks need.
+    Raise `ValueError` for fewer microbatches than stages, or, with several chunks, not a multiple of them.
     """
 
     config: PipelineConfig
@@ -73,61 +73,61 @@ class Timetable:
 
     @functools.cached_property
     def forward(self) -> Work:
-        return self._placed[0]
+        return self._with_slots[0]
 
     @functools.cached_property
     def backward(self) -> Work:
-        return self._placed[1]
+        return self._with_slots[1]
 
     @functools.cached_property
-    def _placed(self) -> tuple[Work, Work]:
-        """Both directions, every input in the first free place."""
+    def _with_slots(self) -> tuple[Work, Work]:
+        """Both directions, every input in the first free slot."""
         forward, backward = self._directions
-        places = [np.full(work.microbatch.shape, -1) for work in (forward, backward)]
+        slots = [np.full(work.microbatch.shape, -1) for work in (forward, backward)]
         for stage in range(self.stages):
             held: dict[tuple[int, int], int] = {}
             for tick in range(len(forward.microbatch)):
                 if forward.busy[tick, stage]:
-                    free = next(place for place in range(len(held) + 1) if place not in held.values())
+                    free = next(slot for slot in range(len(held) + 1) if slot not in held.values())
                     held[forward.microbatch[tick, stage], forward.chunk[tick, stage]] = free
-                    places[0][tick, stage] = free
+                    slots[0][tick, stage] = free
                 if backward.busy[tick, stage]:
                     piece = backward.microbatch[tick, stage], backward.chunk[tick, stage]
-                    places[1][tick, stage] = held.pop(piece)
-        return dataclasses.replace(forward, place=places[0]), dataclasses.replace(backward, place=places[1])
+                    slots[1][tick, stage] = held.pop(piece)
+        return dataclasses.replace(forward, slot=slots[0]), dataclasses.replace(backward, slot=slots[1])
 
     @functools.cached_property
     def _directions(self) -> tuple[Work, Work]:
-        """Each stage takes its pieces in one order, and each a tick after the stage before.
+        """Both directions: each stage takes its pieces in one order, each a tick after the stage before.
 
         Microbatches come in groups of as many as there are stages: the first group through the first chunk, then
-        through the second, and so on, then the next group. The stream never pauses, for when stage 0 is done with a
-        group, the first of that group has just come through the last stage. Backward is the mirror image; it begins
-        when the first microbatch is through (1f1b), or the last (gpipe).
+        through the second, and so on, then the next group. The stream never pauses: when stage 0 is done with a
+        group, the first of that group has just left the last stage. Backward is the mirror image; it begins when the
+        first microbatch is through (1f1b), or the last (gpipe).
         """
         p, M, v = self.stages, self.microbatches, self.config.chunks
         first = p * v - 1 if self.config.schedule == "1f1b" else M * v + p - 1
         ticks, stage = np.arange(first + M * v + p - 1)[:, None], np.arange(p)[None]
 
-        def work(turn: Int[np.ndarray, "ticks stages"], last_first: bool) -> Work:
-            inside = (turn >= 0) & (turn < M * v)
-            microbatch, chunk = turn // (p * v) * p + turn % p, turn // p % v
+        def work(position: Int[np.ndarray, "ticks stages"], last_first: bool) -> Work:
+            inside = (position >= 0) & (position < M * v)
+            microbatch, chunk = position // (p * v) * p + position % p, position // p % v
             chunk = v - 1 - chunk if last_first else chunk
-            return Work(np.where(inside, microbatch, -1), np.where(inside, chunk, 0), np.zeros_like(turn))
+            return Work(np.where(inside, microbatch, -1), np.where(inside, chunk, 0), np.zeros_like(position))
 
         return work(ticks - stage, False), work(ticks - first - (p - 1 - stage), True)
 
     @property
     def held(self) -> int:
-        """Inputs of pieces that a stage keeps at once, at most: in the tick of its way back a piece is still there."""
+        """How many inputs a stage keeps at most; in the tick of its backward pass a piece still has its own."""
         forward, backward = (work.busy for work in self._directions)
         return int((forward.cumsum(0) - backward.cumsum(0) + backward).max())
 
     @property
     def bubble(self) -> float:
-        """The share of time in which a stage has nothing to do: (p - 1) / (v M + p - 1).
+        """The share of time in which a stage is idle, counted from the table: (p - 1) / (v M + p - 1).
 
-        Counted from the table. A tick takes as long as what any stage does in it.
+        A tick takes as long as its busiest stage.
         """
         work = [(work.busy, cost) for work, cost in zip(self._directions, (FORWARD, BACKWARD), strict=True)]
         total = sum(cost * busy.any(1).sum() for busy, cost in work)
@@ -136,7 +136,7 @@ class Timetable:
 
     @property
     def summary(self) -> str:
-        """How well the stages are used, as a line."""
+        """A line on how well the stages are used."""
         pieces = "a piece" if self.config.chunks == 1 else f"{self.config.chunks} pieces"
         return (
             f"a pipeline of {self.stages} stages ({self.config.schedule}, {pieces} of the model on each), "
@@ -144,7 +144,7 @@ class Timetable:
         )
 
     def __str__(self) -> str:
-        """A line for each stage, a column for each tick: forward over backward, microbatches by number."""
+        """Draw a line for each stage and a column for each tick: forward over backward, microbatches by number."""
         several = self.config.chunks > 1
 
         def cell(work: Work, tick: int, stage: int) -> str:

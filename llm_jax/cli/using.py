@@ -1,0 +1,97 @@
+"""`llm-jax generate` and `llm-jax evaluate`: use a trained model."""
+
+import dataclasses
+import math
+from argparse import Namespace
+
+from llm_jax.cli.shared import print_json, say, warn_of_special
+
+
+def generate(args: Namespace) -> None:
+    r"""Generate text with the model of RUN.
+
+    Without --prompt every line of standard input is a prompt; a terminal is asked for one at a time, and with an empty
+    pipe the prompts are those of the run's samples. Texts are printed one after the other. A translation run prints
+    the answer to each prompt, and a classifier the likeliest class with its probability.
+
+    A prompt begins like the documents that the run was trained on; for an imported run, as its tokenizer begins a text,
+    so that greedy text equals that of transformers. --begin and --no-begin override this.
+
+      llm-jax generate runs/quickstart --prompt 'def read_lines(path):' --samples 3
+      llm-jax generate runs/quickstart --temperature 0 --stop $'\n\n' < prompts.txt
+    """
+    from llm_jax import runtime
+    from llm_jax.cli import terminal
+    from llm_jax.infer.generate import row_by_row
+    from llm_jax.ops.sampling import Sampling
+    from llm_jax.runs.run import Run
+
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed {args.seed} must lie between 0 and {2**32 - 1}")
+    if args.samples < 1:
+        raise ValueError(f"--samples {args.samples} generates nothing; use 1 or more")
+    if args.samples > 10_000:
+        raise ValueError(
+            f"--samples {args.samples} do not fit in memory together; use 10000 or less, and another --seed"
+        )
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
+    run = Run.open(args.run, args.checkpoint, report=say)
+    reading = {"begin": args.begin, "special": args.special}
+    spelled = not (run.config.data.special if args.special is None else args.special)
+    runtime.start()
+    classifies, texts = run.config.model.n_classes is not None, []
+    sampler = None if classifies else run.new_sampler(**reading)
+    for number, given in enumerate([args.prompt] if args.prompt else terminal.read_prompts(run.config.prompts)):
+        if spelled:
+            warn_of_special(run.tokenizer, given)
+        if sampler is None:
+            answers = run.classify(given, **reading)
+            texts += map(dataclasses.asdict, answers)
+            if not args.json:
+                terminal.write("".join(f"{a.prompt}  {a.answer}  {a.probability:.2%}\n" for a in answers))
+            continue
+        prompts = [run.config.data.ask(prompt) for prompt in given for _ in range(args.samples)]
+        options = {"max_tokens": args.max_tokens, "stop": args.stop, "seed": args.seed + number}
+        if args.json:
+            texts += map(dataclasses.asdict, sampler.texts(prompts, sampling, **options))
+        else:
+            terminal.write_rows(prompts, row_by_row(sampler.stream(prompts, sampling, **options)))
+    if args.json:
+        print_json({"run": args.run, "step": run.step, "texts": texts})
+
+
+def evaluate(args: Namespace) -> None:
+    """Measure how well RUN predicts text that it has not seen.
+
+    Loss in nats a token, perplexity, bits per byte, and for a task the share of right answers, each with the 95 %
+    interval of a bootstrap over documents. The text is what the run held out, or all of --data. Each source of a
+    mixture counts by its weight, and is shown by itself too.
+
+      llm-jax evaluate runs/quickstart
+      llm-jax evaluate runs/quickstart --data essays/ --json
+    """
+    from llm_jax import runtime
+    from llm_jax.runs.run import Run
+
+    if args.column is not None and args.data is None:
+        raise ValueError(f"--column {args.column} is for text of your own; add --data URI, or leave it out")
+    if args.begin is not None and args.data is None:
+        raise ValueError("--begin and --no-begin are for text of your own; add --data URI, or leave them out")
+    runtime.start()
+    run = Run.open(args.run, args.checkpoint, report=say)
+    result = run.evaluate(args.data, column=args.column, begin=args.begin)
+    found = {"run": args.run, "step": run.step, **dataclasses.asdict(result)}
+    interval = result.loss_interval
+    found["perplexity_interval"] = None if interval is None else [math.exp(min(loss, 700)) for loss in interval]
+    if args.json:
+        print_json(found)
+        return
+    for name, digits in (("loss", 4), ("perplexity", 2), ("bits_per_byte", 4), ("accuracy", 4)):
+        if found[name] is not None:
+            value, *ends = (f"{x:.{digits}f}" for x in (found[name], *(found[f"{name}_interval"] or ())))
+            print(f"{name.replace('_', ' '):14} {value:>9}   {' to '.join(ends) or '-'}")
+    for name, source in result.sources.items():
+        bits = "" if source.bits_per_byte is None else f", {source.bits_per_byte:.4f} bits per byte"
+        print(f"  {name}: loss {source.loss:.4f}{bits}")
+    counts = {"tokens": result.tokens, "bytes": result.bytes, "documents": result.documents}
+    print("on " + ", ".join(f"{count:,} {name}" for name, count in counts.items() if count))
