@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from llm_jax import runtime
-from llm_jax.cli.main import main
+from llm_jax.cli.main import SYNTAX, main
 from llm_jax.runtime import FUSIONS, for_one_call, guard, known_faults, open_faults, unavailable
 
 ROWS = 40_001  # jax#39103: wrong between 32,768 and 65,536
