@@ -20,7 +20,7 @@ from tiny_run import console, last_checkpoint, rows, said, write_corpus
 
 from llm_jax import log, tree
 from llm_jax.runs import folder as run_folder
-from llm_jax.runs import loop, session
+from llm_jax.runs import pause, session
 from llm_jax.runs.checkpoint import Checkpoints
 from llm_jax.runs.fit import fit, resume
 from llm_jax.runs.folder import create, owned
@@ -222,8 +222,8 @@ def test_what_was_measured_last_is_returned_and_that_nothing_stopped_it(finished
 
 @pytest.mark.slow
 def test_the_best_checkpoint_from_before_a_resume_stays_and_is_read(finished: Path, config, say, monkeypatch):
-    original = loop.heldout
-    monkeypatch.setattr(loop, "heldout", lambda *a: dataclasses.replace(original(*a), loss=9.0))
+    original = pause.heldout
+    monkeypatch.setattr(pause, "heldout", lambda *a: dataclasses.replace(original(*a), loss=9.0))
     before = Checkpoints(finished, read_only=True).best()
     assert resume(finished, steps=12, console=say).progress.heldout_loss == 9
     assert before == 8

@@ -14,14 +14,16 @@ from llm_jax import log, processes
 from llm_jax.config import override, replace
 from llm_jax.runs import folder as run_folder
 from llm_jax.runs.checkpoint import Progress
+from llm_jax.runs.code import found_again
 from llm_jax.runs.data import given_data, open_data, open_run_data
-from llm_jax.runs.loop import loop, report
+from llm_jax.runs.loop import loop
+from llm_jax.runs.pause import report
 from llm_jax.runs.refusals import check_layout, disk_failed, moved_away
 from llm_jax.runs.run import Run
-from llm_jax.runs.session import Session, Watcher, on
+from llm_jax.runs.session import Callback, Session, on
 from llm_jax.sharding import mesh_sizes
 from llm_jax.train.config import RunConfig
-from llm_jax.train.custom import Custom, Loss, found_again
+from llm_jax.train.custom import Custom, Loss
 from llm_jax.train.optimizer import make_schedule
 from llm_jax.train.step import TrainState
 
@@ -35,7 +37,7 @@ def fit(
     loss: Loss | None = None,
     optimizer: Optimizer | None = None,
     data: Iterable[str] | Iterable[np.ndarray] | None = None,
-    metrics: Watcher | Sequence[Watcher] = (),
+    metrics: Callback | Sequence[Callback] = (),
     console: Console | None = None,
     command: str = "",
 ) -> Run:
@@ -59,7 +61,7 @@ def fit(
     check_before_data(config, custom)
     if data is not None:
         config = replace(config, **{"data.uri": given_data(data, config, on(console))})
-    session = Session.open(config, folder, console, open_data(config, on(console)), custom, _watchers(metrics))
+    session = Session.open(config, folder, console, open_data(config, on(console)), custom, _callbacks(metrics))
     with processes.watched(_way_on(folder)):
         state = session.begin()
         existed = folder.exists()
@@ -84,7 +86,7 @@ def resume(
     layout: Sequence[str] = (),
     loss: Loss | None = None,
     optimizer: Optimizer | None = None,
-    metrics: Watcher | Sequence[Watcher] = (),
+    metrics: Callback | Sequence[Callback] = (),
     console: Console | None = None,
 ) -> Run:
     """Continue the run in `folder` exactly where it stopped, and return it; `steps` sets a new total.
@@ -97,13 +99,13 @@ def resume(
     folder = Path(folder)
     old = run_folder.load_config(folder)
     check_layout(folder, layout)
-    custom = found_again(run_folder.load_code(folder), Custom.of(loss, optimizer), str(folder))
+    custom = found_again(run_folder.load_code(folder), Custom.of(loss, optimizer), old.model, str(folder))
     config = override(old if steps is None else dataclasses.replace(old, steps=steps), layout)
     console = console or Console()
     check_before_data(config, custom)
     with run_folder.owned(folder):
         shards = open_run_data(folder, old, on(console))
-        session = Session.open(config, folder, console, shards, custom, _watchers(metrics))
+        session = Session.open(config, folder, console, shards, custom, _callbacks(metrics))
         with processes.watched(_way_on(folder)):
             state, progress = session.restore(old)
             if processes.is_first():
@@ -140,7 +142,7 @@ def _trained(session: Session, state: TrainState, progress: Progress) -> Run:
     return Run(folder, progress=progress)
 
 
-def _watchers(given: Any) -> tuple[Watcher, ...]:
+def _callbacks(given: Any) -> tuple[Callback, ...]:
     return tuple(given) if isinstance(given, Sequence) else (given,)
 
 

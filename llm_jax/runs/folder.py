@@ -32,7 +32,6 @@ from llm_jax.data.shards import Shards
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.files import check_fields, locked, read_json, write_json, write_whole
 from llm_jax.train.config import RunConfig
-from llm_jax.train.custom import check_mixers
 
 ADVICE = "restore it, or start a new run"  # about a damaged file
 # What came with a model that was imported: its config.json, and the tensors that were in another dtype than the rest.
@@ -101,7 +100,6 @@ def load_config(folder: str | Path) -> RunConfig:
         found = str(error)
         known = str(path) in found or "can't be imported" in found  # these say what to do
         raise ValueError(found if known else f"{path}: {error}; {ADVICE}") from None
-    check_mixers(config.model, load_code(Path(folder)), str(folder))
     return config
 
 

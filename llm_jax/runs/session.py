@@ -19,17 +19,19 @@ from llm_jax.data.shards import Shards
 from llm_jax.infer.generate import prompt_ids
 from llm_jax.model.count import parameter_counts
 from llm_jax.runs import folder as run_folder
+from llm_jax.runs import restore
 from llm_jax.runs.checkpoint import Checkpoints, Progress, Report
+from llm_jax.runs.code import Record, record_of
 from llm_jax.runs.refusals import check_heldout
 from llm_jax.runs.seal import moves, seal, seal_of
 from llm_jax.train.config import RunConfig
-from llm_jax.train.custom import Custom, Record, mixers_of
+from llm_jax.train.custom import Custom
 from llm_jax.train.optimizer import make_schedule
 from llm_jax.train.program import Program
 from llm_jax.train.step import Metrics, TrainState
 
 # A callback of `fit`: what it returns is added to the row of the step in metrics.jsonl.
-Watcher = Callable[[int, TrainState, Metrics], Mapping[str, Any] | None]
+Callback = Callable[[int, TrainState, Metrics], Mapping[str, Any] | None]
 
 
 def on(console: Console) -> Report:
@@ -48,7 +50,7 @@ class Session:
     program: Program
     loader: Loader
     checkpoints: Checkpoints
-    watchers: Sequence[Watcher] = ()
+    callbacks: Sequence[Callback] = ()
 
     @classmethod
     def open(
@@ -58,7 +60,7 @@ class Session:
         console: Console,
         shards: Shards | Mixture,
         custom: Custom = Custom(),
-        watchers: Sequence[Watcher] = (),
+        callbacks: Sequence[Callback] = (),
     ) -> "Session":
         """Return the session of `config` on `shards`. Raise `ValueError` for what can't work, before it is computed."""
         check_heldout(shards, config.data.heldout)
@@ -71,14 +73,14 @@ class Session:
             prompt_ids(config.model, shards.tokenizer, asked, config.data.end_of_text, config.data.special)
         except ValueError as error:
             raise ValueError(f"prompts={config.prompts}: {error}; or set prompts= for no samples") from error
-        seal = seal_of(config, shards, custom.record() | mixers_of(config.model))
+        seal = seal_of(config, shards, record_of(custom, config.model))
         checkpoints = Checkpoints(folder, config.keep, seal=seal, say=on(console))
-        return cls(config, folder, console, shards, program, loader, checkpoints, watchers)
+        return cls(config, folder, console, shards, program, loader, checkpoints, callbacks)
 
     @property
     def code(self) -> Record:
-        """What code of a user's own the run is made with."""
-        return self.program.custom.record() | mixers_of(self.config.model)
+        """The code of a user's own that the run is made with."""
+        return record_of(self.program.custom, self.config.model)
 
     def say(self, line: str) -> None:
         """Print `line` as it is."""
@@ -87,9 +89,7 @@ class Session:
     def begin(self) -> TrainState:
         """Return the state before the first step: fresh, or with the weights of `config.init_from`."""
         source = self.config.init_from
-        params = None if source is None else self._weights_of(source)
-        state = self.program.init()
-        return state if params is None else dataclasses.replace(state, params=params)
+        return self.program.init() if source is None else self.program.init_with(self._weights_of(source))
 
     def _weights_of(self, source: str) -> PyTree:
         changed = differences(to_dict(run_folder.load_config(source).model), to_dict(self.config.model))
@@ -101,7 +101,11 @@ class Session:
             )
         if changed:
             self.say(f"the model of {source} is not quite this one: {'; '.join(changed)}")
-        return load_weights(source, self.program, self.say)
+        params, step = restore.weights(source, self.program, report=lambda line: None)
+        self.say(
+            f"restored from {source} at step {step}: weights, nothing else; optimizer, schedule and data start anew"
+        )
+        return params
 
     def restore(self, old: RunConfig) -> tuple[TrainState, Progress]:
         """Return the state to resume from. Say what was restored, and what is not as it was under `old`.
@@ -141,11 +145,3 @@ class Session:
             self.say(self.program.pipeline.timetable.summary)
         for line in self.loader.said(self.config.steps):
             self.say(line)
-
-
-def load_weights(folder: str | Path, program: Program, report: Report) -> PyTree:
-    """Return the best weights of the run in `folder`, laid out for `program`."""
-    with Checkpoints(Path(folder), read_only=True) as checkpoints:
-        params, step = checkpoints.restore_params(program.abstract_state.params, report)
-    report(f"restored from {folder} at step {step}: weights, nothing else; optimizer, schedule and data start anew")
-    return params

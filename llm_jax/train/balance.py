@@ -6,9 +6,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from llm_jax import tree as trees
+from llm_jax.data.loader import IGNORE, Batch
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.feedforward import Utilisation
 from llm_jax.model.stack import rows_by_path
+from llm_jax.model.transformer import Output, Transformer
 from llm_jax.ops.experts import Experts, rebalanced
 
 LOAD = "expert_load"  # the sum from `expert_sums` of which the train step makes metrics
@@ -29,6 +31,18 @@ def expert_sums(
     if config.balance == "loss":
         added = added + config.balance_weight * balance
     return added, {"balance_loss": balance, "router_z": z, LOAD: use.load}
+
+
+def expert_loss(
+    model: Transformer, out: Output, batch: Batch
+) -> tuple[Float[Array, ""], dict[str, Float[Array, "..."]]]:
+    """Return what a mixture of experts adds to a loss of a caller's own, and its metrics: 0 and none without experts.
+
+    The loss is `nll.sum() + added`, and its metrics `{..., **more}`: by these the step balances the routers.
+    """
+    if out.use is None or model.config.experts is None:
+        return jnp.zeros(()), {}
+    return expert_sums(model.config.experts, out.use, (batch.targets != IGNORE).sum())
 
 
 def utilisation(load: Float[Array, "N E"]) -> dict[str, Float[Array, ""]]:

@@ -1,40 +1,39 @@
-"""A caller's own loss or optimizer, in place of the config's, and how a run remembers it.
+"""A caller's own loss or optimizer, in place of the config's: what it has to be, and where it can't run."""
 
-A config is JSON, and code is not. So a run folder keeps the import path and a hash of each piece of code; whoever
-resumes the run has to pass the same code again, which is checked before the first step.
-"""
-
-import ast
 import dataclasses
-import functools
-import hashlib
 import inspect
-import re
-import textwrap
-import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
+import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, PyTree
 
-from llm_jax.config import import_object
 from llm_jax.data.loader import Batch
-from llm_jax.model.config import ModelConfig, is_own, own_mixer
 from llm_jax.model.transformer import Transformer
+from llm_jax.train.balance import LOAD
 from llm_jax.train.config import RunConfig
-from llm_jax.train.step import Metrics
+from llm_jax.train.layout import token_order
+from llm_jax.train.step import LossFn, Metrics
 
-BATCH_FIELDS = ("segments", "positions", "documents")  # what a batch has only on request
-Record = dict[str, dict[str, str | None]]
-
+BATCH_FIELDS = ("documents",)  # what a batch has only on request
+RESERVED = (
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "tokens",
+    "skipped",
+    "step",
+    "samples",
+)  # the step and its row own these
 
 # A caller's own loss: `(model, params, batch, key)` -> sums over the counted targets, of the loss and of each metric.
-# They are sums, not means: the step divides them by the number of targets, over all microbatches and devices.
-# `params` are float32; `train.step.forward_batch` casts them and runs the model. A function with an attribute `needs`,
-# some of `BATCH_FIELDS`, gets batches that have these.
+# They are sums, not means: the step divides them by the number of targets, over all microbatches and devices. So rows
+# must not depend on each other: microbatches and devices have different ones. `params` are float32;
+# `train.step.forward_batch` casts them and runs the model, and `train.balance.expert_loss` is what a mixture of experts
+# adds. A function with an attribute `needs`, some of `BATCH_FIELDS`, gets batches that have these.
 Loss = Callable[[Transformer, PyTree, Batch, Key[Array, ""]], tuple[Float[Array, ""], Metrics]]
 
 
@@ -59,21 +58,23 @@ class Custom:
 
         Raise `ValueError` for what is neither, and for a field that a loss needs and no batch has.
         """
-        if loss is not None and not callable(loss):
-            raise ValueError(f"loss={loss!r} is no function (model, params, batch, key) -> (sum, metrics)")
+        if loss is not None and not _takes(loss, 4):
+            raise ValueError(
+                f"loss={_name(loss)} is not a function (model, params, batch, key) -> (sum, {{name: sum}})"
+            )
         for field in getattr(loss, "needs", ()):
             if field not in BATCH_FIELDS:
                 raise ValueError(f"the loss needs {field!r}, and batches can have {', '.join(BATCH_FIELDS)} besides")
-        own: Any = loss
         if optimizer is None or isinstance(optimizer, optax.GradientTransformation):
-            return cls(own, optimizer)
-        made: Any = optimizer() if callable(optimizer) else optimizer
+            return cls(loss, optimizer)
+        made: Any = optimizer() if callable(optimizer) and _takes(optimizer, 0) else None
         if not isinstance(made, optax.GradientTransformation):
             raise ValueError(
-                f"optimizer={optimizer!r} is no optax transformation, nor a function without arguments that makes one"
+                f"optimizer={_name(optimizer)} is not an optax transformation, nor a function without arguments that "
+                "makes one; as optax.adamw(1e-3)"
             )
         maker: Any = optimizer
-        return cls(own, made, maker)
+        return cls(loss, made, maker)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -87,135 +88,71 @@ class Custom:
                 f"mesh.pipeline={stages} cuts the model into stages, and a loss of your own sees all of it; use "
                 "mesh.pipeline=1, and mesh.fsdp in its place"
             )
+        context = mesh.shape["context"]
+        if self.loss is not None and token_order(config.model, config.data.seq_len, context) is not None:
+            raise ValueError(
+                f"mesh.context={context} gives a loss of your own the tokens of a row in another order (zigzag); set "
+                "model.attention.implementation=ring, which keeps it, or mesh.context=1"
+            )
         if self.optimizer is not None and config.offload != "none":
             raise ValueError(
                 f"offload={config.offload} updates a layer at a time, and an optimizer of your own gets all of them; "
                 "use offload=none"
             )
 
-    def record(self) -> Record:
-        """Return the import path of each piece of code, None where it has none, and the hash of its code."""
-        pieces = {"loss": self.loss, "optimizer": self.made_by or self.optimizer}
-        return {
-            name: {"path": import_path(piece), "sha256": code_hash(piece)}
-            for name, piece in pieces.items()
-            if piece is not None
-        }
+    def loss_of(self, model: Transformer) -> LossFn | None:
+        """Return the own loss of `model` as the step takes it; None where there is none.
+
+        Tracing it raises `ValueError` for a result that is not a sum with sums.
+        """
+        return None if self.loss is None else _checked(self.loss, model)
 
 
-def mixers_of(model: ModelConfig) -> Record:
-    """Return the record of each mixer of a user's own in the layers of a model, by its path."""
-    paths = dict.fromkeys(layer.mixer for layer in model.period if is_own(layer.mixer))
-    return {path: {"path": path, "sha256": code_hash(own_mixer(path))} for path in paths}
+def _checked(loss: Loss, model: Transformer) -> LossFn:
+    name, experts = _name(loss), any(layer.moe for layer in model.config.period)
 
-
-def check_mixers(model: ModelConfig, record: Mapping[str, Mapping[str, str | None]], run: str) -> None:
-    """Raise `ValueError` where a mixer of a run has other code than it was trained with."""
-    for path, now in mixers_of(model).items():
-        if path in record and record[path]["sha256"] != now["sha256"]:
+    def loss_fn(params: PyTree, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
+        found: Any = loss(model, params, batch, key)
+        if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
+            raise ValueError(f"loss={name} returned {type(found).__name__}; return (sum of the loss, {{name: sum}})")
+        total, sums = jnp.asarray(found[0]), dict(found[1])
+        if total.shape != ():
+            raise ValueError(f"loss={name} returned shape {total.shape}; return its sum over the targets that count")
+        for metric, value in sums.items():
+            if metric in RESERVED:
+                raise ValueError(f"loss={name} returned a metric {metric!r}, which the step has; call it otherwise")
+            if metric != LOAD and jnp.shape(value) != ():
+                raise ValueError(f"loss={name}: metric {metric!r} has shape {jnp.shape(value)}; return a sum")
+        if experts and LOAD not in sums:
             raise ValueError(
-                f"{path} has other code than {run} was trained with; restore it, or start anew with init_from={run}"
+                f"loss={name} leaves out what experts add; extend it by llm_jax.expert_loss(model, out, batch), and "
+                "return its metrics too"
             )
+        return total.astype(jnp.float32), {metric: jnp.asarray(x, jnp.float32) for metric, x in sums.items()}
+
+    return loss_fn
 
 
-def found_again(record: Mapping[str, Mapping[str, str | None]], given: Custom, run: str) -> Custom:
-    """Return the code that the run `run` was trained with: `given`, else imported by the path in `record`.
-
-    Raise `ValueError` where some of it is missing, or has changed.
-    """
-    there, pieces = given.record(), {"loss": given.loss, "optimizer": given.made_by or given.optimizer}
-    record = {name: record[name] for name in pieces if name in record}
-    for name, known in record.items():
-        if name not in there:
-            pieces[name] = _imported(name, known["path"], run)
-    now = Custom.of(pieces["loss"], pieces["optimizer"])
-    for name, known in now.record().items():
-        if name not in record:
-            raise ValueError(
-                f"{run} was trained without {name}=; leave it out, or start a new run with init_from={run}"
-            )
-        if known["sha256"] != record[name]["sha256"]:
-            raise ValueError(
-                f"the {name} of {run}, {record[name]['path'] or 'given as an object'}, has other code than it was "
-                f"trained with; restore it, or start anew with init_from={run}"
-            )
-    return now
+def key_leaf(opt_state: PyTree) -> str | None:
+    """Return the path of a leaf that is a typed PRNG key, which checkpoints can't hold; None where there is none."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.tree_util.keystr(path)
+    return None
 
 
-def _imported(name: str, path: str | None, run: str) -> Any:
-    way = f'resume it from Python: llm_jax.resume("{run}", {name}=...)'
-    if path is None or path.startswith("__main__:"):
-        where = "a script or notebook" if path else "no module of its own"
-        raise ValueError(f"{run} was trained with {name}= from {where}, which can't be found again by itself; {way}")
-    try:
-        return import_object(path)
-    except ValueError as error:
-        raise ValueError(f"{run} was trained with {name}={path}: {error}; or {way}") from None
-
-
-def import_path(piece: Any) -> str | None:
-    """Return `package.module:name` of a function or class; None for what no import could bring back."""
-    module, name = getattr(piece, "__module__", None), getattr(piece, "__qualname__", None)
-    return None if not module or not name or "<" in name else f"{module}:{name}"
-
-
-def code_hash(piece: Any) -> str:
-    """Return the SHA-256 of a function's syntax tree and of the values that it closes over.
-
-    Comments, docstrings and line breaks change nothing. Global functions that it calls are not followed.
-    """
-    digest = hashlib.sha256()
-    for text in _spelled(piece, set()):
-        digest.update(text.encode() + b"\0")
-    return digest.hexdigest()
-
-
-def _spelled(piece: Any, seen: set[int]) -> Iterator[str]:
-    """Yield what `piece` consists of as text, in an order that is the same in every process."""
-    if id(piece) in seen:
-        return
-    seen = seen | {id(piece)}
-    if isinstance(piece, functools.partial):
-        yield from _spelled([piece.func, piece.args, sorted(piece.keywords.items())], seen)
-    elif isinstance(piece, type):
-        yield _syntax(piece)
-    elif isinstance(piece, types.MethodType):
-        yield from _spelled([piece.__func__, piece.__self__], seen)
-    elif isinstance(piece, types.FunctionType):
-        yield _syntax(piece)
-        yield from _spelled([piece.__defaults__, piece.__kwdefaults__], seen)
-        yield from _spelled([cell.cell_contents for cell in piece.__closure__ or () if _filled(cell)], seen)
-    elif isinstance(piece, Mapping):
-        yield from _spelled([[str(key), value] for key, value in piece.items()], seen)
-    elif isinstance(piece, list | tuple):
-        for item in piece:
-            yield from _spelled(item, seen)
-    elif hasattr(piece, "__array__"):
-        array = np.asarray(piece)
-        yield f"{array.dtype} {array.shape} {hashlib.sha256(array.tobytes()).hexdigest()}"
-    else:
-        yield re.sub(r" at 0x[0-9a-f]+", "", repr(piece))
-
-
-def _filled(cell: types.CellType) -> bool:
-    try:
-        return cell.cell_contents is not cell
-    except ValueError:  # a name that is not bound yet
+def _takes(function: Any, arguments: int) -> bool:
+    """Whether `function` can be called with so many positional arguments."""
+    if not callable(function):
         return False
-
-
-def _syntax(piece: types.FunctionType | type) -> str:
-    """Return the syntax tree of a function or class without docstrings; its bytecode where it has no source."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(piece)))
-    except (OSError, TypeError, SyntaxError):  # typed at a prompt, or a lambda in the middle of a line
-        if isinstance(piece, type):
-            raise ValueError(f"the source of {piece.__qualname__} can't be read; put it in a file") from None
-        code = piece.__code__
-        return (
-            f"{code.co_code.hex()} {code.co_names} {[c for c in code.co_consts if not isinstance(c, types.CodeType)]}"
-        )
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
-    return ast.dump(tree)
+        inspect.signature(function).bind(*range(arguments))
+    except TypeError:
+        return False
+    except ValueError:  # builtins have no signature
+        return True
+    return True
+
+
+def _name(piece: Any) -> str:
+    return getattr(piece, "__qualname__", None) or repr(piece)

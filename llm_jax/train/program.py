@@ -25,7 +25,7 @@ from llm_jax.sharding import MeshConfig, batch_sharding, make_mesh, rows_here, s
 from llm_jax.train.balance import rebalance
 from llm_jax.train.batch import check_batch
 from llm_jax.train.config import RunConfig
-from llm_jax.train.custom import Custom
+from llm_jax.train.custom import Custom, key_leaf
 from llm_jax.train.layout import check, check_attention, context_model, reorder, token_order
 from llm_jax.train.offload import host_shardings
 from llm_jax.train.optimizer import make_optimizer, make_schedule
@@ -91,6 +91,10 @@ class Program:
         shapes = jax.eval_shape(functools.partial(init_state, self.model, self._optimizer), jax.random.key(0))
         if self.custom.optimizer is None:
             layout = shardings(shapes, self.mesh)
+        elif (path := key_leaf(shapes.opt_state)) is not None:
+            raise ValueError(
+                f"the optimizer has a random key at {path}, which no checkpoint can hold; keep its jax.random.key_data"
+            )
         else:
             opt_state = shardings(shapes.opt_state, self.mesh, unknown="whole")
             layout = dataclasses.replace(shardings(shapes.replace(opt_state=()), self.mesh), opt_state=opt_state)
@@ -114,6 +118,12 @@ class Program:
         """Return a fresh state, every leaf created with its sharding."""
         return self._init(jax.random.key(self.config.seed))
 
+    def init_with(self, params: PyTree) -> TrainState:
+        """Return the state before the first step of a run that begins with `params`, laid out as `abstract_state`."""
+        opt_state = jax.jit(self._optimizer.init, out_shardings=self._layout.opt_state)(params)
+        step = jax.device_put(jnp.zeros((), jnp.int32), self._layout.step)
+        return TrainState(step=step, params=params, opt_state=opt_state)
+
     def gradient(self, params: PyTree, batch: Batch) -> tuple[tuple[Float[Array, ""], Metrics], PyTree]:
         """Return sums of loss and metrics over the targets of a batch, with the dropout of step 0, and the gradient."""
         with jax.set_mesh(self.mesh):
@@ -125,9 +135,9 @@ class Program:
         c, model = self.config, self.model
         if self.pipeline is not None:
             return self.pipeline.gradient
-        own = self.custom.loss
-        loss = make_loss(model, c.loss) if own is None else functools.partial(own, model)
-        near = make_gradient(loss, c.accumulate, own is None and rows_independent(c.model, self.mesh.shape))
+        loss = self.custom.loss_of(model) or make_loss(model, c.loss)
+        independent = self.custom.loss is None and rows_independent(c.model, self.mesh.shape)
+        near = make_gradient(loss, c.accumulate, independent)
         if c.offload != "state":
             return near
 
@@ -246,8 +256,9 @@ class Program:
             self._schedule,
             seed=c.seed,
             rebalance=functools.partial(rebalance, c.model) if follow else None,
-            # Muon's iteration is expensive, and it has one moment less. With `offload` there is no room to hold.
-            hold=c.optimizer.name == "muon" and self.custom.optimizer is None and c.offload == "none",
+            # Muon's iteration is expensive, and it has one moment less; an own optimizer may cost anything. With
+            # `offload` there is no room to hold.
+            hold=(c.optimizer.name == "muon" or self.custom.optimizer is not None) and c.offload == "none",
         )
         replicated = NamedSharding(self.mesh, PartitionSpec())
         chex.clear_trace_counter()  # it counts by name, and every program of this process has a step with this name

@@ -211,7 +211,7 @@ def make_train_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         def new(params: PyTree, opt_state: PyTree, gradients: PyTree) -> tuple[PyTree, PyTree]:
-            updates, opt_state = optimizer.update(mean(gradients), opt_state, params, norm=norm)
+            updates, opt_state = optimizer.update(mean(gradients), opt_state, params, norm=norm, value=loss)
             updates = updates if rate is None else optax.tree.scale(rate, updates)
             return optax.apply_updates(params, updates), opt_state
 
