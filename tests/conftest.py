@@ -18,8 +18,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # runs beside another collective takes two threads of a device, one device is left with none, and all wait for it.
 os.environ["NPROC"] = "32"
 # Almost all of the time goes to compiling small programs that run once: without LLVM's optimizations half of it. XLA's
-# own passes, on which budgets and shardings depend, are as they were, and the slow tests of .ci/run have all.
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+# own passes, on which budgets and shardings depend, are as they were, and the slow tests of .ci/run have all: there
+# LLM_JAX_TESTS_COMPILE=as-users-do.
+if "LLM_JAX_TESTS_COMPILE" not in os.environ:
+    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 # Compiled programs are kept between runs of the suite; they are loaded as they were, so no number changes.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

@@ -101,7 +101,7 @@ def test_a_loop_whose_start_is_known_at_run_time_is_in_no_total():
 
 
 def test_a_collective_of_a_kind_that_is_not_known_is_an_error():
-    with pytest.raises(ValueError, match=r"sends in collective-shuffle; give it a row in hlo\.SENT"):
+    with pytest.raises(ValueError, match=r"unknown collective collective-shuffle; give it a row in hlo\.SENT"):
         only(program("ROOT %y = f32[256]{0} collective-shuffle(%x), channel_id=1"), fsdp=4)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from llm_jax import runtime
 from llm_jax.cli.main import SYNTAX, main
-from llm_jax.runtime import FUSIONS, guard, known_faults, open_faults, unavailable
+from llm_jax.runtime import FUSIONS, for_one_call, guard, known_faults, open_faults, unavailable
 
 ROWS = 40_001  # jax#39103: wrong between 32,768 and 65,536
 
@@ -150,7 +150,7 @@ def test_compiling_for_accelerators_needs_no_order_of_imports():
 
 REUSE = """
 import ctypes, resource
-from llm_jax.runtime import reuse_freed_memory
+from llm_jax.runtime import for_one_call, reuse_freed_memory
 reuse_freed_memory()
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
@@ -170,3 +170,11 @@ def test_freed_memory_is_had_again_without_new_pages():
     page = resource.getpagesize()
     assert first > again
     assert again * page < 1 << 20
+
+
+def test_what_runs_once_is_compiled_in_less_time_unless_the_user_says_how(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    assert for_one_call("cpu") == {"xla_backend_optimization_level": 1}
+    assert for_one_call("tpu") is None
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
+    assert for_one_call("cpu") is None

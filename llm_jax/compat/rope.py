@@ -73,7 +73,8 @@ def rope(
     """Return the lens of `rope_parameters`, or of the older `rope_theta` and `rope_scaling`.
 
     Args:
-      theta, fraction: the defaults; `fraction` only if the family has one.
+      theta: its default.
+      fraction: its default, if the family has one.
       old: the names of theta and of the fraction outside of `rope_parameters`, then their synonyms.
       absent: the `rope_parameters` of a config that has none.
       scalings: those that transformers supports in this family.

@@ -10,7 +10,6 @@ from llm_jax import processes
 from llm_jax.data.loader import heldout_rows
 from llm_jax.infer.generate import Sampler
 from llm_jax.log import MetricsLog
-from llm_jax.ops.attention import heard
 from llm_jax.ops.sampling import Sampling
 from llm_jax.runs.checkpoint import NotFinite, Progress
 from llm_jax.runs.evaluate import Evaluation, evaluate
@@ -39,8 +38,10 @@ def loop(session: Session, state: TrainState, progress: Progress, moved: Moved) 
         if not checkpoints.steps():  # what a run began from, it need not find again
             save(session, state, progress)
         for batch in session.loader.batches(progress.step):
-            with heard(session.say):  # the first step, which is traced, says which attention runs
-                state, metrics = session.program.train_step(state, batch)
+            state, metrics = session.program.train_step(state, batch)
+            if meter.step == progress.step:  # the first step has been traced
+                for note in session.program.attention_notes:
+                    session.say(note)
             try:
                 metrics |= watched(session, meter.step + 1, state, metrics)
             except Stop as reason:

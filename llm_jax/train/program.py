@@ -17,8 +17,10 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from llm_jax import runtime
 from llm_jax.data.loader import Batch, as_told
 from llm_jax.model.transformer import Transformer
+from llm_jax.ops.attention import heard
 from llm_jax.sharding import MeshConfig, batch_sharding, make_mesh, rows_here, shardings
 from llm_jax.train.balance import rebalance
 from llm_jax.train.batch import check_batch
@@ -57,17 +59,21 @@ class Program:
 
     @classmethod
     def on(cls, config: RunConfig, devices: Sequence[Any] | None = None, custom: Custom = Custom()) -> "Program":
-        """Return the program on `devices`, by default all. Raise `ValueError` for a config that can't be split so."""
-        mesh = make_mesh(config.mesh, devices)
-        check(config, mesh)
-        check_attention(config, mesh)
-        custom.check(config, mesh)
-        return cls(config, mesh, custom)
+        """Return the program on `devices`, by default all there are. Raise `ValueError` for what can't be split so.
+
+        The last few are kept: whoever evaluates what was just trained, or starts the same run again, traces nothing.
+        """
+        return _kept(config, make_mesh(config.mesh, devices), custom)
 
     @classmethod
     def on_one_device(cls, config: RunConfig, device: Any = None) -> "Program":
         """Return the program on one device, by default the first, without offloading, whatever the config says."""
         return cls(dataclasses.replace(config, offload="none"), make_mesh(MeshConfig(), [device or jax.devices()[0]]))
+
+    @functools.cached_property
+    def attention_notes(self) -> list[str]:
+        """What was said of attention when the train step was traced: which implementation runs, and why."""
+        return []
 
     @functools.cached_property
     def model(self) -> Transformer:
@@ -106,8 +112,7 @@ class Program:
 
     def init(self) -> TrainState:
         """Return a fresh state, every leaf created with its sharding."""
-        make = jax.jit(functools.partial(init_state, self.model, self._optimizer), out_shardings=self._layout)
-        return make(jax.random.key(self.config.seed))
+        return self._init(jax.random.key(self.config.seed))
 
     def gradient(self, params: PyTree, batch: Batch) -> tuple[tuple[Float[Array, ""], Metrics], PyTree]:
         """Return sums of loss and metrics over the targets of a batch, with the dropout of step 0, and the gradient."""
@@ -146,7 +151,7 @@ class Program:
         `batch` holds the `rows` of this process. Raise `ValueError` for a batch that `check_batch` refuses, as do
         `gradient` and `score`.
         """
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), heard(self.attention_notes.append):
             return self._train_step(state, self.put(batch))
 
     def lowered(self) -> jax.stages.Lowered:
@@ -217,6 +222,12 @@ class Program:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
 
     @functools.cached_property
+    def _init(self) -> Any:
+        options = runtime.for_one_call(self.mesh.devices.flat[0].platform)
+        make = functools.partial(init_state, self.model, self._optimizer)
+        return jax.jit(make, out_shardings=self._layout, compiler_options=options)
+
+    @functools.cached_property
     def _gradient(self) -> Any:
         key = jax.random.fold_in(jax.random.key(self.config.seed), 0)
         replicated = NamedSharding(self.mesh, PartitionSpec())
@@ -255,3 +266,11 @@ class Program:
             return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch.targets.shape), found)
 
         return jax.jit(scored, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+
+
+@functools.lru_cache(maxsize=4)
+def _kept(config: RunConfig, mesh: Mesh, custom: Custom) -> Program:
+    check(config, mesh)
+    check_attention(config, mesh)
+    custom.check(config, mesh)
+    return Program(config, mesh, custom)
