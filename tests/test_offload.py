@@ -167,7 +167,7 @@ def test_a_layer_whose_update_overflows_keeps_all_others_as_they_were():
             ["offload=state", "mesh.pipeline=2"],
             "offload=state copies one layer after another .* mesh.pipeline=2 .* or ",
         ),
-        (["model.remat=offload", "mesh.pipeline=2"], "keeps those of stages anyway; set model.remat=full or"),
+        (["model.remat=offload", "mesh.pipeline=2"], "saves those of stages anyway; set model.remat=full or"),
         (["offload=state", "optimizer.name=adafactor"], "adafactor's state, which is small, .*; use offload=none"),
     ],
     ids=["pipeline", "streams of a pipeline", "adafactor"],
