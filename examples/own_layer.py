@@ -19,7 +19,7 @@ config = lj.RunConfig(
         max_seq_len=128,
         layers=("running_mean:RunningMean", "global"),
     ),
-    data=lj.DataConfig(uri="builtin:numbers", tokenizer="byte", seq_len=128, batch_size=8, packing="windows"),
+    data=lj.DataConfig(uri="builtin:numbers", tokenizer="byte", seq_len=128, batch_size=8),
     optimizer=lj.OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
     steps=100,
     evaluate_every=50,

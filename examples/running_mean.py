@@ -7,19 +7,23 @@ import llm_jax as lj
 
 
 class RunningMean(lj.Mixer):
-    """Each token reads the mean of its row so far, projected: the cheapest memory there is."""
+    """Each token reads the mean of its document so far, projected: the cheapest memory there is."""
 
     @nn.compact
     def __call__(self, x, context, state):
-        before = {"sum": jnp.zeros_like(x[:, 0]), "count": jnp.zeros(len(x))} if state is None else state
-        here = jnp.ones(x.shape[:2]) if context.lengths is None else context.lengths[:, None] > jnp.arange(x.shape[1])
-        here = here.astype(x.dtype)
-        total = before["sum"][:, None] + jnp.cumsum(x * here[..., None], axis=1)
-        count = before["count"][:, None] + jnp.cumsum(here, axis=1)
+        index = jnp.arange(x.shape[1])
+        here = index < (x.shape[1] if context.lengths is None else context.lengths[:, None])  # not padding
+        total, count = jnp.cumsum(x * jnp.where(here, 1, 0)[..., None], axis=1), context.positions + 1
+        if state is not None:  # text is generated: what came before these tokens
+            total = total + state["total"][:, None]
+            state = {"total": total[:, -1]}
+        elif context.mask.segments is not None:  # a document begins where its positions do
+            start = index - context.positions
+            before = jnp.take_along_axis(total, jnp.maximum(start - 1, 0)[..., None], axis=1)
+            total = total - jnp.where(start[..., None] > 0, before, 0)
         w = self.param("w_out", nn.initializers.normal(0.02), (x.shape[-1], x.shape[-1]))
-        state = None if state is None else {"sum": total[:, -1], "count": count[:, -1]}
-        return total / jnp.maximum(count, 1)[..., None] @ w.astype(x.dtype), state
+        return total / count[..., None] @ w.astype(x.dtype), state
 
     @classmethod
     def init_state(cls, config, rows, size):
-        return {"sum": jnp.zeros((rows, config.d_model)), "count": jnp.zeros(rows)}
+        return {"total": jnp.zeros((rows, config.d_model))}

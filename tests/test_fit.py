@@ -99,7 +99,7 @@ def test_resume_says_before_the_first_step_what_code_it_needs(stopped):
     assert record["loss"]["path"] == f"{__name__}:halved"
     with pytest.raises(ValueError, match=r"was trained with optimizer= from no module of its own"):
         lj.resume(run.folder, console=console())
-    with pytest.raises(ValueError, match=r"the optimizer of .* has other code than it was trained with"):
+    with pytest.raises(ValueError, match=r"optimizer=... does not do what it did when .* was trained"):
         lj.resume(run.folder, optimizer=optax.adam(2e-3), console=console())
     assert len(run.metrics["step"]) == 5
 

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from tiny_run import console, generate
 import llm_jax as lj
 from llm_jax.data.tokenizer import ByteTokenizer
 from llm_jax.model.count import parameter_counts
+from llm_jax.model.mixer import check_mixer
 from llm_jax.runs import folder as run_folder
 from llm_jax.sharding import abstract_mesh, letters_of
 from llm_jax.train.layout import check
@@ -21,7 +23,7 @@ AVERAGE = "averaging:Average"
 
 @pytest.fixture(scope="module")
 def model() -> lj.ModelConfig:
-    """Five layers of two kinds of memory, of which one is left over after the scan."""
+    """Three layers of two kinds of memory, of which one is left over after the scan."""
     layers = (AVERAGE, "global")
     return lj.ModelConfig(vocab_size=264, d_model=16, n_layers=3, n_heads=2, max_seq_len=32, d_ff=16, layers=layers)
 
@@ -78,5 +80,50 @@ def test_a_mixer_without_a_state_trains_and_says_why_it_can_not_generate(config,
 
     code = (run.folder / "code.json").read_text()
     (run.folder / "code.json").write_text(code.replace(record["averaging:Forgetful"]["sha256"] or "", "0" * 64))
-    with pytest.raises(ValueError, match=r"averaging:Forgetful has other code than .* was trained with; restore it"):
-        lj.Run.open(run.folder)
+    with pytest.raises(
+        ValueError, match=r"averaging:Forgetful does not do what it did when .* was trained; restore it"
+    ):
+        lj.resume(run.folder, steps=4, console=screen)
+
+
+class Future(lj.Mixer):
+    @nn.compact
+    def __call__(self, x, context, state):
+        return jnp.flip(x, 1), state
+
+
+class Leaking(lj.Mixer):
+    @nn.compact
+    def __call__(self, x, context, state):
+        return jnp.cumsum(x, 1), state
+
+
+class Narrow(lj.Mixer):
+    @nn.compact
+    def __call__(self, x, context, state):
+        return x[..., :1], state
+
+
+class Stateless(lj.Mixer):
+    @nn.compact
+    def __call__(self, x, context, state):
+        return x
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Future", "lets a token read one after it"),
+        ("Leaking", "lets a token read another document of its row"),
+        ("Narrow", r"returned y of shape \(1, 6, 1\); return that of x, \(1, 6, 16\)"),
+        ("Stateless", r"returned \w+; return \(y, state\)"),
+    ],
+)
+def test_a_mixer_that_reads_what_it_may_not_is_refused_before_training(model, name: str, message: str):
+    with pytest.raises(ValueError, match=f"test_mixer:{name} {message}"):
+        check_mixer(model, f"test_mixer:{name}", segmented=True)
+
+
+def test_a_mixer_may_read_all_before_it_where_rows_have_no_documents(model):
+    check_mixer(model, "test_mixer:Leaking", segmented=False)
+    check_mixer(model, AVERAGE, segmented=True)

@@ -11,13 +11,16 @@ Norms, residuals, dropout and the feed-forward of the block stay as they are. Th
 config imports the class, so a run needs `my.module` wherever it is used.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from llm_jax.model.attention import Context
-from llm_jax.model.config import ModelConfig
+from llm_jax.model.config import ModelConfig, own_mixer
+from llm_jax.ops.mask import Mask
 
 
 class Mixer(nn.Module):
@@ -45,3 +48,40 @@ class Mixer(nn.Module):
     def init_state(cls, config: ModelConfig, rows: int, size: int) -> PyTree:
         """Return the state before the first token: arrays `[rows, ...]`, for texts of up to `size` tokens."""
         raise ValueError(f"{cls.__name__} has no init_state(config, rows, size), which generation needs; give it one")
+
+
+def check_mixer(config: ModelConfig, path: str, segmented: bool) -> None:
+    """Run a mixer of a user's own on six tokens of two documents, and look at who reads what.
+
+    Raise `ValueError` if a token reads one after it, or where rows are `segmented` one of another document, and for a
+    result of another form than `(y, state)`.
+    """
+    mixer, x = own_mixer(path)(config), jax.random.normal(jax.random.key(0), (1, 6, config.d_model))
+    segments, positions = jnp.array([[1, 1, 1, 2, 2, 2]]), jnp.array([[0, 1, 2, 0, 1, 2]])
+    if not segmented:
+        segments, positions = None, jnp.arange(6)[None]
+    context = Context(positions=positions, mask=Mask(segments=segments))
+    params = mixer.init(jax.random.key(1), x, context, None)
+    # As training may have made them: a projection that starts with zeros would hide what is read.
+    params = jax.tree.map(lambda leaf: leaf + jax.random.normal(jax.random.key(2), leaf.shape), params)
+
+    def run(x: Array) -> Array:
+        found: Any = mixer.apply(params, x, context, None)
+        if not (isinstance(found, tuple) and len(found) == 2):
+            raise ValueError(f"{path} returned {type(found).__name__}; return (y, state)")
+        if jnp.shape(found[0]) != x.shape:
+            raise ValueError(
+                f"{path} returned y of shape {jnp.shape(found[0])} for x of {x.shape}; return the same shape"
+            )
+        return found[0]
+
+    whole = run(x)
+    if not jnp.array_equal(run(x.at[:, -1].add(1))[:, :-1], whole[:, :-1]):
+        raise ValueError(
+            f"{path} lets a token read one after it, which it is trained to predict; read earlier ones only"
+        )
+    if segmented and not jnp.array_equal(run(x.at[:, 0].add(1))[:, 3:], whole[:, 3:]):
+        raise ValueError(
+            f"{path} lets a token read another document of its row; let it read where context.mask.segments is its "
+            "own, or set data.packing=windows and data.end_of_text=false"
+        )

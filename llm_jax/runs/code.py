@@ -27,6 +27,7 @@ Record = Mapping[str, Mapping[str, str | None]]
 
 # Where code of other people lies: what is there is known by its name.
 INSTALLED = tuple(sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib"))
+Seen = dict[int, Any]  # what was spelled already, kept alive so that no id comes twice
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
 
 
@@ -82,7 +83,7 @@ def code_hash(piece: Any) -> str:
     Installed libraries are known by the names of what is used of them.
     """
     digest = hashlib.sha256()
-    for text in _spelled(piece, set()):
+    for text in _spelled(piece, {}):
         digest.update(text.encode() + b"\0")
     return digest.hexdigest()
 
@@ -102,14 +103,14 @@ def _imported(name: str, path: str | None, run: str) -> Any:
         raise ValueError(f"{run} was trained with {name}={path}: {error}; or {way}") from None
 
 
-def _spelled(piece: Any, seen: set[int]) -> Iterator[str]:
+def _spelled(piece: Any, seen: Seen) -> Iterator[str]:
     """Yield what `piece` consists of as text, in an order that is the same in every process."""
     if isinstance(piece, PLAIN):
         yield repr(piece)
         return
     if id(piece) in seen:
         return
-    seen.add(id(piece))
+    seen[id(piece)] = piece
     match piece:
         case functools.partial():
             yield from _spelled([piece.func, piece.args, piece.keywords], seen)
@@ -124,7 +125,7 @@ def _spelled(piece: Any, seen: set[int]) -> Iterator[str]:
         case Mapping():
             yield from _spelled(sorted(piece.items(), key=lambda item: str(item[0])), seen)
         case set() | frozenset():
-            yield from sorted(" ".join(_spelled(part, set(seen))) for part in piece)
+            yield from sorted(" ".join(_spelled(part, dict(seen))) for part in piece)
         case list() | tuple():
             for part in piece:
                 yield from _spelled(part, seen)
@@ -138,7 +139,7 @@ def _spelled(piece: Any, seen: set[int]) -> Iterator[str]:
             yield from _spelled(getattr(piece, "__dict__", None) or re.sub(r" at 0x[0-9a-f]+", "", repr(piece)), seen)
 
 
-def _of_function(function: types.FunctionType, seen: set[int]) -> Iterator[str]:
+def _of_function(function: types.FunctionType, seen: Seen) -> Iterator[str]:
     code, installed = function.__code__, function.__code__.co_filename.startswith(INSTALLED)
     yield f"{function.__module__}:{function.__qualname__}" if installed else _syntax(function.__code__)
     yield from _spelled([function.__defaults__, function.__kwdefaults__], seen)
@@ -152,7 +153,7 @@ def _of_function(function: types.FunctionType, seen: set[int]) -> Iterator[str]:
             yield from _spelled(value, seen)
 
 
-def _of_class(cls: type, seen: set[int]) -> Iterator[str]:
+def _of_class(cls: type, seen: Seen) -> Iterator[str]:
     yield f"{cls.__module__}:{cls.__qualname__}"
     if getattr(sys.modules.get(cls.__module__), "__file__", None) is None and cls.__module__ != "__main__":
         return  # built in

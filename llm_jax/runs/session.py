@@ -13,11 +13,13 @@ from rich.console import Console
 
 from llm_jax import log, processes, runtime
 from llm_jax.config import differences, to_dict
-from llm_jax.data.loader import Loader, task_of
+from llm_jax.data.loader import Loader, task_of, tells_documents
 from llm_jax.data.mixture import Mixture
 from llm_jax.data.shards import Shards
 from llm_jax.infer.generate import prompt_ids
+from llm_jax.model.config import is_own
 from llm_jax.model.count import parameter_counts
+from llm_jax.model.mixer import check_mixer
 from llm_jax.runs import folder as run_folder
 from llm_jax.runs import restore
 from llm_jax.runs.checkpoint import Checkpoints, Progress, Report
@@ -65,6 +67,9 @@ class Session:
         """Return the session of `config` on `shards`. Raise `ValueError` for what can't work, before it is computed."""
         check_heldout(shards, config.data.heldout)
         task_of(shards.split("heldout"), config.data)  # raises now, and not at the first evaluation
+        for layer in config.model.period:
+            if is_own(layer.mixer):
+                check_mixer(config.model, layer.mixer, tells_documents(config.data))
         program = Program.on(config, custom=custom)
         loader = Loader(shards.split("train"), config.data, rows=program.rows, needs=custom.needs)
         loader.check_horizon(config.steps)
