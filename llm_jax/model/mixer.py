@@ -70,17 +70,17 @@ def check_mixer(config: ModelConfig, path: str, segmented: bool) -> None:
         if not (isinstance(found, tuple) and len(found) == 2):
             raise ValueError(f"{path} returned {type(found).__name__}; return (y, state)")
         if jnp.shape(found[0]) != x.shape:
-            raise ValueError(
-                f"{path} returned y of shape {jnp.shape(found[0])} for x of {x.shape}; return the same shape"
-            )
+            raise ValueError(f"{path} returned y of shape {jnp.shape(found[0])}; return that of x, {x.shape}")
         return found[0]
 
-    whole = run(x)
-    if not jnp.array_equal(run(x.at[:, -1].add(1))[:, :-1], whole[:, :-1]):
+    def unchanged(by: int, part: slice) -> bool:  # but for rounding, of sums that are subtracted again
+        return bool(jnp.allclose(run(x.at[:, by].add(1))[:, part], run(x)[:, part], atol=1e-3))
+
+    if not unchanged(-1, slice(0, -1)):
         raise ValueError(
-            f"{path} lets a token read one after it, which it is trained to predict; read earlier ones only"
+            f"{path} lets a token read one after it, which it has to predict; let it read earlier ones only"
         )
-    if segmented and not jnp.array_equal(run(x.at[:, 0].add(1))[:, 3:], whole[:, 3:]):
+    if segmented and not unchanged(0, slice(3, None)):
         raise ValueError(
             f"{path} lets a token read another document of its row; let it read where context.mask.segments is its "
             "own, or set data.packing=windows and data.end_of_text=false"
