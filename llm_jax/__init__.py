@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from llm_jax.compat.huggingface import import_hf as import_hf
     from llm_jax.config import replace as replace
     from llm_jax.data.config import DataConfig as DataConfig
+    from llm_jax.data.loader import Batch as Batch
     from llm_jax.data.task import TaskConfig as TaskConfig
     from llm_jax.data.tokenizer import open_tokenizer as tokenizer  # noqa: F401
     from llm_jax.infer.generate import Sampler as Sampler
@@ -46,9 +47,11 @@ if TYPE_CHECKING:
     from llm_jax.runs.signals import Stop as Stop
     from llm_jax.runs.start import recipe as recipe
     from llm_jax.sharding import MeshConfig as MeshConfig
+    from llm_jax.train.balance import expert_loss as expert_loss
     from llm_jax.train.config import RunConfig as RunConfig
     from llm_jax.train.optimizer import OptimizerConfig as OptimizerConfig
     from llm_jax.train.step import LossConfig as LossConfig
+    from llm_jax.train.step import TrainState as TrainState
     from llm_jax.train.step import forward_batch as forward_batch
     from llm_jax.train.timetable import PipelineConfig as PipelineConfig
 
@@ -78,6 +81,9 @@ _HOMES = {
     "Transformer": "model.transformer:Transformer",
     "forward": "model.transformer:forward",
     "forward_batch": "train.step:forward_batch",
+    "expert_loss": "train.balance:expert_loss",
+    "Batch": "data.loader:Batch",
+    "TrainState": "train.step:TrainState",
     "cross_entropy": "ops.loss:cross_entropy",
     "Mixer": "model.mixer:Mixer",
     "attention": "ops.attention:attention",

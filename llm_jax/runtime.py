@@ -116,7 +116,7 @@ def start(devices: int | None = None, topology: Target | None = None) -> None:
     elif not started():
         jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])  # JAX may have read its variables before
     reuse_freed_memory()
-    if topology is None:
+    if topology is None and jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

@@ -14,20 +14,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from rich.console import Console
 from tiny_run import console, last_checkpoint, rows, said, write_corpus
 
 from llm_jax import log, tree
 from llm_jax.runs import folder as run_folder
-from llm_jax.runs import pause, session
+from llm_jax.runs import loop, pause, session
 from llm_jax.runs.checkpoint import Checkpoints
 from llm_jax.runs.fit import fit, resume
 from llm_jax.runs.folder import create, owned
 from llm_jax.runs.refusals import Diverged
 from llm_jax.runs.session import Session
+from llm_jax.runs.signals import Stop
 from llm_jax.train.config import RunConfig
 from llm_jax.train.program import Program
+from llm_jax.train.step import TrainState
 
 ROOT = Path(__file__).parents[1]
 
@@ -467,3 +470,40 @@ def test_ctrl_c_saves_and_exits_cleanly_with_the_line_that_goes_on(config, tmp_p
     step = steps(folder)[0]
     assert f"stopped at step {step:,} of 100,000; resume with: llm-jax resume {folder}" in output.read_text()
     assert len(rows(folder)) == step
+
+
+def called(*callbacks: Any) -> tuple[Any, Any]:
+    state = TrainState(step=jnp.ones((), jnp.int32), params={}, opt_state={})
+    return loop.call_back(callbacks, 7, state, {"loss": jnp.ones(())})
+
+
+def test_what_callbacks_return_is_copied_and_a_stop_loses_nothing():
+    def stop(*_: Any) -> None:
+        raise Stop("enough")
+
+    def silent(*_: Any) -> None: ...
+
+    added, reason = called(lambda step, state, _: {"step_of_state": state.step}, stop, silent, lambda *_: {"half": 0.5})
+    assert {name: float(x) for name, x in added.items()} == {"step_of_state": 1.0, "half": 0.5}
+    assert str(reason) == "enough"
+    kept: list[jax.Array] = []
+    added, _ = called(lambda step, state, _: kept.append(state.step) or {"copy": state.step})
+    kept[0].delete()  # as the next step does
+    assert float(added["copy"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (3, "a callback returned int; return {name: scalar} or None"),
+        ({"loss": 1}, "a metric is called 'loss' already"),
+        ({"step": 1}, "a metric is called 'step' already"),
+        ({"heldout_loss": 1}, "a metric is called 'heldout_loss' already"),
+        ({"rates": np.zeros(3)}, r"metric 'rates' of a callback has shape \(3,\); return a scalar"),
+        ({"name": "a"}, r"metric 'name' of a callback has shape \(\); return a scalar"),
+    ],
+    ids=["number", "loss", "step", "heldout", "vector", "text"],
+)
+def test_what_a_callback_may_not_return_is_refused_at_once(returned: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        called(lambda *_: returned)

@@ -16,9 +16,9 @@ def checkpoints(tmp_path: Path):
 
 
 def test_a_resumed_run_may_change_how_it_is_computed_and_not_what():
-    check_layout(Path("a"), ["mesh.fsdp=2", "accumulate=4", "model.attention.implementation=chunked"])
+    check_layout(Path("a"), {"mesh.fsdp": 2, "accumulate": 4, "model.attention.implementation": "chunked"})
     with pytest.raises(ValueError, match=r"optimizer.b1=0.8: a run resumes with its own config, .* init_from=a"):
-        check_layout(Path("a"), ["mesh.fsdp=2", "optimizer.b1=0.8"])
+        check_layout(Path("a"), {"mesh.fsdp": 2, "optimizer.b1": 0.8})
 
 
 def test_what_a_disk_said_comes_with_the_way_to_go_on(checkpoints: Checkpoints):

@@ -109,10 +109,10 @@ def test_a_run_goes_on_in_another_layout_and_in_no_other_config(config: RunConfi
     with watched(kill_at(5)), pytest.raises(Killed):
         fit(config, tmp_path / "run", console=console())
     with pytest.raises(ValueError, match=r"model.n_layers=3: .* only mesh., pipeline., .* may change"):
-        resume(tmp_path / "run", layout=["model.n_layers=3"])
+        resume(tmp_path / "run", layout={"model.n_layers": 3})
     screen = console()
     with watched() as hashes:
-        resume(tmp_path / "run", layout=["mesh.data=4", "mesh.tensor=-1"], console=screen)
+        resume(tmp_path / "run", layout={"mesh.data": 4, "mesh.tensor": -1}, console=screen)
     assert 0 < min(hashes) <= 5
     assert max(hashes) == 7
     assert "not the same bits as without the stop: mesh.tensor is 1 there, -1 here" in said(screen)
@@ -147,7 +147,7 @@ def test_a_mixture_killed_and_resumed_equals_the_uninterrupted_one(config: RunCo
 def test_a_run_does_not_go_on_with_another_batch_size(config: RunConfig, uninterrupted):
     """Its step would be another position in the data."""
     with pytest.raises(ValueError, match=r"data.batch_size=8: a run resumes with its own config, .* change"):
-        resume(uninterrupted[0], layout=["data.batch_size=8"])
+        resume(uninterrupted[0], layout={"data.batch_size": 8})
 
 
 def test_a_run_that_was_asked_to_stop_and_resumed_equals_the_uninterrupted_one(

@@ -1,10 +1,12 @@
 """`llm-jax train` and `llm-jax resume`: begin a run, and continue it."""
 
+import functools
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_jax.cli.shared import config_of, print_json, say
+from llm_jax.config import override
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,10 +75,14 @@ def resume(args: Namespace) -> int:
     """
     from llm_jax import processes, runtime
     from llm_jax.runs import fit
+    from llm_jax.runs import folder as run_folder
 
     runtime.start()
     with processes.joined(args.coordinator, args.processes, args.process):
-        run = fit.resume(args.run, steps=args.steps, layout=args.assignments, console=_console(args))
+        old, keys = run_folder.load_config(args.run), [word.partition("=")[0] for word in args.assignments]
+        changed = override(old, args.assignments)
+        layout = {key: functools.reduce(getattr, key.split("."), changed) for key in keys}
+        run = fit.resume(args.run, steps=args.steps, layout=layout, console=_console(args))
         return _report(args, args.run, _steps_done(run), run.config.steps)
 
 

@@ -131,7 +131,7 @@ class Checkpoints:
         assert not self._read_only
         self.wait()
         items = _with_leaves({"params": state.params, "opt_state": state.opt_state})
-        if bad := not_finite(items):
+        if bad := not_finite(_surely_finite(items, self._seal)):
             raise NotFinite(f"{bad} is not finite after step {progress.step}, and such a state is not saved")
         self._check_room(items, progress.step)
         self.folder.mkdir(exist_ok=True)
@@ -241,7 +241,7 @@ class Checkpoints:
             if damage is None and record is not None and found is not None:
                 if refusal is not None:
                     raise ValueError(refusal)
-                damage = _changed(found, record["leaves"])
+                damage = _changed(found, record["leaves"], record.get("seal"))
                 if damage is None:
                     return step, found, Progress(**record["progress"])
             path = self.folder / str(step)
@@ -315,12 +315,18 @@ def _with_leaves(items: dict[str, PyTree]) -> dict[str, PyTree]:
     return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
 
 
-def _changed(found: dict[str, PyTree], leaves: dict[str, list[Any]]) -> str | None:
+def _surely_finite(items: dict[str, PyTree], seal: Seal | None) -> dict[str, PyTree]:
+    """Return those of `items` that may hold no infinity: the state of an optimizer of the user's own may."""
+    own = "optimizer" in (seal or {}).get("code", {})
+    return {name: tree for name, tree in items.items() if not (own and name == "opt_state")}
+
+
+def _changed(found: dict[str, PyTree], leaves: dict[str, list[Any]], seal: Seal | None) -> str | None:
     """Name the first leaf that is not what was saved, or is not finite; None where all are intact."""
     for path, number in jax.device_get(checksums(found)).items():
         if int(number) != leaves[path][-1]:
             return f"{path} is not what was saved"
-    bad = not_finite(found)
+    bad = not_finite(_surely_finite(found, seal))
     return bad and f"{bad} is not finite"
 
 

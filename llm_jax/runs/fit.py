@@ -1,7 +1,6 @@
 """`fit` starts a run and `resume` continues one; both leave a folder that explains itself."""
 
-import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,8 @@ import numpy as np
 import optax
 from rich.console import Console
 
-from llm_jax import log, processes
-from llm_jax.config import override, replace
+from llm_jax import log, processes, runtime
+from llm_jax.config import replace
 from llm_jax.runs import folder as run_folder
 from llm_jax.runs.checkpoint import Progress
 from llm_jax.runs.code import found_again
@@ -58,9 +57,12 @@ def fit(
     folder, custom = Path(folder), Custom.of(loss, optimizer)
     processes.from_first(lambda: run_folder.check_free(folder, config))
     console = console or Console()
+    if not runtime.started():
+        runtime.start()
     check_before_data(config, custom)
     if data is not None:
-        config = replace(config, **{"data.uri": given_data(data, config, on(console))})
+        data_config = {"data.uri": given_data(data, config, on(console)), "data.column": None, "data.separator": None}
+        config = replace(config, **data_config)
     session = Session.open(config, folder, console, open_data(config, on(console)), custom, _callbacks(metrics))
     with processes.watched(_way_on(folder)):
         state = session.begin()
@@ -83,26 +85,32 @@ def resume(
     folder: str | Path,
     *,
     steps: int | None = None,
-    layout: Sequence[str] = (),
+    layout: Mapping[str, Any] | None = None,
     loss: Loss | None = None,
     optimizer: Optimizer | None = None,
+    data: Any = None,
     metrics: Callback | Sequence[Callback] = (),
     console: Console | None = None,
 ) -> Run:
     """Continue the run in `folder` exactly where it stopped, and return it; `steps` sets a new total.
 
-    `layout` are words such as `mesh.fsdp=2`, for other devices than before: the state is the same in every layout. A
+    `layout`, such as `{"mesh.fsdp": 2}`, is for other devices than before: the state is the same in every layout. A
     `loss` or `optimizer` of the caller's own is imported from where the run has it; what came from a script or a
-    notebook has to be given again. Raise `ValueError` where there is no run, or its data, model or code is no longer
+    notebook has to be given again. So do the `data` that a program gave, where the cache that held them was cleared.
+    Raise `ValueError` where there is no run, or its data, model or code is no longer
     what it was, and as `fit` does.
     """
     folder = Path(folder)
     old = run_folder.load_config(folder)
-    check_layout(folder, layout)
+    check_layout(folder, layout or {})
     custom = found_again(run_folder.load_code(folder), Custom.of(loss, optimizer), old.model, str(folder))
-    config = override(old if steps is None else dataclasses.replace(old, steps=steps), layout)
+    config = replace(old, **({} if steps is None else {"steps": steps}), **(layout or {}))
     console = console or Console()
+    if not runtime.started():
+        runtime.start()
     check_before_data(config, custom)
+    if data is not None:
+        given_data(data, old, on(console))  # again where config.json says
     with run_folder.owned(folder):
         shards = open_run_data(folder, old, on(console))
         session = Session.open(config, folder, console, shards, custom, _callbacks(metrics))

@@ -1,7 +1,7 @@
 """The training loop, from top to bottom: a step, what is due after it, and the reasons to stop."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from llm_jax.runs.checkpoint import Progress
 from llm_jax.runs.meter import Meter
 from llm_jax.runs.pause import is_due, pause, save
 from llm_jax.runs.refusals import diverged, moved_away
-from llm_jax.runs.session import Session
+from llm_jax.runs.session import Callback, Session
 from llm_jax.runs.signals import Stop, stop_signals
 from llm_jax.train.custom import RESERVED
 from llm_jax.train.step import Metrics, TrainState
@@ -41,7 +41,7 @@ def loop(session: Session, state: TrainState, progress: Progress, moved: Moved) 
             if meter.step == progress.step:  # the first step has been traced
                 for note in session.program.attention_notes:
                     session.say(note)
-            added, stop = call_back(session, meter.step + 1, state, metrics)
+            added, stop = call_back(session.callbacks, meter.step + 1, state, metrics)
             if stop is not None:
                 session.say(f"step {meter.step + 1:,}: {stop}")
                 stopping.ask()
@@ -69,15 +69,17 @@ def metrics_log(session: Session, progress: Progress) -> MetricsLog:
     )
 
 
-def call_back(session: Session, step: int, state: TrainState, metrics: Metrics) -> tuple[Metrics, Stop | None]:
-    """Return what the callbacks of a run add to the metrics of a step, and the first `Stop` that one raised.
+def call_back(
+    callbacks: Sequence[Callback], step: int, state: TrainState, metrics: Metrics
+) -> tuple[Metrics, Stop | None]:
+    """Return what callbacks add to the metrics of a step, and the first `Stop` that one raised.
 
     What they return is copied: the next step takes the memory of `state`. Raise `ValueError` for what is not a mapping
     of new names to scalars.
     """
     added: Metrics = {}
     stop: Stop | None = None
-    for callback in session.callbacks:
+    for callback in callbacks:
         try:
             found: Any = callback(step, state, metrics)
         except Stop as reason:

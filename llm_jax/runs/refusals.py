@@ -1,7 +1,7 @@
 """Why a run stops or does not start, in words: what was expected, what came, and the next move."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from llm_jax.data.loader import Loader
@@ -70,10 +70,10 @@ def check_heldout(shards: Shards | Mixture, heldout: float) -> None:
         raise ValueError(f"data.heldout={heldout} leaves nothing to evaluate on; set it above 0")
 
 
-def check_layout(folder: Path, words: Sequence[str]) -> None:
-    """Raise `ValueError` for a `key=value` that would make a resumed run another one."""
-    if other := [word for word in words if not word.startswith(LAYOUT)]:
+def check_layout(folder: Path, layout: Mapping[str, object]) -> None:
+    """Raise `ValueError` for a change that would make a resumed run another one."""
+    if other := [key for key in layout if not f"{key}=".startswith(LAYOUT)]:
         raise ValueError(
-            f"{other[0]}: a run resumes with its own config, of which only {', '.join(LAYOUT)} may change; "
-            f"for another one start a new run with init_from={folder}"
+            f"{other[0]}={layout[other[0]]}: a run resumes with its own config, of which only {', '.join(LAYOUT)} may "
+            f"change; for another one start a new run with init_from={folder}"
         )
