@@ -40,6 +40,7 @@ from llm_jax.sharding import MeshConfig
 from llm_jax.runs import folder as run_folder
 from llm_jax.runs.data import open_data
 from llm_jax.runs.checkpoint import Checkpoints
+from llm_jax.runs.run import Run
 from llm_jax.train.program import Program
 
 folder, (_, coordinator, _, n, _, i) = Path(sys.argv[1]), sys.argv[2:]
@@ -53,6 +54,7 @@ with processes.joined(coordinator, int(n), int(i)):
         batch = program.put(loader.batch(5))
         seen = [tree.fingerprint(processes.gathered(state)), batch_hash(processes.gathered(batch)), progress.step]
         print("seen", *seen, flush=True)
+    print("said", Run.open(folder).generate("ab", temperature=0.0, max_tokens=4), flush=True)
 """
 
 

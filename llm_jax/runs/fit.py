@@ -56,7 +56,7 @@ def fit(
     """
     folder, custom = Path(folder), Custom.of(loss, optimizer)
     processes.from_first(lambda: run_folder.check_free(folder, config))
-    console = console or Console()
+    console = console or Console(quiet=not processes.is_first())  # one of several speaks
     if not runtime.started():
         runtime.start()
     check_before_data(config, custom)
@@ -105,7 +105,7 @@ def resume(
     check_layout(folder, layout or {})
     custom = found_again(run_folder.load_code(folder), Custom.of(loss, optimizer), old.model, str(folder))
     config = replace(old, **({} if steps is None else {"steps": steps}), **(layout or {}))
-    console = console or Console()
+    console = console or Console(quiet=not processes.is_first())  # one of several speaks
     if not runtime.started():
         runtime.start()
     check_before_data(config, custom)

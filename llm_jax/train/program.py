@@ -68,7 +68,9 @@ class Program:
     @classmethod
     def on_one_device(cls, config: RunConfig, device: Any = None) -> "Program":
         """Return the program on one device, by default the first, without offloading, whatever the config says."""
-        return cls(dataclasses.replace(config, offload="none"), make_mesh(MeshConfig(), [device or jax.devices()[0]]))
+        return cls(
+            dataclasses.replace(config, offload="none"), make_mesh(MeshConfig(), [device or jax.local_devices()[0]])
+        )
 
     @functools.cached_property
     def attention_notes(self) -> list[str]:
