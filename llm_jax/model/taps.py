@@ -54,7 +54,7 @@ def capture(model: nn.Module, params: Any, tokens: Array, **inputs: Any) -> dict
     """Return every named activation of one forward pass, by name, in the order of `TAPS`.
 
     Those inside blocks have a leading N, of the layers that have them. `jax.jit` would sort them by name. Raises
-    `ValueError` for an unstacked model.
+    `ValueError` for an unstacked model, and for tokens that are no rows of ids.
     """
     _, state = _run(model, {"params": params}, tokens, mutable=["taps"], **inputs)
     found, taps = leaves(state["taps"]), {}
@@ -76,9 +76,14 @@ def edit(model: nn.Module, params: Any, tokens: Array, edits: Mapping[str, Array
     of this model has, and for an unstacked model.
     """
     nested: dict[str, Any] = {}
+    if not isinstance(edits, Mapping):
+        raise ValueError(f"edits= takes {{name: array}}, got {type(edits).__name__}")
     for name, value in edits.items():
         if name not in TAPS:
             raise ValueError(f"no activation is called {name!r}; {nearest(name, TAPS)}")
+        if not hasattr(value, "shape"):
+            way = f"f(capture(...)[{name!r}])" if callable(value) else "jnp.array(...)"
+            raise ValueError(f"the edit of {name!r} is a {type(value).__name__}, not an array; give {way}")
         where = rows_by_path(model.config, name)
         if not where:
             raise ValueError(f"no layer of model.layers={','.join(model.config.layers)} has the activation {name!r}")
