@@ -26,7 +26,7 @@ def test_a_folder_without_a_run_is_refused_with_what_to_do(tmp_path: Path):
 
 
 def test_a_run_whose_layer_is_not_here_opens_and_says_what_is_missing(tmp_path: Path):
-    config = lj.RunConfig(model=lj.ModelConfig(320, 64, 2, 4, 128))
+    config = lj.RunConfig(model=lj.ModelConfig(320, 64, 2, 4, 256))
     values = to_dict(config) | {"model": to_dict(config.model) | {"layers": ["nowhere:Mine"]}}
     (tmp_path / "config.json").write_text(json.dumps(values))
     (tmp_path / "metrics.jsonl").write_text('{"step": 7, "loss": 2.5}\n')

@@ -82,8 +82,10 @@ def edit(model: nn.Module, params: Any, tokens: Array, edits: Mapping[str, Array
         if name not in TAPS:
             raise ValueError(f"no activation is called {name!r}; {nearest(name, TAPS)}")
         if not hasattr(value, "shape"):
-            way = f"f(capture(...)[{name!r}])" if callable(value) else "jnp.array(...)"
-            raise ValueError(f"the edit of {name!r} is a {type(value).__name__}, not an array; give {way}")
+            what, way = type(value).__name__, "jnp.array(...)"
+            if callable(value):
+                what, way = "function", f"f(capture(...)[{name!r}])"
+            raise ValueError(f"the edit of {name!r} is a {what}, not an array; give {way}")
         where = rows_by_path(model.config, name)
         if not where:
             raise ValueError(f"no layer of model.layers={','.join(model.config.layers)} has the activation {name!r}")

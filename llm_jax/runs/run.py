@@ -151,7 +151,7 @@ class Run:
         return Sampler(self.config.model, self.params, self.tokenizer, task=self.config.data.task, **options)
 
     def _reading(self, begin: bool | None, special: bool | None) -> dict[str, bool]:
-        """How prompts are read, where the caller does not say: as documents were in training."""
+        """Return how prompts are read. Where the caller does not say it, it is as documents were in training."""
         c = self.config
         return {
             "begin": run_folder.begins(self.folder, c, self.tokenizer) if begin is None else begin,
