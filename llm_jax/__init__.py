@@ -36,13 +36,16 @@ if TYPE_CHECKING:
     from llm_jax.model.transformer import forward as forward
     from llm_jax.ops.attention import attention as attention
     from llm_jax.ops.experts import Experts as Experts
+    from llm_jax.ops.loss import IGNORE as IGNORE
     from llm_jax.ops.loss import cross_entropy as cross_entropy
     from llm_jax.ops.mask import Mask as Mask
+    from llm_jax.ops.mask import Sparse as Sparse
     from llm_jax.ops.position import Rotary as Rotary
     from llm_jax.ops.sampling import Sampling as Sampling
     from llm_jax.runs.evaluate import Evaluation as Evaluation
     from llm_jax.runs.fit import fit as fit
     from llm_jax.runs.fit import resume as resume
+    from llm_jax.runs.refusals import Diverged as Diverged
     from llm_jax.runs.run import Run as Run
     from llm_jax.runs.signals import Stop as Stop
     from llm_jax.runs.start import recipe as recipe
@@ -64,11 +67,13 @@ _HOMES = {
     "resume": "runs.fit:resume",
     "Run": "runs.run:Run",
     "Stop": "runs.signals:Stop",
+    "Diverged": "runs.refusals:Diverged",
     "Evaluation": "runs.evaluate:Evaluation",
     # what decides a run
     "RunConfig": "train.config:RunConfig",
     "ModelConfig": "model.config:ModelConfig",
     "AttentionConfig": "model.config:AttentionConfig",
+    "Sparse": "ops.mask:Sparse",
     "Rotary": "ops.position:Rotary",
     "Experts": "ops.experts:Experts",
     "DataConfig": "data.config:DataConfig",
@@ -82,9 +87,10 @@ _HOMES = {
     "forward": "model.transformer:forward",
     "forward_batch": "train.step:forward_batch",
     "expert_loss": "train.balance:expert_loss",
+    "cross_entropy": "ops.loss:cross_entropy",
+    "IGNORE": "ops.loss:IGNORE",
     "Batch": "data.loader:Batch",
     "TrainState": "train.step:TrainState",
-    "cross_entropy": "ops.loss:cross_entropy",
     "Mixer": "model.mixer:Mixer",
     "attention": "ops.attention:attention",
     "Mask": "ops.mask:Mask",
@@ -102,7 +108,11 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"llm_jax has no {name!r}; it has {', '.join(sorted(_HOMES))}")
+        from llm_jax.config import nearest
+
+        known = f"it has {', '.join(sorted(_HOMES))}"
+        close = nearest(name, _HOMES)
+        raise AttributeError(f"llm_jax has no {name!r}; {f'{close} ' * close.startswith('did')}{known}")
     module, _, attribute = _HOMES[name].partition(":")
     value = getattr(importlib.import_module(f"llm_jax.{module}"), attribute)
     globals()[name] = value

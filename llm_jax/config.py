@@ -24,6 +24,8 @@ from llm_jax.keys import REQUIRED, choices, keys, kinds, suggestions, value_at
 
 Config = TypeVar("Config")
 
+type_hints = functools.cache(get_type_hints)
+
 TRUTH = {"true": True, "false": False}
 NUMBER = re.compile(r"[+-]?([0-9]+([.][0-9]*)?|[.][0-9]+)([eE][+-]?[0-9]+)?")
 LONGEST_NUMBER = 500  # characters; Python itself refuses to read integers of some thousand digits
@@ -49,19 +51,20 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], where: str = "") -> 
 
     Raises `ValueError` for an unknown key, a wrong type, or an absent key without a default.
     """
-    hints = get_type_hints(cls)
+    hints = type_hints(cls)
     _check_known(values, hints, where)
     _check_complete(values, cls, where)
     return cls(**{key: _coerce(value, hints[key], where + key) for key, value in values.items()})
 
 
-def replace(config: Config, **changes: Any) -> Config:
+def replace(config: Config, /, *assignments: str, **changes: Any) -> Config:
     """Return `config` with new values by path: `replace(config, steps=9, **{"model.n_layers": 4})`.
 
-    All take effect together, so that two fields which must agree can change in one call. Raises `ValueError` for an
-    unknown path, a value of another type (text for a number too), and a config that can't be.
+    `assignments` are words as on the command line, `"steps=9"`. All take effect together, so that two fields which must
+    agree can change in one call. Raises `ValueError` for an unknown path, a value of another type (text for a number
+    too), and a config that can't be.
     """
-    new, known = override(config, (), **changes), {key.name: key for key in keys(type(config))}
+    new, known = override(config, assignments, **changes), {key.name: key for key in keys(type(config))}
     for path, value in changes.items():
         if isinstance(value, str) and not isinstance(functools.reduce(getattr, path.split("."), new), str):
             raise _wrong_type(value, kinds(known[path].kind), path)
@@ -117,14 +120,22 @@ def checked(config: Config) -> Config:
     return from_dict(type(config), to_dict(config))
 
 
-def check_choices(config: Any, where: str) -> None:
-    """Raise `ValueError` for a field, here or in a config inside, whose value is not among its choices."""
-    for name, kind in get_type_hints(type(config)).items():
+def check_types(config: Any, where: str) -> None:
+    """Raise `ValueError` for a field of another type than its annotation, or not among its choices."""
+    for name, kind in type_hints(type(config)).items():
         value = getattr(config, name)
-        if dataclasses.is_dataclass(value):
-            check_choices(value, f"{where}{name}.")
-        elif (few := choices(kind)) and value not in few and not (value is None and type(None) in kinds(kind)):
+        if not any(_is_a(value, each) for each in kinds(kind)):
             raise _wrong_type(value, kinds(kind), where + name)
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Return whether `value` is of the type `kind`, which is no union."""
+    if kind in (int, float):  # a whole number is a float too
+        return isinstance(value, int | kind) and not isinstance(value, bool)
+    origin = get_origin(kind)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is_a(item, get_args(kind)[0]) for item in value)
+    return value in get_args(kind) if origin is Literal else isinstance(value, kind)
 
 
 def check_ranges(config: Any, where: str) -> None:
@@ -159,7 +170,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def _replace(config: Any, values: Mapping[str, Any], where: str, fields: Mapping[str, Any] | None = None) -> Any:
-    hints = get_type_hints(type(config))
+    hints = type_hints(type(config))
     _check_known(values, hints, where)
     changes = dict(fields or {})
     for key, value in values.items():
@@ -287,7 +298,22 @@ def _wrong_type(value: Any, kinds: Sequence[Any], where: str) -> ValueError:
     few = [str(choice) for kind in kinds for choice in choices(kind)]
     if isinstance(value, str) and (close := difflib.get_close_matches(value[:100].lower(), few, n=1)):
         say = f"; did you mean {where}={close[0]}?"
+    say = say or _python_way(value, kinds)
     return ValueError(f"{where} takes {' or '.join(_describe(kind, where) for kind in kinds)}, got {got}{say}")
+
+
+def _python_way(value: Any, kinds: Sequence[Any]) -> str:
+    """Return what a Python program gives in the place of a `value` that is nearly right; else nothing."""
+    if getattr(value, "shape", None) == ():  # a number of NumPy or JAX, which JSON can't hold
+        return f"; give {type(value.item()).__name__}(...) of it"
+    if isinstance(value, str | list) and any(get_origin(kind) is tuple for kind in kinds):
+        return f"; give a tuple: {_short((value,) if isinstance(value, str) else tuple(value))}"
+    group = (
+        [kind.__name__ for kind in kinds if dataclasses.is_dataclass(kind) and isinstance(kind, type)]
+        if not isinstance(value, str)
+        else []
+    )
+    return f"; give a {group[0]}(...)" if group else ""
 
 
 def _in_ascii(value: Any, kind: type) -> str:
@@ -345,7 +371,7 @@ def check_exact(config: Any, cls: type) -> None:
             f"{cls.__name__} itself, and pass code of your own as fit(loss=..., optimizer=..., metrics=...) or as "
             "model.layers=my.module:Mixer"
         )
-    hints = get_type_hints(cls)
+    hints = type_hints(cls)
     for field in dataclasses.fields(cls):
         value = getattr(config, field.name)
         for named in (hints[field.name], *get_args(hints[field.name])):

@@ -17,6 +17,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llm_jax import tree as trees
+from llm_jax.config import check_types
 
 Axes = str | tuple[str, ...] | None
 
@@ -117,6 +118,7 @@ class MeshConfig:
     tensor: int = 1
 
     def __post_init__(self) -> None:
+        check_types(self, "mesh.")
         sizes = dataclasses.astuple(self)
         if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
             raise ValueError(f"mesh sizes are positive, and at most one is -1 (what is left); got {self}")

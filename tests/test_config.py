@@ -1,16 +1,21 @@
 """Configs survive JSON and the command line; every mistake gets one line that says what to do."""
 
 import dataclasses
+import inspect
 import json
 import math
 import re
+from collections.abc import Callable
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import llm_jax as lj
 from llm_jax.config import check_ranges, checked, from_dict, nearest, override, plain, replace, to_dict
+from llm_jax.keys import keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +211,43 @@ def test_values_by_path_take_effect_together_and_so_do_assignments():
 def test_a_value_of_another_type_or_path_is_refused_and_text_is_no_number(changes: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=re.escape(message)):
         replace(Train(wagons=1), **changes)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: lj.ModelConfig("320", 64, 2, 4, 128), "model.vocab_size takes a whole number, got '320'"),
+        (lambda: lj.ModelConfig(320.0, 64, 2, 4, 128), "model.vocab_size takes a whole number, got 320.0"),
+        (lambda: lj.ModelConfig(320, 64, 2, 4, 128, tied=1), "model.tied takes true or false, got 1"),
+        (lambda: lj.ModelConfig(np.int64(3), 64, 2, 4, 8), "a whole number, got np.int64(3); give int(...) of it"),
+        (lambda: lj.ModelConfig(320, 64, 2, 4, 128, layers=["global"]), "give a tuple: ('global',)"),
+        (lambda: lj.ModelConfig(320, 64, 2, 4, 128, layers="global"), "give a tuple: ('global',)"),
+        (lambda: lj.AttentionConfig(window=4.5), "model.attention.window takes a whole number or none, got 4.5"),
+        (lambda: lj.Sparse(block="8"), "model.attention.sparse.block takes a whole number, got '8'"),
+        (lambda: lj.Experts(number=None), "model.experts.number takes a whole number, got None"),
+        (lambda: lj.Rotary(theta="1e4"), "model.rotary.theta takes a number, got '1e4'"),
+        (lambda: lj.DataConfig(uri=3), "data.uri takes text, got 3"),
+        (lambda: lj.TaskConfig("clasify"), "got 'clasify'; did you mean data.task.kind=classify?"),
+        (lambda: lj.OptimizerConfig(learning_rate="1e-3"), "optimizer.learning_rate takes a number, got '1e-3'"),
+        (lambda: lj.LossConfig(chunk=True), "loss.chunk takes a whole number or none, got True"),
+        (lambda: lj.MeshConfig(data="8"), "mesh.data takes a whole number, got '8'"),
+        (lambda: lj.PipelineConfig(chunks="2"), "pipeline.chunks takes a whole number, got '2'"),
+        (lambda: lj.RunConfig(model=lj.DataConfig()), "give a ModelConfig(...)"),
+    ],
+)
+def test_a_field_of_another_type_is_refused_when_a_config_is_made(make: Callable[[], Any], says: str):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        make()
+
+
+def test_every_config_class_checks_the_types_of_its_fields():
+    groups = {key.group for key in keys(lj.RunConfig)} - {None}
+    for cls in (*groups, lj.RunConfig):
+        assert "check_types(self, " in inspect.getsource(cls.__post_init__), cls
+
+
+def test_a_whole_number_is_a_float_too():
+    assert lj.OptimizerConfig(learning_rate=1, clip=np.float64(2)) == lj.OptimizerConfig(learning_rate=1.0, clip=2.0)
 
 
 @pytest.mark.parametrize(

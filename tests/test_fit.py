@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -68,13 +69,121 @@ def test_metrics_are_columns_with_nan_where_a_row_has_no_number(stopped):
     assert np.isnan(columns["heldout_loss"]).tolist() == [True, True, True, False, True]
 
 
+WRONG_OPTIONS = {
+    "temprature": "temperature",
+    "max_new_tokens": "max_tokens",
+    "greedy": "temperature=0",
+    "topk": "top_k",
+}
+
+
+@pytest.fixture
+def unchecked():
+    """Arguments of any type reach the code, as with a user, whom no type checker stops."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_one_text_is_one_prompt_and_one_stop_text_everywhere(stopped):
+    run, _, _ = stopped
+    options = {"temperature": 0.0, "max_tokens": 4}
+    one = run.sampler.generate(["abc"], **options)
+    assert one == run.generate("abc", **options) == run.sampler.generate("abc", lj.Sampling(0.0), max_tokens=4)
+    assert [text.prompt for text in run.sampler.texts("abc", **options)] == ["abc"]
+    assert {piece.row for piece in run.sampler.stream("abc", **options)} == {0}
+    whole = run.generate("abc", max_tokens=12)[0]
+    assert run.generate("abc", max_tokens=12, stop=whole[4:6]) == run.generate("abc", max_tokens=12, stop=[whole[4:6]])
+
+
+def test_what_is_no_prompt_is_refused_in_a_line(stopped, unchecked):
+    run, _, _ = stopped
+    for wrong in (3, ["ab", 3], [[97]], b"ab"):
+        with pytest.raises(ValueError, match=r"prompts= takes a text, or a list of them; got"):
+            run.generate(wrong)
+    for options, says in (
+        ({"stop": 3}, "stop= takes a text"),
+        ({"max_tokens": "9"}, "max_tokens='9'"),
+        ({"seed": 0.5}, "seed"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            run.generate("ab", **options)
+    with pytest.raises(ValueError, match=r"takes a Sampling, got 0.5; write temperature=0.5"):
+        run.generate("ab", 0.5)
+    with pytest.raises(ValueError, match=r"is no classifier; use run.generate\(prompts\)"):
+        run.classify("ab")
+
+
+def test_a_sampler_takes_a_tokenizer_by_name_and_refuses_other_models(stopped):
+    run, _, _ = stopped
+    config, params = run.config.model, run.params
+    by_name = lj.Sampler(config, params, "byte")
+    assert by_name.generate("ab", temperature=0, max_tokens=3) == run.generate("ab", temperature=0, max_tokens=3)
+    for wrong, says in (
+        ((run.model, params), r"takes a ModelConfig, got a Transformer; give its \.config"),
+        ((run.config, params), r"takes a ModelConfig, got a RunConfig; give its \.model"),
+        ((config, {"params": params}), r"which have 'embedding' among them; give variables\[\"params\"\]"),
+        ((config, None), r"are no parameters of this model"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            lj.Sampler(*wrong, "byte")
+
+
+def test_what_is_no_row_of_tokens_and_no_array_is_refused_in_a_line(stopped, unchecked):
+    run, _, _ = stopped
+    model, params, row = run.model, run.params, run.tokens("ab")
+    for wrong, says in (
+        (row[0], r"got shape \(3,\) of int32; give tokens\[None\]"),
+        (["ab"], r"got list; give an array, or run\.tokens\(text\)"),
+        (row / 2, r"got shape \(1, 3\) of float32; give whole numbers"),
+    ):
+        for use in (lj.capture, lj.forward):
+            with pytest.raises(ValueError, match=rf"tokens are rows of ids, \[B, L\]; {says}"):
+                use(model, params, wrong)
+    for use in (run.tokens, run.capture):
+        with pytest.raises(ValueError, match="takes one text, got a list; call it for each text"):
+            use(["ab", "c"])
+    for wrong, says in (
+        ({"attn_out": np.zeros_like}, r"a function, not an array"),
+        ({"attn_out": 0.0}, "float"),
+        (3, "edits="),
+    ):
+        with pytest.raises(ValueError, match=says):
+            run.edit("ab", wrong)
+
+
+def test_a_run_scores_documents_as_fit_takes_them(stopped, monkeypatch, tmp_path: Path):
+    run, _, _ = stopped
+    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path))
+    texts = ["ab cd", "efgh ab", "a"]
+    found = run.evaluate(texts)
+    assert (found.documents, found.bytes) == (3, 13)
+    (tmp_path / "texts").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / "texts" / f"{number}.txt").write_text(text)
+    assert run.evaluate(tmp_path / "texts").loss == pytest.approx(found.loss)
+    assert run.evaluate([run.tokenizer.encode(text) for text in texts]).loss == pytest.approx(found.loss)
+    with pytest.raises(
+        ValueError, match=r"'a text, not a path' is no file.*to score a text itself give a list: \[text\]"
+    ):
+        run.evaluate("a text, not a path")
+
+
+def test_a_run_in_a_line_says_how_far_it_came(stopped):
+    run, _, _ = stopped
+    last = run.metrics["loss"][-1]
+    assert str(run) == f"run {run.folder}: newest checkpoint of step 5, 5 of 8 steps, last loss {last:.4f}"
+
+
 def test_a_run_generates_by_the_fields_of_sampling_and_refuses_others(stopped):
     run, _, _ = stopped
     one = run.generate(["ab", "c"], temperature=0.0, max_tokens=4)
     assert one == run.generate(["ab", "c"], lj.Sampling(temperature=0.0), max_tokens=4)
     assert run.sampler is run.sampler
-    with pytest.raises(ValueError, match="temprature= is no way to sample; there are temperature, top_k"):
-        run.generate("ab", temprature=1.0)
+    for wrong, meant in WRONG_OPTIONS.items():
+        for ask in (run.generate, run.sampler.generate):
+            with pytest.raises(ValueError, match=rf"{wrong}= is no way to sample; did you mean .*{meant}"):
+                ask("ab", **{wrong: 1})
     with pytest.raises(ValueError, match="sampling= and temperature= both say how to sample"):
         run.generate("ab", lj.Sampling(), temperature=1.0)
 
@@ -126,3 +235,7 @@ def test_a_recipe_is_a_config_with_changes():
     assert (config.steps, config.data.batch_size) == (200, 16)
     with pytest.raises(ValueError, match=r"did you mean model\.n_layers=3"):
         lj.recipe("quickstart", "n_layer=3")
+    assert lj.recipe("quickstart", "steps=200", **{"data.batch_size": 16}) == config
+    assert lj.recipe("quickstart", steps=3, **{"data.seq_len": 9}).data.seq_len == 9
+    with pytest.raises(ValueError, match="steps takes a whole number, got '3'"):
+        lj.recipe("quickstart", steps="3")

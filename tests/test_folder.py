@@ -84,7 +84,7 @@ def test_a_config_comes_back_from_its_folder(shards: Shards, tmp_path: Path):
 
 
 def test_a_path_that_no_checkpoint_could_be_written_to_is_refused_before_the_first_step(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"run.* is no path in UTF-8, which checkpoints need; choose another --run"):
+    with pytest.raises(ValueError, match=r"run.* is no path in UTF-8, which checkpoints need; choose another folder"):
         run_folder.check_free(tmp_path / "run\udcff", CONFIG)
 
 
@@ -128,7 +128,7 @@ def test_a_process_killed_as_it_cleared_what_another_had_begun_is_in_nobodys_way
 @pytest.mark.parametrize("name", ["checkpoints", "tokenizer", "notes.txt"])
 def test_a_folder_that_holds_anything_else_is_refused_too(name: str, tmp_path: Path):
     (tmp_path / name).mkdir()
-    with pytest.raises(ValueError, match=f"{tmp_path} is not empty.*choose another --run"):
+    with pytest.raises(ValueError, match=f"{tmp_path} is not empty.*choose another \\(--run"):
         run_folder.check_free(tmp_path, CONFIG)
     with pytest.raises(ValueError, match=f"{__file__} is not empty"):
         run_folder.check_free(Path(__file__), CONFIG)

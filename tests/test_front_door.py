@@ -42,5 +42,7 @@ def test_editors_and_the_interpreter_find_the_same_names():
 
 
 def test_a_name_that_is_none_is_refused_with_those_that_are():
-    with pytest.raises(AttributeError, match=r"llm_jax has no 'fitt'; it has .*fit"):
+    with pytest.raises(AttributeError, match=r"llm_jax has no 'fitt'; did you mean 'fit'\? it has .*fit"):
         _ = llm_jax.fitt
+    with pytest.raises(AttributeError, match=r"llm_jax has no 'zzz'; it has AttentionConfig, "):
+        _ = llm_jax.zzz

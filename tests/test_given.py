@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -26,13 +27,26 @@ def test_texts_are_a_file_of_rows_that_is_stored_once(tmp_path: Path):
     assert len(list((tmp_path / "given").iterdir())) == 2
 
 
+def test_texts_go_into_the_column_that_the_config_reads(tmp_path: Path):
+    address = stored(TEXTS, DataConfig(tokenizer="byte", column="body"), tmp_path, quiet)
+    assert [document.text for document in documents(address, column="body")] == TEXTS
+
+
+def test_too_few_texts_to_hold_one_out_are_said_to_be_too_few(tmp_path: Path):
+    config = DataConfig(tokenizer="byte", heldout=0.05, uri=stored(["a text", "another"], CONFIG, tmp_path, quiet))
+    message = "data= has 2 documents, of which data.heldout=0.05 by hash leaves 2 to train on and 0 held out; give more"
+    with pytest.raises(ValueError, match=message):
+        cached(config, tmp_path, quiet)
+
+
 @pytest.mark.parametrize("by", ["hash", "tail"])
 def test_ids_are_shards_of_the_same_documents_however_they_come(tmp_path: Path, by):
     config, coder = DataConfig(tokenizer="byte", heldout=0.3, heldout_by=by, seq_len=4), ByteTokenizer()
     rows = [np.array(coder.encode(text)) for text in TEXTS]
     stream = np.concatenate([np.append(row, coder.end_of_text) for row in rows])
     address = stored(rows, config, tmp_path, quiet)
-    assert stored(stream, config, tmp_path, quiet) == address
+    for same in (stream, stream.tolist(), jnp.array(stream)):
+        assert stored(same, config, tmp_path, quiet) == address
     shards = open_shards(cached(DataConfig(**vars(config) | {"uri": address}), tmp_path, quiet))
     found = [
         coder.decode(np.concatenate(list(store.read_document(n)))[:-1])
@@ -47,14 +61,18 @@ def test_ids_are_shards_of_the_same_documents_however_they_come(tmp_path: Path, 
     ("given", "tokenizer", "message"),
     [
         ("one text", "byte", "is one text or a path; give a list of texts, or set data.uri"),
-        (3, "byte", "data=3 is no iterable of texts"),
-        ([], "byte", "data= holds no document"),
-        (["a", 3], "byte", "document 1 of data= is no text but int"),
-        ([[1, 2], [0.5]], "byte", r"document 1 of data= has shape \(1,\) of float64"),
-        ([[1], [300]], "byte", "document 1 of data= has the id 300, and the tokenizer byte has 0 to 256"),
+        (3, "byte", "3 is no iterable of texts"),
+        ([], "byte", "there is no document"),
+        (["a", 3], "byte", "document 1 is no text but int"),
+        ([[1, 2], [0.5]], "byte", r"document 1 has shape \(1,\) of float64"),
+        ([[1], [300]], "byte", "document 1 has the id 300, and the tokenizer byte has 0 to 256"),
+        ([{"id": 1, "text": "a"}], "byte", r"a dict with id, text; give the texts: \[row\['text'\] for row in data\]"),
+        ({"text": ["a", "b"]}, "byte", r"come as a dict; give the texts of one column: list\(data\['text'\]\)"),
+        ([1, 0.5], "byte", r"the ids have shape \(2,\) of float64"),
+        ([1, 2], "byte", "data= has 1 documents.*data.heldout=0.05.*each ends with the tokenizer's end_of_text"),
         ([[1]], "train:300", "data.tokenizer=train:300 would learn from text; name the tokenizer that made them"),
     ],
-    ids=["text", "number", "empty", "mixed", "floats", "ids", "learns"],
+    ids=["text", "number", "empty", "mixed", "floats", "ids", "rows", "columns", "float ids", "one document", "learns"],
 )
 def test_what_is_no_data_is_refused(tmp_path: Path, given, tokenizer, message):
     with pytest.raises(ValueError, match=message):

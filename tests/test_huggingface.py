@@ -192,7 +192,7 @@ def test_training_goes_on_from_an_imported_run(imported: Path, tmp_path: Path):
 @pytest.mark.parametrize("words", [["resume"], ["evaluate"]])
 def test_what_an_imported_run_does_not_have_is_said(words: list[str], imported: Path, capsys: Any):
     assert main([*words, str(imported)]) == 2
-    says = rf"was imported: .* llm-jax train CONFIG --from {imported}; .* llm-jax evaluate {imported} --data URI"
+    says = rf"was imported: .* llm-jax train CONFIG --from {imported}, .* llm-jax evaluate {imported} --data URI"
     assert re.search(says, capsys.readouterr().err)
 
 

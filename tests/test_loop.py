@@ -186,7 +186,7 @@ def test_rates_that_differ_look_different(rates, says: str, finished: Path, say,
 
 
 def test_resume_of_a_finished_run_is_an_error_that_names_steps(finished: Path, say):
-    with pytest.raises(ValueError, match="is finished at step 8; train further with --steps N above that"):
+    with pytest.raises(ValueError, match="is finished at step 8; train further with more steps: --steps N, or llm_jax"):
         resume(finished, console=say)
     assert said(say) == ""
 

@@ -129,7 +129,10 @@ def test_words_that_make_no_sense_are_named(words: str, says: str, capsys: pytes
         ("show {recipe} accumulate=3", "accumulate=3 does not divide data.batch_size=16"),
         ("show {broken}", "fails: NameError: name 'widht' is not defined"),
         ("show {nothing}", "nothing.py"),
-        ("resume {nowhere}", "holds no run .*start one with: llm-jax train quickstart --run .*/nowhere$"),
+        (
+            "resume {nowhere}",
+            "holds no run .*start one with: llm-jax train quickstart --run .*/nowhere, or llm_jax.fit",
+        ),
         ("show {recipe} --config steps=0", "steps=0 must be at least 1"),
         ("configs quickstrat", "did you mean 'quickstart'"),
         ("generate {nowhere} --prompt x --samples 0", "--samples 0 generates nothing"),

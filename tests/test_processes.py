@@ -171,7 +171,9 @@ def test_one_of_four_processes_speaks_and_writes(runs: Path, four: str):
 @pytest.mark.slow
 def test_one_and_two_processes_read_the_state_and_next_batch_of_four(runs: Path, four: str):
     (runs / "look.py").write_text(LOOK)
-    seen = [re.findall("seen .*", done(runs, number, "look.py", "four")) for number in (1, 2)]
+    texts = [done(runs, number, "look.py", "four") for number in (1, 2)]
+    assert len({line for text in texts for line in re.findall("said .*", text)}) == 1  # each generates by itself
+    seen = [re.findall("seen .*", text) for text in texts]
     assert [len(lines) for lines in seen] == [3, 6]
     assert len({line for lines in seen for line in lines}) == 1
     assert seen[0][0].endswith(" 6")

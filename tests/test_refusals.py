@@ -32,5 +32,5 @@ def test_what_a_disk_said_comes_with_the_way_to_go_on(checkpoints: Checkpoints):
 def test_a_run_that_was_moved_says_where_it_is(checkpoints: Checkpoints):
     said = str(moved_away(Path("a"), "b", checkpoints))
     assert said.startswith("a was moved or removed while its run trained; there is no checkpoint yet")
-    assert said.endswith("continue with: llm-jax resume b")
+    assert said.endswith("continue with: llm-jax resume b, or llm_jax.resume('b')")
     assert "start anew" in str(not_saved(ValueError("w is not finite"), checkpoints))

@@ -88,5 +88,5 @@ def test_rows_are_scored_by_a_column_of_their_own(finished: Path, tmp_path: Path
     result, _ = evaluated(finished, str(rows), "last", column="story")
     assert (result.documents, result.bytes) == (4, 30)
     prepare(str(rows), tmp_path / "out", tokenizer="byte", column="label", heldout=0.0)
-    with pytest.raises(ValueError, match="is prepared already, of the column 'label'; leave out --column story"):
+    with pytest.raises(ValueError, match="is prepared already, of the column 'label'; leave out column=story"):
         evaluated(finished, str(tmp_path / "out"), "last", column="story")

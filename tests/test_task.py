@@ -234,7 +234,7 @@ def test_a_classifier_answers_with_the_class_of_its_pooled_token():
         assert answer.answer == CLASSIFY.answers[int(chances.argmax())]
         assert answer.probability == pytest.approx(float(chances.max()), abs=1e-6)
     assert found[4:8] == found[:4]
-    with pytest.raises(ValueError, match=r"a classifier generates nothing; let it answer by infer/classify\.py"):
+    with pytest.raises(ValueError, match=r"a classifier generates nothing; ask run\.classify\(prompts\)"):
         Sampler(HEAD, weights(HEAD), CODER)
 
 

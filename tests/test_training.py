@@ -19,7 +19,9 @@ def test_a_run_is_a_folder_named_after_its_config_and_says_where_to_go_next(work
     assert {"config.json", "tokenizer", "checkpoints", "metrics.jsonl", "report.html"} <= {
         path.name for path in (workspace / "runs" / "tiny").iterdir()
     }
-    assert "llm-jax resume runs/tiny, or choose another --run" in error("train", "tiny.py")
+    assert "llm-jax resume runs/tiny, or llm_jax.resume('runs/tiny'); or choose another folder (--run)" in error(
+        "train", "tiny.py"
+    )
 
 
 def test_resume_continues_to_a_new_total(workspace: Path, output: Any):

@@ -58,7 +58,7 @@ def import_run(
     folder = Path(folder)
     if folder.exists():  # before anything is downloaded
         holds = "already holds a run" if run_folder.is_run(folder) else "exists"
-        raise ValueError(f"{folder} {holds}, and an import makes a folder of its own; choose another --run")
+        raise ValueError(f"{folder} {holds}, and an import makes a folder of its own; choose another (--run)")
     there = fetch(source)
     theirs = read_json(there / "config.json", {"model_type": str})
     family = family_of(theirs, str(there / "config.json"))
@@ -103,13 +103,19 @@ def import_hf(source: str, folder: str | Path, *, tokenizer: str | None = None, 
 
 
 def export_hf(
-    run: Run, out: str | Path, *, family: str | None = None, dtype: str | None = None, report: Report = print
+    run: Run | str | Path,
+    out: str | Path,
+    *,
+    family: str | None = None,
+    dtype: str | None = None,
+    report: Report = print,
 ) -> None:
-    """Write the model of `run` to the folder `out`, so that transformers loads it and computes the same.
+    """Write the model of `run`, or of the run in a folder, to `out`, so that transformers computes the same with it.
 
     `family` is by default that of its import, or the first that can say what the model is; `dtype` that of its
     computation. Raise `ValueError` where no family can, and for weights that are not finite or don't fit the dtype.
     """
+    run = run if isinstance(run, Run) else Run.open(run, report=report)
     params, _ = restore.weights(run.folder, restore.on_the_host(run.config), run.checkpoint, report=report)
     export_run(run.folder, params, out, family=family, dtype=dtype, report=report)
 
@@ -139,7 +145,7 @@ def export_run(
     """
     folder, out = Path(folder), Path(out)
     if out.exists():
-        raise ValueError(f"{out} exists, and an export makes a folder of its own; choose another --out")
+        raise ValueError(f"{out} exists, and an export makes a folder of its own; choose another (--out)")
     config, coder = run_folder.load_config(folder), run_folder.load_tokenizer(folder)
     model, task = config.model, config.data.task
     if task is not None and task.kind == "translate":

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from llm_jax.config import nearest
+from llm_jax.config import check_types, nearest
 from llm_jax.data import sources
 from llm_jax.data.task import TaskConfig
 
@@ -75,9 +75,9 @@ class DataConfig:
     special: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self, "data.")
         parse_uri(self.uri)
         check_heldout(self.heldout, self.heldout_by)
-        check_choice("packing", self.packing, ("documents", "windows"))
         for name in ("seq_len", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} leaves no tokens; use 1 or more")

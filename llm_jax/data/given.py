@@ -8,8 +8,9 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import numbers
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from jaxtyping import Int
 
 from llm_jax.data.config import DataConfig
-from llm_jax.data.prepare import SETTINGS, SplitWriter, by_hash, by_tail, check_sides, learns
+from llm_jax.data.prepare import GIVEN, SETTINGS, SplitWriter, by_hash, by_tail, check_sides, learns
 from llm_jax.data.shards import FORMAT, SPLITS, Manifest, is_prepared
 from llm_jax.data.sources import Document
 from llm_jax.data.tokenizer import Tokenizer, build
@@ -29,21 +30,39 @@ Report = Callable[[str], object]
 def stored(documents: Any, config: DataConfig, cache: Path, report: Report) -> str:
     """Return the address of `documents`, stored in the folder `cache` unless they are there.
 
-    They are an iterable of texts, an array of token ids (each document ends with the tokenizer's end of text), or an
-    iterable of arrays of ids, a document each. Raise `ValueError` for anything else, for no document, and for ids that
-    `config.tokenizer` does not have.
+    They are an iterable of texts, one array or list of token ids (each document ends with the tokenizer's end of text),
+    or an iterable of arrays of ids, a document each. Raise `ValueError` for anything else, for no document, and for ids
+    that `config.tokenizer` does not have.
     """
     if isinstance(documents, str | bytes | Path):
         raise ValueError(f"data={str(documents)[:40]!r} is one text or a path; give a list of texts, or set data.uri")
-    if isinstance(documents, np.ndarray) and documents.ndim == 1 and documents.dtype.kind in "iu":
-        return str(_store_ids(_cut(documents, _tokenizer(config)), config, cache, report))
+    if isinstance(documents, Mapping) or hasattr(documents, "columns"):  # of pandas: both would be read by their names
+        raise ValueError(
+            f"documents come as a {type(documents).__name__}; give the texts of one column: list(data['text'])"
+        )
     try:
         first, every = _peeked(documents)
     except TypeError:
-        raise ValueError(f"data={documents!r} is no iterable of texts, nor an array of token ids") from None
+        raise ValueError(f"{documents!r} is no iterable of texts, nor an array of token ids") from None
     if isinstance(first, str):
-        return str(_store_texts(every, cache))
+        return str(_store_texts(every, config, cache))
+    if isinstance(first, Mapping):
+        column = "text" if "text" in first else next(iter(first), "text")
+        raise ValueError(
+            f"document 0 is a {type(first).__name__} with {', '.join(map(str, first))}; give the texts: "
+            f"[row[{column!r}] for row in data]"
+        )
+    if isinstance(first, numbers.Integral) or getattr(first, "shape", None) == ():
+        return str(_store_ids(_cut(_stream(documents, every), _tokenizer(config)), config, cache, report))
     return str(_store_ids(map(np.asarray, every), config, cache, report))
+
+
+def _stream(documents: Any, every: Iterable[Any]) -> Int[np.ndarray, " n"]:
+    """Return token ids that come as an array, or one by one."""
+    ids = np.asarray(documents if hasattr(documents, "__array__") else list(every))
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError(f"the ids have shape {ids.shape} of {ids.dtype}; give texts, or one row of whole numbers")
+    return ids
 
 
 def _peeked(documents: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
@@ -51,21 +70,19 @@ def _peeked(documents: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
     rest = iter(documents)
     for first in rest:
         return first, itertools.chain([first], rest)
-    raise ValueError("data= holds no document; give at least two, so that one can be held out")
+    raise ValueError("there is no document; give a list of texts")
 
 
-def _store_texts(texts: Iterable[Any], cache: Path) -> Path:
-    digest, folder = hashlib.sha256(), cache / "given"
+def _store_texts(texts: Iterable[Any], config: DataConfig, cache: Path) -> Path:
+    digest, folder, column = hashlib.sha256(), cache / GIVEN, config.column or "text"
     folder.mkdir(parents=True, exist_ok=True)
     scratch = folder / f".{os.getpid()}.part"  # its name is known at the end
     try:
         with written(scratch) as file:
             for number, text in enumerate(texts):
                 if not isinstance(text, str):
-                    raise ValueError(
-                        f"document {number} of data= is no text but {type(text).__name__}, unlike the first"
-                    )
-                line = json.dumps({"text": text}).encode() + b"\n"
+                    raise ValueError(f"document {number} is no text but {type(text).__name__}, unlike the first")
+                line = json.dumps({column: text}).encode() + b"\n"
                 digest.update(line)
                 file.write(line)
         return scratch.replace(folder / f"{digest.hexdigest()[:16]}.jsonl")
@@ -76,8 +93,8 @@ def _store_texts(texts: Iterable[Any], cache: Path) -> Path:
 def _tokenizer(config: DataConfig) -> Tokenizer:
     if learns(config.tokenizer):
         raise ValueError(
-            f"data= holds token ids, and data.tokenizer={config.tokenizer} would learn from text; name the tokenizer "
-            "that made them: gpt2, byte, or the folder of one"
+            f"the documents are token ids, and data.tokenizer={config.tokenizer} would learn from text; name the "
+            "tokenizer that made them: gpt2, byte, or the folder of one"
         )
     return build(config.tokenizer, tuple)
 
@@ -96,7 +113,7 @@ def _store_ids(documents: Iterable[np.ndarray], config: DataConfig, cache: Path,
     key = hashlib.sha256(json.dumps([settings | {"tokenizer": tokenizer.fingerprint}, FORMAT]).encode())
     for ids in every:
         key.update(len(ids).to_bytes(8, "big") + ids.astype(np.uint32).tobytes())
-    folder = cache / "given" / key.hexdigest()[:16]
+    folder = cache / GIVEN / key.hexdigest()[:16]
     if is_prepared(str(folder)):
         return folder
     lengths = np.array([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)])
@@ -106,7 +123,7 @@ def _store_ids(documents: Iterable[np.ndarray], config: DataConfig, cache: Path,
         tokenizer.save(scratch / "tokenizer")
         writers = {name: SplitWriter(scratch, name, tokenizer, config.end_of_text, report, name) for name in SPLITS}
         for number, (ids, size) in enumerate(zip(every, sizes, strict=True)):
-            writers[side[number]].add(Document("", f"document {number} of data="), size, ids)
+            writers[side[number]].add(Document("", f"document {number} of those given"), size, ids)
         manifest = Manifest(
             format=FORMAT,
             source=f"{len(every)} documents of token ids",
@@ -115,17 +132,17 @@ def _store_ids(documents: Iterable[np.ndarray], config: DataConfig, cache: Path,
             splits={name: writer.close() for name, writer in writers.items()},
             **settings,
         )
-        check_sides(manifest)
+        check_sides(manifest, given=True)
         write_json(scratch / "meta.json", dataclasses.asdict(manifest))
     return folder
 
 
 def _checked(number: int, ids: np.ndarray, tokenizer: Tokenizer) -> Int[np.ndarray, " _"]:
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ValueError(f"document {number} of data= has shape {ids.shape} of {ids.dtype}; give texts, or rows of ids")
+        raise ValueError(f"document {number} has shape {ids.shape} of {ids.dtype}; give texts, or rows of ids")
     if len(wrong := ids[(ids < 0) | (ids >= tokenizer.vocab_size)]):
         raise ValueError(
-            f"document {number} of data= has the id {wrong[0]}, and the tokenizer {tokenizer.name} has 0 to "
+            f"document {number} has the id {wrong[0]}, and the tokenizer {tokenizer.name} has 0 to "
             f"{tokenizer.vocab_size - 1}; set data.tokenizer to the one that made the ids"
         )
     return ids

@@ -26,6 +26,7 @@ from llm_jax.data.sources import Document
 from llm_jax.data.tokenizer import Tokenizer, build, load_tokenizer
 from llm_jax.files import sha256_of, whole_folder, write_json, written
 
+GIVEN = "given"  # the folder in the cache of documents that a program gave (`given.py`)
 SETTINGS = ("tokenizer", "separator", "column", "end_of_text", "heldout", "heldout_by", "special")
 SHARD_TOKENS = 1 << 25
 READER = 2  # the version of how text is read; raise it when the documents of a source change
@@ -345,14 +346,22 @@ def by_tail(heldout: float, total: int) -> Callable[[bytes], str]:
     return side
 
 
-def check_sides(manifest: Manifest) -> None:
+def check_sides(manifest: Manifest, given: bool = False) -> None:
+    """Raise `ValueError` where nothing is left to train on, or nothing is held out; `given` by a program or not."""
     train, heldout = (manifest.splits[name].documents for name in SPLITS)
-    if not train or (manifest.heldout and not heldout):
+    if train and (heldout or not manifest.heldout):
+        return
+    if given or Path(manifest.source).parent.name == GIVEN:
         raise ValueError(
-            f"heldout={manifest.heldout:g} by {manifest.heldout_by} leaves {train} documents to train on and "
-            f"{heldout} held out; cut the text into more with a separator, such as data.separator=$'\\n\\n', or change "
-            "heldout"
+            f"data= has {train + heldout} documents, of which data.heldout={manifest.heldout:g} by "
+            f"{manifest.heldout_by} leaves {train} to train on and {heldout} held out; give more documents (in one "
+            "array of ids each ends with the tokenizer's end_of_text), or another data.heldout"
         )
+    raise ValueError(
+        f"heldout={manifest.heldout:g} by {manifest.heldout_by} leaves {train} documents to train on and "
+        f"{heldout} held out; cut the text into more with a separator, such as data.separator=$'\\n\\n', or change "
+        "heldout"
+    )
 
 
 def _check_agreement(settings: Mapping[str, Any], manifest: Manifest) -> None:

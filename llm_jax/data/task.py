@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Int, Int32, Int64
 
+from llm_jax.config import check_types
 from llm_jax.data.tokenizer import Tokenizer
 
 IGNORE = -1  # the target of a position without a loss
@@ -35,6 +36,7 @@ class TaskConfig:
     answers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_types(self, "data.task.")
         if self.kind == "classify" and (len(self.answers) < 2 or "" in self.answers):
             raise ValueError(f"task.kind=classify chooses among answers; got {self.answers}; set task.answers=yes,no")
         if self.kind == "translate" and self.answers:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from llm_jax.config import replace
 from llm_jax.data.task import TaskConfig, resolve
 from llm_jax.data.tokenizer import Tokenizer
-from llm_jax.infer.generate import BATCH, padded, prompt_ids
+from llm_jax.infer.generate import BATCH, as_texts, padded, prompt_ids
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.transformer import Transformer, forward, head_table
 from llm_jax.ops.loss import unembed
@@ -32,20 +32,20 @@ def classify(
     params: PyTree,
     tokenizer: Tokenizer,
     task: TaskConfig,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     *,
     begin: bool = True,
     special: bool = False,
 ) -> list[Answer]:
-    """Return the likeliest of a task's answers to each prompt; `begin` and `special` as for `generate`.
+    """Return the likeliest of a task's answers to each prompt, or to the only one.
 
-    Raise `ValueError` for a prompt that is too long.
+    `begin` and `special` are as for `generate`. Raise `ValueError` for a prompt that is too long.
     """
+    prompts = as_texts(prompts, "prompts=")
     separator = resolve(task, tokenizer, special=special).separator
     ids = prompt_ids(config, tokenizer, [task.ask(prompt) for prompt in prompts], begin, special)
-    config = replace(
-        config, **{"attention.implementation": None}
-    )  # an implementation for rows of training length may decline these
+    # An implementation chosen for rows of training length may decline these.
+    config = replace(config, **{"attention.implementation": None})
     answers = []
     for first in range(0, len(ids), BATCH):
         tokens, _ = padded(ids[first : first + BATCH], config.max_seq_len)

@@ -3,7 +3,8 @@
 import codecs
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -12,9 +13,10 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
-from llm_jax.config import replace
+from llm_jax.config import nearest, replace
 from llm_jax.data.task import Task, TaskConfig, resolve
-from llm_jax.data.tokenizer import Tokenizer
+from llm_jax.data.tokenizer import Tokenizer, open_tokenizer
+from llm_jax.keys import options_meant
 from llm_jax.model.cache import Cache, init_cache
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.precision import in_dtype
@@ -154,7 +156,8 @@ def prompt_ids(
     ids = [np.array([*start, *tokenizer.encode(prompt, special=special)], np.int32) for prompt in prompts]
     if not all(map(len, ids)):
         raise ValueError(
-            "a prompt without tokens leaves nothing to continue; give it some text, if only a line break, or --begin"
+            "a prompt without tokens leaves nothing to continue; give it some text, if only a line break, or --begin "
+            "(from Python run.new_sampler(begin=True))"
         )
     longest = max(map(len, ids), default=0)
     if longest >= config.max_seq_len:
@@ -174,30 +177,68 @@ class Text:
     finish: Finish | None
 
 
+def as_texts(given: str | Iterable[str], what: str) -> list[str]:
+    """Return some texts as a list; one text is a list of one. Raise `ValueError` for what is no text."""
+    if isinstance(given, str):
+        return [given]
+    try:
+        texts = list(given)
+    except TypeError:
+        raise ValueError(f"{what} takes a text, or a list of them; got {given!r}") from None
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"{what} takes a text, or a list of them; got {text!r} among them")
+    return texts
+
+
+OPTIONS = (*(field.name for field in dataclasses.fields(Sampling)), "max_tokens", "stop", "seed")
+
+
+def chosen_sampling(sampling: Sampling | None, filters: Mapping[str, Any]) -> Sampling:
+    """Return how to sample, given as a whole or by the fields of `Sampling`; the model's own distribution if neither.
+
+    Raise `ValueError` for both, and for a name that no option has, with the nearest that one has.
+    """
+    if sampling is not None and not isinstance(sampling, Sampling):
+        raise ValueError(
+            f"sampling= takes a Sampling, got {sampling!r}; write temperature={sampling!r}, or such a field"
+        )
+    for name in [name for name in filters if name not in OPTIONS]:
+        words = options_meant(
+            name, [f"--{known.replace('_', '-')}" for known in OPTIONS]
+        )  # as the command line has them
+        meant = [word.removeprefix("--").replace(" ", "=").replace("-", "_") for word in words]
+        say = f"did you mean {' or '.join(meant)}?" if meant else nearest(name, OPTIONS)
+        raise ValueError(f"{name}= is no way to sample; {say}")
+    if sampling is not None and filters:
+        raise ValueError(f"sampling= and {', '.join(filters)}= both say how to sample; give one of them")
+    return sampling or Sampling(**filters)
+
+
 class Sampler:
     """A model ready to generate text: its weights cast to `config.dtype` and unstacked, once.
 
         sampler = Sampler(config, params, tokenizer)
-        sampler.generate(["def f("], Sampling(temperature=0.5))
+        sampler.generate(["def f("], temperature=0.5)
 
-    `params` are those of `Transformer(config)`. `begin` puts the begin-of-text token before each prompt, as a document
-    began in training; for an imported model the right value is its tokenizer's `begins`. `special` reads special tokens
-    in prompts. With a `task`, prompts are its questions, with its separator or without.
-    Raise `ValueError` for a classifier.
+    `params` are those of `Transformer(config)`. `tokenizer` is one of ours, or its name, such as `byte`. `begin` puts
+    the begin-of-text token before each prompt, as a document began in training; for an imported model the right value
+    is its tokenizer's `begins`. `special` reads special tokens in prompts. With a `task`, prompts are its questions,
+    with its separator or without. Raise `ValueError` for a classifier, and for what is no model or its parameters.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         params: PyTree,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | str | Path,
         *,
         begin: bool = True,
         special: bool = False,
         task: TaskConfig | None = None,
     ) -> None:
-        if config.n_classes is not None:
-            raise ValueError("a classifier generates nothing; let it answer by infer/classify.py")
+        _check_model(config, params)
+        tokenizer = open_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
         self.tokenizer, self.begin, self.special = tokenizer, begin, special
         # An implementation chosen for rows of training length may decline a single query.
         self.config = replace(config, **{"attention.implementation": None})
@@ -207,29 +248,33 @@ class Sampler:
 
     def stream(
         self,
-        prompts: Sequence[str],
-        sampling: Sampling = Sampling(),
+        prompts: str | Sequence[str],
+        sampling: Sampling | None = None,
         *,
         max_tokens: int = 200,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         seed: int = 0,
+        **filters: Any,
     ) -> Iterator[Piece]:
-        """Yield the continuation of each prompt in pieces: whole characters, each as soon as it is certain.
+        """Yield the continuation of each prompt, or of the only one, in pieces: whole characters, each once certain.
 
+        How to sample is said by a `sampling`, or by `filters`: the fields of `Sampling`, such as `temperature=0.5`.
         A row ends with one of the tokenizer's `end_ids`, before the first `stop` text, after `max_tokens`, or where
         prompt and text fill `max_seq_len`. A row depends on its prompt, its index among `prompts` and `seed`; at
         temperature 0, on its prompt alone, unless positions are scaled by the length that a text may reach (`dynamic`,
         `longrope`): then on `max_tokens` too, once prompt and text may exceed `rotary.original_len`. A repetition
-        penalty ignores the begin-of-text token. Raise `ValueError` for a prompt that is empty or too long, and where
-        the logits are not finite.
+        penalty ignores the begin-of-text token. Raise `ValueError` for a prompt that is empty or too long, for an
+        unknown option, and where the logits are not finite.
         """
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens={max_tokens} generates nothing; use 1 or more")
+        sampling, stop = chosen_sampling(sampling, filters), as_texts(stop, "stop=")
+        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int | np.integer) or max_tokens < 1:
+            raise ValueError(f"max_tokens={max_tokens!r} generates nothing; use a whole number, 1 or more")
         if "" in stop:
             raise ValueError("an empty stop text would end every text before it begins; leave it out")
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed={seed} must lie between 0 and {2**32 - 1}")
-        ids = prompt_ids(self.config, self.tokenizer, list(map(self._ask, prompts)), self.begin, self.special)
+        if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+            raise ValueError(f"seed={seed!r} must lie between 0 and {2**32 - 1}, a whole number")
+        questions = list(map(self._ask, as_texts(prompts, "prompts=")))
+        ids = prompt_ids(self.config, self.tokenizer, questions, self.begin, self.special)
         rooms = [min(max_tokens, self.config.max_seq_len - len(tokens)) for tokens in ids]
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(ids)))
         for first in range(0, len(ids), BATCH):
@@ -252,17 +297,33 @@ class Sampler:
                 if all(row.finish for row in rows):
                     break
 
-    def texts(self, prompts: Sequence[str], sampling: Sampling = Sampling(), **options: Any) -> list[Text]:
+    def texts(self, prompts: str | Sequence[str], sampling: Sampling | None = None, **options: Any) -> list[Text]:
         """Return each prompt with its continuation and why that ends; `options` as for `stream`."""
+        prompts = as_texts(prompts, "prompts=")
         texts = [Text(prompt, "", None) for prompt in prompts]
         for piece in self.stream(prompts, sampling, **options):
             so_far = texts[piece.row]
             texts[piece.row] = Text(so_far.prompt, so_far.text + piece.text, piece.finish)
         return texts
 
-    def generate(self, prompts: Sequence[str], sampling: Sampling = Sampling(), **options: Any) -> list[str]:
-        """Return the continuation of each prompt; `options` as for `stream`."""
+    def generate(self, prompts: str | Sequence[str], sampling: Sampling | None = None, **options: Any) -> list[str]:
+        """Return the continuation of each prompt, or of the only one; `options` as for `stream`."""
         return [text.text for text in self.texts(prompts, sampling, **options)]
+
+
+def _check_model(config: Any, params: Any) -> None:
+    """Raise `ValueError` for what is no config of a model that generates, or not its parameters."""
+    if not isinstance(config, ModelConfig):
+        inside = next(
+            (name for name in ("config", "model") if isinstance(getattr(config, name, None), ModelConfig)), ""
+        )
+        way = f"; give its .{inside}" if inside else ""
+        raise ValueError(f"Sampler takes a ModelConfig, got a {type(config).__name__}{way}")
+    if config.n_classes is not None:
+        raise ValueError("a classifier generates nothing; ask run.classify(prompts), or: llm-jax generate RUN")
+    if not isinstance(params, Mapping) or config.head not in params:
+        way = 'variables["params"]' if isinstance(params, Mapping) and "params" in params else "run.params"
+        raise ValueError(f"params are no parameters of this model, which have {config.head!r} among them; give {way}")
 
 
 def row_by_row(pieces: Iterable[Piece]) -> Iterator[Piece]:
@@ -294,8 +355,8 @@ class Row:
         """
         if token == NO_TOKEN:
             raise ValueError(
-                "the model's logits are not finite: its weights have diverged, or overflow its dtype; name another "
-                "--checkpoint, or look at the loss of its run"
+                "the model's logits are not finite: its weights have diverged, or overflow its dtype; take another "
+                "checkpoint (--checkpoint, or Run.open(folder, checkpoint)), or look at the loss of its run"
             )
         ends = token in self._tokenizer.end_ids
         self._room -= 1

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
-from llm_jax.config import check_choices, check_ranges, import_object, nearest
+from llm_jax.config import check_ranges, check_types, import_object, nearest
 from llm_jax.ops.attention import Scores
 from llm_jax.ops.experts import Experts
 from llm_jax.ops.mask import Sparse
@@ -118,6 +118,7 @@ class AttentionConfig:
     implementation: Implementation | None = None
 
     def __post_init__(self) -> None:
+        check_types(self, "model.attention.")
         for name, least in (("window", 1), ("sinks", 0), ("convolution", 1)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"model.attention.{name}={value} must be at least {least}")
@@ -205,7 +206,7 @@ class ModelConfig:
     unroll: int = 1
 
     def __post_init__(self) -> None:
-        check_choices(self, "model.")
+        check_types(self, "model.")
         check_ranges(self, "model.")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)

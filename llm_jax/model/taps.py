@@ -54,7 +54,7 @@ def capture(model: nn.Module, params: Any, tokens: Array, **inputs: Any) -> dict
     """Return every named activation of one forward pass, by name, in the order of `TAPS`.
 
     Those inside blocks have a leading N, of the layers that have them. `jax.jit` would sort them by name. Raises
-    `ValueError` for an unstacked model.
+    `ValueError` for an unstacked model, and for tokens that are no rows of ids.
     """
     _, state = _run(model, {"params": params}, tokens, mutable=["taps"], **inputs)
     found, taps = leaves(state["taps"]), {}
@@ -69,16 +69,23 @@ def capture(model: nn.Module, params: Any, tokens: Array, **inputs: Any) -> dict
     return taps
 
 
-def edit(model: nn.Module, params: Any, tokens: Array, edits: Mapping[str, Array], **inputs: Any) -> Array:
+def edit(model: nn.Module, params: Any, tokens: Array, edits: Mapping[str, Array] | Any, **inputs: Any) -> Array:
     """Return the logits with each named activation, in all layers at once, replaced by `edits[name]`.
 
     An entry has the shape that `capture` shows. Raises `ValueError` for another shape, for a name that no activation
     of this model has, and for an unstacked model.
     """
     nested: dict[str, Any] = {}
+    if not isinstance(edits, Mapping):
+        raise ValueError(f"edits= takes {{name: array}}, got {type(edits).__name__}")
     for name, value in edits.items():
         if name not in TAPS:
             raise ValueError(f"no activation is called {name!r}; {nearest(name, TAPS)}")
+        if not hasattr(value, "shape"):
+            what, way = type(value).__name__, "jnp.array(...)"
+            if callable(value):
+                what, way = "function", f"f(capture(...)[{name!r}])"
+            raise ValueError(f"the edit of {name!r} is a {what}, not an array; give {way}")
         where = rows_by_path(model.config, name)
         if not where:
             raise ValueError(f"no layer of model.layers={','.join(model.config.layers)} has the activation {name!r}")

@@ -174,8 +174,10 @@ class Transformer(nn.Module):
         All tokens of a document see those of its `prefix`. `lengths` says how many tokens of each row count, if not
         all. `train=True` turns dropout on and needs a `dropout` key. `logits=False` stops at `hidden`, for a loss that
         computes logits chunk by chunk. An id outside 0 to `vocab_size - 1` can't raise inside jit: it reads the nearest
-        row of the table, so check ids where they come from. Raises `ValueError` for more tokens than learned positions.
+        row of the table, so check ids where they come from. Raises `ValueError` for more tokens than learned positions,
+        and for tokens that are no rows of ids.
         """
+        check_rows(tokens)
         L = tokens.shape[1]
         if positions is None:
             positions = jnp.arange(L)[None] + (0 if cache is None else cache.length[:, None])
@@ -252,6 +254,20 @@ def forward(model: Transformer, params: PyTree, tokens: Int[Array, "B L"], **inp
     `train/batch.py` refuses such batches.
     """
     return cast(Output, model.apply({"params": params}, tokens, **inputs))
+
+
+def check_rows(tokens: Any) -> None:
+    """Raise `ValueError` for anything but an array `[B, L]` of ids: a text, a list of lists, one row by itself."""
+    if not hasattr(tokens, "ndim"):
+        way = "an array, or run.tokens(text) of a text"
+    elif tokens.ndim != 2:
+        way = "tokens[None] for a single row" if tokens.ndim == 1 else "a row for each text"
+    elif not jnp.issubdtype(tokens.dtype, jnp.integer):
+        way = "whole numbers"
+    else:
+        return
+    got = f"shape {tokens.shape} of {tokens.dtype}" if hasattr(tokens, "ndim") else type(tokens).__name__
+    raise ValueError(f"tokens are rows of ids, [B, L]; got {got}; give {way}")
 
 
 def table_of(role: str, rows: int) -> Any:

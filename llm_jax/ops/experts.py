@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from llm_jax.config import check_types
 from llm_jax.ops.collectives import shard_map_by_letters
 
 
@@ -47,6 +48,7 @@ class Experts:
     router_z_loss: float = 0.0
 
     def __post_init__(self) -> None:
+        check_types(self, "model.experts.")
         if self.number < 2:
             raise ValueError(f"experts.number={self.number} must be at least 2; for one expert leave experts unset")
         if not 1 <= self.active <= self.number:

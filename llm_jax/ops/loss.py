@@ -11,7 +11,8 @@ from llm_jax.ops.collectives import all_gather, shard_map_by_letters
 from llm_jax.ops.gradient import gradient_after
 from llm_jax.sharding import TOKENS, constrain
 
-IGNORE = -1  # a target that does not count: padding, or the last token of a document
+IGNORE = -1
+"""The target of a position that does not count: padding, or the last token of a document."""
 
 
 def unembed(
@@ -46,8 +47,10 @@ def cross_entropy(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
 ) -> tuple[Float[Array, "*T"], Float[Array, "*T"]]:
-    """Return (loss, negative log-likelihood) of every token in nats, float32, 0 where the target is IGNORE.
+    """Return (loss, nll) of every token in nats, float32, 0 where the target is IGNORE.
 
+    `nll` is the negative log-likelihood `-log p(target)`, and `loss` the same with the terms below; without any they
+    are equal.
     Nothing is raised for a target that is neither IGNORE, which is -1, nor one of the V: it picks no logit, and its
     "likelihood" is exp(-logsumexp(logits)). So it is for PyTorch's -100. `train/batch.py` refuses such batches.
     `label_smoothing` mixes the target with the uniform distribution (Szegedy et al. 2015, arXiv:1512.00567);

@@ -12,6 +12,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Int
 
+from llm_jax.config import check_types
+
 
 @dataclasses.dataclass(frozen=True)
 class Sparse:
@@ -41,6 +43,7 @@ class Sparse:
     random: int = 2
 
     def __post_init__(self) -> None:
+        check_types(self, "model.attention.sparse.")
         for name in ("block", "local", "stride"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sparse.{name}={getattr(self, name)} must be at least 1")

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from llm_jax.config import check_types
+
 
 @dataclasses.dataclass(frozen=True)
 class Rotary:
@@ -52,6 +54,7 @@ class Rotary:
     long_factors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        check_types(self, "model.rotary.")
         for name in ("theta", "factor", "low_turns", "local_theta", "amplitude"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"rotary.{name}={value} must be positive")

@@ -1,7 +1,10 @@
 """The text of a run: prepared on first use, found again later, or other text in the run's tokens."""
 
 import dataclasses
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +80,22 @@ def open_text(uri: str, folder: Path, config: RunConfig, report: Report, column:
     return Mixture(sources, [_open_one(source.uri, folder, rows, report) for source in sources])
 
 
+def open_documents(documents: Any, folder: Path, config: RunConfig, report: Report) -> Shards:
+    """Return documents that a program gives, as `fit(data=)` takes them, in the tokens of the run in `folder`."""
+    own = dataclasses.replace(config.data, tokenizer=str(folder / "tokenizer"), heldout=0.0)
+    address = given_data(documents, dataclasses.replace(config, data=own), report)
+    return _open_one(address, folder, config, report)
+
+
+def check_address(text: str) -> None:
+    """Raise `ValueError` for a text where an address is expected: it has blanks, and leads nowhere."""
+    there = os.path.exists(text) or glob(text) or "://" in text or re.search(r":[\d.]+$", text)  # so ends a mixture
+    if any(map(str.isspace, text)) and not there:
+        raise ValueError(
+            f"{text[:40]!r} is no file, folder or pattern here; to score a text itself give a list: [text]"
+        )
+
+
 def _open_one(uri: str, folder: Path, config: RunConfig, report: Report, column: str | None = None) -> Shards:
     if not is_prepared(uri):
         data = dataclasses.replace(config.data, uri=uri, tokenizer=str(folder / "tokenizer"), heldout=0.0)
@@ -93,13 +112,13 @@ def _open_one(uri: str, folder: Path, config: RunConfig, report: Report, column:
         )
     if column not in (None, shards.manifest.column):
         raise ValueError(
-            f"{uri} is prepared already, of the column {shards.manifest.column!r}; leave out --column {column}"
+            f"{uri} is prepared already, of the column {shards.manifest.column!r}; leave out column={column} (--column)"
         )
     if shards.manifest.end_of_text != config.data.end_of_text:
         raise ValueError(
             f"{uri} has end_of_text={shards.manifest.end_of_text}, but texts of {folder} have "
-            f"end_of_text={config.data.end_of_text}; add {'--no-begin' if config.data.end_of_text else '--begin'}, or "
-            "name the text itself"
+            f"end_of_text={config.data.end_of_text}; add {'--no-begin' if config.data.end_of_text else '--begin'} "
+            f"(from Python begin={not config.data.end_of_text}), or name the text itself"
         )
     return shards
 

@@ -35,7 +35,7 @@ def fit(
     *,
     loss: Loss | None = None,
     optimizer: Optimizer | None = None,
-    data: Iterable[str] | Iterable[np.ndarray] | None = None,
+    data: Iterable[str] | Iterable[np.ndarray] | Iterable[int] | None = None,
     metrics: Callback | Sequence[Callback] = (),
     console: Console | None = None,
     command: str = "",
@@ -46,7 +46,7 @@ def fit(
     targets that count (`train/custom.py`).
     optimizer: an optax transformation, or a function that makes one, in place of `config.optimizer`; its learning rate
     is inside.
-    data: documents in place of `config.data.uri`: texts, arrays of token ids, or one array of ids with ends of text.
+    data: documents in place of `config.data.uri`: texts, arrays of token ids, or one row of ids with ends of text.
     metrics: callbacks `(step, state, metrics)` after every step. What they return, `{name: scalar}`, is logged, and
     `raise llm_jax.Stop("why")` ends the run with a checkpoint. They see device arrays: one that reads a number makes
     the device wait.
@@ -155,4 +155,4 @@ def _callbacks(given: Any) -> tuple[Callback, ...]:
 
 
 def _way_on(folder: Path) -> str:
-    return f"start all of them again, with fewer if you like: llm-jax resume {folder}"
+    return f"start all of them again, with fewer if you like: {run_folder.way_on(folder)}"

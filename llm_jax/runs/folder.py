@@ -55,16 +55,21 @@ def check_free(folder: Path, config: RunConfig) -> None:
         str(folder.absolute()).encode()
     except UnicodeEncodeError:
         raise ValueError(
-            f"{folder.absolute()} is no path in UTF-8, which checkpoints need; choose another --run"
+            f"{folder.absolute()} is no path in UTF-8, which checkpoints need; choose another folder (--run)"
         ) from None
     if is_run(folder):
         changed = changes(folder, config)
         other = f" of another config ({'; '.join(changed[:3])})" if changed else ""
         raise ValueError(
-            f"{folder} already holds a run{other}; continue it: llm-jax resume {folder}, or choose another --run"
+            f"{folder} already holds a run{other}; continue it: {way_on(folder)}; or choose another folder (--run)"
         )
     if folder.exists() and (not folder.is_dir() or _begun(folder) is None):
-        raise ValueError(f"{folder} is not empty, and a run begins in a folder of its own; choose another --run")
+        raise ValueError(f"{folder} is not empty, and a run begins in a folder of its own; choose another (--run)")
+
+
+def way_on(folder: str | Path) -> str:
+    """Return how the run in `folder` is continued, from a shell and from Python."""
+    return f"llm-jax resume {folder}, or llm_jax.resume({str(folder)!r})"
 
 
 def _begun(folder: Path) -> list[Path] | None:
@@ -89,11 +94,16 @@ def changes(folder: Path, config: RunConfig) -> list[str]:
     return differences(to_dict(load_config(folder)), to_dict(_with_absolute_paths(config)))
 
 
+def check_run(folder: str | Path) -> None:
+    """Raise `ValueError` where `folder` holds no run, and name one nearby."""
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"{folder} holds no run (no config.json); {_way_to_a_run(Path(folder))}")
+
+
 def load_config(folder: str | Path) -> RunConfig:
     """Return the config of the run in `folder`. Raise `ValueError` where there is none, and name one nearby."""
+    check_run(folder)
     path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no run (no config.json); {_way_to_a_run(Path(folder))}")
     try:
         config = from_dict(RunConfig, read_json(path, advice=ADVICE))
     except ValueError as error:
@@ -113,7 +123,8 @@ def _way_to_a_run(folder: Path) -> str:
     if near := above or inside or close:
         return f"did you mean {', or '.join(map(str, near[:3]))}?"
     free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-    return "start one with: llm-jax train quickstart" + f" --run {folder}" * free
+    run, path = (f" --run {folder}", str(folder)) if free else ("", "runs/a")
+    return f"start one with: llm-jax train quickstart{run}, or llm_jax.fit(config, {path!r})"
 
 
 def _looks_like_a_run(folder: Path) -> bool:
@@ -208,7 +219,7 @@ def owned(folder: Path) -> Iterator[None]:
         try:
             stack.enter_context(locked(folder))
         except BlockingIOError:
-            raise ValueError(f"another process trains in {folder}; stop it, or choose another --run") from None
+            raise ValueError(f"another process trains in {folder}; stop it, or choose another folder (--run)") from None
         yield
 
 
@@ -262,8 +273,9 @@ def shards_folders(folder: Path, config: RunConfig) -> list[Path]:
     """
     if not (folder / "data.json").exists():
         raise ValueError(
-            f"{folder} was imported: it has weights, and neither data nor an optimizer of its own. Train on from it: "
-            f"llm-jax train CONFIG --from {folder}; evaluate it on your own text: llm-jax evaluate {folder} --data URI"
+            f"{folder} was imported: it has weights, and neither data nor an optimizer of its own. Train further from "
+            f"it: llm-jax train CONFIG --from {folder}, or fit with init_from={str(folder)!r}; evaluate it on your own "
+            f"text: llm-jax evaluate {folder} --data URI, or run.evaluate(URI)"
         )
     there, names = _read_data(folder), [source.name for source in config.data.sources]
     sources = there.get("sources", {names[0]: there})

@@ -9,6 +9,7 @@ from llm_jax.data.mixture import Mixture
 from llm_jax.data.shards import Shards
 from llm_jax.runs.checkpoint import Checkpoints, Progress
 from llm_jax.runs.diagnose import diagnose
+from llm_jax.runs.folder import way_on
 from llm_jax.runs.seal import LAYOUT
 from llm_jax.train.program import Program
 from llm_jax.train.step import TrainState
@@ -47,13 +48,13 @@ def moved_away(folder: Path, now: str, checkpoints: Checkpoints) -> ValueError:
         checkpoints.finish()
     return ValueError(
         f"{folder} was moved or removed while its run trained; {newest_checkpoint(checkpoints)}, and nothing was "
-        f"written elsewhere; continue with: llm-jax resume {now}"
+        f"written elsewhere; continue with: {way_on(now)}"
     )
 
 
 def disk_failed(folder: Path, error: OSError, checkpoints: Checkpoints) -> ValueError:
     """Say what the disk said, and how to resume."""
-    way = f"continue with: llm-jax resume {folder}" if checkpoints.steps() else "start again"
+    way = f"continue with: {way_on(folder)}" if checkpoints.steps() else "start again"
     said = f"{error.filename or folder}: {error.strerror}" if error.strerror else error  # an open file has no name
     return ValueError(f"{said}; {newest_checkpoint(checkpoints)}; fix this, then {way}")
 

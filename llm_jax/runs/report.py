@@ -142,6 +142,17 @@ def card(folder: str | Path) -> str:
     return f'<div style="max-width: 45rem">{head}<table>{facts}</table>{chart}</div>'
 
 
+def line(folder: str | Path) -> str:
+    """Return a run as a line for a terminal: its folder, its newest checkpoint, how far it came, and its last loss."""
+    folder = Path(folder)
+    rows, steps = log.read(folder), _load(folder / "config.json").get("steps", 0)
+    saved = [int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdecimal()]
+    said = [f"run {folder}: " + (f"newest checkpoint of step {max(saved):,}" if saved else "no checkpoint yet")]
+    if rows:
+        said += [f"{rows[-1]['step']:,} of {steps:,} steps", f"last loss {rows[-1].get('loss', math.nan):.4f}"]
+    return ", ".join(said)
+
+
 def columns(rows: Rows) -> Columns:
     """Return steps and values of each metric in the rows of `log.read(folder)`; empty if there are none."""
     having = {name: [row for row in rows if isinstance(row.get(name), int | float)] for name in NUMBERS}

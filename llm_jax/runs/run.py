@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,24 @@ from llm_jax import log
 from llm_jax.data.loader import heldout_rows
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.infer.classify import Answer, classify
-from llm_jax.infer.generate import Sampler
+from llm_jax.infer.generate import Sampler, chosen_sampling
 from llm_jax.model.precision import in_dtype
 from llm_jax.model.taps import capture, edit
+from llm_jax.model.transformer import Transformer
 from llm_jax.ops.sampling import Sampling
 from llm_jax.runs import folder as run_folder
 from llm_jax.runs import restore
 from llm_jax.runs.checkpoint import Checkpoints, Progress, Report
-from llm_jax.runs.data import all_text, open_run_data, open_text
+from llm_jax.runs.code import changed_mixers
+from llm_jax.runs.data import all_text, check_address, open_documents, open_run_data, open_text
 from llm_jax.runs.evaluate import Evaluation, evaluate
-from llm_jax.runs.report import card
+from llm_jax.runs.report import card, line
 from llm_jax.train.config import RunConfig
 from llm_jax.train.program import Program
 
 
 class Run:
-    """The run in a folder. Weights are restored when they are first asked for, and stay on one device.
+    """The run in a folder. Its config is read, and its weights restored to one device, when they are first needed.
 
         run = Run.open("runs/quickstart")
         run.metrics["loss"][-1], run.evaluate().bits_per_byte
@@ -49,8 +51,8 @@ class Run:
         report: Report = print,
     ) -> None:
         self.folder, self.checkpoint, self.progress = Path(folder), str(checkpoint), progress
-        self.config: RunConfig = run_folder.load_config(self.folder)
         self._report = report
+        run_folder.check_run(self.folder)
 
     @classmethod
     def open(cls, folder: str | Path, checkpoint: str | int = "best", *, report: Report = print) -> "Run":
@@ -60,8 +62,22 @@ class Run:
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r}, checkpoint={self.checkpoint!r})"
 
+    def __str__(self) -> str:
+        """Return where the run is and how far it came, of its files only: neither code nor weights are loaded."""
+        return line(self.folder)
+
     def _repr_html_(self) -> str:
         return card(self.folder)
+
+    @functools.cached_property
+    def config(self) -> RunConfig:
+        """What the run was made with. Raise `ValueError` where it is damaged, or names a layer that is not here."""
+        return run_folder.load_config(self.folder)
+
+    @functools.cached_property
+    def model(self) -> Transformer:
+        """The model of these weights: `lj.forward(run.model, run.params, run.tokens("a text"))`."""
+        return Transformer(self.config.model)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -88,34 +104,43 @@ class Run:
 
     @functools.cached_property
     def _weights(self) -> tuple[PyTree, int]:
+        for path in changed_mixers(self.config.model, run_folder.load_code(self.folder)):
+            self._report(f"{path} does not do what it did when {self.folder} was trained: its numbers may be others")
         return restore.weights(self.folder, self._program, self.checkpoint, report=self._report)
 
     @functools.cached_property
     def _program(self) -> Program:
         return restore.on_one_device(self.config)
 
-    def evaluate(self, uri: str | None = None, *, column: str | None = None, begin: bool | None = None) -> Evaluation:
-        """Return how well the model predicts what the run held out, or all the text at `uri`.
+    def evaluate(
+        self, text: str | Path | Iterable[Any] | None = None, *, column: str | None = None, begin: bool | None = None
+    ) -> Evaluation:
+        """Return how well the model predicts what the run held out; or all of `text`, an address or documents.
 
-        Documents at `uri` begin and end as in training. Those of an imported run begin as its tokenizer begins a text:
-        with begin-of-text, and then an end is scored too, or with nothing, and then neither the first token nor an end
-        is. `begin` says otherwise. `column` is the one of rows at `uri` that is text; None: that of the run.
+        An address is what `data.uri` takes, documents are what `fit(data=)` takes: a list of texts, or of ids. They
+        begin and end as in training. Those of an imported run begin as its tokenizer begins a text: with begin-of-text,
+        and then an end is scored too, or with nothing, and then neither the first token nor an end is. `begin` says
+        otherwise. `column` is the one of rows at an address that is text; None: that of the run.
         """
         config = self.config
-        if uri is None:
+        if text is None:
             store = open_run_data(self.folder, config, self._report).split("heldout")
-            batches = heldout_rows(store, config.data)
+            batches, what = heldout_rows(store, config.data), f"what {self.folder} held out"
         else:
             begin = run_folder.begins(self.folder, config, self.tokenizer) if begin is None else begin
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, end_of_text=begin))
-            store, batches = all_text(open_text(uri, self.folder, config, self._report, column), config.data)
-        what = f"what {self.folder} held out" if uri is None else f"all of {uri}"
+            if isinstance(text, str | Path):
+                check_address(str(text))
+                what, found = f"all of {text}", open_text(str(text), self.folder, config, self._report, column)
+            else:
+                what, found = "all that was given", open_documents(text, self.folder, config, self._report)
+            store, batches = all_text(found, config.data)
         self._report(f"scoring {what}: {store.offsets[-1]:,} tokens of {store.n_documents:,} documents")
         program = restore.on_all_devices(config)
         if program.mesh.size == 1:
             params = self.params
         else:
-            params, _ = restore.weights(self.folder, program, self.checkpoint, report=self._report)
+            params, _ = restore.weights(self.folder, program, str(self.step), report=self._report)
         return evaluate(functools.partial(program.score, params), batches, store, config.data.task)
 
     @functools.cached_property
@@ -142,36 +167,38 @@ class Run:
         sampling: Sampling | None = None,
         *,
         max_tokens: int = 200,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         seed: int = 0,
-        **filters: float,
+        **filters: Any,
     ) -> list[str]:
         """Return the continuation of each prompt, or of the only one.
 
         `filters` are the fields of `Sampling`, such as `temperature=0.5`, in the place of a `sampling`. Raise
         `ValueError` as `Sampler.stream` does.
         """
-        if sampling is not None and filters:
-            raise ValueError(f"sampling= and {', '.join(filters)}= both say how to sample; give one of them")
-        if unknown := filters.keys() - {field.name for field in dataclasses.fields(Sampling)}:
-            known = ", ".join(field.name for field in dataclasses.fields(Sampling))
-            raise ValueError(f"{min(unknown)}= is no way to sample; there are {known}")
-        chosen = sampling or Sampling(**filters)  # pyright: ignore[reportArgumentType]  (checked by its fields)
-        asked = [prompts] if isinstance(prompts, str) else prompts
-        return self.sampler.generate(asked, chosen, max_tokens=max_tokens, stop=stop, seed=seed)
+        sampling = chosen_sampling(sampling, filters)  # before the weights are restored
+        return self.sampler.generate(prompts, sampling, max_tokens=max_tokens, stop=stop, seed=seed)
 
     def classify(
-        self, prompts: Sequence[str], *, begin: bool | None = None, special: bool | None = None
+        self, prompts: str | Sequence[str], *, begin: bool | None = None, special: bool | None = None
     ) -> list[Answer]:
-        """Return the likeliest answer to each prompt. Raise `ValueError` unless the run is a classifier."""
+        """Return the likeliest answer to each prompt, or to the only one.
+
+        Raise `ValueError` unless the run is a classifier.
+        """
         model, task = self.config.model, self.config.data.task
         if task is None or model.n_classes is None:
-            raise ValueError(f"{self.folder} is no classifier; use generate")
+            raise ValueError(f"{self.folder} is no classifier; use run.generate(prompts), or: llm-jax generate")
         params = in_dtype(self.params, model.dtype)
         return classify(model, params, self.tokenizer, task, prompts, **self._reading(begin, special))
 
     def tokens(self, text: str) -> Int[Array, "1 L"]:
-        """Return `text` as a row of token ids, begun as a document is."""
+        """Return `text` as a row of token ids, begun as a document is. Raise `ValueError` for anything but one text."""
+        if not isinstance(text, str):
+            raise ValueError(
+                f"this takes one text, got a {type(text).__name__}; call it for each text, or pass rows of ids to "
+                "llm_jax.capture(run.model, run.params, tokens)"
+            )
         reading = self._reading(None, None)
         begin = [self.tokenizer.begin_of_text] * reading["begin"]
         return jnp.array([[*begin, *self.tokenizer.encode(text, special=reading["special"])]], jnp.int32)

@@ -122,7 +122,10 @@ class Session:
             self.say(f"{self.folder} has no checkpoint yet: it begins again")
             return self.begin(), Progress()
         if (step := restored[1].step) >= c.steps:
-            raise ValueError(f"{self.folder} is finished at step {step}; train further with --steps N above that")
+            raise ValueError(
+                f"{self.folder} is finished at step {step}; train further with more steps: --steps N, or "
+                f"llm_jax.resume({str(self.folder)!r}, steps=N)"
+            )
         self.say(
             f"resumed {self.folder} at step {step} of {c.steps}: weights, optimizer, schedule and data position "
             f"({self.loader.position(step)}) restored"

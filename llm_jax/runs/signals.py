@@ -43,7 +43,7 @@ class Stopping:
 
 @contextmanager
 def stop_signals() -> Iterator[Stopping]:
-    """Let the first SIGTERM or Ctrl-C only ask to stop; a second one acts as ever.
+    """Let the first SIGTERM or Ctrl-C within it only ask to stop; a second one acts as ever.
 
     Of several processes whichever is asked tells the others, and all stop at one step, the next that none of them has
     come to. In a thread that is not the main one, where Python allows no handlers, signals act as ever from the first.

@@ -6,8 +6,9 @@ import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from llm_jax.config import checked, differences, nearest, override, to_dict
+from llm_jax.config import checked, differences, nearest, override, replace, to_dict
 from llm_jax.data.tokenizer import NAMED, build
 from llm_jax.recipes import recipes
 from llm_jax.runs.folder import load_config, load_tokenizer
@@ -29,12 +30,17 @@ def load_recipe(name: str) -> RunConfig:
     return checked(config)
 
 
-def recipe(name: str, *changes: str) -> RunConfig:
-    """Return the config of a recipe, a name of `llm-jax configs` or a Python file, with `changes` such as `steps=200`.
+def recipe(name: str, /, *assignments: str, **changes: Any) -> RunConfig:
+    """Return the config of a recipe, with changes as `replace` takes them.
+
+    `name` is one of `llm-jax configs`, or a Python file that sets `config = RunConfig(...)`.
+
+        recipe("quickstart", "steps=200", "data.batch_size=16")
+        recipe("quickstart", steps=200, **{"data.batch_size": 16})
 
     Raise `ValueError` for a recipe or a key that is none, with the nearest that is.
     """
-    return override(load_recipe(name), changes)
+    return replace(load_recipe(name), *assignments, **changes)
 
 
 def config_from(

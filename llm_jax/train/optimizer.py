@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from llm_jax import tree as trees
+from llm_jax.config import check_types
 from llm_jax.sharding import MATRICES
 from llm_jax.train.factored import scale_by_factored_rms, sides
 
@@ -65,6 +66,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1
 
     def __post_init__(self) -> None:
+        check_types(self, "optimizer.")
         for name in ("learning_rate", "eps", "clip"):
             value, otherwise = getattr(self, name), "; none is no clipping" * (name == "clip")
             if value is not None and not SMALLEST <= value <= LARGEST:

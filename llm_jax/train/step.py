@@ -14,6 +14,7 @@ from flax import struct
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from llm_jax.config import check_types
 from llm_jax.data.loader import Batch
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.feedforward import Utilisation
@@ -55,6 +56,7 @@ class LossConfig:
     chunk: int | None = None
 
     def __post_init__(self) -> None:
+        check_types(self, "loss.")
         if not 0 <= self.z_loss < math.inf or not 0 <= self.label_smoothing < 1:
             raise ValueError(f"loss.z_loss must not be negative and loss.label_smoothing lie in [0, 1), got {self}")
         if self.chunk is not None and self.chunk < 1:

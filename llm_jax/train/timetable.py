@@ -12,6 +12,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Int
 
+from llm_jax.config import check_types
+
 # The cost of a piece in forward passes: backward is twice the work, and recomputes the forward pass first.
 FORWARD, BACKWARD = 1, 3
 
@@ -31,6 +33,7 @@ class PipelineConfig:
     chunks: int = 1
 
     def __post_init__(self) -> None:
+        check_types(self, "pipeline.")
         if self.chunks < 1:
             raise ValueError(f"pipeline.chunks={self.chunks} must be at least 1")
 
