@@ -199,6 +199,13 @@ def names_of(axes: Axes) -> tuple[str, ...]:
     return (axes,) if isinstance(axes, str) else axes or ()
 
 
+def own_letters(path: str, shape: tuple[int, ...]) -> str:
+    """Return the letters of a parameter in a layer of the user's own, whole on every device; empty for any other."""
+    inside = re.search(r"layers(\S*)/mixer/", path)
+    stacked = inside is not None and not inside[1].startswith("_")  # layers_4 is one layer
+    return "" if inside is None else "N" * stacked + WHOLE * (len(shape) - stacked)
+
+
 @functools.cache
 def letters_of(path: str, shape: tuple[int, ...]) -> str:
     """Return the letters of the leaf at `path`, without the leading `N` if its layers are not stacked.
@@ -207,9 +214,8 @@ def letters_of(path: str, shape: tuple[int, ...]) -> str:
     has the letters of its parameter without those it is averaged over. Raises `ValueError` if no row of `LETTERS`
     matches.
     """
-    if own := re.search(r"layers(\S*)/mixer/", path):  # of a user's own, whole on every device that has its layer
-        stacked = not own[1].startswith("_")
-        return "N" * stacked + WHOLE * (len(shape) - stacked)
+    if own := own_letters(path, shape):
+        return own
     letters = "" if math.prod(shape) == 1 else trees.first_match(LETTERS, path)
     matrix = trees.first_match((*TABLES, *MATRICES), path) if letters else None
     if matrix is not None:

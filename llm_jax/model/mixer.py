@@ -31,8 +31,8 @@ class Mixer(nn.Module):
     state: None in training. While text is generated, what `init_state` began with and each call has returned since:
     `x` are then the tokens after those.
 
-    Parameters that `self.param` makes are called `w_...`, `b_...` or `scale`, so that weight decay knows which are
-    matrices; each device holds all of them. `axes` are the mesh axes on which the class computes what one device does:
+    Parameters may have any names, of `self.param` or of submodules; weight decay takes those of two axes and more, and
+    each device holds all of them. `axes` are the mesh axes on which the class computes what one device does:
     rows are split over `data` and `fsdp`. On other axes a run is refused.
     """
 

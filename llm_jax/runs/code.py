@@ -172,7 +172,7 @@ def _of_class(cls: type, seen: Seen) -> Iterator[str]:
 
 
 def _names(code: types.CodeType) -> set[str]:
-    """The global names in a function, and in those inside it."""
+    """Return the global names in a function, and in those inside it."""
     inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
     return {*code.co_names}.union(*map(_names, inner))
 
@@ -185,7 +185,7 @@ def _filled(cell: types.CellType) -> bool:
 
 
 def _syntax(code: types.CodeType) -> str:
-    """The source of a function in one spelling, without docstrings; its instructions where that can't be found."""
+    """Return the source of a function in one spelling, without docstrings; its instructions if that can't be found."""
     try:
         tree = ast.parse(textwrap.dedent("".join(linecache.getlines(code.co_filename))))
     except SyntaxError:  # a cell with magics

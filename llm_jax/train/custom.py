@@ -142,7 +142,7 @@ def key_leaf(opt_state: PyTree) -> str | None:
 
 
 def _takes(function: Any, arguments: int) -> bool:
-    """Whether `function` can be called with so many positional arguments."""
+    """Return whether `function` can be called with so many positional arguments."""
     if not callable(function):
         return False
     try:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 from llm_jax import tree as trees
 from llm_jax.config import check_types
-from llm_jax.sharding import MATRICES
+from llm_jax.sharding import MATRICES, own_letters
 from llm_jax.train.factored import scale_by_factored_rms, sides
 
 # (path regex, whether weight decay applies). First match wins; no match raises.
@@ -113,10 +113,12 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def decay_mask(params: PyTree) -> PyTree:
     """Return True where weight decay applies: matrices and token tables, not norms, biases or positions.
 
-    Raise `ValueError` for a parameter whose name does not say which of these it is.
+    A layer of the user's own may call its parameters as it likes: there, arrays of two axes and more are matrices. Raise `ValueError` for a parameter whose name does not say which of these it is.
     """
 
-    def decayed(path: str, _: Any) -> bool:
+    def decayed(path: str, leaf: Any) -> bool:
+        if letters := own_letters(path, leaf.shape):
+            return len(letters.removeprefix("N")) > 1
         try:
             return trees.first_match(DECAYED, path)
         except ValueError:
