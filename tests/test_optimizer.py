@@ -100,9 +100,18 @@ def test_decay_pulls_matrices_and_token_tables_only(config: ModelConfig):
 
 
 def test_a_parameter_without_a_decay_row_raises():
-    message = "the name of 'layers/mixer/gain' does not say whether weight decay applies; end it in w_"
+    message = "the name of 'layers/attention/gain' does not say whether weight decay applies; end it in w_"
     with pytest.raises(ValueError, match=message):
-        decay_mask({"layers": {"mixer": {"gain": jnp.zeros(3)}}})
+        decay_mask({"layers": {"attention": {"gain": jnp.zeros(3)}}})
+
+
+def test_of_a_layer_of_ones_own_the_arrays_of_two_axes_decay():
+    leaf = {"Dense_0": {"kernel": jnp.ones((2, 3, 3)), "bias": jnp.ones((2, 3))}}
+    mask = decay_mask(
+        {"layers": {"mixer": leaf}, "layers_4": {"mixer": {"gain": jnp.ones(3), "table": jnp.ones((3, 3))}}}
+    )
+    assert mask["layers"]["mixer"]["Dense_0"] == {"kernel": True, "bias": False}
+    assert mask["layers_4"]["mixer"] == {"gain": False, "table": True}
 
 
 @pytest.mark.parametrize("name", NAMES)

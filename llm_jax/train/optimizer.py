@@ -113,7 +113,8 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def decay_mask(params: PyTree) -> PyTree:
     """Return True where weight decay applies: matrices and token tables, not norms, biases or positions.
 
-    A layer of the user's own may call its parameters as it likes: there, arrays of two axes and more are matrices. Raise `ValueError` for a parameter whose name does not say which of these it is.
+    A layer of the user's own may call its parameters as it likes: there, arrays of two axes and more are matrices.
+    Raise `ValueError` for any other parameter whose name does not say which of these it is.
     """
 
     def decayed(path: str, leaf: Any) -> bool:
