@@ -16,7 +16,7 @@ from llm_jax.runs import folder as run_folder
 from llm_jax.runs.checkpoint import Progress
 from llm_jax.runs.data import given_data, open_data, open_run_data
 from llm_jax.runs.loop import loop, report
-from llm_jax.runs.refusals import check_layout, disk_failed, moved_away
+from llm_jax.runs.refusals import check_config, check_layout, disk_failed, moved_away
 from llm_jax.runs.run import Run
 from llm_jax.runs.session import Session, Watcher, on
 from llm_jax.sharding import mesh_sizes
@@ -53,6 +53,7 @@ def fit(
     Raise `ValueError` for what can't work, `Diverged` after `config.patience` bad steps in a row. Ctrl-C saves a
     checkpoint, and returns.
     """
+    check_config(config)
     folder, custom = Path(folder), Custom.of(loss, optimizer)
     processes.from_first(lambda: run_folder.check_free(folder, config))
     console = console or Console()
