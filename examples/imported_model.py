@@ -22,10 +22,10 @@ lj.export_hf(lj.fit(config, "runs/origin"), "exported")
 
 # %%
 run = lj.import_hf("exported", "runs/imported")
-prompt = "zwei\t"
+prompt = "siebentausendzwei\t"
 (
-    run.generate(prompt, temperature=0.0, max_tokens=12),
-    lj.Run.open("runs/origin").generate(prompt, temperature=0.0, max_tokens=12),
+    run.generate(prompt, temperature=0, max_tokens=40),
+    lj.Run.open("runs/origin").generate(prompt, temperature=0, max_tokens=40),
 )
 
 # %% [markdown]

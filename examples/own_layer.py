@@ -31,7 +31,7 @@ run = lj.fit(config, "runs/mean")
 # It generates like any other: the state of each layer is kept in the cache.
 
 # %%
-run.generate("elf\t", temperature=0.2, max_tokens=20)
+run.generate("siebenhundertelf\t", temperature=0.2, max_tokens=40)
 
 # %% [markdown]
 # The class declares the mesh axes on which it computes what one device does, `axes = ("data", "fsdp")` by default; on

@@ -14,7 +14,7 @@ import llm_jax as lj
 def focal_loss(model, params, batch, key):
     """Cross-entropy that counts a token less the better it is predicted (Lin et al. 2017, arXiv:1708.02002)."""
     logits = lj.forward_batch(model, params, batch, key).logits
-    nll, _ = lj.cross_entropy(logits, batch.targets)  # 0 where a target does not count
+    _, nll = lj.cross_entropy(logits, batch.targets)  # (loss, nll), of every token; 0 where a target does not count
     return (nll * (1 - jnp.exp(-nll)) ** 2).sum(), {"nll": nll.sum()}
 
 

@@ -9,6 +9,7 @@ The names of `import llm_jax` are listed from the package, each with a link to i
 """
 
 import ast
+import itertools
 import posixpath
 import re
 from pathlib import Path
@@ -55,10 +56,17 @@ def front_door() -> str:
     for name, home in homes.items():
         module, attribute = home.split(":")
         body = parsed(f"llm_jax/{module.replace('.', '/')}.py").body
-        found = {node.name: node for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+        found = {
+            node.name: ast.get_docstring(node) or ""
+            for node in body
+            if isinstance(node, ast.ClassDef | ast.FunctionDef)
+        }
+        for node, text in itertools.pairwise(body):  # a constant, and the string below it
+            if isinstance(node, ast.Assign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                found[ast.unparse(node.targets[0])] = str(text.value.value)
         if attribute not in found:
             raise ValueError(f"llm_jax/__init__.py says {home} of {name}; name the module that defines it")
-        first = (ast.get_docstring(found[attribute]) or "").partition("\n")[0]
+        first = found[attribute].partition("\n")[0]
         rows.append(f"| [`{name}`][llm_jax.{module}.{attribute}] | {first} |")
     return "\n".join(rows)
 

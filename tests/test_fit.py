@@ -163,10 +163,27 @@ def test_a_run_scores_documents_as_fit_takes_them(stopped, monkeypatch, tmp_path
         (tmp_path / "texts" / f"{number}.txt").write_text(text)
     assert run.evaluate(tmp_path / "texts").loss == pytest.approx(found.loss)
     assert run.evaluate([run.tokenizer.encode(text) for text in texts]).loss == pytest.approx(found.loss)
+    with pytest.raises(ValueError, match="column='body' is for rows at an address; leave it out with documents"):
+        run.evaluate(texts, column="body")
     with pytest.raises(
         ValueError, match=r"'a text, not a path' is no file.*to score a text itself give a list: \[text\]"
     ):
         run.evaluate("a text, not a path")
+
+
+def test_an_edit_of_fewer_layers_than_the_model_has_is_refused(stopped):
+    run, _, _ = stopped
+    with pytest.raises(ValueError, match=r"first axis is the layers that have it, 2; `capture` shows the shape"):
+        run.edit("ab", {"attn_out": run.capture("ab")["attn_out"][:1]})
+
+
+def test_a_fit_of_no_config_says_how_to_get_one(unchecked, tmp_path: Path):
+    for wrong, says in (
+        ("quickstart", r"got a str; give llm_jax\.recipe\('quickstart'\)"),
+        (3, r"got a int; give RunConfig"),
+    ):
+        with pytest.raises(ValueError, match=rf"config= takes a RunConfig, {says}"):
+            lj.fit(wrong, tmp_path / "run")
 
 
 def test_a_run_in_a_line_says_how_far_it_came(stopped):

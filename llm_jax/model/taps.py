@@ -76,7 +76,7 @@ def edit(model: nn.Module, params: Any, tokens: Array, edits: Mapping[str, Array
     of this model has, and for an unstacked model.
     """
     nested: dict[str, Any] = {}
-    if not isinstance(edits, Mapping):
+    if not hasattr(edits, "items"):
         raise ValueError(f"edits= takes {{name: array}}, got {type(edits).__name__}")
     for name, value in edits.items():
         if name not in TAPS:
@@ -89,6 +89,12 @@ def edit(model: nn.Module, params: Any, tokens: Array, edits: Mapping[str, Array
         where = rows_by_path(model.config, name)
         if not where:
             raise ValueError(f"no layer of model.layers={','.join(model.config.layers)} has the activation {name!r}")
+        count = sum(len(rows) for rows in where.values() if rows is not None)
+        if count and value.shape[:1] != (count,):
+            raise ValueError(
+                f"the edit of {name!r} has shape {value.shape}, and its first axis is the layers that have it, "
+                f"{count}; `capture` shows the shape"
+            )
         for path, rows in where.items():
             *modules, leaf = path.split("/")
             branch = nested

@@ -17,7 +17,7 @@ from llm_jax.runs.code import found_again
 from llm_jax.runs.data import given_data, open_data, open_run_data
 from llm_jax.runs.loop import loop
 from llm_jax.runs.pause import report
-from llm_jax.runs.refusals import check_layout, disk_failed, moved_away
+from llm_jax.runs.refusals import check_config, check_layout, disk_failed, moved_away
 from llm_jax.runs.run import Run
 from llm_jax.runs.session import Callback, Session, on
 from llm_jax.sharding import mesh_sizes
@@ -54,6 +54,7 @@ def fit(
     Raise `ValueError` for what can't work, `Diverged` after `config.patience` bad steps in a row. Ctrl-C saves a
     checkpoint, and returns.
     """
+    check_config(config)
     folder, custom = Path(folder), Custom.of(loss, optimizer)
     processes.from_first(lambda: run_folder.check_free(folder, config))
     console = console or Console(quiet=not processes.is_first())  # one of several speaks

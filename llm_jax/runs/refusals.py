@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from llm_jax.data.loader import Loader
 from llm_jax.data.mixture import Mixture
@@ -11,6 +12,7 @@ from llm_jax.runs.checkpoint import Checkpoints, Progress
 from llm_jax.runs.diagnose import diagnose
 from llm_jax.runs.folder import way_on
 from llm_jax.runs.seal import LAYOUT
+from llm_jax.train.config import RunConfig
 from llm_jax.train.program import Program
 from llm_jax.train.step import TrainState
 
@@ -63,6 +65,13 @@ def newest_checkpoint(checkpoints: Checkpoints) -> str:
     """Say which checkpoint is the last good one."""
     step = checkpoints.newest()
     return "there is no checkpoint yet" if step is None else f"the last good checkpoint is of step {step}"
+
+
+def check_config(config: Any) -> None:
+    """Raise `ValueError` for what `fit` gets in the place of a config: the name of a recipe, or only a model."""
+    if not isinstance(config, RunConfig):
+        way = f"llm_jax.recipe({config!r})" if isinstance(config, str) else "RunConfig(model=..., data=...)"
+        raise ValueError(f"config= takes a RunConfig, got a {type(config).__name__}; give {way}")
 
 
 def check_heldout(shards: Shards | Mixture, heldout: float) -> None:

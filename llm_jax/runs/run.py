@@ -133,6 +133,8 @@ class Run:
                 check_address(str(text))
                 what, found = f"all of {text}", open_text(str(text), self.folder, config, self._report, column)
             else:
+                if column is not None:
+                    raise ValueError(f"column={column!r} is for rows at an address; leave it out with documents")
                 what, found = "all that was given", open_documents(text, self.folder, config, self._report)
             store, batches = all_text(found, config.data)
         self._report(f"scoring {what}: {store.offsets[-1]:,} tokens of {store.n_documents:,} documents")
