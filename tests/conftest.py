@@ -9,6 +9,7 @@ import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,15 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # XLA's CPU client has as many threads as there are devices, unless this says more. Eight are too few: a permute that
 # runs beside another collective takes two threads of a device, one device is left with none, and all wait for it.
 os.environ["NPROC"] = "32"
-# Almost all of the time goes to compiling small programs that run once: without LLVM's optimizations half of it. XLA's
-# own passes, on which budgets and shardings depend, are as they were, and the slow tests of .ci/run have all: there
-# LLM_JAX_TESTS_COMPILE=as-users-do.
+# Almost all of the time goes to compiling small programs that run once: without LLVM's optimizations, and by one thread,
+# half of it. XLA:CPU's fusion emitters build each kernel through MLIR, which takes longer than all else that XLA does to
+# a small program; JAX 0.12 has no other way. XLA's own passes, on which budgets and shardings depend, are as they were,
+# and the slow tests of .ci/run have all: there LLM_JAX_TESTS_COMPILE=as-users-do.
 if "LLM_JAX_TESTS_COMPILE" not in os.environ:
-    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+    quick = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+    if version("jaxlib").startswith("0.10."):
+        quick.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ["XLA_FLAGS"] = " ".join([*quick, os.environ.get("XLA_FLAGS", "")])
 # Compiled programs are kept between runs of the suite; they are loaded as they were, so no number changes.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
