@@ -17,10 +17,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # XLA's CPU client has as many threads as there are devices, unless this says more. Eight are too few: a permute that
 # runs beside another collective takes two threads of a device, one device is left with none, and all wait for it.
 os.environ["NPROC"] = "32"
-# Almost all of the time goes to compiling small programs that run once: without LLVM's optimizations, and by one thread,
-# half of it. XLA:CPU's fusion emitters build each kernel through MLIR, which takes longer than all else that XLA does to
-# a small program; JAX 0.12 has no other way. XLA's own passes, on which budgets and shardings depend, are as they were,
-# and the slow tests of .ci/run have all: there LLM_JAX_TESTS_COMPILE=as-users-do.
+# Almost all of the time goes to compiling small programs that run once: without LLVM's optimizations, and by one
+# thread, half of it. XLA:CPU's fusion emitters build each kernel through MLIR, which takes as long as all else that XLA
+# does to a small program; JAX 0.12 has no other way. XLA's own passes, on which budgets and shardings depend, are as
+# they were, and the slow tests of .ci/run have all: there LLM_JAX_TESTS_COMPILE=as-users-do.
 if "LLM_JAX_TESTS_COMPILE" not in os.environ:
     quick = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
     if version("jaxlib").startswith("0.10."):

@@ -8,16 +8,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from arrays import first_batches
 from tiny_run import tiny
 
 from llm_jax import tree
 from llm_jax.config import override
-from llm_jax.data.loader import Batch, Loader
+from llm_jax.data.loader import Batch
 from llm_jax.model.config import AttentionConfig
 from llm_jax.ops.experts import Experts
 from llm_jax.ops.mask import Sparse
 from llm_jax.runs.checkpoint import Checkpoints, Progress
-from llm_jax.runs.data import open_data
 from llm_jax.sharding import MeshConfig, make_mesh
 from llm_jax.train.config import RunConfig
 from llm_jax.train.program import Program
@@ -37,8 +37,7 @@ CONTEXT_FSDP_TENSOR = MeshConfig(data=1, fsdp=2, context=2, tensor=2)
 
 @pytest.fixture(scope="module")
 def batches(config: RunConfig) -> list[Batch]:
-    loader = Loader(open_data(config, print).split("train"), config.data)
-    return [loader.batch(step) for step in range(3)]
+    return first_batches(config, 3)
 
 
 def trained(
@@ -207,7 +206,7 @@ def test_scoring_in_microbatches_gives_every_row_its_own_losses(config: RunConfi
 @pytest.mark.parametrize("packing", ["documents", "windows"])
 def test_the_abstract_batch_is_what_the_loader_gives(config: RunConfig, packing: str):
     changed = override(config, [f"data.packing={packing}"])
-    given = Program.on(changed).put(Loader(open_data(changed, print).split("train"), changed.data).batch(0))
+    given = Program.on(changed).put(first_batches(changed, 1)[0])
     abstract = Program.on(changed).abstract_batch
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), given) == jax.tree.map(
         lambda x: (x.shape, x.dtype, x.sharding), abstract

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from arrays import quiet
 from test_plan import CPU, plans_folder, printed, tiny_config, tiny_plan
 
 from llm_jax.config import override, replace
@@ -30,7 +31,7 @@ def planned() -> Plan:
 
 @pytest.mark.slow
 def test_a_search_stays_within_its_budget_and_names_the_fastest_that_fits(config, folder):
-    found = search.search(config, CPU, 2, folder=folder, report=lambda _: None)
+    found = search.search(config, CPU, 2, folder=folder, report=quiet)
     assert not found.tried[0].choice.changes
     assert len(found.tried) <= 2 < found.considered
     assert found.fastest is not None
@@ -44,7 +45,7 @@ def test_a_search_finds_the_smallest_change_that_makes_a_run_fit(config, folder,
     whole = plan(config, CPU, folder=folder)
     tight = dataclasses.replace(CPU.chip, memory=whole.needed - 1)
     monkeypatch.setitem(topology.CHIPS, "cpu", tight)
-    found = search.search(config, CPU, 3, folder=folder, report=lambda _: None)
+    found = search.search(config, CPU, 3, folder=folder, report=quiet)
     assert not found.tried[0].fits
     assert found.smallest is not None
     assert found.smallest.choice.fields == 1
@@ -63,7 +64,7 @@ def test_the_smallest_change_is_looked_for_though_a_larger_one_fits(config, plan
         )
 
     monkeypatch.setattr(search, "plan", stub)
-    found = search.search(config, CPU, budget, report=lambda _: None)
+    found = search.search(config, CPU, budget, report=quiet)
     assert found.smallest is not None
     known = budget == 100
     assert found.smallest.choice.changes == (last if known else quick).changes
@@ -107,7 +108,7 @@ def test_what_the_library_refuses_takes_no_compile(config, planned, monkeypatch)
 
     monkeypatch.setattr(search, "plan", stub)
     refused = [one for one in search.choices(split, CPU) if one.config.mesh.context > 2]
-    found = search.search(split, CPU, 20, report=lambda _: None)
+    found = search.search(split, CPU, 20, report=quiet)
     assert refused
     assert len(found.tried) == 20
     assert all(one.plan is not None for one in found.tried)
