@@ -33,6 +33,12 @@ FLOAT32 = (2.0**-126, 3.4028234e38)  # sizes of the smallest normal number and t
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "none"}
 
 
+@functools.cache
+def hints_of(cls: type) -> dict[str, Any]:
+    """Return the annotations of a class as types; read once, as each config that is made, of thousands, needs them."""
+    return get_type_hints(cls)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Return `config` as nested dicts of JSON values; tuples become lists."""
 
@@ -49,7 +55,7 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], where: str = "") -> 
 
     Raises `ValueError` for an unknown key, a wrong type, or an absent key without a default.
     """
-    hints = get_type_hints(cls)
+    hints = hints_of(cls)
     _check_known(values, hints, where)
     _check_complete(values, cls, where)
     return cls(**{key: _coerce(value, hints[key], where + key) for key, value in values.items()})
@@ -118,7 +124,7 @@ def checked(config: Config) -> Config:
 
 def check_choices(config: Any, where: str) -> None:
     """Raise `ValueError` for a field, here or in a config inside, whose value is not among its choices."""
-    for name, kind in get_type_hints(type(config)).items():
+    for name, kind in hints_of(type(config)).items():
         value = getattr(config, name)
         if dataclasses.is_dataclass(value):
             check_choices(value, f"{where}{name}.")
@@ -158,7 +164,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def _replace(config: Any, values: Mapping[str, Any], where: str, fields: Mapping[str, Any] | None = None) -> Any:
-    hints = get_type_hints(type(config))
+    hints = hints_of(type(config))
     _check_known(values, hints, where)
     changes = dict(fields or {})
     for key, value in values.items():
@@ -344,7 +350,7 @@ def check_exact(config: Any, cls: type) -> None:
             f"{cls.__name__} itself, and pass code of your own as fit(loss=..., optimizer=..., metrics=...) or as "
             "model.layers=my.module:Mixer"
         )
-    hints = get_type_hints(cls)
+    hints = hints_of(cls)
     for field in dataclasses.fields(cls):
         value = getattr(config, field.name)
         for named in (hints[field.name], *get_args(hints[field.name])):

@@ -81,11 +81,20 @@ hypothesis.settings.register_profile("llm_jax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("llm_jax")
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The smallest run that has everything, with a corpus and caches of its own."""
-    from tiny_run import tiny, write_corpus
+@pytest.fixture(scope="session")
+def corpus_and_cache(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """One corpus for all files: equal configs share their programs (`Program.on`) and their prepared shards."""
+    from tiny_run import write_corpus
 
+    return write_corpus(tmp_path_factory.mktemp("corpus")), tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def config(corpus_and_cache: tuple[Path, Path]) -> Iterator[Any]:
+    """The smallest run that has everything, with a corpus and caches of the tests' own."""
+    from tiny_run import tiny
+
+    corpus, cache = corpus_and_cache
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield tiny(write_corpus(tmp_path_factory.mktemp("corpus")))
+        patch.setenv("LLM_JAX_CACHE", str(cache))
+        yield tiny(corpus)

@@ -1,6 +1,8 @@
 """A search orders choices by arithmetic, compiles the best within its budget, and names the smallest change."""
 
 import dataclasses
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,15 @@ from llm_jax.plan import search, topology
 from llm_jax.plan.plan import Plan, plan
 from llm_jax.train.config import RunConfig
 from llm_jax.train.program import Program
+
+
+@pytest.fixture(autouse=True, scope="module")
+def found_once() -> Iterator[None]:
+    """All tests look at the choices of two configs; to find these takes most of the time."""
+    original = search.choices
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "choices", functools.cache(lambda *given: list(original(*given))))
+        yield
 
 
 @pytest.fixture
