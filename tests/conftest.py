@@ -10,6 +10,7 @@ import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,15 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # XLA's CPU client has as many threads as there are devices, unless this says more. Eight are too few: a permute that
 # runs beside another collective takes two threads of a device, one device is left with none, and all wait for it.
 os.environ["NPROC"] = "32"
-# Almost all of the time goes to compiling small programs that run once: without LLVM's optimizations half of it. XLA's
-# own passes, on which budgets and shardings depend, are as they were, and the slow tests of .ci/run have all: there
-# LLM_JAX_TESTS_COMPILE=as-users-do.
+# Almost all of the time goes to compiling small programs that run once: without LLVM's optimizations, and by one
+# thread, half of it. XLA:CPU's fusion emitters build each kernel through MLIR, which takes as long as all else that XLA
+# does to a small program; JAX 0.12 has no other way. XLA's own passes, on which budgets and shardings depend, are as
+# they were, and the slow tests of .ci/run have all: there LLM_JAX_TESTS_COMPILE=as-users-do.
 if "LLM_JAX_TESTS_COMPILE" not in os.environ:
-    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+    quick = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+    if version("jaxlib").startswith("0.10."):
+        quick.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ["XLA_FLAGS"] = " ".join([*quick, os.environ.get("XLA_FLAGS", "")])
 # Compiled programs are kept between runs of the suite; they are loaded as they were, so no number changes.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -77,14 +82,23 @@ hypothesis.settings.register_profile("llm_jax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("llm_jax")
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The smallest run that has everything, with a corpus and caches of its own."""
-    from tiny_run import tiny, write_corpus
+@pytest.fixture(scope="session")
+def corpus_and_cache(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """One corpus for all files: equal configs share their programs (`Program.on`) and their prepared shards."""
+    from tiny_run import write_corpus
 
+    return write_corpus(tmp_path_factory.mktemp("corpus")), tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def config(corpus_and_cache: tuple[Path, Path]) -> Iterator[Any]:
+    """The smallest run that has everything, with a corpus and caches of the tests' own."""
+    from tiny_run import tiny
+
+    corpus, cache = corpus_and_cache
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield tiny(write_corpus(tmp_path_factory.mktemp("corpus")))
+        patch.setenv("LLM_JAX_CACHE", str(cache))
+        yield tiny(corpus)
 
 
 @contextlib.contextmanager

@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import first_batches
 from grid import TINY, tiny
 from tiny_run import tiny as tiny_run
 
-from llm_jax.data.loader import IGNORE, Batch, Loader
+from llm_jax.data.loader import IGNORE, Batch
 from llm_jax.data.task import IGNORE as TASK_IGNORE
 from llm_jax.ops.attention import attention
 from llm_jax.ops.loss import IGNORE as LOSS_IGNORE
 from llm_jax.ops.loss import cross_entropy
-from llm_jax.runs.data import open_data
 from llm_jax.train.batch import check_batch
 from llm_jax.train.program import Program
 
@@ -69,7 +69,7 @@ def test_positions_end_where_their_table_does_and_targets_where_the_classes_do()
 
 def test_every_entry_of_a_program_refuses_a_batch_of_another_vocabulary(config):
     program = Program.on_one_device(dataclasses.replace(config, accumulate=1))
-    batch = Loader(open_data(config, print).split("train"), config.data).batch(0)
+    (batch,) = first_batches(config, 1)
     wrong = dataclasses.replace(batch, targets=with_one(batch.targets, -100))
     params = program.abstract_state.params
     for enter in (program.train_step, program.gradient, program.score):

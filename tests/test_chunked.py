@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import attention_inputs, output_and_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxprs import equations, product_flops
 
-from llm_jax.ops.attention import attention
+from llm_jax.ops.attention import Scores, attention
 from llm_jax.ops.chunked import BANDS, Band, bands
 from llm_jax.ops.mask import Mask, Sparse
 
@@ -61,22 +62,9 @@ def test_blocks_share_keys_where_they_see_nearly_the_same_ones():
     ids=["everything", "sparse", "short of a block", "packed", "cache"],
 )
 def test_no_length_is_too_odd_for_chunks(mask: Mask, L: int, S: int):
-    q, k, v, g = (
-        jax.random.normal(key, (1, length, *heads, 8))
-        for key, length, heads in zip(
-            jax.random.split(jax.random.key(0), 4), (L, S, S, L), ((1, 2), (1,), (1,), (1, 2)), strict=True
-        )
-    )
-
-    @jax.jit
-    def both(q: jax.Array, k: jax.Array, v: jax.Array) -> list[list[jax.Array]]:
-        found = []
-        for name in ("reference", "chunked"):
-            out, pull = jax.vjp(lambda *x, name=name: attention(*x, mask, implementation=name), q, k, v)
-            found.append([out, *pull(g)])
-        return found
-
-    for exact, found in zip(*both(q, k, v), strict=True):
+    arrays = attention_inputs(1, L, 1, 2, 8, S)
+    both = (output_and_gradients(name, mask, Scores(), arrays) for name in ("reference", "chunked"))
+    for exact, found in zip(*both, strict=True):
         np.testing.assert_allclose(found, exact, atol=2e-5 * float(jnp.abs(exact).max()))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from arrays import quiet
 
 from llm_jax.compat import compare as module
 from llm_jax.compat.compare import Comparison, Gap, check, compare, table, write
@@ -85,7 +86,7 @@ def played(config: RunConfig) -> Comparison:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "Side", Played)
         patch.setattr(module, "why_not_compiled", lambda: None)
-        return compare(comparable(config), 25, lambda line: None, command="llm-jax compare <tiny>")
+        return compare(comparable(config), 25, quiet, command="llm-jax compare <tiny>")
 
 
 def test_the_sides_take_all_their_steps_in_turn(played: Comparison):

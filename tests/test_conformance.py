@@ -4,13 +4,11 @@
 `python tests/test_conformance.py`, which writes both, and look at the difference.
 """
 
-import functools
 import importlib.util
 import json
 import string
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # as the tests run
@@ -19,8 +17,9 @@ if __name__ == "__main__":  # as the tests run
 import jax
 import jax.numpy as jnp
 import pytest
+from arrays import attention_inputs, output_and_gradients
 
-from llm_jax.ops.attention import IMPLEMENTATIONS, Declined, Scores, attention
+from llm_jax.ops.attention import IMPLEMENTATIONS, Declined, Scores
 from llm_jax.ops.mask import Mask, Sparse
 
 GOLDEN = Path(__file__).parent / "golden" / "attention.json"
@@ -70,20 +69,6 @@ KINDS = {
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-6}
 
 
-def inputs(L: int, S: int, K: int, G: int, H: int = 64) -> list[jax.Array]:
-    """Queries, keys, values and a cotangent of two rows."""
-    shapes: Sequence[tuple[int, ...]] = ((2, L, K, G, H), (2, S, K, H), (2, S, K, H), (2, L, K, G, H))
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
-
-
-@functools.partial(jax.jit, static_argnames=("name", "scores"))
-def output_and_gradients(name: str, mask: Mask, scores: Scores, arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    q, k, v, cotangent = arrays
-    out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, mask, scores, implementation=name), q, k, v)
-    return [out, *pull(cotangent)]
-
-
 # What this machine must have for an implementation to run at all.
 NEEDS = {
     "cudnn": ("no GPU", jax.default_backend() == "gpu"),
@@ -95,7 +80,7 @@ def answer(name: str, case: str, kind: str) -> str:
     """`equal`, or why the implementation declines. Fails where its values or gradients are not the reference's."""
     mask, scores, L, S = CASES[case]
     K, G, dtype = KINDS[kind]
-    rounded = [x.astype(dtype) for x in inputs(L, S, K, G)]
+    rounded = [x.astype(dtype) for x in attention_inputs(2, L, K, G, 64, S)]
     try:
         with jax.numpy_dtype_promotion("standard"), warnings.catch_warnings():  # other libraries promote as they like
             warnings.simplefilter("ignore")

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import first_batches
 
 from llm_jax import tree
-from llm_jax.data.loader import Batch, Loader
+from llm_jax.data.loader import Batch
 from llm_jax.ops.experts import Experts
-from llm_jax.runs.data import open_data
 from llm_jax.runs.diagnose import diagnose
 from llm_jax.sharding import MeshConfig
 from llm_jax.train.config import RunConfig
@@ -30,7 +30,7 @@ def program(config: RunConfig) -> Program:
 
 @pytest.fixture(scope="module")
 def batch(program: Program) -> Batch:
-    return Loader(open_data(program.config, print).split("train"), program.config.data).batch(0)
+    return first_batches(program.config, 1)[0]
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normals
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,12 +18,7 @@ from llm_jax.ops.exchange import ROOM, arriving, exchange, leaving
 from llm_jax.ops.experts import arrange, dispatch, grouped, mix
 from llm_jax.sharding import MeshConfig, make_mesh
 
-RANDOM = np.random.default_rng(0)
 E, k, T, D, F = 8, 2, 32, 6, 4
-
-
-def normal(*shape: int) -> jax.Array:
-    return jnp.asarray(RANDOM.normal(size=shape), jnp.float32)
 
 
 @st.composite
@@ -108,8 +104,7 @@ HOW = {"once": lambda layer: layer, "in a scan": lambda layer: functools.partial
     ids=str,
 )
 def test_experts_elsewhere_compute_what_experts_here_do_for_every_token(mesh: MeshConfig, how: str):
-    inputs = normal(T, D), normal(T, k), normal(E, D, F), normal(E, F, D)
-    g = normal(T, D)
+    *inputs, g = normals((T, D), (T, k), (E, D, F), (E, F, D), (T, D))
 
     def both(layer: Callable) -> Callable:
         """The value and all gradients."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal, normals
 from hypothesis import given
 from hypothesis import strategies as st
 from jaxprs import equations
@@ -26,13 +27,6 @@ from llm_jax.ops.experts import (
     rebalanced,
     route,
 )
-
-RANDOM = np.random.default_rng(0)
-
-
-def normal(*shape: int) -> jax.Array:
-    return jnp.asarray(RANDOM.normal(size=shape), jnp.float32)
-
 
 ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"number": 1}, "experts.number=1 must be at least 2; for one expert leave experts unset"),
@@ -65,7 +59,7 @@ routed = jax.jit(route, static_argnames="config")
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("config", [Experts(5, 3), Experts(5, 2, renormalise=False), Experts(5, 1, renormalise=False)])
 def test_routing_is_what_a_loop_over_the_tokens_does(config: Experts, biased: bool):
-    logits, bias, counted = normal(40, 5), normal(5) / 5 if biased else None, RANDOM.random(40) < 0.7
+    logits, bias, counted = normal(40, 5), normal(5, seed=1) / 5 if biased else None, np.arange(40) % 10 < 7
     load, share, squares = np.zeros(5), np.zeros(5), 0.0
     routing = routed(logits, config, bias, jnp.asarray(counted))
     for t, row in enumerate(np.asarray(logits, np.float64)):
@@ -211,8 +205,9 @@ ROUTES = {
 @pytest.mark.parametrize("experts", ROUTES.values(), ids=ROUTES)
 def test_sparse_experts_are_dense_ones_whose_weights_are_mostly_zero(experts: list, how: Callable):
     experts = jnp.array(experts)
-    inputs = normal(len(experts), 6), normal(*experts.shape), normal(5, 6, 7) / 2, normal(5, 7, 6) / 2
-    g = normal(len(experts), 6)
+    row = (len(experts), 6)
+    x, weights, w_up, w_down, g = normals(row, experts.shape, (5, 6, 7), (5, 7, 6), row)
+    inputs = x, weights, w_up / 2, w_down / 2
     (value, gradients), (wanted, wanted_gradients) = (
         jax.jit(lambda *inputs, f=how(f): (lambda out, pull: (out, pull(g)))(*jax.vjp(f, *inputs)))(*inputs)
         for f in (lambda *x: sparse(*x, experts), lambda *x: dense(*x, experts))
@@ -224,7 +219,7 @@ def test_sparse_experts_are_dense_ones_whose_weights_are_mostly_zero(experts: li
 
 def test_rows_travel_by_gathers_alone_forward_and_backward():
     experts = jnp.array(ROUTES["even"])
-    x, weights = normal(200, 6), normal(200, 2)
+    x, weights = normals((200, 6), (200, 2))
 
     def there_and_back(x: jax.Array, weights: jax.Array) -> jax.Array:
         groups = arrange(experts, 5)
@@ -280,7 +275,7 @@ def test_a_matrix_collects_in_float32_what_many_blocks_bring():
 
 @pytest.mark.parametrize(("platform", "ragged"), [("cpu", False), ("tpu", True), ("cuda", True)])
 def test_accelerators_get_ragged_dot_and_a_cpu_its_blocks(platform: str, ragged: bool):
-    x, w, g, sizes = normal(9, 6), normal(3, 6, 7), normal(9, 7), jnp.array([4, 0, 5])
+    (x, w, g), sizes = normals((9, 6), (3, 6, 7), (9, 7)), jnp.array([4, 0, 5])
     for product in (lambda x, w, _: grouped(x, w, sizes), lambda x, w, g: _grouped_backward((x, w, sizes), g)):
         program = jax.jit(product).trace(x, w, g).lower(lowering_platforms=(platform,)).as_text()
         assert ("ragged_dot" in program, "while" in program) == (ragged, not ragged)
@@ -297,7 +292,7 @@ def test_a_mixtral_block_and_its_balance_loss_give_the_same_numbers():
     settings = mixtral.MixtralConfig(
         hidden_size=D, intermediate_size=F, num_local_experts=E, num_experts_per_tok=k, experts_implementation="eager"
     )
-    x, w_router, w_gate, w_up, w_down = normal(T, D), normal(D, E), normal(E, D, F), normal(E, D, F), normal(E, F, D)
+    x, w_router, w_gate, w_up, w_down = normals((T, D), (D, E), (E, D, F), (E, D, F), (E, F, D))
     block = mixtral.MixtralSparseMoeBlock(settings).eval()
     block.load_state_dict(
         {

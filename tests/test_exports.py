@@ -16,8 +16,9 @@ import jax
 import numpy as np
 import pytest
 from architectures import CASES, config_json
+from arrays import quiet
 from grid import tiny
-from test_huggingface import byte_level, quiet, save_model
+from test_huggingface import byte_level, save_model
 from tiny_run import write_corpus
 
 from llm_jax.cli.main import main

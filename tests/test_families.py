@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from architectures import CASES, PAGE, config_json, lacking_table, record, table
+from arrays import quiet
 from jaxtyping import PyTree
 
 from llm_jax.compat import weights
@@ -53,7 +54,6 @@ def compare(case: str, folder: Path) -> float:
             parameter += torch.randn(parameter.shape) * (0.25 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
     model.save_pretrained(there)
 
-    quiet = lambda _: None  # noqa: E731
     imported = import_run(str(there), here, tokenizer="byte", report=quiet)
     config = imported.model
     params, _ = restore.weights(here, restore.on_one_device(imported), report=quiet)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 from grid import tiny, weights
 
 from llm_jax.model.config import ModelConfig
@@ -16,7 +17,7 @@ from llm_jax.model.feedforward import FeedForward, MixtureOfExperts
 from llm_jax.ops.experts import Experts
 from llm_jax.sharding import MeshConfig, batch_sharding, make_mesh, shardings
 
-X = jnp.asarray(np.random.default_rng(3).normal(size=(2, 4, 24)), jnp.float32)
+X = normal(2, 4, 24, seed=3)
 
 FORMULAS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "relu": lambda x: np.maximum(x, 0),
@@ -116,7 +117,7 @@ def test_a_mixture_is_the_weighted_sum_of_the_experts_that_each_token_chose(gate
 def test_each_device_takes_its_own_tokens_to_the_experts_and_its_own_share_of_their_width():
     config = tiny(layers=("global+moe",), experts=Experts(number=E, active=K_ACTIVE, d_ff=10))
     params = jax.tree.map(lambda x: x[0], weights(config)["layers"]["experts"])
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4, 24)), jnp.float32)
+    x = normal(8, 4, 24)
 
     def loss(params: Any, x: jax.Array) -> jax.Array:
         y, _ = MixtureOfExperts(config).apply({"params": params}, x)
@@ -155,7 +156,7 @@ def test_tokens_go_to_experts_elsewhere_and_no_device_has_the_matrices_of_all(me
     config = tiny(layers=("global+moe",), experts=Experts(number=8, d_ff=10))
     even = jax.tree.map(lambda x: x[0], weights(config)["layers"]["experts"])
     favourites = even | {"w_router": jnp.zeros((24, 8)).at[:, :2].set(jnp.array([[2.0, 1.0]]))}
-    draw = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4, 24)), jnp.float32)
+    draw = normal(8, 4, 24)
     # Where the sum of a token is positive, its favourites are the same two experts, which lie on one device.
     inputs = [(even, draw), (favourites, jnp.abs(draw)), (favourites, draw.at[5:].set(jnp.abs(draw[5:])))]
 

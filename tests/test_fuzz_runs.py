@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from arrays import quiet
 from tiny_run import console, evaluated, tiny, write_corpus
 
 from llm_jax import log, tree
@@ -84,9 +85,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
         fit(config, folder / "run", console=console())
         program = Program.on_one_device(config)
         yield folder / "run", program, seal_of_folder(folder / "run"), weights(folder / "run", program)
-
-
-def quiet(line: str) -> None: ...
 
 
 def weights(folder: Path, program: Program) -> dict[int, str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import quiet
 
 from llm_jax.data.config import DataConfig
 from llm_jax.data.given import stored
@@ -15,9 +16,6 @@ from llm_jax.data.tokenizer import ByteTokenizer
 
 CONFIG = DataConfig(tokenizer="byte", heldout=0.3, seq_len=4)
 TEXTS = [f"text number {n}" for n in range(30)]
-
-
-def quiet(line: str) -> None: ...
 
 
 def test_texts_are_a_file_of_rows_that_is_stored_once(tmp_path: Path):

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 from jax.sharding import NamedSharding
 
 from llm_jax.ops.gradient import add_bias, embed, gradient_after, linear, lookup, over_tokens, settle
 from llm_jax.sharding import PARAMETER_AXES, MeshConfig, constrain, make_mesh, spec
 
-X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 3, 4)), jnp.float32)
+X = normal(2, 5, 3, 4)
 
 
 def test_settling_changes_neither_a_value_nor_its_gradient():
@@ -86,7 +87,7 @@ def test_a_token_seen_often_gets_its_whole_gradient_in_bfloat16():
 
 def test_ids_are_sent_to_the_rows_of_a_split_table_and_the_table_is_not():
     table, ids = (
-        jnp.asarray(np.random.default_rng(0).normal(size=(48, 64)), jnp.float32),
+        normal(48, 64),
         jnp.arange(32).reshape(4, 8) % 11,
     )
 

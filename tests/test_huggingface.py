@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from architectures import config_json
+from arrays import quiet
 from tiny_run import console, write_corpus
 
 from llm_jax.cli.main import main
@@ -48,10 +49,6 @@ from llm_jax.runs.start import load_recipe
 from llm_jax.tree import fingerprint
 
 TEXT = "The cat's mat: 12345 mats, naïve 🐈\n\n    def sit(mat):\n\treturn  mat  # <|endoftext|> </s>\r\n ß"
-
-
-def quiet(line: str) -> None:
-    pass
 
 
 def save_model(folder: Path, theirs: Mapping[str, Any], dtype: str = "float32", shards: int = 1) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from arrays import quiet
 from tiny_run import evaluated, write_corpus
 
 from llm_jax.cli.main import main
@@ -246,7 +247,7 @@ def model_folder(make: Callable[[], Any], folder: Path, **changes: Any) -> Path:
 
 @functools.cache
 def imported_gpt2(folder: Path) -> Path:
-    import_run(str(model_folder(gpt2_like, folder / "theirs")), folder / "run", report=lambda _: None)
+    import_run(str(model_folder(gpt2_like, folder / "theirs")), folder / "run", report=quiet)
     return folder / "run"
 
 
@@ -300,9 +301,9 @@ def test_a_prompt_that_spells_a_special_token_is_said_to_unless_it_is_read(gpt2:
 def test_a_run_trained_from_an_import_exports_how_its_training_began(gpt2: Path, tmp_path: Path):
     library = pytest.importorskip("tokenizers")
     shutil.copytree(gpt2, tmp_path / "run")
-    params, _ = restore.weights(gpt2, restore.on_one_device(run_folder.load_config(gpt2)), report=lambda _: None)
+    params, _ = restore.weights(gpt2, restore.on_one_device(run_folder.load_config(gpt2)), report=quiet)
     for name, ids in (("imported", []), ("trained", [0])):
-        export_run(tmp_path / "run", params, out := tmp_path / name, report=lambda _: None)
+        export_run(tmp_path / "run", params, out := tmp_path / name, report=quiet)
         theirs = library.Tokenizer.from_file(str(out / "tokenizer.json"))
         assert theirs.encode("The").ids == [*ids, *theirs.encode("The", add_special_tokens=False).ids]
         (tmp_path / "run" / "data.json").touch()  # what a run has that was trained
@@ -350,7 +351,7 @@ def test_a_greedy_text_is_that_of_transformers(make: Callable[[], Any], tmp_path
     longest = max(free, key=len)
     ends = [1, longest[len(longest) // 2]]
     (there / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-    import_run(str(there), tmp_path / "run", report=lambda _: None)
+    import_run(str(there), tmp_path / "run", report=quiet)
     coder = run_folder.load_tokenizer(tmp_path / "run")
     words = ["generate", str(tmp_path / "run"), "--temperature", "0", "--max-tokens", "10", "--json"]
     assert main([*words, *(word for prompt in PROMPTS for word in ("--prompt", prompt))]) == 0

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import attention_inputs, output_and_gradients
 from jax.sharding import NamedSharding
 
 from llm_jax.ops import kernels
-from llm_jax.ops.attention import Scores, attention
+from llm_jax.ops.attention import Scores
 from llm_jax.ops.mask import Mask, Sparse
 from llm_jax.sharding import ACTIVATION_AXES, MeshConfig, make_mesh, spec
 
@@ -36,17 +37,7 @@ CASES: dict[str, tuple[Mask, Scores]] = {
 
 def inputs(dtype: str = "float32", B: int = 2, L: int = L, K: int = 2) -> list[jax.Array]:
     """Queries, keys, values and a cotangent, two query heads to each key/value head."""
-    shapes = ((B, L, K, 2, 8), (B, L, K, 8), (B, L, K, 8), (B, L, K, 2, 8))
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    return [jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
-
-
-def output_and_gradients(name: str, mask: Mask, scores: Scores, arrays: list[jax.Array]) -> list[jax.Array]:
-    def run(mask: Mask, q: jax.Array, k: jax.Array, v: jax.Array, cotangent: jax.Array) -> list[jax.Array]:
-        out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, mask, scores, implementation=name), q, k, v)
-        return [out, *pull(cotangent)]
-
-    return jax.jit(run)(mask, *arrays)
+    return attention_inputs(B, L, K, 2, 8, dtype=dtype)
 
 
 def assert_equals_the_reference(name: str, mask: Mask, scores: Scores) -> None:

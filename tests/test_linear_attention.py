@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 from jaxprs import equations
 
 from llm_jax.ops.linear_attention import State, gated_delta_rule, linear_attention, short_convolution
@@ -22,20 +23,16 @@ SEGMENTS = jnp.asarray(np.repeat([[7, 2, 3, 0]] * B, np.diff([0, *ENDS]), axis=1
 LENGTHS = jnp.array([0, 20, L])
 
 
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
 def inputs(name: str, L: int = L) -> list[jax.Array]:
     """q, k, v and, for the delta rule, log decays and betas."""
-    arrays = [normal(0, B, L, K, G, H), normal(1, B, L, K, H), normal(2, B, L, K, H)]
-    gates = [-jnp.abs(normal(3, B, L, K)), jax.nn.sigmoid(normal(4, B, L, K))]
+    arrays = [normal(B, L, K, G, H, seed=0), normal(B, L, K, H, seed=1), normal(B, L, K, H, seed=2)]
+    gates = [-jnp.abs(normal(B, L, K, seed=3)), jax.nn.sigmoid(normal(B, L, K, seed=4))]
     return arrays if name == "linear" else arrays + gates
 
 
 def earlier(name: str) -> State:
     """What some earlier text has left."""
-    return State(normal(5, B, K, H, H), 9 + jnp.abs(normal(6, B, K, H)) if name == "linear" else None)
+    return State(normal(B, K, H, H, seed=5), 9 + jnp.abs(normal(B, K, H, seed=6)) if name == "linear" else None)
 
 
 def part(arrays: Sequence[jax.Array], start: int, end: int) -> list[jax.Array]:
@@ -84,7 +81,7 @@ def everything(
 ):
     """Outputs and state, and the gradients of both, or of the outputs that `upon` [B L] picks."""
     where = {"segments": jnp.zeros((B, L), jnp.int32), "lengths": jnp.full(B, L, jnp.int32)} | where
-    to_y, to_state = normal(7, B, L, K, G, H), jax.tree.map(jnp.cos, state)
+    to_y, to_state = normal(B, L, K, G, H, seed=7), jax.tree.map(jnp.cos, state)
     if upon is not None:
         to_y, to_state = jnp.where(upon[..., None, None, None], to_y, 0), jax.tree.map(jnp.zeros_like, state)
     return run(name, chunk, arrays, state, where, (to_y, to_state))
@@ -214,7 +211,7 @@ def test_a_chunk_that_has_no_halves_is_refused(name: str):
 
 W = 4
 convolve = jax.jit(short_convolution)
-X, KERNEL, RECENT = normal(0, B, L, K, H), normal(1, W, K, H), normal(2, B, W - 1, K, H)
+X, KERNEL, RECENT = normal(B, L, K, H, seed=0), normal(W, K, H, seed=1), normal(B, W - 1, K, H, seed=2)
 
 
 def convolution(x: jax.Array, recent: jax.Array | None = None) -> np.ndarray:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 from grid import tiny
 
 from llm_jax.model.norm import Norm
@@ -79,7 +80,7 @@ def test_bfloat16_differs_from_float32_by_its_rounding_only(name: str):
 def test_what_is_added_to_a_scale_of_1_counts_in_bfloat16_too():
     """1.003 is no number of bfloat16: the scale would be 1, or 1.008."""
     norm = Norm(tiny(norm="rmsnorm_1p"))
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 64, 64)), jnp.bfloat16)
+    x = normal(4, 64, 64, seed=1).astype(jnp.bfloat16)
     with_none, with_some = (norm.apply({"params": {"scale": jnp.full(64, w, jnp.bfloat16)}}, x) for w in (0.0, 0.003))
     sizes = [jnp.abs(y.astype(jnp.float32)).mean() for y in (with_none, with_some)]
     assert sizes[1] / sizes[0] == pytest.approx(1.003, abs=5e-4)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from arrays import first_batches
 from grid import tiny as tiny_model
 from grid import weights
 from jax.sharding import NamedSharding, PartitionSpec
@@ -16,13 +17,12 @@ from tiny_run import tiny
 
 from llm_jax import runtime, tree
 from llm_jax.config import override
-from llm_jax.data.loader import Batch, Loader
+from llm_jax.data.loader import Batch
 from llm_jax.ops.experts import Experts
 from llm_jax.plan.describe import describe
 from llm_jax.plan.plan import bytes_here, plan
 from llm_jax.plan.topology import parse_topology
 from llm_jax.runs.checkpoint import Checkpoints, Progress
-from llm_jax.runs.data import open_data
 from llm_jax.sharding import MeshConfig, make_mesh
 from llm_jax.train.config import RunConfig
 from llm_jax.train.offload import HOST, host_shardings, update_layers
@@ -35,8 +35,7 @@ MESH = MeshConfig(data=1, fsdp=2)
 
 @pytest.fixture(scope="module")
 def batches(config: RunConfig) -> list[Batch]:
-    loader = Loader(open_data(config, print).split("train"), config.data)
-    return [loader.batch(step) for step in range(2)]
+    return first_batches(config, 2)
 
 
 def on_two(config: RunConfig) -> Program:

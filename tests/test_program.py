@@ -1,6 +1,7 @@
 """The program of a config: the same numbers on every mesh, and compiled once."""
 
 import dataclasses
+import functools
 import logging
 import math
 from pathlib import Path
@@ -8,21 +9,22 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from arrays import first_batches
 from tiny_run import tiny
 
 from llm_jax import tree
 from llm_jax.config import override
-from llm_jax.data.loader import Batch, Loader
+from llm_jax.data.loader import Batch
 from llm_jax.model.config import AttentionConfig
 from llm_jax.ops.experts import Experts
 from llm_jax.ops.mask import Sparse
 from llm_jax.runs.checkpoint import Checkpoints, Progress
-from llm_jax.runs.data import open_data
 from llm_jax.sharding import MeshConfig, make_mesh
 from llm_jax.train.config import RunConfig
 from llm_jax.train.program import Program
 from llm_jax.train.step import LossConfig, Scored, TrainState
 
+ONE = MeshConfig(data=1)
 DATA = MeshConfig(data=8)
 FSDP = MeshConfig(data=1, fsdp=8)
 DATA_FSDP = MeshConfig(data=2, fsdp=4)
@@ -37,8 +39,7 @@ CONTEXT_FSDP_TENSOR = MeshConfig(data=1, fsdp=2, context=2, tensor=2)
 
 @pytest.fixture(scope="module")
 def batches(config: RunConfig) -> list[Batch]:
-    loader = Loader(open_data(config, print).split("train"), config.data)
-    return [loader.batch(step) for step in range(3)]
+    return first_batches(config, 3)
 
 
 def trained(
@@ -54,10 +55,12 @@ def trained(
 
 @pytest.fixture(scope="module")
 def one_device(config: RunConfig, batches: list[Batch]) -> list[tuple[float, float]]:
-    return trained(Program(config, make_mesh(MeshConfig(), jax.devices()[:1])), batches)[1]
+    return trained(on(config, ONE), batches)[1]
 
 
+@functools.lru_cache(maxsize=8)
 def on(config: RunConfig, mesh: MeshConfig) -> Program:
+    """The program of `config` on as many devices as `mesh` has; the tests of a layout share it."""
     sizes = dataclasses.astuple(mesh)
     return Program(config, make_mesh(mesh, jax.devices()[: math.prod(sizes)]))
 
@@ -100,7 +103,7 @@ def test_every_mesh_trains_as_one_device_does_and_reads_what_another_saved(
 def test_experts_and_linear_attention_train_on_a_mesh_as_on_one_device(config: RunConfig, batches, layers):
     experts = Experts(number=4, d_ff=16, shared=1) if "moe" in layers[0] else None
     model = dataclasses.replace(config.model, layers=layers, experts=experts)
-    one, mesh = (on(dataclasses.replace(config, model=model), mesh) for mesh in (MeshConfig(data=1), ALL_THREE))
+    one, mesh = (on(dataclasses.replace(config, model=model), mesh) for mesh in (ONE, ALL_THREE))
     np.testing.assert_allclose(trained(mesh, batches)[1], trained(one, batches)[1], rtol=1e-5)
 
 
@@ -122,7 +125,7 @@ def test_experts_on_several_devices_train_and_are_used_as_on_one(config: RunConf
     experts = dataclasses.replace(MIXTURE, balance=balance)
     model = dataclasses.replace(config.model, layers=("global+moe",), experts=experts)
     curves = []
-    for program in (on(dataclasses.replace(config, model=model), mesh) for mesh in (MeshConfig(data=1), mesh)):
+    for program in (on(dataclasses.replace(config, model=model), mesh) for mesh in (ONE, mesh)):
         state, curve = program.init(), []
         for batch in batches:
             state, metrics = program.train_step(state, batch)
@@ -158,37 +161,36 @@ def test_every_layer_of_a_split_row_knows_where_its_tokens_stand(
     experts = Experts(number=4, d_ff=16) if "global+moe" in layers else None
     model = dataclasses.replace(config.model, layers=layers, positions=positions, attention=attention, experts=experts)
     split, one = (dataclasses.replace(config, model=model, loss=LossConfig(chunk=8)) for _ in range(2))
-    np.testing.assert_allclose(
-        trained(on(split, mesh), batches)[1], trained(on(one, MeshConfig(data=1)), batches)[1], rtol=1e-5
-    )
+    np.testing.assert_allclose(trained(on(split, mesh), batches)[1], trained(on(one, ONE), batches)[1], rtol=1e-5)
 
 
 def test_scores_of_a_split_row_come_back_in_its_order(config: RunConfig, batches: list[Batch]):
-    split, whole = on(config, CONTEXT), on(config, MeshConfig(data=1))
+    split, whole = on(config, CONTEXT), on(config, ONE)
     found, expected = (program.score(program.init().params, batches[0]) for program in (split, whole))
     np.testing.assert_allclose(found.nll, expected.nll, atol=1e-5)
     np.testing.assert_array_equal(found.likeliest, expected.likeliest)
 
 
 def test_a_second_trace_of_the_train_step_is_an_error(config: RunConfig, batches: list[Batch]):
-    program = on(config, DATA)
-    state, _ = trained(program, batches)
+    program = on(config, DATA_FSDP)
+    state, _ = trained(program, batches[:1])
     with pytest.raises(AssertionError, match="traced > 1 times"):
         program.train_step(state, dataclasses.replace(batches[0], segments=None))
 
 
 def test_each_program_compiles_its_step_once_after_init_or_restore(config, batches, tmp_path, caplog):
+    mesh = make_mesh(DATA_FSDP)
     jax.config.update("jax_log_compiles", True)
     try:
         with caplog.at_level(logging.WARNING, logger="jax"):
-            state, _ = trained(on(config, DATA_FSDP), batches)
+            state, _ = trained(Program(config, mesh), batches[:2])
             with Checkpoints(tmp_path) as checkpoints:
-                checkpoints.save(state, Progress(step=3))
+                checkpoints.save(state, Progress(step=2))
                 checkpoints.wait()
-                program = on(config, DATA_FSDP)
+                program = Program(config, mesh)
                 restored = checkpoints.restore(program.abstract_state, print)
             assert restored is not None
-            trained(program, batches, restored[0])
+            trained(program, batches[:2], restored[0])
     finally:
         jax.config.update("jax_log_compiles", False)
     compiled = [line for line in caplog.messages if line.startswith("Compiling jit(train_step)")]
@@ -207,7 +209,7 @@ def test_scoring_in_microbatches_gives_every_row_its_own_losses(config: RunConfi
 @pytest.mark.parametrize("packing", ["documents", "windows"])
 def test_the_abstract_batch_is_what_the_loader_gives(config: RunConfig, packing: str):
     changed = override(config, [f"data.packing={packing}"])
-    given = Program.on(changed).put(Loader(open_data(changed, print).split("train"), changed.data).batch(0))
+    given = Program.on(changed).put(first_batches(changed, 1)[0])
     abstract = Program.on(changed).abstract_batch
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), given) == jax.tree.map(
         lambda x: (x.shape, x.dtype, x.sharding), abstract

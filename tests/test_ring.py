@@ -2,12 +2,12 @@
 
 import math
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import attention_inputs, output_and_gradients
 
 from llm_jax.ops.attention import Declined, Scores, attention
 from llm_jax.ops.mask import Mask, Sparse
@@ -30,31 +30,14 @@ CASES: dict[str, tuple[Mask, Scores]] = {
 EVERY = MeshConfig(data=1, context=4, tensor=2)
 
 
-def inputs() -> list[jax.Array]:
-    shapes = ((B, L, K, G, H), (B, L, K, H), (B, L, K, H), (B, L, K, G, H))
-    return [
-        jax.random.normal(key, shape) for key, shape in zip(jax.random.split(jax.random.key(0), 4), shapes, strict=True)
-    ]
-
-
-def run_of(name: str, scores: Scores) -> Any:
-    @jax.jit
-    def run(mask: Mask, q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> list[jax.Array]:
-        out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, mask, scores, implementation=name), q, k, v)
-        return [out, *pull(g)]
-
-    return run
-
-
-def output_and_gradients(name: str, mask: Mask, scores: Scores, arrays: list[jax.Array]) -> list[jax.Array]:
-    return run_of(name, scores)(mask, *arrays)
+INPUTS = attention_inputs(B, L, K, G, H)
 
 
 def split(name: str, case: str, mesh: MeshConfig = EVERY) -> list[np.ndarray]:
     """Output and gradients, in the order of the rows, of `name` on a mesh."""
     mask, scores = CASES[case]
     order = zigzag_order(L, mesh.context) if name == "zigzag" else np.arange(L)
-    mask, arrays = jax.tree.map(lambda x: x[:, order], (mask, inputs()))
+    mask, arrays = jax.tree.map(lambda x: x[:, order], (mask, INPUTS))
     with jax.set_mesh(make_mesh(mesh)):
         found = output_and_gradients(name, mask, scores, arrays)
     return [np.asarray(x)[:, np.argsort(order)] for x in found]
@@ -62,7 +45,7 @@ def split(name: str, case: str, mesh: MeshConfig = EVERY) -> list[np.ndarray]:
 
 def check(name: str, case: str, mesh: MeshConfig = EVERY) -> None:
     for mine, theirs in zip(
-        split(name, case, mesh), output_and_gradients("reference", *CASES[case], inputs()), strict=True
+        split(name, case, mesh), output_and_gradients("reference", *CASES[case], INPUTS), strict=True
     ):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=2e-6)
 
@@ -121,15 +104,15 @@ def test_keys_that_nobody_sees_are_not_sent():
 def test_a_mesh_without_context_takes_a_name_of_the_ring_for_none():
     for name in ("ring", "zigzag", "ulysses"):
         for mine, theirs in zip(
-            output_and_gradients(name, Mask(), Scores(), inputs()),
-            output_and_gradients("reference", Mask(), Scores(), inputs()),
+            output_and_gradients(name, Mask(), Scores(), INPUTS),
+            output_and_gradients("reference", Mask(), Scores(), INPUTS),
             strict=True,
         ):
             np.testing.assert_array_equal(mine, theirs)
 
 
 def test_rows_of_a_cache_and_rows_that_do_not_divide_are_declined():
-    q, k, v, _ = inputs()
+    q, k, v, _ = INPUTS
     with jax.set_mesh(make_mesh(EVERY)):
         for name in ("ring", "zigzag", "ulysses"):
             with pytest.raises(Declined, match=f"{name} is for training, and attends to no cache; generate on a mesh"):
@@ -148,7 +131,7 @@ def test_as_many_numbers_are_sent_as_the_page_says(name: str):
     n, rows = mesh.context, B // mesh.data
     share = rows * (L // n) * (K // mesh.tensor) * H  # of the keys on a device
     with jax.set_mesh(make_mesh(mesh)):
-        text = run_of(name, Scores()).lower(Mask(), *inputs()).compile().as_text()
+        text = output_and_gradients.lower(name, Mask(), Scores(), INPUTS).compile().as_text()
     sent = 0
     for shapes, kind in re.findall(r" = (.*?) (collective-permute|all-to-all)\(", text):
         numbers = sum(math.prod(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", shapes))

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from arrays import quiet
 from tiny_run import console, evaluated, write_corpus
 
 from llm_jax.data.prepare import prepare
@@ -64,13 +65,13 @@ def test_a_mixture_of_prepared_and_other_text_is_scored_whole(finished: Path, tm
     (tmp_path / "rows.jsonl").write_text(json.dumps({"story": "abc"}))
     uri = f"{tmp_path}/out:1,{text}:2,{tmp_path}/rows.jsonl:1"
     config = run_folder.load_config(finished)
-    found = open_text(uri, finished, config, lambda line: None, "story")
+    found = open_text(uri, finished, config, quiet, "story")
     whole, _ = all_text(found, config.data)
     assert [source.documents.stop - source.documents.start for source in whole.sources] == [20, 9, 1]
     assert [float(source.share) for source in whole.sources] == [0.25, 0.5, 0.25]
     prepare(str(prepared), tmp_path / "other", tokenizer="char", heldout=0.05, heldout_by="tail")
     with pytest.raises(ValueError, match=r"other is in the tokens of char, but .* knows those of byte"):
-        open_text(uri.replace("/out:", "/other:"), finished, config, lambda line: None, "story")
+        open_text(uri.replace("/out:", "/other:"), finished, config, quiet, "story")
 
 
 def test_any_text_is_scored_in_the_tokens_of_the_run(finished: Path, tmp_path: Path):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from arrays import quiet
 from tiny_run import console, evaluated, said, tiny
 
 from llm_jax.config import from_dict, to_dict
@@ -120,9 +121,6 @@ def run(finished: Path, tmp_path: Path) -> Path:
 def edit(folder: Path, key: str) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(changed(json.loads(path.read_text()), key)))
-
-
-def quiet(line: str) -> None: ...
 
 
 def test_a_changed_digit_of_the_config_is_named_by_whoever_reads_the_run(run: Path, config, tmp_path: Path):

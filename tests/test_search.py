@@ -1,9 +1,12 @@
 """A search orders choices by arithmetic, compiles the best within its budget, and names the smallest change."""
 
 import dataclasses
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from arrays import quiet
 from test_plan import CPU, plans_folder, printed, tiny_config, tiny_plan
 
 from llm_jax.config import override, replace
@@ -11,6 +14,15 @@ from llm_jax.plan import search, topology
 from llm_jax.plan.plan import Plan, plan
 from llm_jax.train.config import RunConfig
 from llm_jax.train.program import Program
+
+
+@pytest.fixture(autouse=True, scope="module")
+def found_once() -> Iterator[None]:
+    """All tests look at the choices of two configs; to find these takes most of the time."""
+    original = search.choices
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "choices", functools.cache(lambda *given: list(original(*given))))
+        yield
 
 
 @pytest.fixture
@@ -30,7 +42,7 @@ def planned() -> Plan:
 
 @pytest.mark.slow
 def test_a_search_stays_within_its_budget_and_names_the_fastest_that_fits(config, folder):
-    found = search.search(config, CPU, 2, folder=folder, report=lambda _: None)
+    found = search.search(config, CPU, 2, folder=folder, report=quiet)
     assert not found.tried[0].choice.changes
     assert len(found.tried) <= 2 < found.considered
     assert found.fastest is not None
@@ -44,7 +56,7 @@ def test_a_search_finds_the_smallest_change_that_makes_a_run_fit(config, folder,
     whole = plan(config, CPU, folder=folder)
     tight = dataclasses.replace(CPU.chip, memory=whole.needed - 1)
     monkeypatch.setitem(topology.CHIPS, "cpu", tight)
-    found = search.search(config, CPU, 3, folder=folder, report=lambda _: None)
+    found = search.search(config, CPU, 3, folder=folder, report=quiet)
     assert not found.tried[0].fits
     assert found.smallest is not None
     assert found.smallest.choice.fields == 1
@@ -63,7 +75,7 @@ def test_the_smallest_change_is_looked_for_though_a_larger_one_fits(config, plan
         )
 
     monkeypatch.setattr(search, "plan", stub)
-    found = search.search(config, CPU, budget, report=lambda _: None)
+    found = search.search(config, CPU, budget, report=quiet)
     assert found.smallest is not None
     known = budget == 100
     assert found.smallest.choice.changes == (last if known else quick).changes
@@ -107,7 +119,7 @@ def test_what_the_library_refuses_takes_no_compile(config, planned, monkeypatch)
 
     monkeypatch.setattr(search, "plan", stub)
     refused = [one for one in search.choices(split, CPU) if one.config.mesh.context > 2]
-    found = search.search(split, CPU, 20, report=lambda _: None)
+    found = search.search(split, CPU, 20, report=quiet)
     assert refused
     assert len(found.tried) == 20
     assert all(one.plan is not None for one in found.tried)

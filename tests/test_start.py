@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from arrays import quiet
 from grid import tiny
 
 from llm_jax.cli.main import main, parser
@@ -66,7 +67,7 @@ def test_a_model_without_softmax_takes_no_dropout_of_a_pattern(trained: Path, re
     run_folder.save_config(
         trained, dataclasses.replace(theirs, model=tiny(vocab_size=257, max_seq_len=64, layers=("linear",)))
     )
-    config = config_from(trained, recipe, [], lambda line: None)
+    config = config_from(trained, recipe, [], quiet)
     assert (config.model.attention.dropout, config.model.dropout) == (0.0, 0.1)
 
 
@@ -74,7 +75,7 @@ def test_a_model_without_softmax_takes_no_dropout_of_a_pattern(trained: Path, re
 def test_the_runs_own_tokenizer_may_be_named(spec: str, trained: Path, recipe: RunConfig, tmp_path: Path):
     ByteTokenizer().save(tmp_path / "elsewhere")
     spec = spec.format(run=trained, elsewhere=tmp_path / "elsewhere")
-    assert config_from(trained, recipe, [f"data.tokenizer={spec}"], lambda line: None).data.tokenizer == spec
+    assert config_from(trained, recipe, [f"data.tokenizer={spec}"], quiet).data.tokenizer == spec
 
 
 def test_what_is_changed_by_hand_is_said(trained: Path, recipe: RunConfig):
@@ -97,7 +98,7 @@ def test_what_is_changed_by_hand_is_said(trained: Path, recipe: RunConfig):
 )
 def test_what_contradicts_the_run_is_refused(words: list[str], says: str, trained: Path, recipe: RunConfig):
     with pytest.raises(ValueError, match=says):
-        config_from(trained, recipe, words, lambda line: None)
+        config_from(trained, recipe, words, quiet)
 
 
 def test_the_command_line_takes_a_run_to_train_on_from(trained: Path, recipe: RunConfig, capsys: Any):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 from grid import TINY, tiny, tokens, weights
 from jaxprs import equations
 
@@ -87,7 +88,7 @@ def test_an_edit_with_what_was_captured_changes_nothing_any_other_does(
 ):
     run = jax.jit(lambda x: edit(MODEL, weights(TINY), TOKENS, {name: x}))
     np.testing.assert_allclose(run(taps[name]), logits, rtol=1e-5, atol=1e-5)
-    noise = np.random.default_rng(0).normal(size=taps[name].shape).astype(np.float32)
+    noise = normal(*taps[name].shape)
     assert jnp.abs(run(taps[name] + noise) - logits).max() > 1e-2
 
 

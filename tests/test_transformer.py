@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 from grid import GRID, TINY, local, shapes, tiny, tokens, weights
 from jaxprs import equations
 
@@ -36,9 +37,7 @@ def embedding_gradient(config: ModelConfig, position: int, **inputs: Any) -> jax
         out = edit(Transformer(config), weights(config), TOKENS, {"embed": embeddings}, **inputs)
         return (out[:, position] * jnp.arange(1.0, config.vocab_size + 1)[None]).sum()
 
-    return jax.jit(jax.grad(read))(
-        jnp.asarray(np.random.default_rng(2).normal(size=(B, L, config.d_model)), jnp.float32)
-    )
+    return jax.jit(jax.grad(read))(normal(B, L, config.d_model, seed=2))
 
 
 @pytest.mark.parametrize("residual", ["pre", "post", "sandwich", "output", "parallel"])

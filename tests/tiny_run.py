@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from arrays import quiet
 from rich.console import Console
 
 from llm_jax import log
@@ -72,7 +73,7 @@ def evaluated(
     folder: str | Path, uri: str | None = None, checkpoint: str = "best", **options: Any
 ) -> tuple[Evaluation, int]:
     """How well the run in `folder` predicts text, and the step of its weights."""
-    run = Run.open(folder, checkpoint, report=lambda line: None)
+    run = Run.open(folder, checkpoint, report=quiet)
     return run.evaluate(uri, **options), run.step
 
 
