@@ -17,10 +17,9 @@ import re
 import types
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from llm_jax.keys import REQUIRED, choices, keys, kinds, suggestions, value_at
+from llm_jax.keys import choices, keys, kinds, suggestions
 
 Config = TypeVar("Config")
 
@@ -377,18 +376,6 @@ def check_exact(config: Any, cls: type) -> None:
         for named in (hints[field.name], *get_args(hints[field.name])):
             if dataclasses.is_dataclass(named) and isinstance(named, type) and isinstance(value, named):
                 check_exact(value, named)
-
-
-def html_table(config: Any) -> str:
-    """Return a config as a table for a notebook: each key, its value, bold where not the default, and its meaning."""
-    rows = []
-    for key in keys(type(config)):
-        value = value_at(config, key)
-        if key.group is None and value is not REQUIRED:
-            shown = escape(plain(value))
-            shown = shown if key.default == value else f"<b>{shown}</b>"
-            rows.append(f"<tr><td><code>{key.name}</code></td><td>{shown}</td><td>{escape(key.meaning)}</td></tr>")
-    return f"<table><tr><th>key</th><th>value</th><th>meaning</th></tr>{''.join(rows)}</table>"
 
 
 def import_object(path: str) -> Any:

@@ -16,6 +16,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from llm_jax.files import parse_json, write_whole
+from llm_jax.notebook import Cell
 
 FILE = "metrics.jsonl"
 LAST_STEP = 2**31 - 1  # a train state counts in int32
@@ -176,21 +177,6 @@ FIELDS: tuple[tuple[str, str, Callable[[float], str], str], ...] = (
 )
 
 
-class _Cell:
-    """A line in the output of a notebook's cell, replaced in its position."""
-
-    def __init__(self) -> None:
-        from IPython.display import display  # a notebook has it
-
-        self._handle, self._shown = display({"text/plain": ""}, raw=True, display_id=True), -math.inf
-
-    def show(self, text: str, *, last: bool) -> None:
-        """Replace the line, twice a second at most: a browser draws slower than a small model trains."""
-        if last or time.monotonic() - self._shown >= 0.5:
-            self._shown = time.monotonic()
-            self._handle.update({"text/plain": text}, raw=True)
-
-
 class _Progress:
     """A bar and the newest numbers on a terminal, a line in a notebook, a plain line now and then elsewhere."""
 
@@ -200,7 +186,7 @@ class _Progress:
         self._began: tuple[int, float] | None = None  # step and time of the first row, after compiling
         self._printed = (-math.inf, -math.inf)  # step and time of the last plain line
         moving = console.is_terminal and not console.is_dumb_terminal and not console.is_jupyter
-        self._cell = _Cell() if console.is_jupyter else None
+        self._cell = Cell() if console.is_jupyter else None
         self.live = Live(console=console, get_renderable=self._bar) if moving else None
 
     def update(self, step: int, row: Mapping[str, Any]) -> None:

@@ -3,9 +3,10 @@
 import dataclasses
 from typing import Literal
 
-from llm_jax.config import check_exact, check_ranges, check_types, html_table
+from llm_jax.config import check_exact, check_ranges, check_types
 from llm_jax.data.config import DataConfig
 from llm_jax.model.config import ModelConfig
+from llm_jax.notebook import html_table
 from llm_jax.sharding import MeshConfig
 from llm_jax.train.optimizer import OptimizerConfig
 from llm_jax.train.step import LossConfig
