@@ -18,6 +18,8 @@ from rich.text import Text
 from llm_jax.files import parse_json, write_whole
 from llm_jax.notebook import Cell
 
+Report = Callable[[str], object]  # takes a line for a person
+
 FILE = "metrics.jsonl"
 LAST_STEP = 2**31 - 1  # a train state counts in int32
 

@@ -19,10 +19,9 @@ from llm_jax.compat.sides import NAMES, Side, Stretch, peak_memory, why_not_comp
 from llm_jax.config import plain, to_dict
 from llm_jax.data.loader import Loader
 from llm_jax.files import strict, write_json, write_whole
-from llm_jax.log import visible
+from llm_jax.log import Report, visible
 from llm_jax.runs import folder as run_folder
 from llm_jax.runs.chart import GRAY, ORANGE, Series, line_chart
-from llm_jax.runs.checkpoint import Report
 from llm_jax.runs.data import open_data
 from llm_jax.runs.report import PAGE, STYLE
 from llm_jax.train.config import RunConfig

@@ -6,7 +6,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from llm_jax.data.config import DataConfig
 from llm_jax.data.imported_tokenizer import ImportedTokenizer, files_in
 from llm_jax.data.tokenizer import Tokenizer, build
 from llm_jax.files import whole_folder, write_json
+from llm_jax.log import Report
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.count import parameter_counts
 from llm_jax.runs import folder as run_folder
@@ -42,8 +43,6 @@ HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 UNWANTED = ["consolidated*", *(f"*/{kind}" for kind in WANTED if kind != "*.jinja")]
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-Report = Callable[[str], object]
 
 
 def import_run(

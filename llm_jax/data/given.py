@@ -10,7 +10,7 @@ import itertools
 import json
 import numbers
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,7 @@ from llm_jax.data.shards import FORMAT, SPLITS, Manifest, is_prepared
 from llm_jax.data.sources import Document
 from llm_jax.data.tokenizer import Tokenizer, build
 from llm_jax.files import whole_folder, write_json, written
-
-Report = Callable[[str], object]
+from llm_jax.log import Report
 
 
 def stored(documents: Any, config: DataConfig, cache: Path, report: Report) -> str:

@@ -25,13 +25,13 @@ from llm_jax.data.shards import FORMAT, SPLITS, Manifest, Split, is_prepared, na
 from llm_jax.data.sources import Document
 from llm_jax.data.tokenizer import Tokenizer, build, load_tokenizer
 from llm_jax.files import sha256_of, whole_folder, write_json, written
+from llm_jax.log import Report
 
 GIVEN = "given"  # the folder in the cache of documents that a program gave (`given.py`)
 SETTINGS = ("tokenizer", "separator", "column", "end_of_text", "heldout", "heldout_by", "special")
 SHARD_TOKENS = 1 << 25
 READER = 2  # the version of how text is read; raise it when the documents of a source change
 
-Report = Callable[[str], object]
 Cuts = dict[str, str | None]
 
 

@@ -26,6 +26,7 @@ from jaxtyping import PyTree
 
 from llm_jax import processes
 from llm_jax import tree as trees
+from llm_jax.log import Report
 from llm_jax.runs import folder as run_folder
 from llm_jax.runs import seal as seals
 from llm_jax.runs.checksum import checksums, not_finite
@@ -35,8 +36,6 @@ from llm_jax.train.step import TrainState
 
 FOLDER = "checkpoints"
 UNFINISHED = "*.orbax-checkpoint-tmp*"
-
-Report = Callable[[str], object]
 
 
 class NotFinite(ValueError):

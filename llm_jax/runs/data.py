@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,9 @@ from llm_jax.data.loader import IGNORE, Batch, heldout_rows
 from llm_jax.data.mixture import Mixture, open_folders
 from llm_jax.data.prepare import cached_sources, cuts_of
 from llm_jax.data.shards import SPLITS, Shards, TokenStore, is_prepared, open_shards
+from llm_jax.log import Report
 from llm_jax.runs import folder as run_folder
 from llm_jax.train.config import RunConfig
-
-Report = Callable[[str], object]
 
 
 def open_data(config: RunConfig, report: Report) -> Shards | Mixture:

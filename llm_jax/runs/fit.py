@@ -16,7 +16,7 @@ from llm_jax.runs.checkpoint import Progress
 from llm_jax.runs.code import found_again
 from llm_jax.runs.data import given_data, open_data, open_run_data
 from llm_jax.runs.loop import loop
-from llm_jax.runs.pause import report
+from llm_jax.runs.pause import update_report
 from llm_jax.runs.refusals import check_config, check_layout, disk_failed, moved_away
 from llm_jax.runs.run import Run
 from llm_jax.runs.session import Callback, Session, on
@@ -145,7 +145,7 @@ def _trained(session: Session, state: TrainState, progress: Progress) -> Run:
             raise disk_failed(folder, error, checkpoints) from error
         finally:
             if moved() is None:
-                report(session)
+                update_report(session)
     if (best := checkpoints.best()) is not None:
         session.say(f"the best checkpoint is of step {best:,}: generate and evaluate take it")
     return Run(folder, progress=progress)

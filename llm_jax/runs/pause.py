@@ -45,7 +45,7 @@ def pause(session: Session, state: TrainState, meter: Meter, rows: MetricsLog, l
     # ends and this is what it came to.
     if last or (due and not progress.skipped_in_a_row):
         save(session, state, progress)
-    report(session)
+    update_report(session)
     meter.restart()
     return progress.heldout_loss
 
@@ -104,7 +104,7 @@ def save(session: Session, state: TrainState, progress: Progress) -> None:
         raise not_saved(error, session.checkpoints) from None
 
 
-def report(session: Session) -> None:
+def update_report(session: Session) -> None:
     """Write report.html. A page less is no reason to stop, nor to hide one."""
     if processes.is_first():
         with contextlib.suppress(OSError, ValueError):

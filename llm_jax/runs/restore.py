@@ -5,7 +5,8 @@ from pathlib import Path
 import jax
 from jaxtyping import PyTree
 
-from llm_jax.runs.checkpoint import Checkpoints, Report
+from llm_jax.log import Report
+from llm_jax.runs.checkpoint import Checkpoints
 from llm_jax.train.config import RunConfig
 from llm_jax.train.program import Program
 

@@ -15,13 +15,14 @@ from llm_jax.data.loader import heldout_rows
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.infer.classify import Answer, classify
 from llm_jax.infer.generate import Sampler, chosen_sampling
+from llm_jax.log import Report
 from llm_jax.model.precision import in_dtype
 from llm_jax.model.taps import capture, edit
 from llm_jax.model.transformer import Transformer
 from llm_jax.ops.sampling import Sampling
 from llm_jax.runs import folder as run_folder
 from llm_jax.runs import restore
-from llm_jax.runs.checkpoint import Checkpoints, Progress, Report
+from llm_jax.runs.checkpoint import Checkpoints, Progress
 from llm_jax.runs.code import changed_mixers
 from llm_jax.runs.data import all_text, check_address, open_documents, open_run_data, open_text
 from llm_jax.runs.evaluate import Evaluation, evaluate

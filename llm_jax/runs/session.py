@@ -17,12 +17,13 @@ from llm_jax.data.loader import Loader, task_of, tells_documents
 from llm_jax.data.mixture import Mixture
 from llm_jax.data.shards import Shards
 from llm_jax.infer.generate import prompt_ids
+from llm_jax.log import Report
 from llm_jax.model.config import is_own
 from llm_jax.model.count import parameter_counts
 from llm_jax.model.mixer import check_mixer
 from llm_jax.runs import folder as run_folder
 from llm_jax.runs import restore
-from llm_jax.runs.checkpoint import Checkpoints, Progress, Report
+from llm_jax.runs.checkpoint import Checkpoints, Progress
 from llm_jax.runs.code import Record, record_of
 from llm_jax.runs.refusals import check_heldout
 from llm_jax.runs.seal import moves, seal, seal_of
