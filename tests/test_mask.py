@@ -111,7 +111,7 @@ def seen(mask: Mask, L: int, S: int, row: int, query: int, key: int) -> bool:
 
 @st.composite
 def masks(draw: st.DrawFn) -> tuple[Mask, int, int, list[int], list[int]]:
-    """A mask of two rows, L, S, and some of the queries and keys."""
+    """A mask of two rows, L, S, and three of the queries and four of the keys: always as many, for few compiles."""
     L = 5
     segments, kv_length, S = None, None, L
     if draw(st.booleans()):
@@ -130,8 +130,8 @@ def masks(draw: st.DrawFn) -> tuple[Mask, int, int, list[int], list[int]]:
         prefix=None if prefix is None else jnp.array(prefix).reshape(2, S),
         kv_length=kv_length,
     )
-    some = [draw(st.permutations(range(size)))[: draw(st.integers(1, size))] for size in (L, S)]
-    return mask, L, S, *some
+    queries, keys = (draw(st.permutations(range(size)))[:number] for size, number in ((L, 3), (S, 4)))
+    return mask, L, S, queries, keys
 
 
 @settings(max_examples=40)
