@@ -101,8 +101,7 @@ def test_a_prompt_may_arrive_in_pieces(layers: tuple[str, ...]):
 def test_a_prefix_sees_itself_both_ways_and_what_comes_after_it_the_past():
     """As in one pass over the row, whose first tokens are its prefix."""
     prefix = jnp.arange(L)[None] < LENGTHS[:, None]
-    model = Transformer(TINY)
-    whole = model.apply({"params": weights(TINY)}, TOKENS, prefix=prefix)
+    whole = jax.jit(lambda p: Transformer(TINY).apply({"params": p}, TOKENS, prefix=prefix))(weights(TINY))
     assert jnp.abs(whole.logits - full(TINY)).max() > 0.01
     run = runner(TINY)
     out = run(TOKENS[:, :4], init_cache(TINY, B, L), prefix=prefix[:, :4])

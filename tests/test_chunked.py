@@ -71,12 +71,12 @@ def test_no_length_is_too_odd_for_chunks(mask: Mask, L: int, S: int):
 def test_many_blocks_lose_no_digits_of_the_gradients_of_keys_and_values():
     """In bfloat16 a sum over 16 blocks, kept in bfloat16, is three times as far off."""
     L, H = 2048, 16
-    q, k, v, g = (jax.random.normal(key, (1, L, 1, 1, H)) for key in jax.random.split(jax.random.key(0), 4))
-    inputs = [x.astype(jnp.bfloat16) for x in (q, k[..., 0, :], v[..., 0, :], g)]
+    inputs = attention_inputs(1, L, 1, 1, H, dtype="bfloat16")
 
-    def gradients(name: str, q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> list[jax.Array]:
-        pull = jax.vjp(lambda k, v: attention(q, k, v, Mask(causal=False), implementation=name), k, v)[1]
-        return [x.astype(jnp.float32) for x in pull(g)]
+    def gradients(name: str, *arrays: jax.Array) -> list[jax.Array]:
+        """Those of keys and values."""
+        found = output_and_gradients(name, Mask(causal=False), Scores(), arrays)
+        return [x.astype(jnp.float32) for x in found[2:]]
 
     exact = gradients("reference", *(x.astype(jnp.float32) for x in inputs))
     off = {

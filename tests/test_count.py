@@ -74,7 +74,7 @@ def test_the_counted_flops_are_three_times_those_of_the_forward_products(changes
     assert flops_per_token(config, L) * L == 3 * (forward - unseen)
 
 
-@given(st.integers(1, 40), st.none() | st.integers(1, 50))
+@given(st.integers(1, 40), st.sampled_from([None, 1, 2, 7, 39, 50]))
 def test_the_counted_keys_are_those_that_the_mask_shows(L: int, window: int | None):
     config = tiny() if window is None else local(window)
     distance = np.arange(L)[:, None] - np.arange(L)

@@ -36,7 +36,7 @@ def role(path: str) -> str:
 def test_every_weight_has_the_standard_deviation_of_its_role(scheme: str):
     sizes = {"d_model": 96, "d_ff": 160, "head_dim": 8, "vocab_size": 120, "max_seq_len": 80}
     config = tiny(init=scheme, tied=False, positions="learned", bias="all", **sizes)
-    params = Transformer(config, stacked=False).init(jax.random.key(0), tokens(1, 1))["params"]
+    params = jax.jit(Transformer(config, stacked=False).init)(jax.random.key(0), tokens(1, 1))["params"]
     for path, values in leaves(jax.tree.map(np.asarray, params)).items():
         if path.endswith(("scale", "bias")) or "/b_" in path:
             assert (values == path.endswith("scale")).all(), path
@@ -46,7 +46,7 @@ def test_every_weight_has_the_standard_deviation_of_its_role(scheme: str):
 
 
 def test_layers_start_different_from_each_other():
-    params = Transformer(TINY).init(jax.random.key(0), tokens(1, 1))["params"]
+    params = jax.jit(Transformer(TINY).init)(jax.random.key(0), tokens(1, 1))["params"]
     first, second = np.asarray(params["layers"]["attention"]["w_q"])
     assert (first != second).mean() > 0.99
 

@@ -30,13 +30,14 @@ def model() -> lj.ModelConfig:
 
 def test_an_own_layer_decodes_what_the_full_forward_gives(model: lj.ModelConfig):
     coder, network = ByteTokenizer(), lj.Transformer(model)
-    params = network.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    forward = jax.jit(lambda tokens: lj.forward(network, params, tokens).logits)
     prompts = ["ab", "a longer one"]
     found = generate(model, params, coder, prompts, sampling=lj.Sampling(temperature=0), max_tokens=5)
     for prompt, text in zip(prompts, found, strict=True):
         ids = [coder.begin_of_text, *coder.encode(prompt).tolist()]
         for _ in range(5):
-            logits = lj.forward(network, params, jnp.array([ids + [0] * (20 - len(ids))])).logits
+            logits = forward(jnp.array([ids + [0] * (20 - len(ids))]))
             ids.append(int(logits[0, len(ids) - 1, : coder.vocab_size].argmax()))
         assert coder.decode(ids[1:]) == prompt + text
 

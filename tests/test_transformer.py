@@ -96,8 +96,9 @@ def test_multi_head_attention_is_grouped_attention_with_every_key_repeated():
 
 def test_hidden_states_times_the_head_are_the_logits():
     for config in (TINY, tiny(tied=False)):
-        out = jax.jit(lambda p, c=config: Transformer(c).apply({"params": p}, TOKENS))(weights(config))
-        bare = jax.jit(lambda p, c=config: Transformer(c).apply({"params": p}, TOKENS, logits=False))(weights(config))
+        model = Transformer(config)
+        both = jax.jit(lambda p, m=model: [m.apply({"params": p}, TOKENS, logits=logits) for logits in (True, False)])
+        out, bare = both(weights(config))
         assert bare.logits is None
         np.testing.assert_allclose(bare.hidden, out.hidden, rtol=1e-6, atol=1e-6)
         product = bare.hidden @ head_table(config, weights(config)).T
@@ -157,11 +158,16 @@ def test_rematerialization_keeps_what_it_names_and_the_block_input():
     assert "BKGLS" not in residuals("dots")
 
 
+@functools.cache
+def captured(config: ModelConfig) -> Callable[[jax.Array], dict[str, jax.Array]]:
+    """The activations of a forward pass in training, by the key of its noise."""
+    run = functools.partial(capture, Transformer(config), tokens=TOKENS, train=True)
+    return jax.jit(lambda key: run(weights(config), rngs={"dropout": key}))
+
+
 def training(key: int, dropout: float = 0.25) -> dict[str, jax.Array]:
     """What dropout does to a forward pass: activations, and the logits."""
-    config = tiny(dropout=dropout, d_model=96)
-    model, rngs = Transformer(config), {"dropout": jax.random.key(key)}
-    return capture(model, weights(config), TOKENS, train=True, rngs=rngs)
+    return captured(tiny(dropout=dropout, d_model=96))(jax.random.key(key))
 
 
 def test_dropout_is_off_outside_of_training():
@@ -194,7 +200,8 @@ def test_dropout_of_attention_is_in_training_only_and_differs_by_layer():
     config = tiny(attention=AttentionConfig(dropout=0.25), **changes)
     params, model = weights(tiny(**changes)), Transformer(config)
     assert (logits(config, params, tokens) == logits(tiny(**changes), params, tokens)).all()
-    taps = capture(model, params, tokens, train=True, rngs={"dropout": jax.random.key(0)})
+    run = jax.jit(lambda key: capture(model, params, tokens, train=True, rngs={"dropout": key}))
+    taps = run(jax.random.key(0))
     z, v = jnp.moveaxis(taps["z"][..., 0, :], 3, 2), jnp.moveaxis(taps["v"], 3, 2)  # N B K L H
     pattern, used = taps["pattern"][:, :, :, 0], z @ jnp.linalg.pinv(v)
     seen = pattern > 1e-3
