@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from llm_jax.cli import main, verbs
+from llm_jax.cli import main
+from llm_jax.cli.shared import config_or_run_of
 from llm_jax.keys import SYNONYMS, keys
 from llm_jax.recipes import recipes
 from llm_jax.runs.start import load_recipe
@@ -125,7 +126,7 @@ def option(verb: str, draw: random.Random) -> list[str]:
 
 def line(draw: random.Random) -> list[str]:
     """A verb, what it is about, some changes of keys, some options, in any order."""
-    verb = draw.choice(list(main.SYNTAX)).rstrip("_")
+    verb = draw.choice([function.__name__.rstrip("_") for function in main.SYNTAX])
     about = draw.choice([draw.choice(list(recipes()))] * 5 + [draw.choice(WORDS)])
     rest = [[assignment(draw)] for _ in range(draw.choice([0, 1, 1, 2, 3]))]
     rest += [option(verb, draw) for _ in range(draw.choice([0, 0, 1, 2]))]
@@ -151,7 +152,7 @@ def stand_in(verb: Callable[..., Any], accepted: list[Any]) -> Callable[[Namespa
         values = [value for value in vars(args).values() if isinstance(value, int | float)]
         assert all(math.isfinite(value) and (value < 2**32 or isinstance(value, float)) for value in values)
         if "config" in vars(args):
-            numbers = [x for x in leaves(verbs._config_or_run(args)) if isinstance(x, int | float)]
+            numbers = [x for x in leaves(config_or_run_of(args)) if isinstance(x, int | float)]
             assert all(math.isfinite(x) and abs(x) <= 3.5e38 for x in numbers)
         accepted.append(values)
 
@@ -166,9 +167,11 @@ def test_any_words_are_accepted_or_refused_on_one_line(
     monkeypatch.setattr(
         "llm_jax.runs.start.load_recipe", lambda name: loaded[name] if name in loaded else load_recipe(name)
     )
-    for name in main.SYNTAX:
-        if name != "help":
-            monkeypatch.setattr(verbs, name, stand_in(getattr(verbs, name), accepted))
+    syntax = {
+        function if function.__name__.startswith("help") else stand_in(function, accepted): arguments
+        for function, arguments in main.SYNTAX.items()
+    }
+    monkeypatch.setattr(main, "SYNTAX", syntax)
     parser = main.parser()
     monkeypatch.setattr(main, "parser", lambda: parser)
     draw, refused = random.Random(0), 0
