@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from llm_jax.runs.refusals import Diverged as Diverged
     from llm_jax.runs.run import Run as Run
     from llm_jax.runs.signals import Stop as Stop
+    from llm_jax.runs.start import config_from as config_from
     from llm_jax.runs.start import recipe as recipe
     from llm_jax.sharding import MeshConfig as MeshConfig
     from llm_jax.train.balance import expert_loss as expert_loss
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
 _HOMES = {
     # train and use
     "recipe": "runs.start:recipe",
+    "config_from": "runs.start:config_from",
     "replace": "config:replace",
     "fit": "runs.fit:fit",
     "resume": "runs.fit:resume",

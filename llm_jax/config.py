@@ -56,14 +56,19 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], where: str = "") -> 
     return cls(**{key: _coerce(value, hints[key], where + key) for key, value in values.items()})
 
 
-def replace(config: Config, /, *assignments: str, **changes: Any) -> Config:
-    """Return `config` with new values by path: `replace(config, steps=9, **{"model.n_layers": 4})`.
+def replace(config: Config, /, *assignments: str | Mapping[str, Any], **changes: Any) -> Config:
+    """Return `config` with new values by path: `replace(config, {"model.n_layers": 4}, steps=9)`.
 
-    `assignments` are words as on the command line, `"steps=9"`. All take effect together, so that two fields which must
-    agree can change in one call. Raises `ValueError` for an unknown path, a value of another type (text for a number
-    too), and a config that can't be.
+    `assignments` may also be words as on the command line, `"steps=9"`. All take effect together, so that two fields
+    which must agree can change in one call. Raise `ValueError` for an unknown path, a value of another type (text for a
+    number too), and a config that can't be.
     """
-    new, known = override(config, assignments, **changes), {key.name: key for key in keys(type(config))}
+    words = [word for word in assignments if not isinstance(word, Mapping)]
+    for more in (found for found in assignments if isinstance(found, Mapping)):
+        if twice := changes.keys() & more.keys():
+            raise ValueError(f"{min(twice)} is set twice; keep one of them")
+        changes |= more
+    new, known = override(config, words, **changes), {key.name: key for key in keys(type(config))}
     for path, value in changes.items():
         if isinstance(value, str) and not isinstance(functools.reduce(getattr, path.split("."), new), str):
             raise _wrong_type(value, kinds(known[path].kind), path)
@@ -84,6 +89,8 @@ def override(config: Config, assignments: Sequence[str], **changes: Any) -> Conf
         if path not in groups:
             _insert(values, path, value)
     for assignment in assignments:
+        if not isinstance(assignment, str):
+            raise ValueError(f"expected 'key=value' or {{key: value}}, got {_short(assignment)}")
         key, equals, text = assignment.partition("=")
         if not equals or not key:
             example = "model.n_layers=8, without blanks"
@@ -120,9 +127,15 @@ def checked(config: Config) -> Config:
 
 
 def check_types(config: Any, where: str) -> None:
-    """Raise `ValueError` for a field of another type than its annotation, or not among its choices."""
+    """Raise `ValueError` for a field of another type than its annotation, or not among its choices.
+
+    So too for a subclass, here or as a field: config.json would lose it.
+    """
+    _check_exact(config)
     for name, kind in type_hints(type(config)).items():
         value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            _check_exact(value)
         if not any(_is_a(value, each) for each in kinds(kind)):
             raise _wrong_type(value, kinds(kind), where + name)
 
@@ -362,20 +375,14 @@ def _abbreviated(value: Any, other: Any) -> str:
     return text if len(text) < 40 else f"{text[: max(12, alike + 1)]}..."
 
 
-def check_exact(config: Any, cls: type) -> None:
-    """Raise `ValueError` for a config of a subclass, of `cls` or of the class of a field: config.json would lose it."""
-    if type(config) is not cls:
+def _check_exact(config: Any) -> None:
+    """Raise `ValueError` for an instance of a subclass of a config: config.json would lose it."""
+    if parents := [cls for cls in type(config).__mro__[1:] if dataclasses.is_dataclass(cls)]:
+        name = parents[0].__name__
         raise ValueError(
-            f"{type(config).__name__} is a subclass of {cls.__name__}, which config.json can't bring back; use "
-            f"{cls.__name__} itself, and pass code of your own as fit(loss=..., optimizer=..., metrics=...) or as "
-            "model.layers=my.module:Mixer"
+            f"{type(config).__name__} is a subclass of {name}, which config.json can't bring back; use {name} itself, "
+            "and pass code of your own as fit(loss=..., optimizer=..., metrics=...) or as model.layers=my.module:Mixer"
         )
-    hints = type_hints(cls)
-    for field in dataclasses.fields(cls):
-        value = getattr(config, field.name)
-        for named in (hints[field.name], *get_args(hints[field.name])):
-            if dataclasses.is_dataclass(named) and isinstance(named, type) and isinstance(value, named):
-                check_exact(value, named)
 
 
 def import_object(path: str) -> Any:
@@ -388,3 +395,7 @@ def import_object(path: str) -> Any:
             f"{path} can't be imported here ({error}); start from the folder that holds {module.partition('.')[0]}, or "
             "put that on PYTHONPATH"
         ) from None
+    except Exception as error:  # of the code in the module itself
+        raise ValueError(
+            f"{module} fails when it is imported: {type(error).__name__}: {error}; fix it first"
+        ) from error

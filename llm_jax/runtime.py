@@ -101,11 +101,16 @@ def start(devices: int | None = None, topology: Target | None = None) -> None:
     devices: so many simulated CPU devices, in place of those of this machine.
     topology: accelerators that programs are compiled for, here or not.
 
-    It does not matter what was imported before. Raise `ValueError` if JAX runs already, with fewer devices than this
-    asks for.
+    It does not matter what was imported before, nor that it is called again. Raise `ValueError` if JAX runs already
+    without what this asks for: with fewer devices, or with accelerators where programs are to be compiled for others.
     """
     import jax
 
+    if topology is not None and started() and jax.default_backend() != "cpu":
+        raise ValueError(
+            f"JAX runs in this process already, on {jax.default_backend()}, and programs for other devices are "
+            "compiled in a process of their own; call llm_jax.runtime.start(topology=...) before the first array"
+        )
     devices = devices if topology is None else topology.simulated
     for name, value in ({} if topology is None else topology.environment).items():
         os.environ.setdefault(name, value)  # what the user has set stays

@@ -1,10 +1,12 @@
 """A run knows its code again: by what it does, in every process, and by nothing else."""
 
 import functools
+import importlib
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import optax
@@ -13,7 +15,7 @@ from grid import TINY
 
 import llm_jax as lj
 from llm_jax.config import import_object
-from llm_jax.runs.code import code_hash, found_again, import_path, record_of
+from llm_jax.runs.code import _spelled, code_hash, found_again, import_path, record_of
 from llm_jax.train.custom import Custom
 
 MODEL = TINY
@@ -80,12 +82,45 @@ def test_code_that_is_not_what_a_run_was_trained_with_is_refused(record, given, 
         found_again(record, given, MODEL, "runs/a")
 
 
-SOURCE = """
+OTHER = """
 import functools
 import jax
 
+offset = 1.0
+
+
+@jax.jit
+def jitted(x):
+    return x + offset
+
+
+@functools.cache
+def cached(n):
+    return n + 1
+"""
+SOURCE = """
+import dataclasses
+import functools
+import jax
+import numpy as np
+import optax
+
+import other_code_of_a_user as other
+from other_code_of_a_user import cached
+
 weight = 2.0
 names = {"b", "a"}
+key = jax.random.key(3)
+schedule = optax.linear_schedule(0.0, 1.0, 10)
+objects = np.array([1, "a", None], object)
+
+
+@dataclasses.dataclass
+class Settings:
+    alpha: float
+
+
+settings = Settings(0.5)
 
 
 def helper(x):
@@ -119,6 +154,10 @@ class Loss(Base):
         return self.scale(x) ** self.power + self.y, names
 
 
+def far(x):
+    return other.jitted(x) + cached(1) + settings.alpha + schedule(1), jax.random.normal(key), objects
+
+
 pieces = {
     "function": helper,
     "decorated": decorated,
@@ -127,41 +166,101 @@ pieces = {
     "class": Loss,
     "jitted": jax.jit(helper),
     "lambda": lambda x: x + weight,
+    "far": far,
 }
+"""
+# What is replaced by what, and which of the pieces do something else then.
+CHANGES = {
+    "nothing": ("", "", set()),
+    "a comment": ("def helper(x):", "def helper(x):  # a comment", set()),
+    "a global": ("weight = 2.0", "weight = 3.0", {"function", "decorated", "jitted", "lambda"}),
+    "a decorator": ("return f(*args)", "return -f(*args)", {"decorated"}),
+    "a base": ("return x * 2", "return x * 3", {"object", "method", "class"}),
+    "an attribute": ("power = 1", "power = 2", {"object", "method", "class"}),
+    "a state": ('"object": Loss(1)', '"object": Loss(7)', {"object"}),
+    "a set": ('names = {"b", "a"}', 'names = {"b", "c"}', {"object", "method", "class"}),
+    "a key": ("jax.random.key(3)", "jax.random.key(4)", {"far"}),
+    "settings": ("Settings(0.5)", "Settings(0.6)", {"far"}),
+    "a schedule": ("linear_schedule(0.0, 1.0, 10)", "linear_schedule(0.0, 1.0, 11)", {"far"}),
+    "objects": ('[1, "a", None]', '[1, "b", None]', {"far"}),
+    "a jitted function elsewhere": ("return x + offset", "return x - offset", {"far"}),
+    "a cached function elsewhere": ("return n + 1", "return n + 2", {"far"}),
+    "a number elsewhere": ("offset = 1.0", "offset = 2.0", {"far"}),
+}
+HASHES = """
+import importlib, json, sys
+from llm_jax.runs.code import code_hash
+found = {}
+for folder in sys.argv[1:]:
+    sys.path.insert(0, folder)
+    for name in ("code_of_a_user", "other_code_of_a_user"):
+        sys.modules.pop(name, None)
+    importlib.invalidate_caches()
+    found[folder] = {name: code_hash(piece) for name, piece in importlib.import_module("code_of_a_user").pieces.items()}
+    sys.path.remove(folder)
+print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "changed"),
-    [
-        ("weight = 2.0", "weight = 3.0", {"function", "decorated", "jitted", "lambda"}),
-        ("return f(*args)", "return -f(*args)", {"decorated"}),
-        ("return x * 2", "return x * 3", {"object", "method", "class"}),
-        ("power = 1", "power = 2", {"object", "method", "class"}),
-        ('"object": Loss(1)', '"object": Loss(7)', {"object"}),
-        ('names = {"b", "a"}', 'names = {"b", "c"}', {"object", "method", "class"}),
-        ("def helper(x):", "def helper(x):  # a comment", set()),
-    ],
-    ids=["global", "decorator", "base", "attribute", "state", "set", "comment"],
-)
-def test_a_change_of_what_code_does_changes_its_hash_and_no_other(
-    tmp_path: Path, old: str, new: str, changed: set[str]
-):
-    """In processes of their own, which order sets differently."""
-    program = "import json; from llm_jax.runs.code import code_hash; import code_of_a_user as m; "
-    program += "print(json.dumps({name: code_hash(piece) for name, piece in m.pieces.items()}))"
+@pytest.fixture(scope="module")
+def hashes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """The hashes of the pieces: unchanged, in a process that orders sets otherwise, and after each change."""
+    place, folders = tmp_path_factory.mktemp("code"), []
+    for number, (old, new, _) in enumerate(CHANGES.values()):
+        assert not old or (SOURCE + OTHER).count(old) == 1
+        folders.append(str(place / str(number)))
+        (place / str(number)).mkdir()
+        for name, text in (("code_of_a_user.py", SOURCE), ("other_code_of_a_user.py", OTHER)):
+            (place / str(number) / name).write_text(text.replace(old, new) if old else text)
     found = []
-    for number, text in enumerate((SOURCE, SOURCE.replace(old, new))):
-        assert number == 0 or text != SOURCE
-        (tmp_path / f"{number}").mkdir()
-        (tmp_path / f"{number}" / "code_of_a_user.py").write_text(text)
-        paths = os.pathsep.join([str(tmp_path / f"{number}"), str(ROOT)])
-        environment = os.environ | {"PYTHONPATH": paths, "PYTHONHASHSEED": str(number)}
-        done = subprocess.run(
-            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
-        )
-        found.append(json.loads(done.stdout))
-    assert {name for name in found[0] if found[0][name] != found[1][name]} == changed
+    for seed, wanted in enumerate((folders[:1], folders)):
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(seed)}
+        command = [sys.executable, "-c", HASHES, *wanted]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        found += json.loads(done.stdout).values()
+    return found
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_what_code_does_changes_its_hash_and_no_other(change: str, hashes: list[dict[str, str]]):
+    before, after = hashes[0], hashes[1 + list(CHANGES).index(change)]
+    assert {name for name in before if before[name] != after[name]} == CHANGES[change][2]
+
+
+def test_the_hash_is_of_the_code_that_runs_not_of_a_file_edited_since(tmp_path: Path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "edited_code.py"
+    file.write_text("def f(x):\n    return x + 1\n")
+    module = importlib.import_module("edited_code")
+    first = code_hash(module.f)
+    file.write_text("def f(x):\n    return x + 200\n")
+    assert code_hash(module.f) not in (first, code_hash(importlib.reload(module).f))
+    assert "200" in "".join(_spelled(module.f, {}))
+    sys.modules.pop("edited_code")
+
+
+def test_code_is_compared_before_it_is_called():
+    called = []
+
+    def make() -> optax.GradientTransformation:
+        called.append(1)
+        return optax.sgd(0.5)
+
+    module = types.ModuleType("calling_code")
+    module.make = make
+    sys.modules["calling_code"] = module
+    record = {"optimizer": {"path": "calling_code:make", "sha256": "0"}}
+    with pytest.raises(ValueError, match="optimizer=calling_code:make does not do what it did"):
+        found_again(record, Custom(), MODEL, "runs/a")
+    assert not called
+    sys.modules.pop("calling_code")
+
+
+def test_a_method_of_an_object_has_no_path_to_be_imported_by():
+    class Scaled:
+        def loss(self, model, params, batch, key): ...
+
+    assert import_path(Scaled().loss) is None
 
 
 def test_two_functions_in_one_line_are_told_apart():

@@ -51,7 +51,7 @@ def recipe(tmp_path: Path) -> RunConfig:
 
 def test_the_model_and_tokenizer_are_those_of_the_run_and_all_else_is_the_recipes(trained: Path, recipe: RunConfig):
     said: list[str] = []
-    config = config_from(trained, recipe, ["data.seq_len=32", "steps=9"], said.append)
+    config = config_from(trained, recipe, {"data.seq_len": 32}, "steps=9", report=said.append)
     theirs = run_folder.load_config(trained).model
     attention = dataclasses.replace(theirs.attention, dropout=0.05)
     assert config.model == dataclasses.replace(theirs, attention=attention, dropout=0.1, remat="full")
@@ -67,7 +67,7 @@ def test_a_model_without_softmax_takes_no_dropout_of_a_pattern(trained: Path, re
     run_folder.save_config(
         trained, dataclasses.replace(theirs, model=tiny(vocab_size=257, max_seq_len=64, layers=("linear",)))
     )
-    config = config_from(trained, recipe, [], quiet)
+    config = config_from(trained, recipe, report=quiet)
     assert (config.model.attention.dropout, config.model.dropout) == (0.0, 0.1)
 
 
@@ -75,21 +75,24 @@ def test_a_model_without_softmax_takes_no_dropout_of_a_pattern(trained: Path, re
 def test_the_runs_own_tokenizer_may_be_named(spec: str, trained: Path, recipe: RunConfig, tmp_path: Path):
     ByteTokenizer().save(tmp_path / "elsewhere")
     spec = spec.format(run=trained, elsewhere=tmp_path / "elsewhere")
-    assert config_from(trained, recipe, [f"data.tokenizer={spec}"], quiet).data.tokenizer == spec
+    assert config_from(trained, recipe, f"data.tokenizer={spec}", report=quiet).data.tokenizer == spec
 
 
 def test_what_is_changed_by_hand_is_said(trained: Path, recipe: RunConfig):
     said: list[str] = []
-    config = config_from(trained, recipe, ["model.max_seq_len=128", "data.seq_len=128"], said.append)
+    config = config_from(trained, recipe, "model.max_seq_len=128", "data.seq_len=128", report=said.append)
     assert (config.model.max_seq_len, config.data.seq_len) == (128, 128)
-    assert said[1] == f"the model of {trained} is changed by the command line: model.max_seq_len is 64 there, 128 here"
+    assert said[1] == f"the model of {trained} is changed: model.max_seq_len is 64 there, 128 here"
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["init_from=runs/other"], "--from .* and init_from=runs/other both say where the weights come from; keep one"),
-        (["data.tokenizer=train:300"], "--from .*/run reads the tokens of .*/run: leave out data.tokenizer=train:300$"),
+        (["init_from=runs/other"], "the weights are those of .*/run .* and init_from=runs/other says others; keep one"),
+        (
+            ["data.tokenizer=train:300"],
+            "a run from .*/run reads the tokens of .*/run: leave out data.tokenizer=train:300$",
+        ),
         (["data.tokenizer=char"], "leave out data.tokenizer=char$"),
         (["data.tokenizer=bite"], "unknown tokenizer 'bite'.*did you mean 'byte'"),
         (["data.seq_len=65"], "data.seq_len=65 exceeds model.max_seq_len=64"),
@@ -98,7 +101,7 @@ def test_what_is_changed_by_hand_is_said(trained: Path, recipe: RunConfig):
 )
 def test_what_contradicts_the_run_is_refused(words: list[str], says: str, trained: Path, recipe: RunConfig):
     with pytest.raises(ValueError, match=says):
-        config_from(trained, recipe, words, quiet)
+        config_from(trained, recipe, *words, report=quiet)
 
 
 def test_the_command_line_takes_a_run_to_train_on_from(trained: Path, recipe: RunConfig, capsys: Any):

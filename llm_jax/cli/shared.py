@@ -32,7 +32,7 @@ def config_of(args: Namespace) -> "RunConfig":
         where = f"{args.config} fails: {type(error).__name__}: {error}"
         raise ValueError(f"{where}; fix it (--debug shows the line)") from error
     if source := vars(args).get("source_run"):
-        return start.config_from(source, config, args.assignments, say)
+        return start.config_from(source, config, *args.assignments, report=say)
     return override(config, args.assignments)
 
 

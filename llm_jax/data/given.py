@@ -44,7 +44,7 @@ def stored(documents: Any, config: DataConfig, cache: Path, report: Report) -> s
     except TypeError:
         raise ValueError(f"{documents!r} is no iterable of texts, nor an array of token ids") from None
     if isinstance(first, str):
-        return str(_store_texts(every, config, cache))
+        return str(_store_texts(every, cache))
     if isinstance(first, Mapping):
         column = "text" if "text" in first else next(iter(first), "text")
         raise ValueError(
@@ -72,8 +72,8 @@ def _peeked(documents: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
     raise ValueError("there is no document; give a list of texts")
 
 
-def _store_texts(texts: Iterable[Any], config: DataConfig, cache: Path) -> Path:
-    digest, folder, column = hashlib.sha256(), cache / GIVEN, config.column or "text"
+def _store_texts(texts: Iterable[Any], cache: Path) -> Path:
+    digest, folder = hashlib.sha256(), cache / GIVEN
     folder.mkdir(parents=True, exist_ok=True)
     scratch = folder / f".{os.getpid()}.part"  # its name is known at the end
     try:
@@ -81,7 +81,7 @@ def _store_texts(texts: Iterable[Any], config: DataConfig, cache: Path) -> Path:
             for number, text in enumerate(texts):
                 if not isinstance(text, str):
                     raise ValueError(f"document {number} is no text but {type(text).__name__}, unlike the first")
-                line = json.dumps({column: text}).encode() + b"\n"
+                line = json.dumps({"text": text}).encode() + b"\n"
                 digest.update(line)
                 file.write(line)
         return scratch.replace(folder / f"{digest.hexdigest()[:16]}.jsonl")

@@ -13,7 +13,7 @@ from llm_jax.config import replace
 from llm_jax.data.task import TaskConfig, resolve
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.infer.generate import BATCH, as_texts, padded, prompt_ids
-from llm_jax.model.config import ModelConfig
+from llm_jax.model.config import ModelConfig, has_own_layer
 from llm_jax.model.transformer import Transformer, forward, head_table
 from llm_jax.ops.loss import unembed
 
@@ -46,6 +46,8 @@ def classify(
     ids = prompt_ids(config, tokenizer, [task.ask(prompt) for prompt in prompts], begin, special)
     # An implementation chosen for rows of training length may decline these.
     config = replace(config, **{"attention.implementation": None})
+    if has_own_layer(config):  # which may have changed under its name since this was traced
+        probabilities.clear_cache()
     answers = []
     for first in range(0, len(ids), BATCH):
         tokens, _ = padded(ids[first : first + BATCH], config.max_seq_len)

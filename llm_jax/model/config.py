@@ -54,6 +54,11 @@ def is_own(mixer: str) -> bool:
     return ":" in mixer
 
 
+def has_own_layer(config: "ModelConfig") -> bool:
+    """Return whether some layers are of a user's own."""
+    return any(is_own(layer.mixer) for layer in config.period)
+
+
 def own_mixer(path: str) -> Any:
     """Return the class that a layer names. Raise `ValueError` where it can't be imported, or is no `Mixer`."""
     cls = import_object(path)

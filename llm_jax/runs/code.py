@@ -5,6 +5,7 @@ was, and that it has not changed is checked before the first step.
 """
 
 import ast
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -14,9 +15,11 @@ import sys
 import sysconfig
 import textwrap
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.config import import_object
@@ -34,7 +37,7 @@ PLAIN = (type(None), bool, int, float, complex, str, bytes)
 def record_of(custom: Custom, model: ModelConfig) -> Record:
     """Return the import path of each piece of code, None where it has none, and the hash of what it does."""
     pieces = {"loss": custom.loss, "optimizer": custom.made_by or custom.optimizer}
-    pieces |= {path: own_mixer(path) for path in _mixers(model)}
+    pieces |= _mixers(model)
     return {
         name: {"path": import_path(piece), "sha256": code_hash(piece)}
         for name, piece in pieces.items()
@@ -44,8 +47,8 @@ def record_of(custom: Custom, model: ModelConfig) -> Record:
 
 def changed_mixers(model: ModelConfig, record: Record) -> list[str]:
     """Return the import paths of a run's mixers that have other code now than it was trained with."""
-    paths = [path for path in _mixers(model) if path in record]
-    return [path for path in paths if record[path]["sha256"] != code_hash(own_mixer(path))]
+    known = {path: cls for path, cls in _mixers(model).items() if path in record}
+    return [path for path, cls in known.items() if record[path]["sha256"] != code_hash(cls)]
 
 
 def found_again(record: Record, given: Custom, model: ModelConfig, run: str) -> Custom:
@@ -59,28 +62,28 @@ def found_again(record: Record, given: Custom, model: ModelConfig, run: str) -> 
             pieces[name] = _imported(name, record[name]["path"], run)
         elif piece is not None and name not in record:
             raise ValueError(f"{run} was trained without {name}=; leave it out, or start anew with init_from={run}")
-    now = Custom.of(pieces["loss"], pieces["optimizer"])
-    for name, known in record_of(now, model).items():
-        if name in record and known["sha256"] != record[name]["sha256"]:
+    for name, piece in (pieces | _mixers(model)).items():  # compared before it is called
+        if piece is not None and name in record and code_hash(piece) != record[name]["sha256"]:
             what = name if name not in pieces else f"{name}={record[name]['path'] or '...'}"
             raise ValueError(
                 f"{what} does not do what it did when {run} was trained; restore it, or start anew with init_from={run}"
             )
-    return now
+    return Custom.of(pieces["loss"], pieces["optimizer"])
 
 
 def import_path(piece: Any) -> str | None:
     """Return `package.module:name` of a function or class; None for what no import could bring back."""
     module, name = getattr(piece, "__module__", None), getattr(piece, "__qualname__", None)
-    return None if not module or not name or "<" in name else f"{module}:{name}"
+    bound = isinstance(piece, types.MethodType)  # to an object, which is nowhere
+    return None if bound or not module or not name or "<" in name else f"{module}:{name}"
 
 
 def code_hash(piece: Any) -> str:
     """Return the SHA-256 of what a function, class or object does.
 
     It covers the code without comments, docstrings and line breaks; the values that it closes over; the global values,
-    functions and classes of its own module that it names; decorators, base classes and the attributes of objects.
-    Installed libraries are known by the names of what is used of them.
+    functions, classes and objects that it names, of its own module and of others that are not installed; decorators,
+    base classes and the attributes of objects. Installed libraries are known by the names of what is used of them.
     """
     digest = hashlib.sha256()
     for text in _spelled(piece, {}):
@@ -88,8 +91,8 @@ def code_hash(piece: Any) -> str:
     return digest.hexdigest()
 
 
-def _mixers(model: ModelConfig) -> list[str]:
-    return list(dict.fromkeys(layer.mixer for layer in model.period if is_own(layer.mixer)))
+def _mixers(model: ModelConfig) -> dict[str, Any]:
+    return {layer.mixer: own_mixer(layer.mixer) for layer in model.period if is_own(layer.mixer)}
 
 
 def _imported(name: str, path: str | None, run: str) -> Any:
@@ -129,9 +132,13 @@ def _spelled(piece: Any, seen: Seen) -> Iterator[str]:
         case list() | tuple():
             for part in piece:
                 yield from _spelled(part, seen)
+        case jax.Array() if jnp.issubdtype(piece.dtype, jax.dtypes.prng_key):
+            yield from _spelled(jax.random.key_data(piece), seen)
         case _ if hasattr(piece, "__array__"):
             array = np.asarray(piece)
-            yield f"{array.dtype} {array.shape} {hashlib.sha256(array.tobytes()).hexdigest()}"
+            content = hashlib.sha256(array.tobytes()).hexdigest() if array.dtype != object else ""
+            yield f"{array.dtype} {array.shape} {content}"
+            yield from _spelled([] if content else array.ravel().tolist(), seen)
         case _ if hasattr(piece, "__wrapped__"):  # as of jax.jit
             yield from _spelled(piece.__wrapped__, seen)
         case _:
@@ -145,12 +152,37 @@ def _of_function(function: types.FunctionType, seen: Seen) -> Iterator[str]:
     yield from _spelled([function.__defaults__, function.__kwdefaults__], seen)
     yield from _spelled([cell.cell_contents for cell in function.__closure__ or () if _filled(cell)], seen)
     yield from _spelled(getattr(function, "__wrapped__", None), seen)
-    for name in () if installed else sorted(_names(code)):
-        value = function.__globals__.get(name)
-        own = getattr(value, "__module__", None) == function.__module__ and isinstance(value, types.FunctionType | type)
-        if own or isinstance(value, (*PLAIN[1:], tuple, list, dict, set, frozenset)) or hasattr(value, "__array__"):
-            yield name
+    if not installed:
+        yield from _of_names(sorted(_names(code)), function.__globals__, seen)
+
+
+def _of_names(names: Sequence[str], values: Mapping[str, Any], seen: Seen, outer: Sequence[Any] = ()) -> Iterator[str]:
+    """Yield those of the global `names` that are not of installed libraries, and what they consist of."""
+    for name in names:
+        value = values.get(name)
+        if value is None or value in outer or _is_installed(value):
+            continue
+        yield name
+        if isinstance(value, types.ModuleType):  # of which the same code names what it uses
+            yield from _of_names(names, vars(value), seen, [*outer, value])
+        else:
             yield from _spelled(value, seen)
+
+
+def _is_installed(piece: Any) -> bool:
+    """Return whether a module, class, function or object is other people's. One with values of a user's own is not."""
+    if isinstance(piece, (*PLAIN, tuple, list, dict, set, frozenset, functools.partial)) or hasattr(piece, "__array__"):
+        return False
+    if not isinstance(piece, type) and (
+        dataclasses.is_dataclass(piece) or "<locals>" in getattr(piece, "__qualname__", "")
+    ):
+        return False
+    if isinstance(piece, types.ModuleType):
+        name = piece.__name__
+    else:
+        name = getattr(inspect.unwrap(piece), "__module__", None) or type(piece).__module__
+    file = getattr(sys.modules.get(name), "__file__", None)
+    return name != "__main__" and (name.partition(".")[0] == "llm_jax" or file is None or file.startswith(INSTALLED))
 
 
 def _of_class(cls: type, seen: Seen) -> Iterator[str]:
@@ -185,7 +217,8 @@ def _filled(cell: types.CellType) -> bool:
 
 
 def _syntax(code: types.CodeType) -> str:
-    """Return the source of a function in one spelling, without docstrings; its instructions if that can't be found."""
+    """Return the source of a function in one spelling, without docstrings; its instructions if that is not there."""
+    linecache.checkcache(code.co_filename)  # the file may have changed since it was read
     try:
         tree = ast.parse(textwrap.dedent("".join(linecache.getlines(code.co_filename))))
     except SyntaxError:  # a cell with magics
@@ -193,14 +226,29 @@ def _syntax(code: types.CodeType) -> str:
     kinds = ast.Lambda if code.co_name == "<lambda>" else ast.FunctionDef
     found = [node for node in ast.walk(tree) if isinstance(node, kinds) and _begins(node) == code.co_firstlineno]
     found = [node for node in found if getattr(node, "name", code.co_name) == code.co_name]
-    if len(found) != 1:
-        constants = [constant for constant in code.co_consts if not isinstance(constant, types.CodeType)]
-        inner = [_syntax(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
-        return f"{code.co_code.hex()} {code.co_names} {constants} {inner}"
+    if len(found) != 1 or not _comes_from(code, tree):
+        return _instructions(code)
     for node in ast.walk(found[0]):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(found[0])
+
+
+def _comes_from(code: types.CodeType, tree: ast.Module) -> bool:
+    """Return whether `tree` has the function of `code`; not so where a file changed and was not imported again."""
+    inner = [compile(tree, code.co_filename, "exec", dont_inherit=True)]
+    for outer in inner:
+        inner += [constant for constant in outer.co_consts if isinstance(constant, types.CodeType)]
+    there = [one for one in inner if (one.co_name, one.co_firstlineno) == (code.co_name, code.co_firstlineno)]
+    return any(_instructions(one) == _instructions(code) for one in there)
+
+
+def _instructions(code: types.CodeType) -> str:
+    constants = [
+        _instructions(constant) if isinstance(constant, types.CodeType) else " ".join(_spelled(constant, {}))
+        for constant in code.co_consts
+    ]
+    return f"{code.co_code.hex()} {code.co_names} {constants}"
 
 
 def _begins(node: Any) -> int:

@@ -15,7 +15,7 @@ from llm_jax.data.config import DataConfig, parse_uri
 from llm_jax.data.given import stored
 from llm_jax.data.loader import IGNORE, Batch, heldout_rows
 from llm_jax.data.mixture import Mixture, open_folders
-from llm_jax.data.prepare import cached_sources, cuts_of
+from llm_jax.data.prepare import GIVEN, cached_sources, cuts_of
 from llm_jax.data.shards import SPLITS, Shards, TokenStore, is_prepared, open_shards
 from llm_jax.log import Report
 from llm_jax.runs import folder as run_folder
@@ -54,13 +54,27 @@ def given_data(documents: Any, config: RunConfig, report: Report) -> str:
     return address if Path(address).exists() else store()  # a cache of this machine's own
 
 
+def check_given(folder: Path, config: RunConfig, address: str) -> None:
+    """Raise `ValueError` unless the documents at `address` are those that the run in `folder` began with."""
+    if address != config.data.uri:
+        raise ValueError(
+            f"data= holds other documents than {folder} was trained on ({config.data.uri}); leave it out, or start a "
+            f"new run on these, with init_from={folder} in its config"
+        )
+
+
 def open_run_data(folder: Path, config: RunConfig, report: Report) -> Shards | Mixture:
     """Return the token shards that the run in `folder` began with: where they lay, or prepared again from their source.
 
     Raise `ValueError` where neither is what it was.
     """
-    there = run_folder.shards_folders(folder, config)
+    there, uri = run_folder.shards_folders(folder, config), config.data.uri
     known = all(path.is_dir() for path in there)
+    if not known and Path(uri).parent.name == GIVEN and not os.path.exists(uri):
+        raise ValueError(
+            f"{folder} was trained on documents that a program gave, and {uri} holds them no longer; give them again: "
+            f"llm_jax.resume({str(folder)!r}, data=...), or score others: run.evaluate([...])"
+        )
     shards = open_folders(config.data, there) if known else open_data(config, report)
     run_folder.check_data(folder, shards)
     return shards
@@ -81,9 +95,11 @@ def open_text(uri: str, folder: Path, config: RunConfig, report: Report, column:
 
 def open_documents(documents: Any, folder: Path, config: RunConfig, report: Report) -> Shards:
     """Return documents that a program gives, as `fit(data=)` takes them, in the tokens of the run in `folder`."""
-    own = dataclasses.replace(config.data, tokenizer=str(folder / "tokenizer"), heldout=0.0)
-    address = given_data(documents, dataclasses.replace(config, data=own), report)
-    return _open_one(address, folder, config, report)
+    own = dataclasses.replace(
+        config.data, tokenizer=str(folder / "tokenizer"), heldout=0.0, column=None, separator=None
+    )
+    config = dataclasses.replace(config, data=own)
+    return _open_one(given_data(documents, config, report), folder, config, report)
 
 
 def check_address(text: str) -> None:

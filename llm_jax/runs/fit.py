@@ -14,7 +14,7 @@ from llm_jax.config import replace
 from llm_jax.runs import folder as run_folder
 from llm_jax.runs.checkpoint import Progress
 from llm_jax.runs.code import found_again
-from llm_jax.runs.data import given_data, open_data, open_run_data
+from llm_jax.runs.data import check_given, given_data, open_data, open_run_data
 from llm_jax.runs.loop import loop
 from llm_jax.runs.pause import update_report
 from llm_jax.runs.refusals import check_config, check_layout, disk_failed, moved_away
@@ -22,7 +22,7 @@ from llm_jax.runs.run import Run
 from llm_jax.runs.session import Callback, Session, on
 from llm_jax.sharding import mesh_sizes
 from llm_jax.train.config import RunConfig
-from llm_jax.train.custom import Custom, Loss
+from llm_jax.train.custom import Custom, Loss, takes
 from llm_jax.train.optimizer import make_schedule
 from llm_jax.train.step import TrainState
 
@@ -50,21 +50,22 @@ def fit(
     metrics: callbacks `(step, state, metrics)` after every step. What they return, `{name: scalar}`, is logged, and
     `raise llm_jax.Stop("why")` ends the run with a checkpoint. They see device arrays: one that reads a number makes
     the device wait.
+    console: where progress is printed; `Console(quiet=True)` for nowhere.
+    command: the command line that the run was started by, for its report.
 
     Raise `ValueError` for what can't work, `Diverged` after `config.patience` bad steps in a row. Ctrl-C saves a
     checkpoint, and returns.
     """
     check_config(config)
-    folder, custom = Path(folder), Custom.of(loss, optimizer)
+    folder, custom, callbacks = Path(folder), Custom.of(loss, optimizer), _callbacks(metrics)
     processes.from_first(lambda: run_folder.check_free(folder, config))
     console = console or Console(quiet=not processes.is_first())  # one of several speaks
-    if not runtime.started():
-        runtime.start()
+    runtime.start()
     check_before_data(config, custom)
     if data is not None:
-        data_config = {"data.uri": given_data(data, config, on(console)), "data.column": None, "data.separator": None}
-        config = replace(config, **data_config)
-    session = Session.open(config, folder, console, open_data(config, on(console)), custom, _callbacks(metrics))
+        config = replace(config, **{"data.column": None, "data.separator": None})
+        config = replace(config, **{"data.uri": given_data(data, config, on(console))})
+    session = Session.open(config, folder, console, open_data(config, on(console)), custom, callbacks)
     with processes.watched(_way_on(folder)):
         state = session.begin()
         existed = folder.exists()
@@ -89,32 +90,36 @@ def resume(
     layout: Mapping[str, Any] | None = None,
     loss: Loss | None = None,
     optimizer: Optimizer | None = None,
-    data: Any = None,
+    data: Iterable[str] | Iterable[np.ndarray] | Iterable[int] | None = None,
     metrics: Callback | Sequence[Callback] = (),
     console: Console | None = None,
 ) -> Run:
-    """Continue the run in `folder` exactly where it stopped, and return it; `steps` sets a new total.
+    """Continue the run in `folder` exactly where it stopped, and return it.
 
-    `layout`, such as `{"mesh.fsdp": 2}`, is for other devices than before: the state is the same in every layout. A
-    `loss` or `optimizer` of the caller's own is imported from where the run has it; what came from a script or a
-    notebook has to be given again. So do the `data` that a program gave, where the cache that held them was cleared.
-    Raise `ValueError` where there is no run, or its data, model or code is no longer
-    what it was, and as `fit` does.
+    steps: a new total, in place of the config's.
+    layout: mesh axes and what else may change for other devices than before, such as `{"mesh.fsdp": 2}`: the state is
+    the same in every layout.
+    loss, optimizer: those of the caller's own are imported from where the run has them; what came from a script or a
+    notebook has to be given again.
+    data: the documents that `fit` was given, once more, where the cache that held them was cleared.
+    metrics, console: as for `fit`; callbacks are no part of the run, and are given each time.
+
+    Raise `ValueError` where there is no run, where it is finished, where its data, model or code is no longer what it
+    was, and as `fit` does.
     """
-    folder = Path(folder)
+    folder, callbacks = Path(folder), _callbacks(metrics)
     old = run_folder.load_config(folder)
     check_layout(folder, layout or {})
     custom = found_again(run_folder.load_code(folder), Custom.of(loss, optimizer), old.model, str(folder))
     config = replace(old, **({} if steps is None else {"steps": steps}), **(layout or {}))
     console = console or Console(quiet=not processes.is_first())  # one of several speaks
-    if not runtime.started():
-        runtime.start()
+    runtime.start()
     check_before_data(config, custom)
     if data is not None:
-        given_data(data, old, on(console))  # again where config.json says
+        check_given(folder, old, given_data(data, old, on(console)))
     with run_folder.owned(folder):
         shards = open_run_data(folder, old, on(console))
-        session = Session.open(config, folder, console, shards, custom, _callbacks(metrics))
+        session = Session.open(config, folder, console, shards, custom, callbacks)
         with processes.watched(_way_on(folder)):
             state, progress = session.restore(old)
             if processes.is_first():
@@ -152,7 +157,14 @@ def _trained(session: Session, state: TrainState, progress: Progress) -> Run:
 
 
 def _callbacks(given: Any) -> tuple[Callback, ...]:
-    return tuple(given) if isinstance(given, Sequence) else (given,)
+    """Return `metrics=` as a tuple. Raise `ValueError` for what is no function of three arguments."""
+    callbacks = tuple(given) if isinstance(given, list | tuple) else (given,)
+    for callback in callbacks:
+        if not takes(callback, 3):
+            raise ValueError(
+                f"metrics={callback!r} is not a function (step, state, metrics) -> {{name: scalar}}, or None"
+            )
+    return callbacks
 
 
 def _way_on(folder: Path) -> str:

@@ -16,12 +16,10 @@ from llm_jax.runs.pause import is_due, pause, save
 from llm_jax.runs.refusals import diverged, moved_away
 from llm_jax.runs.session import Callback, Session
 from llm_jax.runs.signals import Stop, stop_signals
-from llm_jax.train.custom import RESERVED
+from llm_jax.train.custom import check_metric_name
 from llm_jax.train.step import Metrics, TrainState
 
 Moved = Callable[[], str | None]  # where the run folder was moved to; None while it is where it was
-# What a row has that neither the step nor a callback returns.
-MEASURED = ("heldout_loss", "bits_per_byte", "heldout_accuracy", "tokens_per_second", "step_seconds", "peak_fraction")
 
 
 def loop(session: Session, state: TrainState, progress: Progress, moved: Moved) -> Progress:
@@ -31,7 +29,8 @@ def loop(session: Session, state: TrainState, progress: Progress, moved: Moved) 
     only printed. What is returned has the last held-out loss that was measured. Raise `Diverged` after
     `config.patience` bad steps in a row, and `ValueError` where the run folder is moved away.
     """
-    c, checkpoints, measured, stopped = session.config, session.checkpoints, progress.heldout_loss, False
+    c, checkpoints, stopped = session.config, session.checkpoints, False
+    measured = session.last_heldout(progress)
     with stop_signals() as stopping, checkpoints, metrics_log(session, progress) as rows:
         meter = Meter(c, rows, progress, session.loader.token_shares)
         if not checkpoints.steps():  # what a run began from, it need not find again
@@ -90,9 +89,12 @@ def call_back(
         if not isinstance(found, Mapping):
             raise ValueError(f"a callback returned {type(found).__name__}; return {{name: scalar}} or None")
         for name, value in found.items():
-            if name in metrics or name in added or name in RESERVED or name in MEASURED or "/" in name:
-                raise ValueError(f"a metric is called {name!r} already; return it under another name")
-            if np.shape(value) != () or not isinstance(value, int | float | np.generic | np.ndarray | jax.Array):
+            check_metric_name(name, "a callback")
+            if name in metrics or name in added:
+                raise ValueError(f"a callback returned a metric {name!r}, and there is one so called; rename yours")
+            if not isinstance(value, int | float | np.generic | np.ndarray | jax.Array):
+                raise ValueError(f"metric {name!r} of a callback is of type {type(value).__name__}; return a number")
+            if np.shape(value) != ():
                 raise ValueError(f"metric {name!r} of a callback has shape {np.shape(value)}; return a scalar")
             added[name] = jnp.array(value)
     return added, stop

@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 from jaxtyping import PyTree
 
+from llm_jax import runtime
 from llm_jax.log import Report
 from llm_jax.runs.checkpoint import Checkpoints
 from llm_jax.train.config import RunConfig
@@ -13,6 +14,7 @@ from llm_jax.train.program import Program
 
 def on_one_device(config: RunConfig) -> Program:
     """Return the program of `config` on the first device, whatever the run was trained on."""
+    runtime.start()
     return Program.on_one_device(config)
 
 
@@ -23,6 +25,7 @@ def on_the_host(config: RunConfig) -> Program:
 
 def on_all_devices(config: RunConfig) -> Program:
     """Return the program of `config` as the run was trained; where its mesh does not fit here, on one device."""
+    runtime.start()
     try:
         return Program.on(config)
     except ValueError:

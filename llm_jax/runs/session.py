@@ -143,6 +143,11 @@ class Session:
             self.say(f"not the same bits as without the stop: {change}")
         return restored
 
+    def last_heldout(self, progress: Progress) -> float | None:
+        """Return the last held-out loss that was measured up to `progress`; None if none was."""
+        rows = [row for row in log.read(self.folder) if row["step"] <= progress.step]
+        return next((row["heldout_loss"] for row in reversed(rows) if "heldout_loss" in row), progress.heldout_loss)
+
     def introduce(self) -> None:
         """Say what will run where, and on how much text."""
         count = sum(parameter_counts(self.config.model).values())

@@ -2,14 +2,17 @@
 
 import contextlib
 import dataclasses
+import functools
+import operator
 import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llm_jax.config import checked, differences, nearest, override, replace, to_dict
+from llm_jax.config import checked, differences, nearest, replace, to_dict
 from llm_jax.data.tokenizer import NAMED, build
+from llm_jax.log import Report
 from llm_jax.recipes import recipes
 from llm_jax.runs.folder import load_config, load_tokenizer
 from llm_jax.train.config import RunConfig
@@ -30,13 +33,13 @@ def load_recipe(name: str) -> RunConfig:
     return checked(config)
 
 
-def recipe(name: str, /, *assignments: str, **changes: Any) -> RunConfig:
+def recipe(name: str, /, *assignments: str | Mapping[str, Any], **changes: Any) -> RunConfig:
     """Return the config of a recipe, with changes as `replace` takes them.
 
     `name` is one of `llm-jax configs`, or a Python file that sets `config = RunConfig(...)`.
 
         recipe("quickstart", "steps=200", "data.batch_size=16")
-        recipe("quickstart", steps=200, **{"data.batch_size": 16})
+        recipe("quickstart", {"steps": 200, "data.batch_size": 16})
 
     Raise `ValueError` for a recipe or a key that is none, with the nearest that is.
     """
@@ -44,33 +47,48 @@ def recipe(name: str, /, *assignments: str, **changes: Any) -> RunConfig:
 
 
 def config_from(
-    folder: str | Path, recipe: RunConfig, assignments: Sequence[str], report: Callable[[str], object] = print
+    folder: str | Path,
+    recipe: RunConfig,
+    /,
+    *assignments: str | Mapping[str, Any],
+    report: Report = print,
+    **changes: Any,
 ) -> RunConfig:
-    """Return the config of a run with the model, tokenizer and weights of the run in `folder`, all else of `recipe`.
+    """Return the config of a run that trains the run in `folder` further: on top of it, all else of `recipe`.
 
-    How the model is trained is the recipe's too: `model.dropout`, `model.attention.dropout` and `model.remat`.
-    `assignments` change fields, those of the model as well. `report` gets a line for what of the recipe's own model
-    gives way, and one for what the assignments change in that of `folder`. Raises `ValueError` where they name other
-    weights, or a tokenizer that is another, or would be learned anew.
+        config = config_from("runs/smollm", recipe("fairytales"), "steps=500", {"data.batch_size": 4})
+
+    Model, tokenizer and weights are those of the run. How the model is trained is the recipe's: `model.dropout`,
+    `model.attention.dropout` and `model.remat`. Changes are as `replace` takes them, of the model as well. `report`
+    gets a line for what of the recipe's own model gives way, and one for what the changes are to that of `folder`.
+
+    Raise `ValueError` where the changes name other weights, or a tokenizer that is another, or would be learned anew,
+    and as `replace` does.
     """
-    if given := [text for text in assignments if text.startswith("init_from=")]:
-        raise ValueError(f"--from {folder} and {given[0]} both say where the weights come from; keep one of them")
-    theirs, coder = load_config(folder).model, load_tokenizer(folder)
-    for spec in (text.removeprefix("data.tokenizer=") for text in assignments if text.startswith("data.tokenizer=")):
-        # One by name need not be fetched to be compared; one that learns is given nothing here, and differs.
-        if not (spec == coder.name and spec in NAMED) and build(spec, tuple).fingerprint != coder.fingerprint:
-            raise ValueError(f"--from {folder} reads the tokens of {folder}: leave out data.tokenizer={spec}")
+    words = [word.partition("=")[::2] for word in assignments if isinstance(word, str)]
+    given = dict(words) | changes
+    given = functools.reduce(operator.or_, (more for more in assignments if isinstance(more, Mapping)), given)
+    if "init_from" in given:
+        raise ValueError(
+            f"the weights are those of {folder} (--from), and init_from={given['init_from']} says others; keep one "
+            "of them"
+        )
+    theirs, coder, spec = load_config(folder).model, load_tokenizer(folder), given.get("data.tokenizer")
+    # One by name need not be fetched to be compared; one that learns is given nothing here, and differs.
+    known = spec is None or (spec == coder.name and spec in NAMED)
+    if not known and build(spec, tuple).fingerprint != coder.fingerprint:
+        raise ValueError(f"a run from {folder} reads the tokens of {folder}: leave out data.tokenizer={spec}")
     drops = any(layer.has("pattern") for layer in theirs.period)
     rate = recipe.model.attention.dropout if drops else 0.0
     attention = dataclasses.replace(theirs.attention, dropout=rate)
     model = dataclasses.replace(theirs, attention=attention, dropout=recipe.model.dropout, remat=recipe.model.remat)
     start = {"model": model, "init_from": str(folder)}
-    if not any(text.startswith("data.tokenizer=") for text in assignments):
+    if spec is None:
         start["data.tokenizer"] = str(Path(folder) / "tokenizer")
-    config = override(recipe, assignments, **start)
+    config = replace(recipe, start, *assignments, **changes)
     for owner, other, line in (
         (recipe.model, model, f"the model is that of {folder}, in place of the recipe's"),
-        (config.model, model, f"the model of {folder} is changed by the command line"),
+        (config.model, model, f"the model of {folder} is changed"),
     ):
         if changed := differences(to_dict(other), to_dict(owner), "model."):
             more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""

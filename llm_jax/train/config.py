@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from llm_jax.config import check_exact, check_ranges, check_types
+from llm_jax.config import check_ranges, check_types
 from llm_jax.data.config import DataConfig
 from llm_jax.model.config import ModelConfig
 from llm_jax.notebook import html_table
@@ -61,7 +61,6 @@ class RunConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        check_exact(self, RunConfig)
         check_types(self, "")
         for name in (
             "steps",

@@ -19,15 +19,9 @@ from llm_jax.train.layout import token_order
 from llm_jax.train.step import LossFn, Metrics
 
 BATCH_FIELDS = ("documents",)  # what a batch has only on request
-RESERVED = (
-    "loss",
-    "grad_norm",
-    "learning_rate",
-    "tokens",
-    "skipped",
-    "step",
-    "samples",
-)  # the step and its row own these
+# What a row of metrics.jsonl has already: of the step, and of what is measured between steps.
+RESERVED = ("loss", "grad_norm", "learning_rate", "tokens", "skipped", "step", "samples")
+RESERVED += ("heldout_loss", "bits_per_byte", "heldout_accuracy", "tokens_per_second", "step_seconds", "peak_fraction")
 
 # A caller's own loss: `(model, params, batch, key)` -> sums over the counted targets, of the loss and of each metric.
 # They are sums, not means: the step divides them by the number of targets, over all microbatches and devices. So rows
@@ -58,16 +52,16 @@ class Custom:
 
         Raise `ValueError` for what is neither, and for a field that a loss needs and no batch has.
         """
-        if loss is not None and not _takes(loss, 4):
+        if loss is not None and not takes(loss, 4):
             raise ValueError(
                 f"loss={_name(loss)} is not a function (model, params, batch, key) -> (sum, {{name: sum}})"
             )
-        for field in getattr(loss, "needs", ()):
+        for field in _needs(loss):
             if field not in BATCH_FIELDS:
                 raise ValueError(f"the loss needs {field!r}, and batches can have {', '.join(BATCH_FIELDS)} besides")
         if optimizer is None or isinstance(optimizer, optax.GradientTransformation):
             return cls(loss, optimizer)
-        made: Any = optimizer() if callable(optimizer) and _takes(optimizer, 0) else None
+        made: Any = optimizer() if callable(optimizer) and takes(optimizer, 0) else None
         if not isinstance(made, optax.GradientTransformation):
             raise ValueError(
                 f"optimizer={_name(optimizer)} is not an optax transformation, nor a function without arguments that "
@@ -79,7 +73,7 @@ class Custom:
     @property
     def needs(self) -> tuple[str, ...]:
         """The batch fields that the loss asks for."""
-        return tuple(getattr(self.loss, "needs", ()))
+        return _needs(self.loss)
 
     def check(self, config: RunConfig, mesh: Mesh) -> None:
         """Raise `ValueError` for a layout in which code that sees the whole model can't run."""
@@ -119,8 +113,7 @@ def _checked(loss: Loss, model: Transformer) -> LossFn:
         if total.shape != ():
             raise ValueError(f"loss={name} returned shape {total.shape}; return its sum over the targets that count")
         for metric, value in sums.items():
-            if metric in RESERVED:
-                raise ValueError(f"loss={name} returned a metric {metric!r}, which the step has; call it otherwise")
+            check_metric_name(metric, f"loss={name}")
             if metric != LOAD and jnp.shape(value) != ():
                 raise ValueError(f"loss={name}: metric {metric!r} has shape {jnp.shape(value)}; return a sum")
         if experts and LOAD not in sums:
@@ -141,7 +134,22 @@ def key_leaf(opt_state: PyTree) -> str | None:
     return None
 
 
-def _takes(function: Any, arguments: int) -> bool:
+def check_metric_name(name: Any, owner: str) -> None:
+    """Raise `ValueError` for a metric that `owner` returns under a name which metrics.jsonl can't take, or has."""
+    if not isinstance(name, str):
+        raise ValueError(f"{owner} returned a metric with the name {name!r}; a name is a text")
+    if name in RESERVED:
+        raise ValueError(f"{owner} returned a metric {name!r}, and metrics.jsonl has one so called; rename yours")
+    if "/" in name:  # those belong to the sources of a mixture: share/NAME
+        raise ValueError(f"{owner} returned a metric {name!r}; write it without a slash")
+
+
+def _needs(loss: Any) -> tuple[str, ...]:
+    needs = getattr(loss, "needs", ())
+    return (needs,) if isinstance(needs, str) else tuple(needs)
+
+
+def takes(function: Any, arguments: int) -> bool:
     """Return whether `function` can be called with so many positional arguments."""
     if not callable(function):
         return False

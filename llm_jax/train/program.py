@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from llm_jax import runtime
 from llm_jax.data.loader import Batch, as_told
+from llm_jax.model.config import has_own_layer
 from llm_jax.model.transformer import Transformer
 from llm_jax.ops.attention import heard
 from llm_jax.sharding import MeshConfig, batch_sharding, make_mesh, rows_here, shardings
@@ -62,8 +63,11 @@ class Program:
         """Return the program on `devices`, by default all there are. Raise `ValueError` for what can't be split so.
 
         The last few are kept: whoever evaluates what was just trained, or starts the same run again, traces nothing.
+        Those with code of a user's own are traced anew: it may have changed under the same name.
         """
-        return _kept(config, make_mesh(config.mesh, devices), custom)
+        mesh = make_mesh(config.mesh, devices)
+        own = custom.loss is not None or custom.optimizer is not None or has_own_layer(config.model)
+        return _checked(config, mesh, custom) if own else _kept(config, mesh)
 
     @classmethod
     def on_one_device(cls, config: RunConfig, device: Any = None) -> "Program":
@@ -281,9 +285,11 @@ class Program:
         return jax.jit(scored, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 
 
-@functools.lru_cache(maxsize=4)
-def _kept(config: RunConfig, mesh: Mesh, custom: Custom) -> Program:
+def _checked(config: RunConfig, mesh: Mesh, custom: Custom = Custom()) -> Program:
     check(config, mesh)
     check_attention(config, mesh)
     custom.check(config, mesh)
     return Program(config, mesh, custom)
+
+
+_kept = functools.lru_cache(maxsize=4)(_checked)
