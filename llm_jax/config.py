@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import re
+import sys
 import types
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -388,6 +389,8 @@ def _check_exact(config: Any) -> None:
 def import_object(path: str) -> Any:
     """Return what `package.module:name` names. Raise `ValueError` where there is no such thing here."""
     module, _, name = path.partition(":")
+    if module == "__main__" and not hasattr(sys.modules["__main__"], name.partition(".")[0]):
+        raise ValueError(f"{path} was in a script or notebook, where nothing can find it again; move it to a module")
     try:
         return functools.reduce(getattr, name.split("."), importlib.import_module(module))
     except (ImportError, AttributeError) as error:

@@ -72,7 +72,7 @@ def test_code_with_a_module_is_found_again_and_code_without_one_asked_for():
         (
             {"loss": {"path": "x:f", "sha256": "0"}},
             Custom(loss=cross_entropy),
-            "loss=x:f does not do what it did when runs/a was trained",
+            "loss=test_code:cross_entropy does not do what x:f does that runs/a was trained with; pass that, or start",
         ),
     ],
     ids=["new", "gone", "notebook", "changed"],

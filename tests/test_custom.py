@@ -87,12 +87,32 @@ def test_what_is_no_code_is_refused(given: dict[str, Any], message: str):
         Custom.of(**given)
 
 
+def test_code_of_ones_own_is_traced_as_it_is_now(config: RunConfig):
+    """A loss may read a global that has changed, and an object need not be hashable."""
+
+    @dataclasses.dataclass
+    class Scaled:
+        by: list[float]
+
+        def __call__(self, model, params, batch, key):
+            return cross_entropy(model, params, batch, key)
+
+    config = dataclasses.replace(config, mesh=MeshConfig())
+    assert Program.on(config) is Program.on(config)
+    for custom in (Custom.of(cross_entropy), Custom.of(None, sgd), Custom.of(Scaled([1.0]))):
+        assert Program.on(config, custom=custom) is not Program.on(config, custom=custom)
+    own = lj.replace(config, {"model.layers": ("averaging:Average",)})
+    assert Program.on(own) is not Program.on(own)
+
+
 def test_a_loss_may_ask_for_the_fields_of_a_batch_and_no_others():
     def loss(model, params, batch, key): ...
 
     loss.needs = ("weights",)
     with pytest.raises(ValueError, match="the loss needs 'weights', and batches can have documents besides"):
         Custom.of(loss)
+    loss.needs = "documents"
+    assert Custom.of(loss).needs == ("documents",)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +174,10 @@ def returning(*found: Any):
     [
         (returning(np.float32(1)), r"returned float32; return \(sum of the loss, \{name: sum\}\)"),
         (returning(np.zeros(3), {}), r"returned shape \(3,\); return its sum over the targets that count"),
-        (returning(np.float32(1), {"loss": np.float32(1)}), "returned a metric 'loss', which the step has"),
+        (
+            returning(np.float32(1), {"loss": np.float32(1)}),
+            "returned a metric 'loss', and metrics.jsonl has one so called; rename yours",
+        ),
         (returning(np.float32(1), {"hits": np.zeros(2)}), r"metric 'hits' has shape \(2,\); return a sum"),
     ],
     ids=["no metrics", "unreduced", "reserved", "vector"],

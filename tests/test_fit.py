@@ -12,6 +12,8 @@ import pytest
 from tiny_run import console, said, tiny, write_corpus
 
 import llm_jax as lj
+from llm_jax.runs import data as data_module
+from llm_jax.runs import fit as fit_module
 from llm_jax.runs.report import card
 
 
@@ -57,16 +59,17 @@ def test_a_callback_sees_every_step_adds_metrics_and_stops_the_run(stopped):
 
 def test_a_run_returns_what_it_last_measured_and_evaluates_to_the_same(stopped):
     run, _, _ = stopped
-    assert run.progress.heldout_loss == pytest.approx(run.metrics["heldout_loss"][3])
-    assert run.step in (4, 5)
-    assert run.evaluate().loss == pytest.approx(run.progress.heldout_loss, rel=1e-5)
+    losses = run.metrics["heldout_loss"]
+    assert run.progress.heldout_loss == pytest.approx(losses[4])  # where the callback ended it
+    assert run.step == 1 + np.nanargmin(losses)
+    assert run.evaluate().loss == pytest.approx(np.nanmin(losses), rel=1e-5)
     assert "Run(" in repr(run)
 
 
 def test_metrics_are_columns_with_nan_where_a_row_has_no_number(stopped):
     columns = stopped[0].metrics
     assert {len(column) for column in columns.values()} == {5}
-    assert np.isnan(columns["heldout_loss"]).tolist() == [True, True, True, False, True]
+    assert np.isnan(columns["heldout_loss"]).tolist() == [True, True, True, False, False]
 
 
 WRONG_OPTIONS = {
@@ -225,7 +228,9 @@ def test_resume_says_before_the_first_step_what_code_it_needs(stopped):
     assert record["loss"]["path"] == f"{__name__}:halved"
     with pytest.raises(ValueError, match=r"was trained with optimizer= from no module of its own"):
         lj.resume(run.folder, console=console())
-    with pytest.raises(ValueError, match=r"optimizer=... does not do what it did when .* was trained"):
+    with pytest.raises(
+        ValueError, match=r"the optimizer= that was passed does not do what the optimizer does that .* was trained with"
+    ):
         lj.resume(run.folder, optimizer=optax.adam(2e-3), console=console())
     assert len(run.metrics["step"]) == 5
 
@@ -242,17 +247,58 @@ def test_a_metric_that_is_there_already_is_refused(config, tmp_path: Path):
     def again(step: int, state: Any, metrics: Any) -> dict[str, Any]:
         return {"loss": metrics["loss"]}
 
-    with pytest.raises(ValueError, match="a metric is called 'loss' already; return it under another name"):
+    with pytest.raises(ValueError, match=r"a callback returned a metric 'loss', and metrics\.jsonl has one so called"):
         lj.fit(config, tmp_path / "run", metrics=[again], console=console())
     assert not (tmp_path / "run").exists()
 
 
-def test_a_recipe_is_a_config_with_changes():
+@pytest.mark.parametrize("metrics", ["loss", 3, [print, 3], lambda state: None], ids=["name", "number", "list", "one"])
+def test_what_is_no_callback_is_refused_before_any_data(metrics: Any, unchecked, config, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(fit_module, "open_data", None)
+    with pytest.raises(ValueError, match=r"metrics=.* is not a function \(step, state, metrics\) -> "):
+        lj.fit(config, tmp_path / "run", metrics=metrics, console=console())
+
+
+def test_texts_of_a_program_are_read_whatever_column_the_config_has(config, tmp_path: Path, monkeypatch):
+    class Opened(Exception):
+        pass
+
+    def opened(config: Any, folder: Path, console: Any, shards: Any, *_: Any) -> None:
+        raise Opened(shards.split("train").n_documents + shards.split("heldout").n_documents)
+
+    monkeypatch.setattr(fit_module.Session, "open", opened)
+    texts = [f"text number {n}" for n in range(30)]
+    with pytest.raises(Opened, match="30"):
+        lj.fit(lj.replace(config, {"data.column": "body"}), tmp_path / "run", data=texts, console=console())
+
+
+def test_resume_takes_no_other_documents_than_the_run_began_with(stopped):
+    run, _, _ = stopped
+    with pytest.raises(
+        ValueError, match=r"data= holds other documents than .*; leave it out, or start a new run on these"
+    ):
+        lj.resume(run.folder, optimizer=optax.adam(1e-3), data=["other texts"], console=console())
+
+
+def test_documents_that_are_gone_can_be_given_again(stopped, tmp_path: Path, monkeypatch):
+    run, _, _ = stopped
+    config = lj.replace(run.config, {"data.uri": str(tmp_path / "given" / "0123.jsonl")})
+    monkeypatch.setattr(data_module.run_folder, "shards_folders", lambda *_: [tmp_path / "gone"])
+    with pytest.raises(ValueError, match=r"give them again: llm_jax.resume\(.*, data=...\), or score others"):
+        data_module.open_run_data(run.folder, config, print)
+
+
+def test_a_recipe_is_a_config_with_changes(unchecked):
     config = lj.recipe("quickstart", "steps=200", "data.batch_size=16")
     assert (config.steps, config.data.batch_size) == (200, 16)
     with pytest.raises(ValueError, match=r"did you mean model\.n_layers=3"):
         lj.recipe("quickstart", "n_layer=3")
     assert lj.recipe("quickstart", "steps=200", **{"data.batch_size": 16}) == config
+    assert lj.recipe("quickstart", {"data.batch_size": 16}, steps=200) == config
+    with pytest.raises(ValueError, match="steps is set twice; keep one of them"):
+        lj.recipe("quickstart", {"steps": 3}, steps=4)
+    with pytest.raises(ValueError, match=r"expected 'key=value' or \{key: value\}, got 3"):
+        lj.replace(config, 3)
     assert lj.recipe("quickstart", steps=3, **{"data.seq_len": 9}).data.seq_len == 9
     with pytest.raises(ValueError, match="steps takes a whole number, got '3'"):
         lj.recipe("quickstart", steps="3")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tiny_run import console, last_checkpoint, rows, said, write_corpus
 from llm_jax import log, tree
 from llm_jax.runs import folder as run_folder
 from llm_jax.runs import loop, pause, session
-from llm_jax.runs.checkpoint import Checkpoints
+from llm_jax.runs.checkpoint import Checkpoints, Progress
 from llm_jax.runs.fit import fit, resume
 from llm_jax.runs.folder import create, owned
 from llm_jax.runs.refusals import Diverged
@@ -221,6 +222,13 @@ def test_what_was_measured_last_is_returned_and_that_nothing_stopped_it(finished
     progress = resume(finished, steps=9, console=say).progress
     assert progress.heldout_loss == rows(finished)[-1]["heldout_loss"]
     assert not progress.stopped
+
+
+def test_the_last_heldout_loss_is_that_of_an_earlier_step_where_none_came_after(finished: Path):
+    losses = {row["step"]: row["heldout_loss"] for row in rows(finished) if "heldout_loss" in row}
+    here: Any = types.SimpleNamespace(folder=finished)
+    found = [Session.last_heldout(here, Progress(step=step)) for step in (3, 4, 7, 8)]
+    assert found == [None, losses[4], losses[4], losses[8]]
 
 
 @pytest.mark.slow
@@ -486,6 +494,8 @@ def test_what_callbacks_return_is_copied_and_a_stop_loses_nothing():
     added, reason = called(lambda step, state, _: {"step_of_state": state.step}, stop, silent, lambda *_: {"half": 0.5})
     assert {name: float(x) for name, x in added.items()} == {"step_of_state": 1.0, "half": 0.5}
     assert str(reason) == "enough"
+    with pytest.raises(ValueError, match="a callback returned a metric 'half', and there is one so called; rename"):
+        called(lambda *_: {"half": 0.5}, lambda *_: {"half": 0.5})
     kept: list[jax.Array] = []
     added, _ = called(lambda step, state, _: kept.append(state.step) or {"copy": state.step})
     kept[0].delete()  # as the next step does
@@ -496,13 +506,15 @@ def test_what_callbacks_return_is_copied_and_a_stop_loses_nothing():
     ("returned", "message"),
     [
         (3, "a callback returned int; return {name: scalar} or None"),
-        ({"loss": 1}, "a metric is called 'loss' already"),
-        ({"step": 1}, "a metric is called 'step' already"),
-        ({"heldout_loss": 1}, "a metric is called 'heldout_loss' already"),
+        ({"loss": 1}, "a callback returned a metric 'loss', and metrics.jsonl has one so called; rename yours"),
+        ({"step": 1}, "a callback returned a metric 'step', and metrics.jsonl has one"),
+        ({"heldout_loss": 1}, "a callback returned a metric 'heldout_loss', and metrics.jsonl has one"),
+        ({"a/b": 1}, "a callback returned a metric 'a/b'; write it without a slash"),
+        ({3: 1}, "a callback returned a metric with the name 3; a name is a text"),
         ({"rates": np.zeros(3)}, r"metric 'rates' of a callback has shape \(3,\); return a scalar"),
-        ({"name": "a"}, r"metric 'name' of a callback has shape \(\); return a scalar"),
+        ({"name": "a"}, "metric 'name' of a callback is of type str; return a number"),
     ],
-    ids=["number", "loss", "step", "heldout", "vector", "text"],
+    ids=["number", "loss", "step", "heldout", "slash", "no name", "vector", "text"],
 )
 def test_what_a_callback_may_not_return_is_refused_at_once(returned: Any, message: str):
     with pytest.raises(ValueError, match=message):

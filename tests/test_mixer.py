@@ -128,3 +128,13 @@ def test_a_mixer_that_reads_what_it_may_not_is_refused_before_training(model, na
 def test_a_mixer_may_read_all_before_it_where_rows_have_no_documents(model):
     check_mixer(model, "test_mixer:Leaking", segmented=False)
     check_mixer(model, AVERAGE, segmented=True)
+
+
+def test_a_sampler_meets_no_layer_that_was_traced_before_it_changed():
+    begin_rows(TINY, 8, TINY.vocab_size, jax.random.split(jax.random.key(0), 1))
+    assert begin_rows._cache_size()
+    config = lj.replace(TINY, {"layers": ("averaging:Average",)})
+    shapes = jax.eval_shape(lambda: lj.Transformer(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes["params"])
+    lj.Sampler(config, params, "byte")
+    assert (begin_rows._cache_size(), next_token._cache_size()) == (0, 0)

@@ -37,7 +37,7 @@ def test_what_can_not_work_is_refused_with_nothing_written(changes, message, con
 @pytest.mark.parametrize(
     ("prompts", "end_of_text", "says"),
     [
-        (("",), False, r"prompts=\('',\): a prompt without tokens.* or set prompts= for no samples"),
+        (("",), False, r"prompts=\('',\): a prompt without tokens.* or set prompts=\(\)"),
         (("a", "x" * 32), True, r"prompts=.*: a prompt of 33 tokens leaves no room in max_seq_len=32"),
     ],
 )

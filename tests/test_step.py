@@ -259,3 +259,17 @@ def test_numbers_that_make_no_loss_are_refused(changes: dict[str, Any]):
     ((name, value),) = changes.items()
     with pytest.raises(ValueError, match=f"loss.{name}.*{value}"):
         LossConfig(**changes)
+
+
+@pytest.mark.parametrize(("counted", "loss"), [({}, 6 / 8), ({"targets": 3.0}, 2.0), ({"targets": 0.0}, 6.0)], ids=str)
+def test_a_loss_is_divided_by_the_targets_that_it_says_it_counted(counted: dict[str, float], loss: float):
+    def gradient(params: Any, batch: Batch, key: Any) -> Any:
+        return (jnp.float32(6.0), {name: jnp.float32(x) for name, x in counted.items()}), {"w": jnp.full(2, 6.0)}
+
+    state = TrainState(step=jnp.zeros((), jnp.int32), params={"w": jnp.zeros(2)}, opt_state=optax.sgd(1.0).init({}))
+    rows = Batch(*(jnp.ones((2, 4), jnp.int32) for _ in range(4)))
+    new, metrics = make_train_step(gradient, optax.sgd(1.0), None)(state, rows)
+    assert float(metrics["loss"]) == loss
+    np.testing.assert_allclose(new.params["w"], -loss)
+    assert "targets" not in metrics
+    assert int(metrics["tokens"]) == 8

@@ -282,7 +282,7 @@ def test_metrics_count_all_tokens_read_and_the_loss_the_targets_kept():
             lambda: RunConfig(HEAD, rows_of(TRANSLATE)),
             "n_classes=2, but the data has no classes; set model.n_classes",
         ),
-        (lambda: RunConfig(HEAD, rows_of(CLASSIFY)), "generates no text, and prompts=('',) ask it to; set prompts="),
+        (lambda: RunConfig(HEAD, rows_of(CLASSIFY)), "generates no text, and prompts=('',) ask it to; set prompts=()"),
     ],
 )
 def test_a_task_that_can_not_be_asked_is_refused(make: Any, message: str):

@@ -318,6 +318,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(words or ["--help"], Namespace(command=shlex.join(["llm-jax", *words])))
     if not args.debug:
         _quiet()
+    if "" not in sys.path:
+        sys.path.append("")  # this folder, after all that is installed: a layer or loss of the user's own lies there
     try:
         status = args.function(args)
         sys.stdout.flush()

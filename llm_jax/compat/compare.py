@@ -165,7 +165,9 @@ def alternate(sides: Mapping[str, Side], steps: int, report: Report) -> dict[str
 def check(config: RunConfig, steps: int) -> None:
     """Raise `ValueError` for what two sides can't do alike."""
     if not WARM_UP < steps <= config.steps:
-        raise ValueError(f"--steps {steps} must lie between {WARM_UP + 1} and the run's own steps={config.steps}")
+        raise ValueError(
+            f"steps={steps} (--steps) must lie between {WARM_UP + 1} and the run's own steps={config.steps}"
+        )
     for name, rate in (("dropout", config.model.dropout), ("attention.dropout", config.model.attention.dropout)):
         if rate:
             raise ValueError(f"model.{name}={rate}: no two libraries drop the same numbers; set model.{name}=0")

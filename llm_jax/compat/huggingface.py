@@ -267,7 +267,7 @@ def open_tokenizer(source: str, there: Path, name: str | None, model: ModelConfi
     else:
         raise ValueError(
             f"{there} has no tokenizer.json. Let transformers write one (AutoTokenizer.from_pretrained(...)."
-            "save_pretrained(...)), or name a tokenizer: --tokenizer gpt2, or a folder"
+            "save_pretrained(...)), or name one of ours: tokenizer='gpt2' (--tokenizer gpt2), or a folder"
         )
     if coder.vocab_size > model.vocab_size:
         raise ValueError(

@@ -26,7 +26,8 @@ class Mixture:
             if other.tokenizer.fingerprint != first.tokenizer.fingerprint:
                 raise ValueError(
                     f"{other.folder} has the tokens of {other.tokenizer.name}, and {first.folder} those of "
-                    f"{first.tokenizer.name}; prepare all sources with --tokenizer {first.folder}/tokenizer"
+                    f"{first.tokenizer.name}; prepare all sources with the tokenizer "
+                    f"{first.folder}/tokenizer (--tokenizer)"
                 )
         self._splits = {name: TokenStore.joined([s.split(name) for s in shards], sources) for name in SPLITS}
 

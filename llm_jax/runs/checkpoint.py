@@ -48,11 +48,12 @@ class Progress:
 
     Attributes:
       step: optimizer steps done, and so the position in the data: a batch is a function of (seed, step).
-      tokens: targets trained on.
+      tokens: tokens read, padding left out.
       skipped: steps whose loss, gradient or update was not finite.
       skipped_in_a_row: consecutive skipped steps up to this one.
       heldout_loss: as measured at this step, None if it was not; what `fit` and `resume` return has the last measured.
-      stopped: whether a signal ended the run before its last step; only set in what `fit` and `resume` return.
+      stopped: whether a signal or a callback ended the run before its last step; only set in what `fit` and `resume`
+        return.
     """
 
     step: int = 0

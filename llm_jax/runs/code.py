@@ -56,19 +56,27 @@ def found_again(record: Record, given: Custom, model: ModelConfig, run: str) -> 
 
     Raise `ValueError` where some of it is missing, or has changed.
     """
-    pieces = {"loss": given.loss, "optimizer": given.made_by or given.optimizer}
-    for name, piece in pieces.items():
+    passed = {"loss": given.loss, "optimizer": given.made_by or given.optimizer}
+    pieces = dict(passed)
+    for name, piece in passed.items():
         if piece is None and name in record:
             pieces[name] = _imported(name, record[name]["path"], run)
         elif piece is not None and name not in record:
             raise ValueError(f"{run} was trained without {name}=; leave it out, or start anew with init_from={run}")
     for name, piece in (pieces | _mixers(model)).items():  # compared before it is called
         if piece is not None and name in record and code_hash(piece) != record[name]["sha256"]:
-            what = name if name not in pieces else f"{name}={record[name]['path'] or '...'}"
-            raise ValueError(
-                f"{what} does not do what it did when {run} was trained; restore it, or start anew with init_from={run}"
-            )
+            raise ValueError(_changed(name, passed.get(name), record[name]["path"], run))
     return Custom.of(pieces["loss"], pieces["optimizer"])
+
+
+def _changed(name: str, passed: Any, path: str | None, run: str) -> str:
+    """Say that code, `passed` or else imported from `path`, is not what `run` was trained with."""
+    anew, given = f"or start anew with init_from={run}", import_path(passed)
+    if passed is None or given == path is not None:
+        what = name if path in (None, name) else f"{name}={path}"
+        return f"{what} does not do what it did when {run} was trained; restore it, {anew}"
+    now = f"{name}={given}" if given else f"the {name}= that was passed"
+    return f"{now} does not do what {path or f'the {name}'} does that {run} was trained with; pass that, {anew}"
 
 
 def import_path(piece: Any) -> str | None:
@@ -228,6 +236,7 @@ def _syntax(code: types.CodeType) -> str:
     found = [node for node in found if getattr(node, "name", code.co_name) == code.co_name]
     if len(found) != 1 or not _comes_from(code, tree):
         return _instructions(code)
+    found[0].name = ""  # what it is called changes nothing
     for node in ast.walk(found[0]):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]

@@ -93,13 +93,16 @@ def open_text(uri: str, folder: Path, config: RunConfig, report: Report, column:
     return Mixture(sources, [_open_one(source.uri, folder, rows, report) for source in sources])
 
 
-def open_documents(documents: Any, folder: Path, config: RunConfig, report: Report) -> Shards:
+def open_documents(documents: Any, folder: Path, config: RunConfig) -> Shards:
     """Return documents that a program gives, as `fit(data=)` takes them, in the tokens of the run in `folder`."""
     own = dataclasses.replace(
         config.data, tokenizer=str(folder / "tokenizer"), heldout=0.0, column=None, separator=None
     )
     config = dataclasses.replace(config, data=own)
-    return _open_one(given_data(documents, config, report), folder, config, report)
+    return _open_one(given_data(documents, config, _silent), folder, config, _silent)
+
+
+def _silent(line: str) -> None: ...
 
 
 def check_address(text: str) -> None:
@@ -123,7 +126,7 @@ def _open_one(uri: str, folder: Path, config: RunConfig, report: Report, column:
     if shards.tokenizer.fingerprint != ours.fingerprint:
         raise ValueError(
             f"{uri} is in the tokens of {shards.tokenizer.name}, but {folder} knows those of {ours.name}; "
-            f"prepare the text with --tokenizer {folder}/tokenizer, or name the text itself"
+            f"prepare the text with the tokenizer {folder}/tokenizer (--tokenizer), or name the text itself"
         )
     if column not in (None, shards.manifest.column):
         raise ValueError(

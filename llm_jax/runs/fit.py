@@ -153,7 +153,7 @@ def _trained(session: Session, state: TrainState, progress: Progress) -> Run:
                 update_report(session)
     if (best := checkpoints.best()) is not None:
         session.say(f"the best checkpoint is of step {best:,}: generate and evaluate take it")
-    return Run(folder, progress=progress)
+    return Run(folder, progress=progress, report=session.say)
 
 
 def _callbacks(given: Any) -> tuple[Callback, ...]:

@@ -24,15 +24,21 @@ from llm_jax.train.step import TrainState
 SAMPLE_TOKENS = 80
 
 
-def pause(session: Session, state: TrainState, meter: Meter, rows: MetricsLog, last: bool) -> float | None:
-    """Evaluate, sample and save, each when it is due and at the end of the run; return the held-out loss."""
+def pause(
+    session: Session, state: TrainState, meter: Meter, rows: MetricsLog, *, end: bool, last: bool
+) -> float | None:
+    """Evaluate, sample and save, each when it is due; return the held-out loss where it was measured.
+
+    All are due at the `end` of a run, after its last step or where a callback ends it. A run that a signal stops has
+    its `last` step too, of which there is only time for a checkpoint.
+    """
     c, row, progress = session.config, meter.read(), meter.progress
-    step, end = progress.step, progress.step == c.steps
+    step = progress.step
     if end or step % c.evaluate_every == 0:
         result = heldout(session, state)
         row |= result.numbers()
         progress = dataclasses.replace(progress, heldout_loss=result.loss)
-        warn_of_a_mean(session, row, progress)
+        warn_of_own_loss(session, row, progress)
         rows.print(f"step {step:,}  {result.said()}")
     if c.prompts and (end or step % c.sample_every == 0):
         row["samples"] = samples(session, state)
@@ -50,13 +56,17 @@ def pause(session: Session, state: TrainState, meter: Meter, rows: MetricsLog, l
     return progress.heldout_loss
 
 
-def warn_of_a_mean(session: Session, row: Mapping[str, Any], progress: Progress) -> None:
-    """Say where a loss of the caller's own is as small as a mean in the place of a sum would be."""
-    targets = progress.tokens / progress.step
-    if session.program.custom.loss is not None and 0 < row["loss"] * targets / 4 < (progress.heldout_loss or 0):
+def warn_of_own_loss(session: Session, row: Mapping[str, Any], progress: Progress) -> None:
+    """Say where a loss of the caller's own has no gradient, or is as small as means in place of sums would be."""
+    if session.program.custom.loss is None:
+        return
+    tokens, heldout = progress.tokens / progress.step, progress.heldout_loss or 0
+    if row["grad_norm"] == 0:
+        session.say("the gradient of your own loss is 0: nothing is learned; compute it from params and batch")
+    elif 0 < row["loss"] * tokens < 4 * session.config.accumulate * heldout < tokens * heldout / 10:
         session.say(
-            f"your own loss is {row['loss']:.2g} a target where held-out loss is {progress.heldout_loss:.2g}: return "
-            "its sum over the targets, not the mean"
+            f"your own loss is {row['loss']:.2g} a target where held-out loss is {heldout:.2g}: return its sum over "
+            "the targets, not the mean"
         )
 
 

@@ -54,6 +54,8 @@ class Run:
         self.folder, self.checkpoint, self.progress = Path(folder), str(checkpoint), progress
         self._report = report
         run_folder.check_run(self.folder)
+        if self.checkpoint not in ("best", "last") and not self.checkpoint.isdecimal():
+            raise ValueError(f"no checkpoint is called {checkpoint!r}; use best, last, or the number of a step")
 
     @classmethod
     def open(cls, folder: str | Path, checkpoint: str | int = "best", *, report: Report = print) -> "Run":
@@ -114,29 +116,30 @@ class Run:
         return restore.on_one_device(self.config)
 
     def evaluate(
-        self, text: str | Path | Iterable[Any] | None = None, *, column: str | None = None, begin: bool | None = None
+        self, data: str | Path | Iterable[Any] | None = None, *, column: str | None = None, begin: bool | None = None
     ) -> Evaluation:
-        """Return how well the model predicts what the run held out; or all of `text`, an address or documents.
+        """Return how well the model predicts what the run held out; or all of `data`, an address or documents.
 
         An address is what `data.uri` takes, documents are what `fit(data=)` takes: a list of texts, or of ids. They
         begin and end as in training. Those of an imported run begin as its tokenizer begins a text: with begin-of-text,
         and then an end is scored too, or with nothing, and then neither the first token nor an end is. `begin` says
-        otherwise. `column` is the one of rows at an address that is text; None: that of the run.
+        otherwise. `column` is the one of rows at an address that is text; None: that of the run. Raise `ValueError` for
+        data that can't be read, or has no target.
         """
         config = self.config
-        if text is None:
+        if data is None:
             store = open_run_data(self.folder, config, self._report).split("heldout")
             batches, what = heldout_rows(store, config.data), f"what {self.folder} held out"
         else:
             begin = run_folder.begins(self.folder, config, self.tokenizer) if begin is None else begin
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, end_of_text=begin))
-            if isinstance(text, str | Path):
-                check_address(str(text))
-                what, found = f"all of {text}", open_text(str(text), self.folder, config, self._report, column)
+            if isinstance(data, str | Path):
+                check_address(str(data))
+                what, found = f"all of {data}", open_text(str(data), self.folder, config, self._report, column)
             else:
                 if column is not None:
                     raise ValueError(f"column={column!r} is for rows at an address; leave it out with documents")
-                what, found = "all that was given", open_documents(text, self.folder, config, self._report)
+                what, found = "all that was given", open_documents(data, self.folder, config)
             store, batches = all_text(found, config.data)
         self._report(f"scoring {what}: {store.offsets[-1]:,} tokens of {store.n_documents:,} documents")
         program = restore.on_all_devices(config)
@@ -176,8 +179,8 @@ class Run:
     ) -> list[str]:
         """Return the continuation of each prompt, or of the only one.
 
-        `filters` are the fields of `Sampling`, such as `temperature=0.5`, in the place of a `sampling`. Raise
-        `ValueError` as `Sampler.stream` does.
+        `filters` are the fields of `Sampling`, such as `temperature=0.5`, in the place of a `sampling`; without any the
+        model's own distribution is sampled, temperature 1. Raise `ValueError` as `Sampler.stream` does.
         """
         sampling = chosen_sampling(sampling, filters)  # before the weights are restored
         return self.sampler.generate(prompts, sampling, max_tokens=max_tokens, stop=stop, seed=seed)
@@ -196,7 +199,10 @@ class Run:
         return classify(model, params, self.tokenizer, task, prompts, **self._reading(begin, special))
 
     def tokens(self, text: str) -> Int[Array, "1 L"]:
-        """Return `text` as a row of token ids, begun as a document is. Raise `ValueError` for anything but one text."""
+        """Return `text` as a row of token ids, begun as a document is.
+
+        Raise `ValueError` for anything but one text, and for one longer than `model.max_seq_len`.
+        """
         if not isinstance(text, str):
             raise ValueError(
                 f"this takes one text, got a {type(text).__name__}; call it for each text, or pass rows of ids to "
@@ -204,7 +210,12 @@ class Run:
             )
         reading = self._reading(None, None)
         begin = [self.tokenizer.begin_of_text] * reading["begin"]
-        return jnp.array([[*begin, *self.tokenizer.encode(text, special=reading["special"])]], jnp.int32)
+        ids = [*begin, *self.tokenizer.encode(text, special=reading["special"])]
+        if len(ids) > (most := self.config.model.max_seq_len):
+            raise ValueError(
+                f"the text has {len(ids)} tokens, and the model reads model.max_seq_len={most}; shorten it"
+            )
+        return jnp.array([ids], jnp.int32)
 
     def capture(self, text: str) -> dict[str, Array]:
         """Return every named activation of a forward pass over `text`: `{"resid_pre": [N, 1, L, D], ...}`."""

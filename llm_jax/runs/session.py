@@ -78,7 +78,9 @@ class Session:
             asked = [config.data.ask(prompt) for prompt in config.prompts]
             prompt_ids(config.model, shards.tokenizer, asked, config.data.end_of_text, config.data.special)
         except ValueError as error:
-            raise ValueError(f"prompts={config.prompts}: {error}; or set prompts= for no samples") from error
+            raise ValueError(
+                f"prompts={config.prompts}: {error}; or set prompts=() (prompts=) for no samples"
+            ) from error
         seal = seal_of(config, shards, record_of(custom, config.model))
         checkpoints = Checkpoints(folder, config.keep, seal=seal, say=on(console))
         return cls(config, folder, console, shards, program, loader, checkpoints, callbacks)
@@ -127,13 +129,16 @@ class Session:
                 f"{self.folder} is finished at step {step}; train further with more steps: --steps N, or "
                 f"llm_jax.resume({str(self.folder)!r}, steps=N)"
             )
+        own = self.program.custom.optimizer is not None
         self.say(
-            f"resumed {self.folder} at step {step} of {c.steps}: weights, optimizer, schedule and data position "
-            f"({self.loader.position(step)}) restored"
+            f"resumed {self.folder} at step {step} of {c.steps}: weights, optimizer{'' if own else ', schedule'} and "
+            f"data position ({self.loader.position(step)}) restored"
         )
         first = run_folder.first_machine
         there = self.checkpoints.sealed(step) or seal(old, "", None) | {"machine": first(self.folder)}
-        if c.steps != (steps := there["config"]["steps"]) and self.program.custom.optimizer is None:
+        if c.steps != (steps := there["config"]["steps"]) and own:
+            self.say(f"steps {steps} -> {c.steps}: a schedule inside your own optimizer stays as it was")
+        elif c.steps != steps:
             now, before = (np.asarray(make_schedule(c.optimizer, total)(step)).item() for total in (c.steps, steps))
             line = f"steps {steps} -> {c.steps}: the {c.optimizer.schedule} schedule stretches"
             if now != before:
@@ -152,6 +157,8 @@ class Session:
         """Say what will run where, and on how much text."""
         count = sum(parameter_counts(self.config.model).values())
         among = f" of {processes.count()} processes" if processes.count() > 1 else ""
+        for path in (layer.mixer for layer in self.config.model.period if layer.mixer.startswith("__main__:")):
+            self.say(f"{path} is in a script or notebook: only there can this run be opened; a module can be imported")
         self.say(f"{count:,} parameters on {jax.device_count()} device(s){among}; run folder {self.folder}")
         if unguarded := runtime.warning(jax.local_devices()[0]):
             self.say(unguarded)

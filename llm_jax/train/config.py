@@ -118,7 +118,9 @@ class RunConfig:
                 way += ", or data.task.kind=classify"
             raise ValueError(f"model.n_classes={n_classes}, but the data has {answers or 'no'} classes; {way}")
         if n_classes is not None and self.prompts:
-            raise ValueError(f"a classifier generates no text, and prompts={self.prompts} ask it to; set prompts=")
+            raise ValueError(
+                f"a classifier generates no text, and prompts={self.prompts} ask it to; set prompts=() (prompts=)"
+            )
 
     def _repr_html_(self) -> str:
         return html_table(self)

@@ -25,7 +25,8 @@ RESERVED += ("heldout_loss", "bits_per_byte", "heldout_accuracy", "tokens_per_se
 
 # A caller's own loss: `(model, params, batch, key)` -> sums over the counted targets, of the loss and of each metric.
 # They are sums, not means: the step divides them by the number of targets, over all microbatches and devices. So rows
-# must not depend on each other: microbatches and devices have different ones. `params` are float32;
+# must not depend on each other: microbatches and devices have different ones. A loss that counts only some of the
+# targets, or weighs them, returns how many as the metric `TARGETS`, and is divided by that. `params` are float32;
 # `train.step.forward_batch` casts them and runs the model, and `train.balance.expert_loss` is what a mixture of experts
 # adds. A function with an attribute `needs`, some of `BATCH_FIELDS`, gets batches that have these.
 Loss = Callable[[Transformer, PyTree, Batch, Key[Array, ""]], tuple[Float[Array, ""], Metrics]]

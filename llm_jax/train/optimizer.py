@@ -68,7 +68,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         check_types(self, "optimizer.")
         for name in ("learning_rate", "eps", "clip"):
-            value, otherwise = getattr(self, name), "; none is no clipping" * (name == "clip")
+            value, otherwise = getattr(self, name), "; None (none) is no clipping" * (name == "clip")
             if value is not None and not SMALLEST <= value <= LARGEST:
                 raise ValueError(f"optimizer.{name}={value} must be a positive number of float32{otherwise}")
         for name in ("b1", "b2"):

@@ -60,7 +60,7 @@ class LossConfig:
         if not 0 <= self.z_loss < math.inf or not 0 <= self.label_smoothing < 1:
             raise ValueError(f"loss.z_loss must not be negative and loss.label_smoothing lie in [0, 1), got {self}")
         if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"loss.chunk={self.chunk} must be at least 1; none is no chunks")
+            raise ValueError(f"loss.chunk={self.chunk} must be at least 1; None (none) is no chunks")
 
 
 def cast(params: PyTree, dtype: Any) -> PyTree:
@@ -178,6 +178,10 @@ def init_state(model: Transformer, optimizer: optax.GradientTransformation, key:
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
 
 
+# A metric by which a loss says how many targets it counted, or their weight, where that is not all of the batch's.
+TARGETS = "targets"
+
+
 def make_train_step(
     gradient: Gradient,
     optimizer: optax.GradientTransformation,
@@ -204,11 +208,12 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         (loss, sums), gradients = gradient(state.params, batch, key)
         load = sums.pop(LOAD, None)
-        targets = jnp.maximum((batch.targets != IGNORE).sum(), 1)
+        seen = jnp.maximum((batch.targets != IGNORE).sum(), 1)
+        targets = seen if TARGETS not in sums else _or_one(sums.pop(TARGETS))
         each = 1 / targets.astype(jnp.float32)  # a product is computed where it is read, a quotient kept
         mean = functools.partial(jax.tree.map, lambda x: x * each.astype(x.dtype))
         loss, sums, norm = mean(loss), mean(sums), optax.tree.norm(mean(gradients))
-        tokens = targets if batch.segments is None else (batch.segments != 0).sum()  # read, with a target or not
+        tokens = seen if batch.segments is None else (batch.segments != 0).sum()  # read, with a target or not
         rate = None if schedule is None else schedule(state.step)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
@@ -242,6 +247,10 @@ def make_train_step(
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return train_step
+
+
+def _or_one(targets: Float[Array, ""]) -> Float[Array, ""]:
+    return jnp.where(targets > 0, targets, 1)
 
 
 def make_gradient(loss_fn: LossFn, accumulate: int = 1, per_device: bool = False) -> Gradient:
