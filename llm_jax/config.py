@@ -76,7 +76,7 @@ def replace(config: Config, /, *assignments: str | Mapping[str, Any], **changes:
     return new
 
 
-def override(config: Config, assignments: Sequence[str], **changes: Any) -> Config:
+def override(config: Config, assignments: Sequence[Any], **changes: Any) -> Config:
     """Return `config` with each `"a.b=value"` of the command line applied, and `changes` as in `replace` before them.
 
     Raises `ValueError` for a key that is unknown, with the likely ones, or that is set twice, and as `replace` does.

@@ -7,6 +7,7 @@ from itertools import takewhile
 from pathlib import Path
 
 import pytest
+from tiny_run import write_corpus
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("findings/*.md")])
@@ -42,6 +43,27 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path
     session: dict[str, object] = {"__name__": page.stem}
     for block in blocks(page, "python"):
         exec(compile(block, page, "exec"), session)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_the_runs_of_a_page_train_and_generate(page: str, tmp_path: Path, monkeypatch):
+    """They are as on the page, but small."""
+    import llm_jax as lj
+
+    small = {"model.d_model": 32, "model.n_layers": 1, "model.vocab_size": 264, "model.max_seq_len": 64}
+    small |= {"data.uri": str(write_corpus(tmp_path / "corpus")), "data.tokenizer": "byte", "data.seq_len": 64}
+    small |= {"data.batch_size": 8, "data.heldout": 0.2, "steps": 3, "optimizer.warmup_steps": 1, "evaluate_batches": 1}
+    recipe = lj.recipe
+    monkeypatch.setattr(lj, "recipe", lambda *words, **changes: lj.replace(recipe(*words, **changes), small))
+    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    session: dict[str, object] = {"__name__": "page"}
+    for block in blocks(ROOT / page, "py"):
+        exec(compile(block, page, "exec"), session)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(
+        {"README.md": ["a", "b"]}.get(page, ["numbers", "b"])
+    )
 
 
 @pytest.mark.smoke

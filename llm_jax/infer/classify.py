@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from llm_jax.config import replace
 from llm_jax.data.task import TaskConfig, resolve
 from llm_jax.data.tokenizer import Tokenizer
-from llm_jax.infer.generate import BATCH, as_texts, padded, prompt_ids
+from llm_jax.infer.generate import BATCH, as_texts, forget, padded, prompt_ids
 from llm_jax.model.config import ModelConfig, has_own_layer
 from llm_jax.model.transformer import Transformer, forward, head_table
 from llm_jax.ops.loss import unembed
@@ -47,7 +47,7 @@ def classify(
     # An implementation chosen for rows of training length may decline these.
     config = replace(config, **{"attention.implementation": None})
     if has_own_layer(config):  # which may have changed under its name since this was traced
-        probabilities.clear_cache()
+        forget(probabilities)
     answers = []
     for first in range(0, len(ids), BATCH):
         tokens, _ = padded(ids[first : first + BATCH], config.max_seq_len)

@@ -194,6 +194,11 @@ def as_texts(given: str | Iterable[str], what: str) -> list[str]:
 OPTIONS = (*(field.name for field in dataclasses.fields(Sampling)), "max_tokens", "stop", "seed")
 
 
+def forget(jitted: Any) -> None:
+    """Trace a jitted function anew when it is called next."""
+    jitted.clear_cache()
+
+
 def chosen_sampling(sampling: Sampling | None, filters: Mapping[str, Any]) -> Sampling:
     """Return how to sample, given as a whole or by the fields of `Sampling`; the model's own distribution if neither.
 
@@ -246,8 +251,8 @@ class Sampler:
         self._task = None if task is None else resolve(task, tokenizer, special=special)
         self._ask = (lambda prompt: prompt) if task is None else task.ask
         if has_own_layer(config):  # which may have changed under its name since these were traced
-            begin_rows.clear_cache()
-            next_token.clear_cache()
+            forget(begin_rows)
+            forget(next_token)
 
     def stream(
         self,

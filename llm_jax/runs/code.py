@@ -236,7 +236,8 @@ def _syntax(code: types.CodeType) -> str:
     found = [node for node in found if getattr(node, "name", code.co_name) == code.co_name]
     if len(found) != 1 or not _comes_from(code, tree):
         return _instructions(code)
-    found[0].name = ""  # what it is called changes nothing
+    if isinstance(found[0], ast.FunctionDef):
+        found[0].name = "f"  # what it is called changes nothing
     for node in ast.walk(found[0]):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
-import operator
 import runpy
 import sys
 from collections.abc import Mapping
@@ -65,9 +63,10 @@ def config_from(
     Raise `ValueError` where the changes name other weights, or a tokenizer that is another, or would be learned anew,
     and as `replace` does.
     """
-    words = [word.partition("=")[::2] for word in assignments if isinstance(word, str)]
-    given = dict(words) | changes
-    given = functools.reduce(operator.or_, (more for more in assignments if isinstance(more, Mapping)), given)
+    given = dict(changes)
+    for found in assignments:
+        key, _, text = found.partition("=") if isinstance(found, str) else ("", "", "")
+        given |= found if isinstance(found, Mapping) else {key: text}
     if "init_from" in given:
         raise ValueError(
             f"the weights are those of {folder} (--from), and init_from={given['init_from']} says others; keep one "
@@ -75,8 +74,8 @@ def config_from(
         )
     theirs, coder, spec = load_config(folder).model, load_tokenizer(folder), given.get("data.tokenizer")
     # One by name need not be fetched to be compared; one that learns is given nothing here, and differs.
-    known = spec is None or (spec == coder.name and spec in NAMED)
-    if not known and build(spec, tuple).fingerprint != coder.fingerprint:
+    named = spec == coder.name and spec in NAMED
+    if spec is not None and not named and build(spec, tuple).fingerprint != coder.fingerprint:
         raise ValueError(f"a run from {folder} reads the tokens of {folder}: leave out data.tokenizer={spec}")
     drops = any(layer.has("pattern") for layer in theirs.period)
     rate = recipe.model.attention.dropout if drops else 0.0
