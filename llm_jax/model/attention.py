@@ -97,7 +97,7 @@ class Attention(nn.Module):
             mask = dataclasses.replace(mask, sparse=c.attention.sparse)
         if cache is not None:
             cache = cache.write(slot, k, v)
-            k, v = cache.view(slot)
+            k, v = cache.keys_values(slot)
         tap_scores = (lambda name, y: tap(self, name, y)) if tapped(self) else None
         how = c.attention.implementation
         dropout = self._dropout(context, slot)
