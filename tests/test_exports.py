@@ -273,7 +273,7 @@ def test_ids_stay_as_they_were_though_the_end_is_named_elsewhere(original: Path,
     import_run(str(tmp_path / "theirs"), tmp_path / "run", report=quiet)
     about = exported(tmp_path / "run", tmp_path / "out")
     assert {name: about[name] for name in IDS} == {"bos_token_id": 6, "eos_token_id": ENDS, "pad_token_id": 3}
-    run_folder.load_tokenizer(tmp_path / "run").save(tmp_path / "coder")  # another model's, for all that is known
+    run_folder.tokenizer_of_run(tmp_path / "run").save(tmp_path / "coder")  # another model's, for all that is known
     import_run(str(tmp_path / "theirs"), tmp_path / "other", tokenizer=str(tmp_path / "coder"), report=quiet)
     about = exported(tmp_path / "other", tmp_path / "other out")
     assert {name: about[name] for name in IDS} == {"bos_token_id": 0, "eos_token_id": ENDS, "pad_token_id": None}

@@ -570,7 +570,7 @@ def test_transformers_loads_an_exported_run_and_computes_the_same(tmp_path: Path
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
     theirs, coder = (
         transformers.AutoTokenizer.from_pretrained(tmp_path / "out"),
-        run_folder.load_tokenizer(tmp_path / "run"),
+        run_folder.tokenizer_of_run(tmp_path / "run"),
     )
     text = "abc def" + END_OF_TEXT + "gh"
     ids = coder.encode(text, special=True)

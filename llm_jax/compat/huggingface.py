@@ -145,7 +145,7 @@ def export_run(
     folder, out = Path(folder), Path(out)
     if out.exists():
         raise ValueError(f"{out} exists, and an export makes a folder of its own; choose another (--out)")
-    config, coder = run_folder.load_config(folder), run_folder.load_tokenizer(folder)
+    config, coder = run_folder.load_config(folder), run_folder.tokenizer_of_run(folder)
     model, task = config.model, config.data.task
     if task is not None and task.kind == "translate":
         raise ValueError(

@@ -143,7 +143,7 @@ def load_code(folder: Path) -> dict[str, dict[str, str | None]]:
     return {name: {"path": known.get("path"), "sha256": known["sha256"]} for name, known in found.items()}
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
+def tokenizer_of_run(folder: str | Path) -> Tokenizer:
     """Return the tokenizer of the run in `folder`."""
     return tokenizer.load_tokenizer(Path(folder) / "tokenizer")
 

@@ -83,7 +83,7 @@ class Run:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the run reads with."""
-        return run_folder.load_tokenizer(self.folder)
+        return run_folder.tokenizer_of_run(self.folder)
 
     @property
     def metrics(self) -> Mapping[str, np.ndarray]:

@@ -99,7 +99,7 @@ class Session:
 
     def _weights_of(self, source: str) -> PyTree:
         changed = differences(to_dict(run_folder.load_config(source).model), to_dict(self.config.model))
-        theirs, ours = run_folder.load_tokenizer(source), self.shards.tokenizer
+        theirs, ours = run_folder.tokenizer_of_run(source), self.shards.tokenizer
         if theirs.fingerprint != ours.fingerprint:
             raise ValueError(
                 f"init_from={source} knows the tokens of {theirs.name}, but the data is in those of {ours.name}; "

@@ -11,7 +11,7 @@ from typing import Any
 from llm_jax.config import checked, differences, nearest, override, replace, to_dict
 from llm_jax.data.tokenizer import NAMED, build
 from llm_jax.recipes import recipes
-from llm_jax.runs.folder import load_config, load_tokenizer
+from llm_jax.runs.folder import load_config, tokenizer_of_run
 from llm_jax.train.config import RunConfig
 
 
@@ -55,7 +55,7 @@ def config_from(
     """
     if given := [text for text in assignments if text.startswith("init_from=")]:
         raise ValueError(f"--from {folder} and {given[0]} both say where the weights come from; keep one of them")
-    theirs, coder = load_config(folder).model, load_tokenizer(folder)
+    theirs, coder = load_config(folder).model, tokenizer_of_run(folder)
     for spec in (text.removeprefix("data.tokenizer=") for text in assignments if text.startswith("data.tokenizer=")):
         # One by name need not be fetched to be compared; one that learns is given nothing here, and differs.
         if not (spec == coder.name and spec in NAMED) and build(spec, tuple).fingerprint != coder.fingerprint:
