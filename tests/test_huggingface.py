@@ -28,7 +28,7 @@ from tiny_run import console, write_corpus
 
 from llm_jax.cli.main import main
 from llm_jax.compat import huggingface, safetensors, weights
-from llm_jax.compat.huggingface import export_run, fetch, import_run, open_tokenizer
+from llm_jax.compat.huggingface import choose_tokenizer, export_run, fetch, import_run
 from llm_jax.compat.tokenizers import ends_of, files_of
 from llm_jax.config import override
 from llm_jax.data import tokenizer
@@ -446,7 +446,7 @@ def test_added_tokens_that_the_model_has_no_room_for_are_left_out(tmp_path: Path
 
 
 def opened(there: Path, vocab_size: int = 400) -> Tokenizer:
-    return open_tokenizer("someone/theirs", there, None, shapes_vocab(vocab_size))
+    return choose_tokenizer("someone/theirs", there, None, shapes_vocab(vocab_size))
 
 
 def shapes_vocab(size: int, **changes: Any) -> Any:

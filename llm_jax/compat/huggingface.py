@@ -70,7 +70,7 @@ def import_run(
     data = DataConfig(tokenizer=str(folder.absolute() / "tokenizer"), seq_len=seq_len, batch_size=1)
     config = RunConfig(model=model, data=data)
     run_folder.check_free(folder, config)
-    coder = open_tokenizer(source, there, tokenizer, model)
+    coder = choose_tokenizer(source, there, tokenizer, model)
     stored = safetensors.open_folder(there)
     weights.check_layers(model, stored)
     report(f"{source}: a {family.name} of {sum(parameter_counts(model).values()):,} parameters")
@@ -252,7 +252,7 @@ def compute_dtype(theirs: Mapping[str, Any]) -> str:
     return "bfloat16" if theirs.get("dtype", theirs.get("torch_dtype")) == "bfloat16" else "float32"
 
 
-def open_tokenizer(source: str, there: Path, name: str | None, model: ModelConfig) -> Tokenizer:
+def choose_tokenizer(source: str, there: Path, name: str | None, model: ModelConfig) -> Tokenizer:
     """Return the tokenizer of the model `source` in the folder `there`, or ours of the name `name`.
 
     Raises `ValueError` if there is none, or if it has more ids than the model, not counting added tokens.
