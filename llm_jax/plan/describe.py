@@ -239,7 +239,7 @@ WALKED = 3  # up to so many layers are shown one by one
 
 def _page(d: Description) -> Group:
     legend = [Text.assemble((letter, "cyan"), f" {LETTERS[letter]} {n:,}") for letter, n in d.sizes.items()]
-    compute = columns("", "right")
+    compute = bare_table("", "right")
     compute.add_row("a token, forward", metric(d.flops_per_token / 3, "FLOP"))
     compute.add_row("a token, training", metric(d.flops_per_token, "FLOP"))
     compute.add_row(f"a step, {d.tokens_per_step:,} tokens", metric(d.flops_per_token * d.tokens_per_step, "FLOP"))
@@ -263,7 +263,7 @@ def _page(d: Description) -> Group:
 
 def walk(d: Description) -> Table:
     """Return a line for each activation: name, letters, sizes, dtype, words."""
-    table = columns("bold", "cyan", "", "dim")
+    table = bare_table("bold", "cyan", "", "dim")
     table.add_column(style="dim")
     several = len({a.kind for a in d.activations if a.kind}) > 1
     for (kind, layers), group in itertools.groupby(d.activations, lambda a: (a.kind, a.layers)):
@@ -288,7 +288,7 @@ def spans(numbers: Sequence[int]) -> str:
 
 def shares(amounts: dict[str, int], shown: Callable[[int], str]) -> Table:
     """Return a line for each amount that is not 0, with its share of the sum, and the sum."""
-    table, total = columns("", "right", "right"), sum(amounts.values())
+    table, total = bare_table("", "right", "right"), sum(amounts.values())
     for name, amount in (amounts | {"in all": total}).items():
         if amount:
             table.add_row(name, shown(amount), f"{amount / total:.1%}")
@@ -315,7 +315,7 @@ def metric(n: int | float, unit: str) -> str:
 
 def keys_table(config: RunConfig) -> Table:
     """Return a line for each key: as the command line takes it, its default if that differs, and its meaning."""
-    table = columns("", "dim")
+    table = bare_table("", "dim")
     table.add_column(ratio=1)
     table.expand = True
     table.add_row(Text("key=value", style="bold"), "default", Text("meaning", style="bold"))
@@ -354,7 +354,7 @@ def title(text: str) -> Text:
     return Text(f"\n{text}", style="bold")
 
 
-def columns(*styles: str) -> Table:
+def bare_table(*styles: str) -> Table:
     """Return a table without lines; a column has a style, or is flush `right`."""
     table = Table.grid(padding=(0, 2, 0, 0))
     for style in styles:

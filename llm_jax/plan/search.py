@@ -15,7 +15,7 @@ from rich.text import Text
 
 from llm_jax.config import plain
 from llm_jax.model.count import shapes
-from llm_jax.plan.describe import columns, metric, title
+from llm_jax.plan.describe import bare_table, metric, title
 from llm_jax.plan.estimate import predicted
 from llm_jax.plan.plan import Plan, check_host, plan
 from llm_jax.plan.topology import Topology
@@ -117,7 +117,7 @@ class Found:
 
     def __rich__(self) -> Group:
         """Show what was tried, and what came of it."""
-        table = columns("", "right", "right", "right", "dim")
+        table = bare_table("", "right", "right", "right", "dim")
         table.add_row("changes", "memory", "step at best", "tokens a day", "", style="dim")
         for one in self.tried:
             if one.plan is None:
