@@ -20,7 +20,7 @@ import numpy as np
 from llm_jax.data import sources
 from llm_jax.data.config import DataConfig, check_heldout, parse_uri
 from llm_jax.data.generated import GENERATED
-from llm_jax.data.pool import encode_all, watched
+from llm_jax.data.pool import encode_all, reporting_special_tokens
 from llm_jax.data.shards import FORMAT, SPLITS, Manifest, Split, is_prepared, names_a_column, read_manifest
 from llm_jax.data.sources import Document
 from llm_jax.data.tokenizer import Tokenizer, build, load_tokenizer
@@ -119,7 +119,7 @@ def _tokenized(
 ) -> Iterator[tuple[Document, np.ndarray]]:
     """Yield each document with its ids, encoded by the tokenizer in the folder `saved`."""
     documents, again = itertools.tee(documents)
-    again = again if special else watched(again, encoder, report)
+    again = again if special else reporting_special_tokens(again, encoder, report)
     encoded = encode_all(saved, (document.text for document in again), special=special)
     return zip(documents, encoded, strict=True)
 
