@@ -159,7 +159,7 @@ class Visit:
     fusion: str | None
 
 
-def visits(module: Module) -> Iterator[Visit]:
+def executed(module: Module) -> Iterator[Visit]:
     """Iterate over every instruction that runs, in order of its first run; of branches, those of the longest."""
 
     def walk(computation: str, times: int | None, fusion: str | None) -> Iterator[Visit]:
@@ -251,7 +251,7 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
     Raises `ValueError` for a collective that is not in `SENT`.
     """
     found, seen = [], set()
-    for visit in visits(module):
+    for visit in executed(module):
         x, kind = visit.instruction, visit.instruction.opcode.removesuffix("-start")
         if kind == "send":  # to another slice of a TPU
             kind = (x.attribute(r'_xla_megascale_transfer_type="(\w+)"') or "").lower().replace("_", "-")
@@ -357,7 +357,7 @@ def cycles(module: Module) -> int:
     """
     return sum(
         (visit.times or 0) * int(found)
-        for visit in visits(module)
+        for visit in executed(module)
         if visit.fusion is None and (found := visit.instruction.attribute(r'"estimated_cycles":"(\d+)"'))
     )
 
