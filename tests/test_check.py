@@ -11,7 +11,7 @@ from test_runtime import printed
 from tiny_run import tiny
 
 from llm_jax import runtime
-from llm_jax.plan.check import BOUND, PIECES, Finding, Piece, compare, findings_to_json, line, one_of_each_kind
+from llm_jax.plan.check import BOUND, PIECES, Finding, Piece, compare, finding_line, findings_to_json, one_of_each_kind
 
 ROOT = Path(__file__).parents[1]
 TINY = tiny(Path("nowhere"))
@@ -24,7 +24,7 @@ def test_every_piece_of_a_step_is_what_numpy_computes(norm: str):
     for what, make in pieces.items():
         piece = dataclasses.replace(make(np.random.default_rng(0), config), calls=1)
         found = compare(jax.devices()[0], what, piece)
-        assert found.right, line(found)
+        assert found.right, finding_line(found)
         assert found.report is None
 
 
@@ -33,7 +33,7 @@ def test_an_error_above_the_bound_is_wrong_and_names_its_report():
     piece = Piece(lambda x: x.at[7].multiply(1 + 3 * BOUND), (x,), x.astype(np.float64))
     found = compare(jax.devices()[0], "sums of rows", piece)
     assert not found.right
-    assert "WRONG, as jax#39103 says" in line(found)
+    assert "WRONG, as jax#39103 says" in finding_line(found)
     assert not Finding("cpu", "norm", float("nan"), 0.0, BOUND).right
 
 
@@ -46,7 +46,8 @@ import jax
 from llm_jax.plan import check
 config = None
 for what in check.KNOWN:
-    print(check.line(check.compare(jax.devices()[0], what, check.PIECES[what](check.np.random.default_rng(0), config))))
+    piece = check.PIECES[what](check.np.random.default_rng(0), config)
+    print(check.finding_line(check.compare(jax.devices()[0], what, piece)))
 print(*check.about(), sep="\\n")
 """
 

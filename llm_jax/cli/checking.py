@@ -57,7 +57,7 @@ def verify(args: Namespace) -> None:
     print(checks.HEAD, file=sys.stderr if args.json else sys.stdout)
     for verdict in checks.verify(config, wanted):
         found.append(verdict)
-        print(checks.line(verdict), file=sys.stderr if args.json else sys.stdout, flush=True)
+        print(checks.verdict_line(verdict), file=sys.stderr if args.json else sys.stdout, flush=True)
     if args.json:
         print_json(checks.verdicts_to_json(found))
     if all(verdict.refused for verdict in found):
@@ -90,7 +90,7 @@ def check(args: Namespace) -> None:
     found = []
     for finding in checks.check(config):
         found.append(finding)
-        tell(checks.line(finding))
+        tell(checks.finding_line(finding))
     if args.json:
         print_json(checks.findings_to_json(found))
     if wrong := [f"{finding.what} on {finding.device}" for finding in found if not finding.right]:

@@ -227,7 +227,7 @@ def about() -> list[str]:
 HEAD = f"{'device':16} {'':36} {'jitted':>8} {'eager':>8} {'bound':>8}"
 
 
-def line(f: Finding) -> str:
+def finding_line(f: Finding) -> str:
     """Return a finding as a line of text."""
     eager = "" if f.eager is None else f"{f.eager:.0e}"
     word = "right" if f.right else "WRONG" + (f", as {f.report} says" if f.report else "")

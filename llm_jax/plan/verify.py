@@ -178,7 +178,7 @@ GAPS = {"loss": loss_gap, "gradient": gradient_gap, "curve": curve_gap}
 HEAD = f"{'layout':28} {'mesh':24} {'loss':>8} {'gradient':>9} {f'{STEPS} steps':>9}"
 
 
-def line(v: Verdict) -> str:
+def verdict_line(v: Verdict) -> str:
     """Return a verdict as a line of text."""
     if v.refused is not None:
         return f"{v.layout:28} can't be: {v.refused}"

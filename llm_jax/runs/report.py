@@ -142,7 +142,7 @@ def card(folder: str | Path) -> str:
     return f'<div style="max-width: 45rem">{head}<table>{facts}</table>{chart}</div>'
 
 
-def line(folder: str | Path) -> str:
+def line_of_run(folder: str | Path) -> str:
     """Return a run as a line for a terminal: its folder, its newest checkpoint, how far it came, and its last loss."""
     folder = Path(folder)
     rows, steps = log.read(folder), _load(folder / "config.json").get("steps", 0)

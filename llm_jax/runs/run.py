@@ -26,7 +26,7 @@ from llm_jax.runs.checkpoint import Checkpoints, Progress
 from llm_jax.runs.code import changed_mixers
 from llm_jax.runs.data import all_text, check_address, open_documents, open_run_data, open_text
 from llm_jax.runs.evaluate import Evaluation, evaluate
-from llm_jax.runs.report import card, line
+from llm_jax.runs.report import card, line_of_run
 from llm_jax.train.config import RunConfig
 from llm_jax.train.program import Program
 
@@ -65,7 +65,7 @@ class Run:
 
     def __str__(self) -> str:
         """Return where the run is and how far it came, of its files only: neither code nor weights are loaded."""
-        return line(self.folder)
+        return line_of_run(self.folder)
 
     def _repr_html_(self) -> str:
         return card(self.folder)
