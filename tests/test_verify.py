@@ -17,8 +17,8 @@ from llm_jax.ops.position import Rotary
 from llm_jax.plan.verify import (
     BOUNDS,
     WITH_TIES,
-    Answer,
     Layout,
+    Outcome,
     Verdict,
     bounds_of,
     gradient_gap,
@@ -56,8 +56,8 @@ def test_a_layout_is_held_to_one_device_and_what_can_not_be_says_why():
 
 
 def test_a_gradient_that_is_a_little_wrong_is_seen():
-    def given(one: float, another: float) -> Answer:
-        return Answer(1.0, {"a": one * np.ones(9), "b": another * np.ones(9)}, np.ones((2, 2)))
+    def given(one: float, another: float) -> Outcome:
+        return Outcome(1.0, {"a": one * np.ones(9), "b": another * np.ones(9)}, np.ones((2, 2)))
 
     gaps = [gradient_gap(found, given(1, 0)) for found in (given(1, 0), given(1.0001, 0), given(1, 1e-10))]
     np.testing.assert_allclose(gaps, [0, 1e-4, 1e-6], rtol=1e-6)  # of one that is 0 but for rounding, a share of all

@@ -22,7 +22,7 @@ from llm_jax.ops.gradient import linear, lookup
 from llm_jax.ops.loss import IGNORE, cross_entropy
 from llm_jax.ops.mask import Mask
 from llm_jax.ops.norm import layer_norm, rms_norm
-from llm_jax.plan.verify import GAPS, answer, bounds_of, shrunk
+from llm_jax.plan.verify import GAPS, bounds_of, outcome, shrunk
 from llm_jax.runtime import JAXLIB, known_faults, open_faults
 from llm_jax.sharding import MeshConfig, make_mesh
 from llm_jax.train.config import RunConfig
@@ -109,9 +109,9 @@ def step(device: Any, config: RunConfig) -> Iterator[Finding]:
     """Compare loss, gradient and the first steps of `config`, shrunk, between jitted and eager."""
     program = Program.on_one_device(small(config), device)
     start = jax.device_get(program.init())
-    jitted = answer(program, start, STEPS)
+    jitted = outcome(program, start, STEPS)
     with jax.disable_jit():
-        eager = answer(program, start, STEPS)
+        eager = outcome(program, start, STEPS)
     names = {
         "loss": "loss of the config",
         "gradient": "gradient of the config",
