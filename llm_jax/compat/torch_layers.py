@@ -88,7 +88,7 @@ class Norm(TwinModule):
         return F.rms_norm(x, scale.shape, 1 + scale if self.kind == "rmsnorm_1p" else scale, self.eps)
 
 
-class Mixer(TwinModule):
+class TwinMixer(TwinModule):
     """The projections that every token mixer has, around its `mix`."""
 
     def __init__(self, c: ModelConfig, mixer: str) -> None:
@@ -112,7 +112,7 @@ class Mixer(TwinModule):
         raise NotImplementedError
 
 
-class SoftmaxAttention(Mixer):
+class SoftmaxAttention(TwinMixer):
     def __init__(self, c: ModelConfig, mixer: str) -> None:
         super().__init__(c, mixer)
         if c.attention.qk_norm != "none":
@@ -148,7 +148,7 @@ def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
     return scores.softmax(-1).to(v.dtype) @ v
 
 
-class LinearAttention(Mixer):
+class LinearAttention(TwinMixer):
     """Linear attention, token by token: every query reads a sum of keys and values (arXiv:2006.16236)."""
 
     def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Float[Tensor, "B L K G H"]:
@@ -162,7 +162,7 @@ class LinearAttention(Mixer):
         return torch.stack(out, dim=1).to(x.dtype)
 
 
-class DeltaRule(Mixer):
+class DeltaRule(TwinMixer):
     """The gated delta rule, token by token: the memory decays, then its value for a key moves towards the new one."""
 
     w_convolution: Tensor
