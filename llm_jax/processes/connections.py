@@ -63,7 +63,7 @@ def listen(host: str, port: int) -> socket.socket:
     return socket.create_server(("", port), backlog=STRANGERS)
 
 
-def gather(listener: socket.socket, key: bytes, count: int, seconds: int | float) -> Arrivals:
+def accept_all(listener: socket.socket, key: bytes, count: int, seconds: int | float) -> Arrivals:
     """Accept until processes 1 to `count` - 1 are there, or the time is up; return those that came."""
     arrivals, arrived = Arrivals(), queue.SimpleQueue[tuple[int, Connection] | None]()
     room = threading.BoundedSemaphore(STRANGERS)

@@ -158,7 +158,7 @@ def meet(a: Address) -> str | None:
         ) from None
     with listener:
         address, port = listener.getsockname()[:2]
-        arrivals = connections.gather(listener, key, a.processes, FIND)
+        arrivals = connections.accept_all(listener, key, a.processes, FIND)
     absent = absent_from(arrivals, a.processes, a.coordinator)
     for peer in arrivals.peers.values():
         connections.tell(peer, (absent or "go").encode())

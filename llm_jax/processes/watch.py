@@ -68,7 +68,7 @@ def _connect() -> Peers:
     with connections.listen(host, 0) as listener:
         port = listener.getsockname()[1]
         from_first(lambda: port)
-        arrivals = connections.gather(listener, key, count(), meeting.FIND)
+        arrivals = connections.accept_all(listener, key, count(), meeting.FIND)
     if absent := meeting.absent_from(arrivals, count(), f"{host}:{port}"):
         raise ValueError(f"{absent}; let the machines of a run reach each other on all ports")
     return {peer: number for number, peer in arrivals.peers.items()}
