@@ -112,7 +112,7 @@ class Comparison:
 
 def compare(config: RunConfig, steps: int, report: Report, *, compiled: bool = True, command: str = "") -> Comparison:
     """Train the first `steps` steps of `config` on each side. Raises `ValueError` for what can't be compared."""
-    check(config, steps)
+    check_comparable(config, steps)
     peak_memory()  # raises here already, not in another process, if memory can't be measured
     shards = open_data(config, report)
     Loader(shards.split("train"), config.data).check_horizon(steps)
@@ -162,7 +162,7 @@ def alternate(sides: Mapping[str, Side], steps: int, report: Report) -> dict[str
     return taken
 
 
-def check(config: RunConfig, steps: int) -> None:
+def check_comparable(config: RunConfig, steps: int) -> None:
     """Raise `ValueError` for what two sides can't do alike."""
     if not WARM_UP < steps <= config.steps:
         raise ValueError(f"--steps {steps} must lie between {WARM_UP + 1} and the run's own steps={config.steps}")
