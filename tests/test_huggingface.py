@@ -107,15 +107,15 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path):
     program = """
 import sys; from pathlib import Path
 from llm_jax.compat import weights
-from llm_jax.compat.huggingface import family_of, read_json
+from llm_jax.compat.huggingface import family_of, read_model_json
 from llm_jax.model.count import shapes
 
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
 folder = Path(sys.argv[1])
-family = family_of(read_json(folder / "config.json"))
-config = family.read(read_json(folder / "config.json"))
+family = family_of(read_model_json(folder / "config.json"))
+config = family.read(read_model_json(folder / "config.json"))
 shapes(config)
 before = peak()
 params = weights.read_parameters(folder, family, config)

@@ -19,7 +19,7 @@ from llm_jax.compat.families import FAMILIES
 from llm_jax.compat.family import Family, Shapes
 from llm_jax.compat.lenses import PATTERN_DROPOUT
 from llm_jax.compat.missing import lacking
-from llm_jax.compat.outside import optional, read_json
+from llm_jax.compat.outside import optional, read_model_json
 from llm_jax.compat.tokenizers import ends_of, files_of
 from llm_jax.config import nearest
 from llm_jax.data.config import DataConfig
@@ -59,7 +59,7 @@ def import_run(
         holds = "already holds a run" if run_folder.is_run(folder) else "exists"
         raise ValueError(f"{folder} {holds}, and an import makes a folder of its own; choose another (--run)")
     there = fetch(source)
-    theirs = read_json(there / "config.json", {"model_type": str})
+    theirs = read_model_json(there / "config.json", {"model_type": str})
     family = family_of(theirs, str(there / "config.json"))
     model = family.read(theirs, str(there / "config.json"))
     attention = dataclasses.replace(model.attention, dropout=0.0)  # a choice of further training
@@ -152,14 +152,14 @@ def export_run(
             f"{folder} sees the whole question at once (data.task.kind=translate), but every family of "
             "docs/architectures.md is causal, and would generate something else; use llm-jax generate"
         )
-    origin = read_json(folder / ORIGIN) if (folder / ORIGIN).is_file() else {}
+    origin = read_model_json(folder / ORIGIN) if (folder / ORIGIN).is_file() else {}
     chosen = choose(model, weights.shapes_of(params), family, origin.get("model_type"))
     if chosen.name != origin.get("model_type"):
         if origin and family is None:
             report(f"a {chosen.name}, as transformers loads no such {origin.get('model_type')}")
         origin = {}
     elsewhere = folder / ORIGIN_DTYPES  # kept unless --dtype says otherwise
-    kept = read_json(elsewhere) if origin and dtype is None and elsewhere.is_file() else {}
+    kept = read_model_json(elsewhere) if origin and dtype is None and elsewhere.is_file() else {}
     about = config_of(chosen, model, coder, dtype or model.dtype, origin)
     begins = run_folder.begins(folder, config, coder)
     files = {"generation_config.json": generation(about)} | dict(files_of(coder, model.max_seq_len, begins=begins))
