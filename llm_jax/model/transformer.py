@@ -75,7 +75,7 @@ class Block(nn.Module):
         attention_norm, feedforward_norm = Norm(c, name="attention_norm"), Norm(c, name="feedforward_norm")
         attention_out, feedforward_out = Norm(c, name="attention_out_norm"), Norm(c, name="feedforward_out_norm")
 
-        def attention(x: Array, norm: Map = unchanged) -> Array:
+        def attention(x: Array, norm: Map = no_norm) -> Array:
             nonlocal cache
             x = all_gather_tokens(x)
             if is_own(kind.mixer):
@@ -87,7 +87,7 @@ class Block(nn.Module):
                 y, cache = mixer(c, kind.mixer, name="attention")(x, context, slot, cache)
             return output("attn_out", norm(y))
 
-        def feedforward(x: Array, norm: Map = unchanged) -> Array:
+        def feedforward(x: Array, norm: Map = no_norm) -> Array:
             nonlocal use
             x = all_gather_tokens(x)
             if kind.moe:
@@ -314,6 +314,6 @@ def remat(config: ModelConfig) -> Any:
     return nn.remat(Block, policy=policy, prevent_cse=False)
 
 
-def unchanged(x: Array) -> Array:
+def no_norm(x: Array) -> Array:
     """Return `x`."""
     return x
