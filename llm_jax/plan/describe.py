@@ -134,7 +134,7 @@ def activations(c: ModelConfig, params: PyTree, tokens: jax.ShapeDtypeStruct) ->
             for name in stage:
                 if kind and not locate(c, layers[0]).kind.has(name):
                     continue
-                letters, meaning = meanings(c, kind)[name]
+                letters, meaning = activation_meanings(c, kind)[name]
                 x = found[name]
                 yield Activation(name, letters, x.shape[bool(kind) :], x.dtype.name, kind, tuple(layers), meaning)
 
@@ -174,7 +174,7 @@ def nbytes(tree: PyTree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def meanings(c: ModelConfig, kind: str = "") -> dict[str, tuple[str, str]]:
+def activation_meanings(c: ModelConfig, kind: str = "") -> dict[str, tuple[str, str]]:
     """Return the letters of each activation in a layer of `kind`, and a line of words."""
     mixer = kind.partition("+")[0]
     recurrent = mixer in ("linear", "delta")
