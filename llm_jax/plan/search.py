@@ -21,7 +21,7 @@ from llm_jax.plan.plan import Plan, check_host, plan
 from llm_jax.plan.topology import Topology
 from llm_jax.sharding import ROWS, MeshConfig, abstract_mesh, mesh_sizes, shardings
 from llm_jax.train.config import RunConfig
-from llm_jax.train.layout import check
+from llm_jax.train.mesh import check_mesh
 from llm_jax.train.program import Program
 
 REMATS = ("none", "dots", "full")
@@ -206,7 +206,7 @@ def choices(config: RunConfig, topology: Topology) -> Iterator[Choice]:
         data = dataclasses.replace(config.data, batch_size=rows)
         for accumulate in divisors(rows // shards):
             divided = dataclasses.replace(config, mesh=layout, data=data, accumulate=accumulate)
-            if not works(check, divided, there):
+            if not works(check_mesh, divided, there):
                 continue
             for remat, model in models.items():
                 wanted = {"model.remat": remat, "accumulate": accumulate, "data.batch_size": rows}

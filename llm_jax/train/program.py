@@ -26,7 +26,7 @@ from llm_jax.train.balance import rebalance
 from llm_jax.train.batch import check_batch
 from llm_jax.train.config import RunConfig
 from llm_jax.train.custom import Custom, key_leaf
-from llm_jax.train.layout import check, check_attention, context_model, reorder, token_order
+from llm_jax.train.mesh import check_attention, check_mesh, context_model, reorder, token_order
 from llm_jax.train.offload import host_shardings
 from llm_jax.train.optimizer import make_optimizer, make_schedule
 from llm_jax.train.pipeline import Pipeline
@@ -283,7 +283,7 @@ class Program:
 
 @functools.lru_cache(maxsize=4)
 def _kept(config: RunConfig, mesh: Mesh, custom: Custom) -> Program:
-    check(config, mesh)
+    check_mesh(config, mesh)
     check_attention(config, mesh)
     custom.check(config, mesh)
     return Program(config, mesh, custom)
