@@ -270,8 +270,8 @@ def row_shards(mesh: Mesh | AbstractMesh) -> int:
 
 def rows_here(mesh: Mesh, rows: int) -> list[int]:
     """Return which of the `rows` of a batch are on the devices of this process, ascending."""
-    layout = NamedSharding(mesh, spec("B", ACTIVATION_AXES))
-    slices = [index[0] for index in layout.addressable_devices_indices_map((rows,)).values() if index is not None]
+    sharding = NamedSharding(mesh, spec("B", ACTIVATION_AXES))
+    slices = [index[0] for index in sharding.addressable_devices_indices_map((rows,)).values() if index is not None]
     return sorted({row for shard in slices for row in range(rows)[shard]})
 
 

@@ -4,9 +4,9 @@
     params = model.init(key, tokens)["params"]
     out = model.apply({"params": params}, tokens)        # out.logits: [B, L, V]
 
-Parameters are stacked over layers (a leading N) and the blocks run in a scan: one layout, and a compile time that
-does not grow with depth. `Transformer(config, stacked=False)` reads the same tree split into `layers_0 ...
-layers_{N-1}` by `stack.unstack`, which spares a decoder on CPU a copy of every layer for every token.
+Parameters are stacked over layers (a leading N) and the blocks run in a scan, whose compile time does not grow
+with depth. `Transformer(config, stacked=False)` reads the same tree split into `layers_0 ... layers_{N-1}` by
+`stack.unstack`, which spares a decoder on CPU a copy of every layer for every token.
 """
 
 import dataclasses

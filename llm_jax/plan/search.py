@@ -202,10 +202,10 @@ def choices(config: RunConfig, topology: Topology) -> Iterator[Choice]:
         # A -1 is spelled out as a number, or it would absorb the change of another axis.
         said = {axis: size for axis, size in mesh.items() if size != getattr(config.mesh, axis)} if axes else {}
         sizes = {f"mesh.{axis}": size for axis, size in said.items()}
-        rows, layout = whole // share, MeshConfig(**mesh) if axes else config.mesh
+        rows, chosen = whole // share, MeshConfig(**mesh) if axes else config.mesh
         data = dataclasses.replace(config.data, batch_size=rows)
         for accumulate in divisors(rows // shards):
-            divided = dataclasses.replace(config, mesh=layout, data=data, accumulate=accumulate)
+            divided = dataclasses.replace(config, mesh=chosen, data=data, accumulate=accumulate)
             if not works(check_mesh, divided, there):
                 continue
             for remat, model in models.items():
