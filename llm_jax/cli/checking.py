@@ -38,7 +38,8 @@ def verify(args: Namespace) -> None:
 
     On eight simulated devices, in float32: each mesh axis alone, and every two together. Loss and the gradient of every
     parameter are compared, and twenty steps of training. This takes a quarter of an hour or more on two cores; --axes
-    limits it to layouts of these axes. A recipe is Python, and is run: read that of a stranger first (docs/cli.md).
+    limits it to layouts of these axes. Raise an error (exit status 2) where a layout differs, for an unknown axis, and
+    where no layout is possible. A recipe is Python, and is run: read that of a stranger first (docs/cli.md).
 
       llm-jax verify                                                     of quickstart
       llm-jax verify quickstart model.layers=global+moe model.experts.number=8
@@ -74,7 +75,7 @@ def check(args: Namespace) -> None:
 
     On a device of every kind on this machine: the operations of a step, jitted and eager, against NumPy in double
     precision; and the step itself, shrunk to test size, jitted against eager. Versions with known faults are named. It
-    takes a minute; where something is wrong the exit status is 2.
+    takes a minute. Raise an error (exit status 2) where something is wrong.
 
       llm-jax check                                                      of quickstart
       llm-jax check llama_1b model.norm=layernorm

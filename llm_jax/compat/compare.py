@@ -81,6 +81,7 @@ class Gap:
 
     @classmethod
     def between(cls, ours: Trained, theirs: Trained) -> "Gap":
+        """Return how far `theirs` is from `ours` at worst, and at which steps; and how many times as fast ours is."""
         loss, norm = distances(ours, theirs, "loss"), distances(ours, theirs, "grad_norm")
         ratios = np.divide(ours.tokens_per_second, theirs.tokens_per_second).tolist()
         speed = min(ratios), statistics.median(ratios), max(ratios)
@@ -140,7 +141,10 @@ def compare(config: RunConfig, steps: int, report: Report, *, compiled: bool = T
 
 
 def first_steps(side: Side, job: tuple[Any, ...], report: Report) -> Stretch | str:
-    """Take the steps that compile; return why they failed, for a side that the comparison can do without."""
+    """Take the steps that compile; return why they failed, for a side that the comparison can do without.
+
+    Raise `ValueError` for a side that it needs.
+    """
     report(f"{NAMES[side.name]}: compiles, and takes {WARM_UP} steps")
     try:
         side.begin(*job)

@@ -273,6 +273,7 @@ class SplitWriter:
         self._files: dict[str, str] = {}
 
     def add(self, document: Document, n_bytes: int, tokens: np.ndarray) -> None:
+        """Add the tokens of a document of `n_bytes` bytes; write a shard whenever there are enough."""
         self._tokens += [tokens.astype(self._dtype), self._end]
         self._origins.append(" ".join(document.origin.splitlines()))
         self._offsets.append(self._offsets[-1] + len(tokens) + len(self._end))
@@ -281,6 +282,7 @@ class SplitWriter:
             self._flush()
 
     def close(self) -> Split:
+        """Write what is left; return the counts of the split and the checksums of its files."""
         self._flush()
         self._save("offsets", np.array(self._offsets, np.int64))
         self._save("bytes", np.array(self._bytes, np.int64))

@@ -148,6 +148,7 @@ class Transformer(nn.Module):
     stacked: bool = True
 
     def setup(self) -> None:
+        """Create what is outside of layers: the tables and the final norm. Flax calls it."""
         c = self.config
         self.embedding = self.param("embedding", table_of("embed", c.vocab_size), c)
         if c.positions == "learned":

@@ -152,7 +152,7 @@ def imported(file: str, name: str) -> Implementation:
 
 
 def without_dropout(file: str, name: str) -> Implementation:
-    """Return `imported(file, name)` of a function that never holds the pattern, and so declines dropout."""
+    """Return `imported(file, name)` of a function that never holds the pattern: it raises `Declined` for dropout."""
     found = imported(file, name)
 
     def run(q: Array, k: Array, v: Array, mask: Mask, scores: Scores, *, dropout: Dropout | None = None) -> Array:

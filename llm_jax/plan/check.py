@@ -130,41 +130,47 @@ def small(config: RunConfig) -> RunConfig:
     return dataclasses.replace(one, model=dataclasses.replace(c, n_layers=layers), data=data)
 
 
-def wide(*arrays: np.ndarray) -> list[np.ndarray]:
+def _wide(*arrays: np.ndarray) -> list[np.ndarray]:
     return [x.astype(np.float64) for x in arrays]
 
 
-def normal(draw: Draw, *shape: int) -> np.ndarray:
+def _normal(draw: Draw, *shape: int) -> np.ndarray:
     return draw.standard_normal(shape, np.float32)
 
 
 def sums_of_rows(draw: Draw, config: RunConfig) -> Case:
-    x, matrix = normal(draw, ROWS, 3), normal(draw, 3, 3)
-    y, m = wide(x, matrix)
+    """Return the case of jax#39103: row by row, the sum of squares of a product with a 3 x 3 matrix."""
+    x, matrix = _normal(draw, ROWS, 3), _normal(draw, 3, 3)
+    y, m = _wide(x, matrix)
     return Case(jax.vmap(lambda row, m: jnp.sum((m @ row) ** 2), (0, None)), (x, matrix), ((y @ m.T) ** 2).sum(1))
 
 
 def sum_of_a_broadcast(draw: Draw, config: RunConfig) -> Case:
+    """Return the case of tensorflow#126812: the sum of a column broadcast to [2 1024 1024]."""
     x = draw.integers(4, size=(1024, 1)).astype(np.float32)  # float32 holds their sum exactly, in any order
     exact = np.asarray(2048 * x.astype(np.float64).sum())
     return Case(lambda x: jnp.broadcast_to(x, (2, 1024, 1024)).sum(), (x,), exact, calls=200)
 
 
 def sums_over_tokens(draw: Draw, config: RunConfig) -> Case:
+    """Return the case of a gradient of biases: the sum of each column over all rows."""
     x = draw.random((ROWS, 33), np.float32)  # all positive: sums that cancel lose their digits
     return Case(lambda x: x.sum(0), (x,), x.astype(np.float64).sum(0))
 
 
 def matrix_product(draw: Draw, config: RunConfig) -> Case:
-    x, w = normal(draw, 1, 1001, min(config.model.d_model, 512)), normal(draw, min(config.model.d_model, 512), 257)
-    y, v = wide(x, w)
+    """Return the case of a projection: x [B L D] times w [D F]."""
+    D = min(config.model.d_model, 512)
+    x, w = _normal(draw, 1, 1001, D), _normal(draw, D, 257)
+    y, v = _wide(x, w)
     return Case(lambda x, w: linear("BLD,DF->BLF", x, w), (x, w), y @ v)
 
 
 def norm(draw: Draw, config: RunConfig) -> Case:
-    c, eps = config.model, 1e-6
-    x, scale, bias = normal(draw, 1, 5001, min(c.d_model, 512)) + 1, *(normal(draw, min(c.d_model, 512)) for _ in "sb")
-    y, s, b = wide(x, scale, bias)
+    """Return the case of the norm of `config`, over the axis D of x [B L D]."""
+    c, D, eps = config.model, min(config.model.d_model, 512), 1e-6
+    x, scale, bias = _normal(draw, 1, 5001, D) + 1, _normal(draw, D), _normal(draw, D)
+    y, s, b = _wide(x, scale, bias)
     if c.norm == "layernorm":
         y = y - y.mean(-1, keepdims=True)
     unit = y / np.sqrt((y**2).mean(-1, keepdims=True) + eps)
@@ -174,9 +180,10 @@ def norm(draw: Draw, config: RunConfig) -> Case:
 
 
 def softmax_attention(draw: Draw, config: RunConfig) -> Case:
+    """Return the case of causal attention: q [B L K G H] on k, v [B S K H], with S = L."""
     L, H = min(config.data.seq_len, 1100), min(config.model.H, 64)
-    q, k, v = normal(draw, 1, L, 1, 2, H), normal(draw, 1, L, 1, H), normal(draw, 1, L, 1, H)
-    a, b, c = wide(q, k, v)
+    q, k, v = _normal(draw, 1, L, 1, 2, H), _normal(draw, 1, L, 1, H), _normal(draw, 1, L, 1, H)
+    a, b, c = _wide(q, k, v)
     scores = np.einsum("BLKGH,BSKH->BKGLS", a, b) / math.sqrt(H)
     weights = np.exp(np.where(np.tri(L, dtype=bool), scores - scores.max(-1, keepdims=True), -np.inf))
     exact = np.einsum("BKGLS,BSKH->BLKGH", weights / weights.sum(-1, keepdims=True), c)
@@ -184,16 +191,18 @@ def softmax_attention(draw: Draw, config: RunConfig) -> Case:
 
 
 def loss_of_tokens(draw: Draw, config: RunConfig) -> Case:
+    """Return the case of cross-entropy: a loss for each token from logits [T V], some targets ignored."""
     V = min(config.model.vocab_size, 4099)
-    logits, targets = 4 * normal(draw, 1003, V), draw.integers(V, size=1003).astype(np.int32)
+    logits, targets = 4 * _normal(draw, 1003, V), draw.integers(V, size=1003).astype(np.int32)
     targets[::7] = IGNORE
-    (y,) = wide(logits)
+    (y,) = _wide(logits)
     y -= y.max(-1, keepdims=True)
     nll = np.log(np.exp(y).sum(-1)) - y[np.arange(len(y)), targets]
     return Case(lambda x, t: cross_entropy(x, t)[1], (logits, targets), np.where(targets == IGNORE, 0, nll))
 
 
 def gradient_of_a_table(draw: Draw, config: RunConfig) -> Case:
+    """Return the case of the gradient of an embedding [V D]: each token's is added to its row."""
     V, D = min(config.model.vocab_size, 1031), min(config.model.d_model, 65)
     ids, g = draw.integers(V, size=(1, ROWS)).astype(np.int32), draw.random((1, ROWS, D), np.float32)
     exact = np.zeros((V, D))

@@ -296,6 +296,7 @@ def shares(amounts: dict[str, int], shown: Callable[[int], str]) -> Table:
 
 
 def memory_in_words(m: Memory) -> dict[str, int]:
+    """Return the bytes of each use of memory, in the words of the page."""
     return {
         "weights": m.weights,
         "gradients": m.gradients,
@@ -351,6 +352,7 @@ def quoted(word: str) -> str:
 
 
 def title(text: str) -> Text:
+    """Return the heading of a table, after an empty line."""
     return Text(f"\n{text}", style="bold")
 
 

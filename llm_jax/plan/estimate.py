@@ -37,7 +37,7 @@ def predicted(config: RunConfig, mesh: Mapping[str, int], topology: Topology) ->
     """
     c, chip, tokens = config.model, topology.chip, config.data.batch_size * config.data.seq_len
     size, stages = jnp.dtype(c.dtype).itemsize, mesh["pipeline"]
-    table = timetable(config.pipeline, stages, config.accumulate)
+    table = _timetable(config.pipeline, stages, config.accumulate)
     numbers, whole = (numbers_held(c, sizes) for sizes in (mesh, {**mesh, "fsdp": 1}))
     shards = math.prod(mesh[axis] for axis in TOKENS)
     rows = config.data.batch_size / config.accumulate / shards
@@ -110,7 +110,7 @@ def numbers_by_axes(params: PyTree) -> Mapping[tuple[str, ...], int]:
 
 def numbers_held(c: ModelConfig, mesh: Mapping[str, int], besides: str = "") -> float:
     """Return how many numbers a device holds of the parameters that the axis `besides` does not split."""
-    return _shares({axes: n for axes, n in parameters(c).items() if besides not in axes}, mesh)
+    return _shares({axes: n for axes, n in _parameters(c).items() if besides not in axes}, mesh)
 
 
 def _shares(numbers: Mapping[tuple[str, ...], int], mesh: Mapping[str, int]) -> float:
@@ -118,7 +118,7 @@ def _shares(numbers: Mapping[tuple[str, ...], int], mesh: Mapping[str, int]) -> 
 
 
 @functools.cache
-def parameters(c: ModelConfig) -> Mapping[tuple[str, ...], int]:
+def _parameters(c: ModelConfig) -> Mapping[tuple[str, ...], int]:
     return numbers_by_axes(shapes(c))
 
 
@@ -148,7 +148,7 @@ def rate_along(axes: Sequence[str], mesh: Mapping[str, int], topology: Topology)
 
 
 @functools.cache
-def timetable(config: PipelineConfig, stages: int, microbatches: int) -> Timetable:
+def _timetable(config: PipelineConfig, stages: int, microbatches: int) -> Timetable:
     return Timetable(config, stages, microbatches)
 
 

@@ -57,9 +57,11 @@ class Module:
 
     @functools.cached_property
     def by_name(self) -> dict[str, dict[str, Instruction]]:
+        """The instructions of each computation by name."""
         return {name: {x.name: x for x in body} for name, body in self.computations.items()}
 
     def root(self, computation: str) -> Instruction:
+        """Return the instruction whose value is the result of `computation`."""
         return next(x for x in self.computations[computation] if x.root)
 
 

@@ -119,6 +119,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Whether the compiler finished, and a device has the memory that the step needs."""
         return self.traffic is not None and self.needed <= self.limit
 
     @property

@@ -60,15 +60,18 @@ class Tried:
 
     @property
     def fits(self) -> bool:
+        """Whether it has a plan, and that fits."""
         return self.plan is not None and self.plan.fits
 
     @property
     def seconds_a_token(self) -> float:
+        """The least time that a step takes per token of its batch; infinite if it can't run."""
         seconds = self.plan and self.plan.step_seconds
         return math.inf if self.plan is None or seconds is None else seconds / self.plan.tokens
 
     @property
     def name(self) -> str:
+        """Its changes as the command line takes them, or that there are none."""
         return " ".join(self.choice.words) or "the config as it is"
 
 
@@ -88,10 +91,12 @@ class Found:
 
     @property
     def fastest(self) -> Tried | None:
+        """The one that fits with the least time per token; None if none fits."""
         return min((one for one in self.tried if one.fits), key=lambda one: one.seconds_a_token, default=None)
 
     @property
     def smallest(self) -> Tried | None:
+        """The one that fits and changes the fewest fields; None if none fits."""
         return min((one for one in self.tried if one.fits), key=lambda one: one.choice.fields, default=None)
 
     @property
@@ -225,6 +230,7 @@ def splits(devices: int, axes: Sequence[str]) -> Iterator[dict[str, int]]:
 
 
 def divisors(n: int) -> list[int]:
+    """Return the divisors of `n`, ascending."""
     return [d for d in range(1, n + 1) if n % d == 0]
 
 

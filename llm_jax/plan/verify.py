@@ -159,6 +159,7 @@ def outcome(program: Program, start: TrainState, steps: int = STEPS) -> Outcome:
 
 
 def loss_gap(found: Outcome, expected: Outcome) -> float:
+    """Return the relative error of the loss."""
     return abs(found.loss - expected.loss) / abs(expected.loss)
 
 
@@ -171,6 +172,7 @@ def gradient_gap(found: Outcome, expected: Outcome) -> float:
 
 
 def curve_gap(found: Outcome, expected: Outcome) -> float:
+    """Return the largest relative error of a loss or a gradient norm, over all steps."""
     return float((np.abs(found.curve - expected.curve) / np.abs(expected.curve)).max())
 
 

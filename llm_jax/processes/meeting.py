@@ -34,10 +34,12 @@ class Address(NamedTuple):
 
     @property
     def host(self) -> str:
+        """The name or IP address of the machine of process 0."""
         return self.coordinator.rpartition(":")[0].strip("[]")
 
     @property
     def port(self) -> int:
+        """The port of process 0 where the others connect."""
         return int(self.coordinator.rpartition(":")[2])
 
 

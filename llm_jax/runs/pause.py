@@ -25,7 +25,10 @@ SAMPLE_TOKENS = 80
 
 
 def pause(session: Session, state: TrainState, meter: Meter, rows: MetricsLog, last: bool) -> float | None:
-    """Evaluate, sample and save, each when it is due and at the end of the run; return the held-out loss."""
+    """Evaluate, sample and save, each when it is due and at the end of the run; return the held-out loss.
+
+    Raise `Diverged` after `patience` bad steps in a row.
+    """
     c, row, progress = session.config, meter.read(), meter.progress
     step, end = progress.step, progress.step == c.steps
     if end or step % c.evaluate_every == 0:

@@ -121,7 +121,8 @@ class Run:
         An address is what `data.uri` takes, documents are what `fit(data=)` takes: a list of texts, or of ids. They
         begin and end as in training. Those of an imported run begin as its tokenizer begins a text: with begin-of-text,
         and then an end is scored too, or with nothing, and then neither the first token nor an end is. `begin` says
-        otherwise. `column` is the one of rows at an address that is text; None: that of the run.
+        otherwise. `column` is the one of rows at an address that is text; None: that of the run. Raise `ValueError` for
+        text that can't be read, and for a `column` of documents.
         """
         config = self.config
         if text is None:

@@ -45,13 +45,16 @@ class Action:
 
     @classmethod
     def all_of(cls, work: Work) -> "Action":
+        """Return the actions of one direction of a timetable, as arrays [T p]."""
         return cls(jnp.asarray(work.microbatch), jnp.asarray(work.chunk), jnp.asarray(work.slot))
 
     def of(self, stage: Int[Array, ""] | int) -> "Action":
+        """Return the action of `stage`."""
         return _at(self, stage)
 
     @property
     def busy(self) -> Bool[Array, ""]:
+        """Whether there is anything to do; a microbatch of -1 means idle."""
         return self.microbatch >= 0
 
 

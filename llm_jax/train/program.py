@@ -79,6 +79,7 @@ class Program:
 
     @functools.cached_property
     def model(self) -> Transformer:
+        """The model that runs on the mesh: where rows are split, its attention is one that can do so."""
         return Transformer(context_model(self.config.model, self.mesh.shape["context"]))
 
     @functools.cached_property
@@ -89,7 +90,10 @@ class Program:
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
-        """Shape, dtype and sharding of every leaf of the train state."""
+        """Shape, dtype and sharding of every leaf of the train state.
+
+        Raise `ValueError` for what does not divide over the mesh, and for an optimizer with a random key in its state.
+        """
         shapes = jax.eval_shape(functools.partial(init_state, self.model, self._optimizer), jax.random.key(0))
         if self.custom.optimizer is None:
             found = shardings(shapes, self.mesh)
