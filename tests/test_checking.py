@@ -22,7 +22,7 @@ def test_what_a_disk_has_no_room_for_was_told_before(monkeypatch: pytest.MonkeyP
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device", "compare.json")
 
-    for name, value in (("compare", lambda *_, **__: None), ("table", lambda _: "the facts"), ("write", full)):
+    for name, value in (("compare", lambda *_, **__: None), ("facts_as_text", lambda _: "the facts"), ("write", full)):
         monkeypatch.setattr(compare, name, value)
     monkeypatch.setattr(runtime, "start", lambda: None)
     assert main(["compare", "quickstart", "--out", str(tmp_path)]) == 2

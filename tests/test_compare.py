@@ -14,7 +14,7 @@ import pytest
 from arrays import quiet
 
 from llm_jax.compat import compare as module
-from llm_jax.compat.compare import Comparison, Gap, check_comparable, compare, table, write
+from llm_jax.compat.compare import Comparison, Gap, check_comparable, compare, facts_as_text, write
 from llm_jax.compat.sides import Side, Stretch
 from llm_jax.model.config import AttentionConfig
 from llm_jax.train.config import RunConfig
@@ -106,7 +106,7 @@ def test_gaps_and_speeds_are_those_of_the_steps(played: Comparison):
 def test_a_compiler_that_fails_costs_only_its_own_side(played: Comparison):
     assert list(played.sides) == ["jax", "eager"]
     assert played.missing == {"compiled": "the compiler is not well"}
-    assert "without compiled PyTorch: the compiler is not well" in table(played)
+    assert "without compiled PyTorch: the compiler is not well" in facts_as_text(played)
 
 
 def test_the_page_is_whole_and_says_what_the_file_says(played: Comparison, tmp_path: Path):

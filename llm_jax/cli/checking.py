@@ -25,7 +25,7 @@ def compare(args: Namespace) -> None:
     runtime.start()
     result = compare.compare(config, args.steps, say, compiled=args.compiled, command=args.command)
     if not args.json:
-        print(compare.table(result))  # before the page: a disk may have no room for that
+        print(compare.facts_as_text(result))  # before the page: a disk may have no room for that
     compare.write(result, folder, name)
     if args.json:
         print_json(result.to_json())

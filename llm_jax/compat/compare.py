@@ -204,7 +204,7 @@ def facts(c: Comparison) -> Iterator[tuple[str, dict[str, str]]]:
     yield "largest gap in gradient norm", {"jax": "", **gaps}
 
 
-def table(c: Comparison) -> str:
+def facts_as_text(c: Comparison) -> str:
     """Return the facts as text, with a column for each side."""
     rows = [("", {name: NAMES[name] for name in c.sides}), *facts(c)]
     lines = [what.ljust(30) + "".join(values[name].rjust(28) for name in c.sides) for what, values in rows]
