@@ -25,7 +25,7 @@ from llm_jax.cli.main import main
 from llm_jax.compat import safetensors, weights
 from llm_jax.compat.families import FAMILIES
 from llm_jax.compat.family import Family
-from llm_jax.compat.huggingface import IDS, choose, config_of, export_run, family_of, import_run
+from llm_jax.compat.huggingface import IDS, choose, config_json_of, export_run, family_of, import_run
 from llm_jax.config import override
 from llm_jax.data import shards
 from llm_jax.data.prepare import prepare
@@ -193,7 +193,7 @@ def test_transformers_loads_every_export(name: str):
     model = EXPORTS[name]
     shapes = weights.shapes_of(count.shapes(model))
     family = choose(model, shapes, None)
-    theirs = json.loads(json.dumps(config_of(family, model, ByteTokenizer(), "float32", {})))
+    theirs = json.loads(json.dumps(config_json_of(family, model, ByteTokenizer(), "float32", {})))
     config = transformers.AutoConfig.for_model(**theirs)
     loaded = transformers.AutoModelForCausalLM.from_config(config)
     assert type(loaded).__name__ == family.architecture
@@ -310,7 +310,7 @@ def test_the_dropout_of_an_original_stays_its_own_unless_a_run_has_one(case: str
     coder, family, model = ByteTokenizer(), family_of(config_json(case)), config.model
     for rate, origin in ((0.2, {}), (0.2, {name: 0.1}), (0.0, {})):
         rated = override(model, [f"attention.dropout={rate}"])
-        assert config_of(family, rated, coder, "float32", origin)[name] == rate
+        assert config_json_of(family, rated, coder, "float32", origin)[name] == rate
 
 
 def test_a_model_that_its_family_can_not_say_goes_out_as_another(original: Path, tmp_path: Path):

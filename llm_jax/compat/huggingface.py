@@ -160,7 +160,7 @@ def export_run(
         origin = {}
     elsewhere = folder / ORIGIN_DTYPES  # kept unless --dtype says otherwise
     kept = read_model_json(elsewhere) if origin and dtype is None and elsewhere.is_file() else {}
-    about = config_of(chosen, model, coder, dtype or model.dtype, origin)
+    about = config_json_of(chosen, model, coder, dtype or model.dtype, origin)
     begins = run_folder.begins(folder, config, coder)
     files = {"generation_config.json": generation(about)} | dict(files_of(coder, model.max_seq_len, begins=begins))
     with whole_folder(out, "export") as scratch:
@@ -172,7 +172,7 @@ def export_run(
     return chosen
 
 
-def config_of(
+def config_json_of(
     family: Family, model: ModelConfig, coder: Tokenizer, dtype: str, origin: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the config.json of a model whose import had the config.json `origin`, or {}.
