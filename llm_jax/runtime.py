@@ -89,10 +89,14 @@ class Target(Protocol):
     """Accelerators to compile for, which need not be here: `plan/topology.py` has them."""
 
     @property
-    def environment(self) -> Mapping[str, str]: ...
+    def environment(self) -> Mapping[str, str]:
+        """Variables of the environment in which their compiler runs."""
+        ...
 
     @property
-    def simulated(self) -> int | None: ...
+    def simulated(self) -> int | None:
+        """How many CPU devices stand for them; None for accelerators."""
+        ...
 
 
 def start(devices: int | None = None, topology: Target | None = None) -> None:

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 from llm_jax import log
-from llm_jax.runs.report import columns, loss_chart
+from llm_jax.runs.report import curves_of, loss_chart
 
 
 def main(run: str, out: str) -> None:
-    chart = loss_chart(columns(log.read(run)), title=f"Loss of {Path(run).name}", width=720, height=300)
+    chart = loss_chart(curves_of(log.read(run)), title=f"Loss of {Path(run).name}", width=720, height=300)
     Path(out).write_text(chart, encoding="utf-8")
 
 

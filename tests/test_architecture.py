@@ -114,7 +114,7 @@ def test_every_file_stands_on_a_floor():
     assert all(floor(module(path)) >= 0 for path in FILES)
 
 
-def test_the_page_on_the_layout_has_the_floors_as_they_are():
+def test_the_page_on_the_house_has_the_floors_as_they_are():
     assert f"\n\n{table()}\n\n" in PAGE.read_text(), "python tests/test_architecture.py writes them there"
 
 

@@ -126,7 +126,7 @@ def test_writing_leaves_other_layers_and_earlier_tokens_alone():
     for row, length in enumerate(LENGTHS):
         expected[row, length : length + 2] = 1
     for layer in range(TINY.n_layers):
-        k, v = written.view(layer)
+        k, v = written.keys_values(layer)
         np.testing.assert_array_equal(k[:, :, 0, 0], expected * layer)
         np.testing.assert_array_equal(v[:, :, 0, 0], 2 * expected * layer)
     assert (written.length == LENGTHS).all()
@@ -136,7 +136,7 @@ def test_writing_leaves_other_layers_and_earlier_tokens_alone():
 def test_tokens_beyond_the_end_of_the_cache_are_dropped():
     cache = init_cache(TINY, B, L).replace(length=jnp.full(B, L - 1))
     new = jnp.ones((B, 3, TINY.K, TINY.H)) * jnp.arange(1.0, 4.0)[None, :, None, None]
-    k, _ = cache.write(0, new, new).view(0)
+    k, _ = cache.write(0, new, new).keys_values(0)
     np.testing.assert_array_equal(k[0, :, 0, 0], [0.0] * (L - 1) + [1.0])
 
 

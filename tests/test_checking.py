@@ -13,7 +13,7 @@ from llm_jax import runtime
 from llm_jax.cli.main import main
 from llm_jax.compat import compare
 from llm_jax.plan import check
-from llm_jax.plan.check import BOUND, PIECES, Finding
+from llm_jax.plan.check import BOUND, CASES, Finding
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,7 +22,7 @@ def test_what_a_disk_has_no_room_for_was_told_before(monkeypatch: pytest.MonkeyP
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device", "compare.json")
 
-    for name, value in (("compare", lambda *_, **__: None), ("table", lambda _: "the facts"), ("write", full)):
+    for name, value in (("compare", lambda *_, **__: None), ("facts_as_text", lambda _: "the facts"), ("write", full)):
         monkeypatch.setattr(compare, name, value)
     monkeypatch.setattr(runtime, "start", lambda: None)
     assert main(["compare", "quickstart", "--out", str(tmp_path)]) == 2
@@ -48,7 +48,7 @@ def test_the_verb_passes_here_with_every_piece_and_a_step_of_the_config():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     found = json.loads(done.stdout)["findings"]
     assert done.returncode == 0, done.stderr
-    assert {finding["what"] for finding in found} > {*PIECES}
+    assert {finding["what"] for finding in found} > {*CASES}
     assert all(finding["right"] for finding in found)
     assert any("gradient of the config" in finding["what"] for finding in found)
 

@@ -79,17 +79,17 @@ def test_a_gathered_parameter_is_whole_and_its_gradient_a_shard_of_the_sum():
 
 
 @pytest.mark.parametrize(
-    ("function", "layouts"),
+    ("function", "shardings"),
     [
         (all_gather_tokens, ['{"context", "tensor"}', '{"context"}']),
         (reduce_scatter_tokens, ['{"context"}', '{"context", "tensor"}']),
     ],
 )
-def test_tokens_are_gathered_or_scattered_over_tensor(function: Callable, layouts: list[str]):
+def test_tokens_are_gathered_or_scattered_over_tensor(function: Callable, shardings: list[str]):
     with jax.set_mesh(make_mesh(EVERY)):
         text = jax.jit(function).lower(jnp.ones((2, 4, 6))).as_text()
     found = re.findall(r"sharding_constraint .*@mesh, \[\{.*?\}, (\{.*?\}), \{\}\]>", text)
-    assert found == layouts
+    assert found == shardings
 
 
 def test_the_gradient_of_a_sum_over_devices_sends_nothing():

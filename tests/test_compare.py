@@ -14,7 +14,7 @@ import pytest
 from arrays import quiet
 
 from llm_jax.compat import compare as module
-from llm_jax.compat.compare import Comparison, Gap, check, compare, table, write
+from llm_jax.compat.compare import Comparison, Gap, check_comparable, compare, facts_as_text, write
 from llm_jax.compat.sides import Side, Stretch
 from llm_jax.model.config import AttentionConfig
 from llm_jax.train.config import RunConfig
@@ -36,22 +36,22 @@ def comparable(config: RunConfig, **changes: Any) -> RunConfig:
 )
 def test_what_can_not_be_compared_says_what_to_change(config: RunConfig, change: dict[str, Any], steps: int, says: str):
     with pytest.raises(ValueError, match=says):
-        check(comparable(config, **change), steps)
+        check_comparable(comparable(config, **change), steps)
 
 
 def test_dropout_is_refused(config: RunConfig):
     with pytest.raises(ValueError, match=r"model.dropout=0.1: .*set model.dropout=0"):
-        check(config, 4)
+        check_comparable(config, 4)
     quiet = comparable(config)
     model = dataclasses.replace(quiet.model, attention=AttentionConfig(dropout=0.2))
     with pytest.raises(ValueError, match=r"model.attention.dropout=0.2: .*set model.attention.dropout=0"):
-        check(dataclasses.replace(quiet, model=model), 4)
+        check_comparable(dataclasses.replace(quiet, model=model), 4)
 
 
 def test_without_pytorch_it_says_how_to_get_it(config: RunConfig, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'llm-jax\[torch\]'"):
-        check(comparable(config), 20)
+        check_comparable(comparable(config), 20)
 
 
 class Played(Side):
@@ -106,7 +106,7 @@ def test_gaps_and_speeds_are_those_of_the_steps(played: Comparison):
 def test_a_compiler_that_fails_costs_only_its_own_side(played: Comparison):
     assert list(played.sides) == ["jax", "eager"]
     assert played.missing == {"compiled": "the compiler is not well"}
-    assert "without compiled PyTorch: the compiler is not well" in table(played)
+    assert "without compiled PyTorch: the compiler is not well" in facts_as_text(played)
 
 
 def test_the_page_is_whole_and_says_what_the_file_says(played: Comparison, tmp_path: Path):

@@ -31,7 +31,7 @@ def knock(listener: socket.socket, data: bytes, *, stay: bool = True) -> socket.
 def test_strangers_neither_end_nor_block_a_meeting(listener: socket.socket):
     proof = connections.HELLO + (1).to_bytes(4) + bytes(connections.NONCE + connections.PROOF)
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(3) as pool:
-        gathered = pool.submit(connections.gather, listener, KEY, 3, 20)
+        gathered = pool.submit(connections.accept_all, listener, KEY, 3, 20)
         for data in (b"", b"GET / HTTP/1.1\r\n\r\n", bytes(5000), b"\xff" * 9, connections.HELLO, proof):
             stack.enter_context(knock(listener, data))  # silent from then on
             knock(listener, data, stay=False)
@@ -51,7 +51,7 @@ def test_more_strangers_than_there_is_room_for_only_delay_it(listener: socket.so
     monkeypatch.setattr(connections, "GREETING", 0.3)
     before = threading.active_count()
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(2) as pool:
-        gathered = pool.submit(connections.gather, listener, KEY, 2, 20)
+        gathered = pool.submit(connections.accept_all, listener, KEY, 2, 20)
         for _ in range(12):
             stack.enter_context(knock(listener, b""))
         with pool.submit(connections.connect, *listener.getsockname(), KEY, 1, 20).result():
@@ -68,7 +68,7 @@ def test_more_strangers_than_there_is_room_for_only_delay_it(listener: socket.so
 def test_one_who_answers_a_byte_at_a_time_is_dropped_in_time(listener: socket.socket, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(connections, "GREETING", 0.3)
     with ThreadPoolExecutor(1) as pool, knock(listener, b"") as slow:
-        gathered = pool.submit(connections.gather, listener, KEY, 2, 1)
+        gathered = pool.submit(connections.accept_all, listener, KEY, 2, 1)
         with contextlib.suppress(OSError):  # it is told so, sooner or later
             for _ in range(40):
                 slow.sendall(b"x")
@@ -79,7 +79,7 @@ def test_one_who_answers_a_byte_at_a_time_is_dropped_in_time(listener: socket.so
 def test_another_secret_is_refused_on_both_sides(listener: socket.socket, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LLM_JAX_SECRET", "another")
     with ThreadPoolExecutor(1) as pool:
-        gathered = pool.submit(connections.gather, listener, KEY, 2, 0.5)
+        gathered = pool.submit(connections.accept_all, listener, KEY, 2, 0.5)
         with pytest.raises(connections.NotOurs, match="another LLM_JAX_SECRET"):
             connections.connect(*listener.getsockname(), connections.run_key("test"), 1, 5)
         assert not gathered.result().peers

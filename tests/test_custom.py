@@ -68,9 +68,9 @@ def test_the_state_of_an_unknown_optimizer_is_laid_out_and_what_is_known_split(c
     program = Program.on(
         dataclasses.replace(config, mesh=MeshConfig(fsdp=4)), custom=Custom.of(None, twice_the_moments)
     )
-    layout = jax.tree.map(lambda leaf: leaf.sharding.spec, program.abstract_state)
-    assert layout.opt_state["mean"] == layout.params
-    assert layout.opt_state["seen"] == jax.sharding.PartitionSpec()
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, program.abstract_state)
+    assert specs.opt_state["mean"] == specs.params
+    assert specs.opt_state["seen"] == jax.sharding.PartitionSpec()
 
 
 @pytest.mark.parametrize(
@@ -157,8 +157,8 @@ def test_a_run_that_begins_with_weights_gives_them_to_its_optimizer(config: RunC
     params = jax.tree.map(lambda leaf: jax.numpy.full(leaf.shape, 3.0), program.abstract_state.params)
     state = program.init_with(jax.device_put(params, jax.tree.map(lambda x: x.sharding, program.abstract_state.params)))
     jax.tree.map(np.testing.assert_array_equal, state.opt_state["average"], params)
-    layouts = (jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (state, program.abstract_state))
-    assert jax.tree.all(jax.tree.map(lambda a, b: a == b, *layouts))
+    shardings = (jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (state, program.abstract_state))
+    assert jax.tree.all(jax.tree.map(lambda a, b: a == b, *shardings))
 
 
 ONES = lj.Batch(*(jax.numpy.ones((1, 8), jax.numpy.int32) for _ in range(4)))

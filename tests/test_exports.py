@@ -25,7 +25,7 @@ from llm_jax.cli.main import main
 from llm_jax.compat import safetensors, weights
 from llm_jax.compat.families import FAMILIES
 from llm_jax.compat.family import Family
-from llm_jax.compat.huggingface import IDS, choose, config_of, export_run, family_of, import_run
+from llm_jax.compat.huggingface import IDS, choose, config_json_of, export_run, family_of, import_run
 from llm_jax.config import override
 from llm_jax.data import shards
 from llm_jax.data.prepare import prepare
@@ -193,7 +193,7 @@ def test_transformers_loads_every_export(name: str):
     model = EXPORTS[name]
     shapes = weights.shapes_of(count.shapes(model))
     family = choose(model, shapes, None)
-    theirs = json.loads(json.dumps(config_of(family, model, ByteTokenizer(), "float32", {})))
+    theirs = json.loads(json.dumps(config_json_of(family, model, ByteTokenizer(), "float32", {})))
     config = transformers.AutoConfig.for_model(**theirs)
     loaded = transformers.AutoModelForCausalLM.from_config(config)
     assert type(loaded).__name__ == family.architecture
@@ -273,7 +273,7 @@ def test_ids_stay_as_they_were_though_the_end_is_named_elsewhere(original: Path,
     import_run(str(tmp_path / "theirs"), tmp_path / "run", report=quiet)
     about = exported(tmp_path / "run", tmp_path / "out")
     assert {name: about[name] for name in IDS} == {"bos_token_id": 6, "eos_token_id": ENDS, "pad_token_id": 3}
-    run_folder.load_tokenizer(tmp_path / "run").save(tmp_path / "coder")  # another model's, for all that is known
+    run_folder.tokenizer_of_run(tmp_path / "run").save(tmp_path / "coder")  # another model's, for all that is known
     import_run(str(tmp_path / "theirs"), tmp_path / "other", tokenizer=str(tmp_path / "coder"), report=quiet)
     about = exported(tmp_path / "other", tmp_path / "other out")
     assert {name: about[name] for name in IDS} == {"bos_token_id": 0, "eos_token_id": ENDS, "pad_token_id": None}
@@ -310,7 +310,7 @@ def test_the_dropout_of_an_original_stays_its_own_unless_a_run_has_one(case: str
     coder, family, model = ByteTokenizer(), family_of(config_json(case)), config.model
     for rate, origin in ((0.2, {}), (0.2, {name: 0.1}), (0.0, {})):
         rated = override(model, [f"attention.dropout={rate}"])
-        assert config_of(family, rated, coder, "float32", origin)[name] == rate
+        assert config_json_of(family, rated, coder, "float32", origin)[name] == rate
 
 
 def test_a_model_that_its_family_can_not_say_goes_out_as_another(original: Path, tmp_path: Path):

@@ -166,9 +166,9 @@ def test_tokens_go_to_experts_elsewhere_and_no_device_has_the_matrices_of_all(me
 
     run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     devices = make_mesh(mesh)
-    layout = shardings({"layers": {"experts": even}}, devices)["layers"]["experts"]
+    split = shardings({"layers": {"experts": even}}, devices)["layers"]["experts"]
     with jax.set_mesh(devices):
-        compiled = jax.jit(run, in_shardings=(layout, batch_sharding(devices))).lower(even, draw).compile()
+        compiled = jax.jit(run, in_shardings=(split, batch_sharding(devices))).lower(even, draw).compile()
         found = [jax.device_get(compiled(*jax.device_put(pair, compiled.input_shardings[0]))) for pair in inputs]
     here = jax.jit(run)
     for mine, pair in zip(found, inputs, strict=True):

@@ -79,7 +79,7 @@ def test_fields_that_do_not_go_together_are_an_error_with_the_numbers(assignment
 def test_a_config_comes_back_from_its_folder(shards: Shards, tmp_path: Path):
     run_folder.create(tmp_path / "a" / "run", CONFIG, shards, "llm-jax train tiny")
     assert run_folder.load_config(tmp_path / "a" / "run") == CONFIG
-    assert run_folder.load_tokenizer(tmp_path / "a" / "run").fingerprint == shards.tokenizer.fingerprint
+    assert run_folder.tokenizer_of_run(tmp_path / "a" / "run").fingerprint == shards.tokenizer.fingerprint
     assert json.loads((tmp_path / "a" / "run" / "environment.json").read_text())["command"] == "llm-jax train tiny"
 
 

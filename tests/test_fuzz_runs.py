@@ -15,7 +15,7 @@ from llm_jax import log, tree
 from llm_jax.data.shards import open_shards
 from llm_jax.runs.checkpoint import Checkpoints
 from llm_jax.runs.fit import fit
-from llm_jax.runs.folder import check_data, first_machine, load_config, load_tokenizer, shards_folders
+from llm_jax.runs.folder import check_data, first_machine, load_config, shards_folders, tokenizer_of_run
 from llm_jax.runs.report import write_report
 from llm_jax.runs.seal import changes, seal_of_folder
 from llm_jax.train.program import Program
@@ -121,7 +121,7 @@ def test_a_damaged_file_beside_the_checkpoints_changes_no_number(finished, tmp_p
     for number in range(BESIDE):
         path = draw.choice(files)
         damaged(draw, run / path)
-        for reader in (write_report, log.read, first_machine, load_tokenizer):
+        for reader in (write_report, log.read, first_machine, tokenizer_of_run):
             one_line_or(reader, run)
         one_line_or(log.missing, run, 3)
         one_line_or(shards_folders, run, load_config(whole))

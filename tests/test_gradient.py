@@ -96,11 +96,11 @@ def test_ids_are_sent_to_the_rows_of_a_split_table_and_the_table_is_not():
 
     expected = jax.value_and_grad(functools.partial(loss, lookup))(table)
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2))
-    layout = NamedSharding(mesh, spec("VD", PARAMETER_AXES))
+    sharding = NamedSharding(mesh, spec("VD", PARAMETER_AXES))
     with jax.set_mesh(mesh):
-        run = jax.jit(jax.value_and_grad(functools.partial(loss, embed)), out_shardings=(None, layout))
-        compiled = run.lower(jax.device_put(table, layout)).compile()
-    for mine, theirs in zip(compiled(jax.device_put(table, layout)), expected, strict=True):
+        run = jax.jit(jax.value_and_grad(functools.partial(loss, embed)), out_shardings=(None, sharding))
+        compiled = run.lower(jax.device_put(table, sharding)).compile()
+    for mine, theirs in zip(compiled(jax.device_put(table, sharding)), expected, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
     sent = re.findall(r"f32\[(\d+),(\d+)\]\S* (?:all-gather|all-to-all|collective-permute)", compiled.as_text() or "")
     assert not sent  # two axes have the table and its gradient, what tokens read has three

@@ -28,7 +28,7 @@ from tiny_run import console, write_corpus
 
 from llm_jax.cli.main import main
 from llm_jax.compat import huggingface, safetensors, weights
-from llm_jax.compat.huggingface import export_run, fetch, import_run, open_tokenizer
+from llm_jax.compat.huggingface import choose_tokenizer, export_run, fetch, import_run
 from llm_jax.compat.tokenizers import ends_of, files_of
 from llm_jax.config import override
 from llm_jax.data import tokenizer
@@ -107,15 +107,15 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path):
     program = """
 import sys; from pathlib import Path
 from llm_jax.compat import weights
-from llm_jax.compat.huggingface import family_of, read_json
+from llm_jax.compat.huggingface import family_of, read_model_json
 from llm_jax.model.count import shapes
 
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
 folder = Path(sys.argv[1])
-family = family_of(read_json(folder / "config.json"))
-config = family.read(read_json(folder / "config.json"))
+family = family_of(read_model_json(folder / "config.json"))
+config = family.read(read_model_json(folder / "config.json"))
 shapes(config)
 before = peak()
 params = weights.read_parameters(folder, family, config)
@@ -446,7 +446,7 @@ def test_added_tokens_that_the_model_has_no_room_for_are_left_out(tmp_path: Path
 
 
 def opened(there: Path, vocab_size: int = 400) -> Tokenizer:
-    return open_tokenizer("someone/theirs", there, None, shapes_vocab(vocab_size))
+    return choose_tokenizer("someone/theirs", there, None, shapes_vocab(vocab_size))
 
 
 def shapes_vocab(size: int, **changes: Any) -> Any:
@@ -570,7 +570,7 @@ def test_transformers_loads_an_exported_run_and_computes_the_same(tmp_path: Path
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
     theirs, coder = (
         transformers.AutoTokenizer.from_pretrained(tmp_path / "out"),
-        run_folder.load_tokenizer(tmp_path / "run"),
+        run_folder.tokenizer_of_run(tmp_path / "run"),
     )
     text = "abc def" + END_OF_TEXT + "gh"
     ids = coder.encode(text, special=True)

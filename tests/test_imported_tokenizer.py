@@ -257,7 +257,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_imported_run_begins_as_its_tokenizer_and_others_as_in_training(gpt2: Path, tmp_path: Path):
-    config, coder = run_folder.load_config(gpt2), run_folder.load_tokenizer(gpt2)
+    config, coder = run_folder.load_config(gpt2), run_folder.tokenizer_of_run(gpt2)
     assert not run_folder.begins(gpt2, config, coder)
     (tmp_path / "data.json").touch()  # what a run has that was trained
     assert run_folder.begins(tmp_path, config, coder)
@@ -277,7 +277,7 @@ def test_each_way_to_begin_a_text_can_be_asked_for(gpt2: Path, capsys: Any):
 
 def test_documents_are_measured_as_texts_begin(gpt2: Path, tmp_path: Path, capsys: Any):
     """With nothing before it a document's first token has nothing to be predicted from, nor is there an end."""
-    corpus, coder = write_corpus(tmp_path / "corpus", documents=3), run_folder.load_tokenizer(gpt2)
+    corpus, coder = write_corpus(tmp_path / "corpus", documents=3), run_folder.tokenizer_of_run(gpt2)
     lengths = [len(coder.encode(path.read_text())) for path in sorted(corpus.iterdir())]
     found = {begin: evaluated(gpt2, str(corpus), begin=begin)[0] for begin in (None, False, True)}
     assert found[None] == found[False]
@@ -292,7 +292,7 @@ def test_a_prompt_that_spells_a_special_token_is_said_to_unless_it_is_read(gpt2:
     assert f"the text spells {END}, which is read as text; for the token add --special" in capsys.readouterr().err
     assert main([*words, "--special"]) == 0
     assert "spells" not in capsys.readouterr().err
-    coder, config = run_folder.load_tokenizer(gpt2), run_folder.load_config(gpt2).model
+    coder, config = run_folder.tokenizer_of_run(gpt2), run_folder.load_config(gpt2).model
     [ids] = prompt_ids(config, coder, [f"The{END}"], begin=False, special=True)
     assert ids[-1] == 1
     assert 1 not in prompt_ids(config, coder, [f"The{END}"], begin=False)[0]
@@ -352,7 +352,7 @@ def test_a_greedy_text_is_that_of_transformers(make: Callable[[], Any], tmp_path
     ends = [1, longest[len(longest) // 2]]
     (there / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     import_run(str(there), tmp_path / "run", report=quiet)
-    coder = run_folder.load_tokenizer(tmp_path / "run")
+    coder = run_folder.tokenizer_of_run(tmp_path / "run")
     words = ["generate", str(tmp_path / "run"), "--temperature", "0", "--max-tokens", "10", "--json"]
     assert main([*words, *(word for prompt in PROMPTS for word in ("--prompt", prompt))]) == 0
     texts = [text["text"] for text in json.loads(capsys.readouterr().out)["texts"]]

@@ -8,15 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grid import TINY
 from tiny_run import console, generate
 
 import llm_jax as lj
 from llm_jax.data.tokenizer import ByteTokenizer
+from llm_jax.infer.generate import begin_rows, next_token
 from llm_jax.model.count import parameter_counts
 from llm_jax.model.mixer import check_mixer
 from llm_jax.runs import folder as run_folder
 from llm_jax.sharding import abstract_mesh, letters_of
-from llm_jax.train.layout import check
+from llm_jax.train.mesh import check_mesh
 
 AVERAGE = "averaging:Average"
 
@@ -51,9 +53,9 @@ def test_the_parameters_of_an_own_layer_are_counted_and_whole_on_every_device(mo
 def test_an_own_layer_is_refused_on_a_mesh_axis_that_it_does_not_declare(config, model: lj.ModelConfig):
     config = dataclasses.replace(config, model=model)
     sizes = {"pipeline": 1, "data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 1}
-    check(config, abstract_mesh(sizes))
+    check_mesh(config, abstract_mesh(sizes))
     with pytest.raises(ValueError, match=r"mesh.tensor=2, but layers of .* data, fsdp alone"):
-        check(config, abstract_mesh(sizes | {"tensor": 2}))
+        check_mesh(config, abstract_mesh(sizes | {"tensor": 2}))
 
 
 @pytest.mark.parametrize(

@@ -143,10 +143,10 @@ def test_a_layer_whose_update_overflows_keeps_all_others_as_they_were():
     ids = jnp.ones((1, 4), jnp.int32)
     state = TrainState(jnp.int32(0), params, rule.init(params))
     here = NamedSharding(make_mesh(MeshConfig(), jax.devices()[:1]), PartitionSpec())
-    layout = jax.tree.map(lambda _: here, state)
-    layout = layout.replace(params=host_shardings(layout.params), opt_state=host_shardings(layout.opt_state))
-    state = jax.device_put(state, layout)
-    step = jax.jit(make_train_step(slopes, rule, optax.constant_schedule(0.1)), out_shardings=(layout, None))
+    wanted = jax.tree.map(lambda _: here, state)
+    wanted = wanted.replace(params=host_shardings(wanted.params), opt_state=host_shardings(wanted.opt_state))
+    state = jax.device_put(state, wanted)
+    step = jax.jit(make_train_step(slopes, rule, optax.constant_schedule(0.1)), out_shardings=(wanted, None))
     for number, skipped in ((1, 0), (1000, 1)):
         after, metrics = step(state, Batch(ids * number, ids))
         assert on_host(after) == on_host(state) == {"params/layers/w_x", "opt_state/0/trace/layers/w_x"}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_jax.compat.outside import optional, read_json
+from llm_jax.compat.outside import optional, read_model_json
 
 
 def test_a_library_that_is_missing_is_named_with_its_extra():
@@ -15,4 +15,4 @@ def test_a_library_that_is_missing_is_named_with_its_extra():
 
 def test_a_file_that_is_missing_asks_for_the_whole_folder(tmp_path: Path):
     with pytest.raises(ValueError, match=r"config.json is missing; name the folder of a model, with all of its files"):
-        read_json(tmp_path / "config.json")
+        read_model_json(tmp_path / "config.json")

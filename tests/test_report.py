@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llm_jax.log import MetricsLog, read
-from llm_jax.runs.report import columns, loss_chart, smooth, write_report
+from llm_jax.runs.report import curves_of, loss_chart, smooth, write_report
 
 CONFIG = {"model": {"d_model": 64, "tied": True, "pattern": [1, 2]}, "steps": 2000, "init_from": None}
 ENVIRONMENT = {
@@ -170,13 +170,13 @@ def test_a_report_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch):
 
 
 def test_a_hundred_thousand_steps_make_a_small_picture():
-    numbers = columns([{"step": step, "loss": 2 + 6 / step + step % 7 / 10} for step in range(1, 100_001)])
+    numbers = curves_of([{"step": step, "loss": 2 + 6 / step + step % 7 / 10} for step in range(1, 100_001)])
     assert len(loss_chart(numbers)) < 60_000
 
 
 def test_the_loss_curve_is_complete_as_a_file(tmp_path: Path):
     run(tmp_path, [(1, row(1)), (2, row(2)), (2, {"heldout_loss": 2.5})])
-    svg = ElementTree.fromstring(loss_chart(columns(read(tmp_path)), title="tiny <1>"))
+    svg = ElementTree.fromstring(loss_chart(curves_of(read(tmp_path)), title="tiny <1>"))
     assert svg.tag == "{http://www.w3.org/2000/svg}svg"
     assert svg[0].text == "tiny <1>"
 

@@ -16,7 +16,7 @@ ROWS = st.lists(st.dictionaries(st.sampled_from(["text", "n"]), st.text() | st.n
 
 
 @hypothesis.given(ROWS, st.sampled_from([None, 1]), st.booleans(), st.integers(1, 9))
-def test_json_is_read_alike_in_any_layout_and_any_blocks(rows: list, indent: int | None, array: bool, size: int):
+def test_json_is_read_alike_with_any_indent_and_any_blocks(rows: list, indent: int | None, array: bool, size: int):
     whole = [json.dumps(row, indent=indent, ensure_ascii=False) for row in rows]
     text = f" [\n{' ,'.join(whole)}] \n" if array else "\r\n".join(whole)
     blocks = (text[i : i + size] for i in range(0, len(text), size))

@@ -226,7 +226,7 @@ def test_without_a_mesh_a_constraint_is_nothing():
 
 
 def constraints(config: ModelConfig, mesh: Mesh) -> set[str]:
-    """The layouts that the lowered forward pass demands of its activations."""
+    """The shardings that the lowered forward pass demands of its activations."""
     tokens = jax.ShapeDtypeStruct((4, 6), jnp.int32)
     forward = jax.jit(lambda params, tokens: Transformer(config).apply({"params": params}, tokens))
     with jax.set_mesh(mesh):

@@ -455,7 +455,7 @@ def test_a_class_is_scored_as_transformers_does(tmp_path: Path):
     writer.model.load_state_dict(scorer.model.state_dict())
     writer.save_pretrained(tmp_path)
 
-    about = huggingface.read_json(tmp_path / "config.json")
+    about = huggingface.read_model_json(tmp_path / "config.json")
     family = huggingface.family_of(about)
     config = family.read(about)
     params = weights.read_parameters(tmp_path, family, config) | {

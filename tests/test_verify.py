@@ -17,17 +17,17 @@ from llm_jax.ops.position import Rotary
 from llm_jax.plan.verify import (
     BOUNDS,
     WITH_TIES,
-    Answer,
     Layout,
+    Outcome,
     Verdict,
     bounds_of,
     gradient_gap,
     laid_out,
     layouts,
     like,
-    line,
     shrunk,
     small_model,
+    verdict_line,
     verdicts_to_json,
     verify,
 )
@@ -51,17 +51,18 @@ def test_a_layout_is_held_to_one_device_and_what_can_not_be_says_why():
     assert same.equal
     assert same.mesh == {"fsdp": 4, "tensor": 2}
     assert 0 < same.gaps["gradient"] < BOUNDS["gradient"]
-    assert "pipeline.chunks=3" in line(never)
+    assert "pipeline.chunks=3" in verdict_line(never)
     assert verdicts_to_json([same])["layouts"][0]["equal"]
 
 
 def test_a_gradient_that_is_a_little_wrong_is_seen():
-    def given(one: float, another: float) -> Answer:
-        return Answer(1.0, {"a": one * np.ones(9), "b": another * np.ones(9)}, np.ones((2, 2)))
+    def given(one: float, another: float) -> Outcome:
+        return Outcome(1.0, {"a": one * np.ones(9), "b": another * np.ones(9)}, np.ones((2, 2)))
 
     gaps = [gradient_gap(found, given(1, 0)) for found in (given(1, 0), given(1.0001, 0), given(1, 1e-10))]
     np.testing.assert_allclose(gaps, [0, 1e-4, 1e-6], rtol=1e-6)  # of one that is 0 but for rounding, a share of all
-    assert "DIFFERENT" in line(Verdict("data", BOUNDS, {"data": 8}, {"loss": 0, "gradient": gaps[1], "curve": 0}))
+    verdict = Verdict("data", BOUNDS, {"data": 8}, {"loss": 0, "gradient": gaps[1], "curve": 0})
+    assert "DIFFERENT" in verdict_line(verdict)
 
 
 def test_only_the_curve_of_a_mixture_of_experts_has_a_wider_bound():
@@ -115,7 +116,7 @@ def test_every_layout_trains_as_one_device(layout: Layout):
     """Of a dense model, whose curves can be held closer; the table of the page is of a mixture."""
     experts = MIXTURE if "expert" in layout.axes else ()
     (verdict,) = verdicts(override(TINY, [*experts, "model.n_layers=8", "model.n_heads=8"]), layout)
-    assert verdict.equal, line(verdict)
+    assert verdict.equal, verdict_line(verdict)
 
 
 if __name__ == "__main__":

@@ -100,3 +100,45 @@ def test_the_docstring_of_a_function_begins_with_a_verb(path: Path):
         if re.match(f"{third_person}|{noun}", doc)
     ]
     assert not found, "\n".join(found)
+
+
+def test_a_docstring_raises_in_the_imperative():
+    """`Raise `ValueError` for ...`, as its first line says `Return`."""
+    found = [
+        f"{path.relative_to(ROOT)}: {node.name}: {line}"
+        for path in sorted(ROOT.glob("llm_jax/**/*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        for line in (ast.get_docstring(node) or "").splitlines()
+        if re.search(r"\bRaises\b", line)
+    ]
+    assert not found, "\n".join(found)
+
+
+# Public names that two files define, and why no reader is misled.
+SHARED = {
+    "Block FeedForward LinearAttention MixtureOfExperts Norm Output alibi_slopes sinusoidal": "the twin's, of ours",
+    "check compare evaluate plan prepare resume verify": "a verb of the command line, and what it calls",
+    "flash": "a kernel, and the implementation that calls it",
+    "rms_norm": "a norm, and the lens of its key",
+    "train": "the verb, and with its module, `tokenizer.train`, what makes a tokenizer",
+    "read": "called with their modules: `log.read`, `tokenizer_json.read`",
+    "parse": "called with their modules: `hlo.parse`, `tokenizer_json.parse`",
+    "write": "called with their modules: `compare.write`, `terminal.write`",
+    "count": "called with their modules: `processes.count`, `tree.count`",
+    "fingerprint": "both identify content: of a tree, of what is at an address",
+    "choices": "both are what one may choose: the values of a field, the changes of a config",
+    "spans": "both write numbers as spans",
+}
+
+
+def test_a_public_name_means_one_thing():
+    files: dict[str, list[str]] = {}
+    for path in sorted(ROOT.glob("llm_jax/**/*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                files.setdefault(node.name, []).append(str(path.relative_to(ROOT / "llm_jax")))
+    twice = {name: where for name, where in files.items() if len(where) > 1}
+    known = set(" ".join(SHARED).split())
+    assert twice.keys() - known == set(), {name: twice[name] for name in twice.keys() - known}
+    assert known - twice.keys() == set(), "no longer shared"

@@ -25,7 +25,7 @@ def compare(args: Namespace) -> None:
     runtime.start()
     result = compare.compare(config, args.steps, say, compiled=args.compiled, command=args.command)
     if not args.json:
-        print(compare.table(result))  # before the page: a disk may have no room for that
+        print(compare.facts_as_text(result))  # before the page: a disk may have no room for that
     compare.write(result, folder, name)
     if args.json:
         print_json(result.to_json())
@@ -38,7 +38,8 @@ def verify(args: Namespace) -> None:
 
     On eight simulated devices, in float32: each mesh axis alone, and every two together. Loss and the gradient of every
     parameter are compared, and twenty steps of training. This takes a quarter of an hour or more on two cores; --axes
-    limits it to layouts of these axes. A recipe is Python, and is run: read that of a stranger first (docs/cli.md).
+    limits it to layouts of these axes. Raise an error (exit status 2) where a layout differs, for an unknown axis, and
+    where no layout is possible. A recipe is Python, and is run: read that of a stranger first (docs/cli.md).
 
       llm-jax verify                                                     of quickstart
       llm-jax verify quickstart model.layers=global+moe model.experts.number=8
@@ -57,7 +58,7 @@ def verify(args: Namespace) -> None:
     print(checks.HEAD, file=sys.stderr if args.json else sys.stdout)
     for verdict in checks.verify(config, wanted):
         found.append(verdict)
-        print(checks.line(verdict), file=sys.stderr if args.json else sys.stdout, flush=True)
+        print(checks.verdict_line(verdict), file=sys.stderr if args.json else sys.stdout, flush=True)
     if args.json:
         print_json(checks.verdicts_to_json(found))
     if all(verdict.refused for verdict in found):
@@ -74,7 +75,7 @@ def check(args: Namespace) -> None:
 
     On a device of every kind on this machine: the operations of a step, jitted and eager, against NumPy in double
     precision; and the step itself, shrunk to test size, jitted against eager. Versions with known faults are named. It
-    takes a minute; where something is wrong the exit status is 2.
+    takes a minute. Raise an error (exit status 2) where something is wrong.
 
       llm-jax check                                                      of quickstart
       llm-jax check llama_1b model.norm=layernorm
@@ -90,7 +91,7 @@ def check(args: Namespace) -> None:
     found = []
     for finding in checks.check(config):
         found.append(finding)
-        tell(checks.line(finding))
+        tell(checks.finding_line(finding))
     if args.json:
         print_json(checks.findings_to_json(found))
     if wrong := [f"{finding.what} on {finding.device}" for finding in found if not finding.right]:

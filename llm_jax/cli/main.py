@@ -42,12 +42,14 @@ class Parser(ArgumentParser):
         self.given: dict[str, Any] = {}
 
     def error(self, message: str) -> Any:
+        """Exit with status 2, after a line that says what is wrong and what to type."""
         if choice := re.match(r".*invalid choice: '(.*)' \(choose from (.*)\)", message):
             names = re.findall(r"[\w-]+", choice[2])
             message = f"{choice[1]!r} is not known; {nearest(choice[1], names)}"
         self.exit(2, f"llm-jax: error: {_line(message.removeprefix('argument '))}; see {self.prog} --help\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore  (has overloads there)
+        """Parse `args`, with `key=value` words among the options; exit with an error for unknown words."""
         self.given.clear()
         if any(action.dest == "assignments" for action in self._actions):
             self._check_blanks(list(args or ()))
@@ -118,6 +120,7 @@ Argument = Callable[[ArgumentParser], object]
 
 
 def arg(*names: str, **options: Any) -> Argument:
+    """Return what adds an argument to a parser; the arguments are those of `add_argument`."""
     if options.get("type") in (int, float):
         options["type"] = functools.partial(_number, kind=options["type"])
     return lambda parser: parser.add_argument(*names, **options)
@@ -313,7 +316,10 @@ def parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb. Return 0, 2 for an error that the user can fix, or 128 + the signal that stopped a run."""
+    """Run a verb. Return 0, 2 for an error that the user can fix, or 128 + the signal that stopped a run.
+
+    Raise what the user can't fix.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(words or ["--help"], Namespace(command=shlex.join(["llm-jax", *words])))
     if not args.debug:

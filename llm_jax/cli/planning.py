@@ -79,8 +79,9 @@ def plan(args: Namespace) -> None:
     """Compile a train step for accelerators that are not here, and predict memory, communication and time.
 
     It says whether the step fits, where the memory goes, what is sent along which axis of the mesh, FLOPs, the time of
-    a step at published peak rates, and with --price the cost. --search tries changes, a compile each. A recipe
-    is Python, and is run: read that of a stranger first (docs/cli.md).
+    a step at published peak rates, and with --price the cost. --search tries changes, a compile each. Raise an error
+    (exit status 2) for a negative price, and for --compiles without --search. A recipe is Python, and is run: read that
+    of a stranger first (docs/cli.md).
 
       llm-jax plan llama2_7b --topology v5e:4x4
       llm-jax plan llama2_7b --topology v5p:2x2x1 data.batch_size=8 --price 4.2

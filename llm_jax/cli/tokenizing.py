@@ -33,7 +33,8 @@ def prepare(args: Namespace) -> None:
 def tokenize(args: Namespace) -> None:
     """Show the tokens of a text, decode ids, or train a tokenizer.
 
-    Each token is above its id; a blank is a dot, and a byte of a larger character is in hexadecimal.
+    Each token is above its id; a blank is a dot, and a byte of a larger character is in hexadecimal. Raise an error
+    (exit status 2) for --column without --train, and for a new tokenizer without a new folder.
 
       llm-jax tokenize 'def f(x): return x' --tokenizer runs/quickstart
       llm-jax tokenize --tokenizer gpt2 --decode 15496 11 995

@@ -51,7 +51,7 @@ def _resume_or_report(args: Namespace, folder: Path) -> int:
 
     old = run_folder.load_config(folder)
     whole = args.source_run is None or run_folder.is_run(Path(args.source_run))
-    if changed := run_folder.changes(folder, config_of(args)) if whole else []:
+    if changed := run_folder.changed_fields(folder, config_of(args)) if whole else []:
         say(f"{folder} resumes with its own config: {'; '.join(changed[:3])}")
     if (folder / "checkpoints" / str(old.steps)).is_dir():
         say(

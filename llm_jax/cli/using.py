@@ -15,7 +15,8 @@ def generate(args: Namespace) -> None:
     the answer to each prompt, and a classifier the likeliest class with its probability.
 
     A prompt begins like the documents that the run was trained on; for an imported run, as its tokenizer begins a text,
-    so that greedy text equals that of transformers. --begin and --no-begin override this.
+    so that greedy text equals that of transformers. --begin and --no-begin override this. Raise an error (exit status
+    2) for a number of samples or a seed out of its range.
 
       llm-jax generate runs/quickstart --prompt 'def read_lines(path):' --samples 3
       llm-jax generate runs/quickstart --temperature 0 --stop $'\n\n' < prompts.txt
@@ -65,7 +66,8 @@ def evaluate(args: Namespace) -> None:
 
     Loss in nats a token, perplexity, bits per byte, and for a task the share of right answers, each with the 95 %
     interval of a bootstrap over documents. The text is what the run held out, or all of --data. Each source of a
-    mixture counts by its weight, and is shown by itself too.
+    mixture counts by its weight, and is shown by itself too. Raise an error (exit status 2) for --column, --begin or
+    --no-begin without --data.
 
       llm-jax evaluate runs/quickstart
       llm-jax evaluate runs/quickstart --data essays/ --json

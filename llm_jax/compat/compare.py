@@ -81,6 +81,7 @@ class Gap:
 
     @classmethod
     def between(cls, ours: Trained, theirs: Trained) -> "Gap":
+        """Return how far `theirs` is from `ours` at worst, and at which steps; and how many times as fast ours is."""
         loss, norm = distances(ours, theirs, "loss"), distances(ours, theirs, "grad_norm")
         ratios = np.divide(ours.tokens_per_second, theirs.tokens_per_second).tolist()
         speed = min(ratios), statistics.median(ratios), max(ratios)
@@ -112,7 +113,7 @@ class Comparison:
 
 def compare(config: RunConfig, steps: int, report: Report, *, compiled: bool = True, command: str = "") -> Comparison:
     """Train the first `steps` steps of `config` on each side. Raises `ValueError` for what can't be compared."""
-    check(config, steps)
+    check_comparable(config, steps)
     peak_memory()  # raises here already, not in another process, if memory can't be measured
     shards = open_data(config, report)
     Loader(shards.split("train"), config.data).check_horizon(steps)
@@ -140,7 +141,10 @@ def compare(config: RunConfig, steps: int, report: Report, *, compiled: bool = T
 
 
 def first_steps(side: Side, job: tuple[Any, ...], report: Report) -> Stretch | str:
-    """Take the steps that compile; return why they failed, for a side that the comparison can do without."""
+    """Take the steps that compile; return why they failed, for a side that the comparison can do without.
+
+    Raise `ValueError` for a side that it needs.
+    """
     report(f"{NAMES[side.name]}: compiles, and takes {WARM_UP} steps")
     try:
         side.begin(*job)
@@ -162,7 +166,7 @@ def alternate(sides: Mapping[str, Side], steps: int, report: Report) -> dict[str
     return taken
 
 
-def check(config: RunConfig, steps: int) -> None:
+def check_comparable(config: RunConfig, steps: int) -> None:
     """Raise `ValueError` for what two sides can't do alike."""
     if not WARM_UP < steps <= config.steps:
         raise ValueError(
@@ -202,7 +206,7 @@ def facts(c: Comparison) -> Iterator[tuple[str, dict[str, str]]]:
     yield "largest gap in gradient norm", {"jax": "", **gaps}
 
 
-def table(c: Comparison) -> str:
+def facts_as_text(c: Comparison) -> str:
     """Return the facts as text, with a column for each side."""
     rows = [("", {name: NAMES[name] for name in c.sides}), *facts(c)]
     lines = [what.ljust(30) + "".join(values[name].rjust(28) for name in c.sides) for what, values in rows]

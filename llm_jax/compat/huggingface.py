@@ -19,7 +19,7 @@ from llm_jax.compat.families import FAMILIES
 from llm_jax.compat.family import Family, Shapes
 from llm_jax.compat.lenses import PATTERN_DROPOUT
 from llm_jax.compat.missing import lacking
-from llm_jax.compat.outside import optional, read_json
+from llm_jax.compat.outside import optional, read_model_json
 from llm_jax.compat.tokenizers import ends_of, files_of
 from llm_jax.config import nearest
 from llm_jax.data.config import DataConfig
@@ -59,7 +59,7 @@ def import_run(
         holds = "already holds a run" if run_folder.is_run(folder) else "exists"
         raise ValueError(f"{folder} {holds}, and an import makes a folder of its own; choose another (--run)")
     there = fetch(source)
-    theirs = read_json(there / "config.json", {"model_type": str})
+    theirs = read_model_json(there / "config.json", {"model_type": str})
     family = family_of(theirs, str(there / "config.json"))
     model = family.read(theirs, str(there / "config.json"))
     attention = dataclasses.replace(model.attention, dropout=0.0)  # a choice of further training
@@ -70,7 +70,7 @@ def import_run(
     data = DataConfig(tokenizer=str(folder.absolute() / "tokenizer"), seq_len=seq_len, batch_size=1)
     config = RunConfig(model=model, data=data)
     run_folder.check_free(folder, config)
-    coder = open_tokenizer(source, there, tokenizer, model)
+    coder = choose_tokenizer(source, there, tokenizer, model)
     stored = safetensors.open_folder(there)
     weights.check_layers(model, stored)
     report(f"{source}: a {family.name} of {sum(parameter_counts(model).values()):,} parameters")
@@ -145,22 +145,22 @@ def export_run(
     folder, out = Path(folder), Path(out)
     if out.exists():
         raise ValueError(f"{out} exists, and an export makes a folder of its own; choose another (--out)")
-    config, coder = run_folder.load_config(folder), run_folder.load_tokenizer(folder)
+    config, coder = run_folder.load_config(folder), run_folder.tokenizer_of_run(folder)
     model, task = config.model, config.data.task
     if task is not None and task.kind == "translate":
         raise ValueError(
             f"{folder} sees the whole question at once (data.task.kind=translate), but every family of "
             "docs/architectures.md is causal, and would generate something else; use llm-jax generate"
         )
-    origin = read_json(folder / ORIGIN) if (folder / ORIGIN).is_file() else {}
+    origin = read_model_json(folder / ORIGIN) if (folder / ORIGIN).is_file() else {}
     chosen = choose(model, weights.shapes_of(params), family, origin.get("model_type"))
     if chosen.name != origin.get("model_type"):
         if origin and family is None:
             report(f"a {chosen.name}, as transformers loads no such {origin.get('model_type')}")
         origin = {}
     elsewhere = folder / ORIGIN_DTYPES  # kept unless --dtype says otherwise
-    kept = read_json(elsewhere) if origin and dtype is None and elsewhere.is_file() else {}
-    about = config_of(chosen, model, coder, dtype or model.dtype, origin)
+    kept = read_model_json(elsewhere) if origin and dtype is None and elsewhere.is_file() else {}
+    about = config_json_of(chosen, model, coder, dtype or model.dtype, origin)
     begins = run_folder.begins(folder, config, coder)
     files = {"generation_config.json": generation(about)} | dict(files_of(coder, model.max_seq_len, begins=begins))
     with whole_folder(out, "export") as scratch:
@@ -172,7 +172,7 @@ def export_run(
     return chosen
 
 
-def config_of(
+def config_json_of(
     family: Family, model: ModelConfig, coder: Tokenizer, dtype: str, origin: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the config.json of a model whose import had the config.json `origin`, or {}.
@@ -252,7 +252,7 @@ def compute_dtype(theirs: Mapping[str, Any]) -> str:
     return "bfloat16" if theirs.get("dtype", theirs.get("torch_dtype")) == "bfloat16" else "float32"
 
 
-def open_tokenizer(source: str, there: Path, name: str | None, model: ModelConfig) -> Tokenizer:
+def choose_tokenizer(source: str, there: Path, name: str | None, model: ModelConfig) -> Tokenizer:
     """Return the tokenizer of the model `source` in the folder `there`, or ours of the name `name`.
 
     Raises `ValueError` if there is none, or if it has more ids than the model, not counting added tokens.

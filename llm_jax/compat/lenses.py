@@ -129,7 +129,10 @@ def layer_types(guess: Callable[[Theirs, int], bool], keys: tuple[str, ...], use
 
 
 def no_rope_layers() -> Lens:
-    """Return the lens of SmolLM3: layers with 0 in `no_rope_layers` (every fourth) have no positions."""
+    """Return the lens of SmolLM3: layers with 0 in `no_rope_layers` (every fourth) have no positions.
+
+    Reading raises `ValueError` for such a layer with a window.
+    """
 
     def read(config: Theirs) -> Fields:
         every, layers = config.get("no_rope_layer_interval", 4), range(config["num_hidden_layers"])
@@ -283,10 +286,12 @@ TIED = key("tie_word_embeddings", "tied", True)
 
 
 def activation(absent: str = "silu", name: str = "hidden_act") -> Lens:
+    """Return the lens of the activation function at the key `name`; `absent` is what its absence means."""
     return key(name, "activation", absent, {absent: ACTIVATIONS[absent]} | ACTIVATIONS)
 
 
 def rms_norm(eps: float) -> Lens:
+    """Return the lens of the epsilon of an RMS norm; `eps` is what its absence means."""
     return key("rms_norm_eps", "norm_eps", eps)
 
 

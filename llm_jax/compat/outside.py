@@ -18,6 +18,6 @@ def optional(name: str) -> ModuleType:
         raise ValueError(f"this needs {name}; install it: pip install 'llm-jax[hf]'") from error
 
 
-def read_json(path: Path, fields: Mapping[str, Types] | None = None) -> dict[str, Any]:
+def read_model_json(path: Path, fields: Mapping[str, Types] | None = None) -> dict[str, Any]:
     """Return the object in a JSON file of a model, with these fields. Raises `ValueError` for anything else."""
     return files.read_json(path, fields, advice="name the folder of a model, with all of its files")

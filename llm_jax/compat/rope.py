@@ -72,6 +72,8 @@ def rope(
 ) -> Lens:
     """Return the lens of `rope_parameters`, or of the older `rope_theta` and `rope_scaling`.
 
+    Both ways raise `ValueError` for positions that the other side can't express.
+
     Args:
       theta: its default.
       fraction: its default, if the family has one.
@@ -111,7 +113,10 @@ def rope(
 
 
 def rope_by_type(theta: float, local_theta: float | None = None, old: str = "") -> Lens:
-    """Return the lens of Gemma 3 and OLMo 3: local layers have no scaling, and their own theta if `old` names it."""
+    """Return the lens of Gemma 3 and OLMo 3: local layers have no scaling, and their own theta if `old` names it.
+
+    Both ways raise `ValueError` for positions that the other side can't express.
+    """
 
     def read(config: Theirs) -> Fields:
         given = config.get("rope_parameters") or {}

@@ -16,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.compat.outside import optional, read_json
+from llm_jax.compat.outside import optional, read_model_json
 from llm_jax.files import written
 
 DTYPES = {"F32": np.dtype("float32"), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype("float16")}
@@ -67,7 +67,7 @@ def open_folder(folder: Path) -> dict[str, Stored]:
                 "read; save it as safetensors (transformers: model.save_pretrained), and import that"
             )
         raise ValueError(f"{folder} has no {WHOLE}; {DOWNLOAD}")
-    shards = read_json(folder / INDEX, {"weight_map": dict})["weight_map"]
+    shards = read_model_json(folder / INDEX, {"weight_map": dict})["weight_map"]
     odd = [f"{name}: {file}" for name, file in shards.items() if not isinstance(file, str) or Path(file).name != file]
     if odd:
         raise ValueError(f"{folder / INDEX} has {odd[0]} in its weight_map, which names no file there; {DOWNLOAD}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_jax.compat.config_json import short
-from llm_jax.compat.outside import read_json
+from llm_jax.compat.outside import read_model_json
 from llm_jax.data import tokenizer_json
 from llm_jax.data.imported_tokenizer import BYTE_LETTERS, ImportedTokenizer, files_in, named_token
 from llm_jax.data.tokenizer import END_OF_TEXT, BPETokenizer, ByteTokenizer, Tokenizer
@@ -45,7 +45,7 @@ def ends_of(there: Path) -> tuple[int, ...]:
     """
     found: list[Any] = []
     for path in (there / "config.json", there / "generation_config.json"):
-        ids = read_json(path).get("eos_token_id") if path.is_file() else None
+        ids = read_model_json(path).get("eos_token_id") if path.is_file() else None
         listed = ids if isinstance(ids, list) else [ids]
         if ids is not None and not (listed and all(type(token) is int and token >= 0 for token in listed)):
             raise ValueError(f"{path} has eos_token_id={short(ids)}; expected an id, or a list of ids")

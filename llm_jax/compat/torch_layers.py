@@ -50,6 +50,7 @@ class TwinModule(nn.Module):
     """A module whose parameters have our names and shapes. They are zero until loaded."""
 
     def declare(self, **shapes: tuple[int, ...]) -> None:
+        """Register a parameter of zeros for each name and shape."""
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
 
@@ -62,6 +63,8 @@ class TwinModule(nn.Module):
 
 
 class Table(TwinModule):
+    """A row of width D for each id: the embedding, learned positions, or the head."""
+
     table: Tensor
 
     def __init__(self, rows: int, width: int) -> None:
@@ -69,10 +72,13 @@ class Table(TwinModule):
         self.declare(table=(rows, width))
 
     def forward(self, ids: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
+        """Return the rows of `ids`."""
         return F.embedding(ids, self.table)
 
 
 class Norm(TwinModule):
+    """LayerNorm or RMSNorm with our parameters, through PyTorch's own functions."""
+
     scale: Tensor
     bias: Tensor
 
@@ -82,13 +88,14 @@ class Norm(TwinModule):
         self.declare(scale=(size,), **{"bias": (size,)} if c.norm == "layernorm" else {})
 
     def forward(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T D"]:
+        """Return `x` normed over its last axis and scaled, in the dtype of `x`."""
         scale = self.scale.to(x.dtype)
         if self.kind == "layernorm":
             return F.layer_norm(x, scale.shape, scale, self.bias.to(x.dtype), self.eps)
         return F.rms_norm(x, scale.shape, 1 + scale if self.kind == "rmsnorm_1p" else scale, self.eps)
 
 
-class Mixer(TwinModule):
+class TwinMixer(TwinModule):
     """The projections that every token mixer has, around its `mix`."""
 
     def __init__(self, c: ModelConfig, mixer: str) -> None:
@@ -105,14 +112,18 @@ class Mixer(TwinModule):
             self.declare(b_o=(c.d_model,))
 
     def forward(self, x: Float[Tensor, "B L D"], rows: Rows) -> Float[Tensor, "B L D"]:
+        """Project `x` to queries, keys and values, mix the tokens of each row, and project back to D."""
         q, k, v = (self.linear(name, x) for name in "qkv")
         return self.linear("o", self.mix(x, q, k, v, rows))
 
     def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Float[Tensor, "B L K G H"]:
+        """Return what each head reads, from q [B L K G H] and k, v [B L K H]; each kind of mixer has its own."""
         raise NotImplementedError
 
 
-class SoftmaxAttention(Mixer):
+class SoftmaxAttention(TwinMixer):
+    """Softmax attention: global, local, sparse or without positions, through PyTorch's own kernel where it can."""
+
     def __init__(self, c: ModelConfig, mixer: str) -> None:
         super().__init__(c, mixer)
         if c.attention.qk_norm != "none":
@@ -121,6 +132,7 @@ class SoftmaxAttention(Mixer):
             self.k_norm = Norm(c, c.H * (c.K if whole else 1))
 
     def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Float[Tensor, "B L K G H"]:
+        """Return softmax-weighted sums of values, from q [B L K G H] and k, v [B L K H]."""
         c = self.config
         if c.attention.qk_norm != "none":
             q, k = self._normed(self.q_norm, q), self._normed(self.k_norm, k)
@@ -148,10 +160,11 @@ def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
     return scores.softmax(-1).to(v.dtype) @ v
 
 
-class LinearAttention(Mixer):
+class LinearAttention(TwinMixer):
     """Linear attention, token by token: every query reads a sum of keys and values (arXiv:2006.16236)."""
 
     def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Float[Tensor, "B L K G H"]:
+        """Return what each query reads of the sums, from q [B L K G H] and k, v [B L K H]; sums are float32."""
         q, k, v = F.elu(q.float()) + 1, F.elu(k.float()) + 1, v.float()
         memory, total = torch.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None]), torch.zeros_like(k[:, 0])
         out = []
@@ -162,7 +175,7 @@ class LinearAttention(Mixer):
         return torch.stack(out, dim=1).to(x.dtype)
 
 
-class DeltaRule(Mixer):
+class DeltaRule(TwinMixer):
     """The gated delta rule, token by token: the memory decays, then its value for a key moves towards the new one."""
 
     w_convolution: Tensor
@@ -175,6 +188,7 @@ class DeltaRule(Mixer):
         self.declare(w_beta=(c.d_model, c.K), w_decay=(c.d_model, c.K), b_decay=(c.K,), log_rate=(c.K,))
 
     def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Float[Tensor, "B L K G H"]:
+        """Return what each query reads of the memory, from q [B L K G H] and k, v [B L K H]; it is float32."""
         G, H = q.shape[3:]
         inputs = torch.cat([q, k.unsqueeze(3), v.unsqueeze(3)], dim=3)
         q, k, v = F.silu(self._convolved(inputs, rows.segments)).float().split([G, 1, 1], dim=3)
@@ -201,6 +215,8 @@ class DeltaRule(Mixer):
 
 
 class FeedForward(TwinModule):
+    """The feed-forward of a dense layer, or the shared experts of a mixture; gated or not."""
+
     def __init__(self, c: ModelConfig, width: int) -> None:
         super().__init__()
         self.activation, self.gated = ACTIVATIONS[c.activation], c.gated
@@ -210,6 +226,7 @@ class FeedForward(TwinModule):
             self.declare(**{f"b_{name}": (width,) for name in rising}, b_down=(c.d_model,))
 
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+        """Return `x` through the up, the gate and the down projection."""
         h = self.activation(self.linear("gate" if self.gated else "up", x))
         return self.linear("down", h * self.linear("up", x) if self.gated else h)
 
@@ -238,6 +255,7 @@ class MixtureOfExperts(TwinModule):
             self.shared = FeedForward(c, e.shared * width)
 
     def forward(self, x: Float[Tensor, "B L D"], counted: Bool[Tensor, "B L"]) -> tuple[Float[Tensor, "B L D"], Use]:
+        """Return the weighted sum of what each token's experts compute, and their use by `counted` tokens."""
         e, tokens, counted = self.experts, x.flatten(0, 1), counted.flatten()
         logits = tokens.float() @ self.w_router.to(x.dtype).float()
         probability = logits.softmax(-1)

@@ -45,6 +45,8 @@ class Output:
 
 
 class Block(nn.Module):
+    """One layer: a token mixer and a feed-forward, joined by the residual form of the config."""
+
     def __init__(self, c: ModelConfig, kind: Layer) -> None:
         super().__init__()
         self.residual, self.scale, self.moe = c.residual, c.residual_scale, kind.moe
@@ -60,6 +62,7 @@ class Block(nn.Module):
             self.attention_out_norm, self.feedforward_out_norm = Norm(c, c.d_model), Norm(c, c.d_model)
 
     def forward(self, x: Float[Tensor, "B L D"], rows: Rows) -> tuple[Float[Tensor, "B L D"], Use | None]:
+        """Return the residual stream after the layer, and the use of its experts if it has some."""
         use = None
 
         def attention(x: Tensor) -> Tensor:
@@ -118,6 +121,7 @@ class Twin(nn.Module):
         positions: Int[Tensor, "B L"] | None = None,
         prefix: Bool[Tensor, "B L"] | None = None,
     ) -> Output:
+        """Return the logits [B L V]; the arguments mean what they mean to `Transformer`."""
         c, dtype = self.config, getattr(torch, self.config.dtype)
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)

@@ -50,6 +50,7 @@ class File:
 
     @property
     def compression(self) -> str | None:
+        """The suffix of its compression, such as `.gz`; None if it has none."""
         suffix = posixpath.splitext(self.path)[1].lower()
         return suffix if suffix in COMPRESSIONS else None
 
@@ -60,6 +61,7 @@ class File:
 
     @property
     def holds_records(self) -> bool:
+        """Whether it holds rows, by its suffix, and not plain text."""
         return self.suffix in (*RECORDS, *TABLES)
 
 
@@ -84,7 +86,7 @@ def files_at(uri: str, report: Callable[[str], object] = lambda line: None) -> l
 
 @contextlib.contextmanager
 def reading(what: str | File) -> Iterator[None]:
-    """Turn any exception of a file system, and of the packages that it uses, into a `ValueError` of one line."""
+    """Raise any exception of a file system, and of the packages that it uses, as a `ValueError` of one line."""
     try:
         yield
     except Exception as error:  # each store raises its own

@@ -33,6 +33,7 @@ class Mixture:
 
     @property
     def tokenizer(self) -> Tokenizer:
+        """The tokenizer, which all sources share."""
         return self.shards[0].tokenizer
 
     @property

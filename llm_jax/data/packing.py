@@ -28,6 +28,7 @@ class Packing:
 
     @property
     def n_rows(self) -> int:
+        """The number of rows in an epoch."""
         return len(self.rows) - 1
 
     @functools.cached_property

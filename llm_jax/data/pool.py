@@ -61,7 +61,9 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def watched(documents: Iterable[Document], tokenizer: Tokenizer, report: Callable[[str], object]) -> Iterator[Document]:
+def reporting_special_tokens(
+    documents: Iterable[Document], tokenizer: Tokenizer, report: Callable[[str], object]
+) -> Iterator[Document]:
     """Yield `documents`, and report the first that spells a special token, which is read as plain text."""
     documents = iter(documents)
     for document in documents:

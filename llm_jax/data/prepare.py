@@ -20,7 +20,7 @@ import numpy as np
 from llm_jax.data import sources
 from llm_jax.data.config import DataConfig, check_heldout, parse_uri
 from llm_jax.data.generated import GENERATED
-from llm_jax.data.pool import encode_all, watched
+from llm_jax.data.pool import encode_all, reporting_special_tokens
 from llm_jax.data.shards import FORMAT, SPLITS, Manifest, Split, is_prepared, names_a_column, read_manifest
 from llm_jax.data.sources import Document
 from llm_jax.data.tokenizer import Tokenizer, build, load_tokenizer
@@ -119,7 +119,7 @@ def _tokenized(
 ) -> Iterator[tuple[Document, np.ndarray]]:
     """Yield each document with its ids, encoded by the tokenizer in the folder `saved`."""
     documents, again = itertools.tee(documents)
-    again = again if special else watched(again, encoder, report)
+    again = again if special else reporting_special_tokens(again, encoder, report)
     encoded = encode_all(saved, (document.text for document in again), special=special)
     return zip(documents, encoded, strict=True)
 
@@ -273,6 +273,7 @@ class SplitWriter:
         self._files: dict[str, str] = {}
 
     def add(self, document: Document, n_bytes: int, tokens: np.ndarray) -> None:
+        """Add the tokens of a document of `n_bytes` bytes; write a shard whenever there are enough."""
         self._tokens += [tokens.astype(self._dtype), self._end]
         self._origins.append(" ".join(document.origin.splitlines()))
         self._offsets.append(self._offsets[-1] + len(tokens) + len(self._end))
@@ -281,6 +282,7 @@ class SplitWriter:
             self._flush()
 
     def close(self) -> Split:
+        """Write what is left; return the counts of the split and the checksums of its files."""
         self._flush()
         self._save("offsets", np.array(self._offsets, np.int64))
         self._save("bytes", np.array(self._bytes, np.int64))

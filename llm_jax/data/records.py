@@ -36,11 +36,13 @@ class Tally:
     bare: list[str] = field(default_factory=list)
 
     def skip(self, file: File, where: str, rows: int = 1) -> None:
+        """Count `rows` rows without text, the first of them at `where` in `file`."""
         self.rows += rows
         self.without += rows
         self.first = self.first or (f"{file.name}, {where}" if rows else "")
 
     def line(self, uri: str, files: int) -> str:
+        """Return how many rows of `uri`, which has `files` files, lack text, as a line for the user."""
         first = self.first if files > 1 else self.first.rpartition(", ")[2]
         line = f"{brief(uri)}: {self.without:,} of {self.rows:,} rows have no {self.column!r} (first: {first})"
         if files > 1 and self.bare:

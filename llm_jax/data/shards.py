@@ -161,6 +161,7 @@ class Shards:
         return self.manifest.source
 
     def split(self, name: Literal["train", "heldout"]) -> TokenStore:
+        """Return the tokens of a split."""
         return self._splits[name]
 
 

@@ -12,7 +12,7 @@ from llm_jax.model.config import ModelConfig
 from llm_jax.model.init import normal
 from llm_jax.model.norm import Norm
 from llm_jax.model.stack import Index
-from llm_jax.model.taps import tap, tapped
+from llm_jax.model.taps import scores_are_tapped, tap
 from llm_jax.ops.attention import Dropout, attention
 from llm_jax.ops.collectives import reduce_scatter_tokens
 from llm_jax.ops.gradient import add_bias, linear
@@ -97,8 +97,8 @@ class Attention(nn.Module):
             mask = dataclasses.replace(mask, sparse=c.attention.sparse)
         if cache is not None:
             cache = cache.write(slot, k, v)
-            k, v = cache.view(slot)
-        tap_scores = (lambda name, y: tap(self, name, y)) if tapped(self) else None
+            k, v = cache.keys_values(slot)
+        tap_scores = (lambda name, y: tap(self, name, y)) if scores_are_tapped(self) else None
         how = c.attention.implementation
         dropout = self._dropout(context, slot)
         return attention(q, k, v, mask, c.scores, implementation=how, tap=tap_scores, dropout=dropout), cache

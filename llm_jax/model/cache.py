@@ -39,7 +39,7 @@ class Cache:
 
         return dataclasses.replace(self, k=put(self.k, k), v=put(self.v, v))
 
-    def view(self, slot: Index) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    def keys_values(self, slot: Index) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         """Return all keys and values in a slot, valid up to `length` plus the tokens just written."""
         return _take(self.k, slot), _take(self.v, slot)
 

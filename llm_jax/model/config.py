@@ -46,7 +46,7 @@ KEEPABLE = tuple(
 SOFTMAX = ("global", "local", "sparse", "nope")
 MIXERS = (*SOFTMAX, "linear", "delta")
 
-Implementation = Literal["reference", "chunked", "flash", "splash", "cudnn", "tokamax", "ring", "zigzag", "ulysses"]
+ImplementationName = Literal["reference", "chunked", "flash", "splash", "cudnn", "tokamax", "ring", "zigzag", "ulysses"]
 
 
 def is_own(mixer: str) -> bool:
@@ -120,7 +120,7 @@ class AttentionConfig:
     softcap: float | None = None
     dropout: float = 0.0
     convolution: int = 4
-    implementation: Implementation | None = None
+    implementation: ImplementationName | None = None
 
     def __post_init__(self) -> None:
         check_types(self, "model.attention.")

@@ -46,7 +46,10 @@ class Mixer(nn.Module):
 
     @classmethod
     def init_state(cls, config: ModelConfig, rows: int, size: int) -> PyTree:
-        """Return the state before the first token: arrays `[rows, ...]`, for texts of up to `size` tokens."""
+        """Return the state before the first token: arrays `[rows, ...]`, for texts of up to `size` tokens.
+
+        Raise `ValueError` unless the class has its own: without a state a model can train, and not generate.
+        """
         raise ValueError(f"{cls.__name__} has no init_state(config, rows, size), which generation needs; give it one")
 
 

@@ -43,7 +43,7 @@ def _replacement(name: str, x: Array, new: Array) -> Array:
     return new.astype(x.dtype)
 
 
-def tapped(module: nn.Module) -> bool:
+def scores_are_tapped(module: nn.Module) -> bool:
     """Return whether scores or pattern of the attention `module` are collected or edited."""
     return module.is_mutable_collection("taps") or any(
         module.has_variable("edits", name) for name in ("attn_scores", "pattern")

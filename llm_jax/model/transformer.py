@@ -4,9 +4,9 @@
     params = model.init(key, tokens)["params"]
     out = model.apply({"params": params}, tokens)        # out.logits: [B, L, V]
 
-Parameters are stacked over layers (a leading N) and the blocks run in a scan: one layout, and a compile time that
-does not grow with depth. `Transformer(config, stacked=False)` reads the same tree split into `layers_0 ...
-layers_{N-1}` by `stack.unstack`, which spares a decoder on CPU a copy of every layer for every token.
+Parameters are stacked over layers (a leading N) and the blocks run in a scan, whose compile time does not grow
+with depth. `Transformer(config, stacked=False)` reads the same tree split into `layers_0 ... layers_{N-1}` by
+`stack.unstack`, which spares a decoder on CPU a copy of every layer for every token.
 """
 
 import dataclasses
@@ -75,7 +75,7 @@ class Block(nn.Module):
         attention_norm, feedforward_norm = Norm(c, name="attention_norm"), Norm(c, name="feedforward_norm")
         attention_out, feedforward_out = Norm(c, name="attention_out_norm"), Norm(c, name="feedforward_out_norm")
 
-        def attention(x: Array, norm: Map = unchanged) -> Array:
+        def attention(x: Array, norm: Map = no_norm) -> Array:
             nonlocal cache
             x = all_gather_tokens(x)
             if is_own(kind.mixer):
@@ -87,7 +87,7 @@ class Block(nn.Module):
                 y, cache = mixer(c, kind.mixer, name="attention")(x, context, slot, cache)
             return output("attn_out", norm(y))
 
-        def feedforward(x: Array, norm: Map = unchanged) -> Array:
+        def feedforward(x: Array, norm: Map = no_norm) -> Array:
             nonlocal use
             x = all_gather_tokens(x)
             if kind.moe:
@@ -148,6 +148,7 @@ class Transformer(nn.Module):
     stacked: bool = True
 
     def setup(self) -> None:
+        """Create what is outside of layers: the tables and the final norm. Flax calls it."""
         c = self.config
         self.embedding = self.param("embedding", table_of("embed", c.vocab_size), c)
         if c.positions == "learned":
@@ -314,6 +315,6 @@ def remat(config: ModelConfig) -> Any:
     return nn.remat(Block, policy=policy, prevent_cse=False)
 
 
-def unchanged(x: Array) -> Array:
+def no_norm(x: Array) -> Array:
     """Return `x`."""
     return x

@@ -89,7 +89,7 @@ def soft_cap(x: Array, cap: float | None) -> Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def score(
+def attention_scores(
     q: Array,
     k: Array,
     mask: Bool[Array, "#B L S"],
@@ -125,7 +125,7 @@ def attend(
     drop: Callable[[Array], Array] | None = None,
 ) -> Array:
     """Return softmax attention under a materialised mask; scores and softmax are float32 whatever the dtype of `q`."""
-    pattern = tap("pattern", jax.nn.softmax(score(q, k, mask, distance, scores, tap=tap), axis=-1))
+    pattern = tap("pattern", jax.nn.softmax(attention_scores(q, k, mask, distance, scores, tap=tap), axis=-1))
     pattern = pattern if drop is None else drop(pattern)
     return jnp.einsum("BKGLS,BSKH->BLKGH", pattern.astype(v.dtype), v)
 
@@ -152,7 +152,7 @@ def imported(file: str, name: str) -> Implementation:
 
 
 def without_dropout(file: str, name: str) -> Implementation:
-    """Return `imported(file, name)` of a function that never holds the pattern, and so declines dropout."""
+    """Return `imported(file, name)` of a function that never holds the pattern: it raises `Declined` for dropout."""
     found = imported(file, name)
 
     def run(q: Array, k: Array, v: Array, mask: Mask, scores: Scores, *, dropout: Dropout | None = None) -> Array:

@@ -28,7 +28,7 @@ AXIS = "expert"
 ROOM = 1.5  # rows for each device in a round, relative to what an even router sends it
 
 # (rows sorted by expert, the number of each, the matrices of the experts) -> the rows that the experts compute
-Work = Callable[..., Float[Array, "R D"]]
+Compute = Callable[..., Float[Array, "R D"]]
 # The tokens, the weights of their assignments, and the matrices of the experts on this device.
 Inputs = tuple[Float[Array, "T D"], Float[Array, "T k"], tuple[Float[Array, "_ _ _"], ...]]
 
@@ -71,7 +71,7 @@ def _apply(
 
 
 def exchange(
-    work: Work,
+    work: Compute,
     x: Float[Array, "T D"],
     experts: Int[Array, "T k"],
     weights: Float[Array, "T k"],
@@ -114,7 +114,7 @@ def arriving(sizes: Int[Array, "n E"], room: int) -> Groups:
     return dataclasses.replace(groups, sizes=groups.sizes[:-1])
 
 
-def _one_round(work: Work, room: int, index: Int[Array, ""] | int, groups: Groups, inputs: Inputs) -> Array:
+def _one_round(work: Compute, room: int, index: Int[Array, ""] | int, groups: Groups, inputs: Inputs) -> Array:
     """Return what the assignments of round `index` add to their tokens [T D]."""
     x, weights, matrices = inputs
     sent = leaving(groups, manual_axis_size(AXIS), room, index)

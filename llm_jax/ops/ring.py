@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from llm_jax.ops.attention import MASKED, Declined, Scores, attention, score
+from llm_jax.ops.attention import MASKED, Declined, Scores, attention, attention_scores
 from llm_jax.ops.collectives import auto_axis_size, shard_map_by_letters
 from llm_jax.ops.mask import Mask
 from llm_jax.ops.position import alibi_slopes
@@ -233,7 +233,7 @@ def _scores(known: Ring, where: Starts, mask: Mask, slopes: Array | None, q: Arr
     """Return the scores of a block of queries, masked by the positions of queries and keys in the row."""
     L = known.chunks.size * known.size
     positions = (L, L, where[0] + start + jnp.arange(q.shape[1]), where[1] + jnp.arange(k.shape[1]))
-    return score(q, k, mask.materialise(*positions), mask.distance(*positions), known.scores, slopes=slopes)
+    return attention_scores(q, k, mask.materialise(*positions), mask.distance(*positions), known.scores, slopes=slopes)
 
 
 def _width(L: int) -> int:

@@ -134,7 +134,7 @@ def activations(c: ModelConfig, params: PyTree, tokens: jax.ShapeDtypeStruct) ->
             for name in stage:
                 if kind and not locate(c, layers[0]).kind.has(name):
                     continue
-                letters, meaning = meanings(c, kind)[name]
+                letters, meaning = activation_meanings(c, kind)[name]
                 x = found[name]
                 yield Activation(name, letters, x.shape[bool(kind) :], x.dtype.name, kind, tuple(layers), meaning)
 
@@ -174,7 +174,7 @@ def nbytes(tree: PyTree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def meanings(c: ModelConfig, kind: str = "") -> dict[str, tuple[str, str]]:
+def activation_meanings(c: ModelConfig, kind: str = "") -> dict[str, tuple[str, str]]:
     """Return the letters of each activation in a layer of `kind`, and a line of words."""
     mixer = kind.partition("+")[0]
     recurrent = mixer in ("linear", "delta")
@@ -239,7 +239,7 @@ WALKED = 3  # up to so many layers are shown one by one
 
 def _page(d: Description) -> Group:
     legend = [Text.assemble((letter, "cyan"), f" {LETTERS[letter]} {n:,}") for letter, n in d.sizes.items()]
-    compute = columns("", "right")
+    compute = bare_table("", "right")
     compute.add_row("a token, forward", metric(d.flops_per_token / 3, "FLOP"))
     compute.add_row("a token, training", metric(d.flops_per_token, "FLOP"))
     compute.add_row(f"a step, {d.tokens_per_step:,} tokens", metric(d.flops_per_token * d.tokens_per_step, "FLOP"))
@@ -263,7 +263,7 @@ def _page(d: Description) -> Group:
 
 def walk(d: Description) -> Table:
     """Return a line for each activation: name, letters, sizes, dtype, words."""
-    table = columns("bold", "cyan", "", "dim")
+    table = bare_table("bold", "cyan", "", "dim")
     table.add_column(style="dim")
     several = len({a.kind for a in d.activations if a.kind}) > 1
     for (kind, layers), group in itertools.groupby(d.activations, lambda a: (a.kind, a.layers)):
@@ -288,7 +288,7 @@ def spans(numbers: Sequence[int]) -> str:
 
 def shares(amounts: dict[str, int], shown: Callable[[int], str]) -> Table:
     """Return a line for each amount that is not 0, with its share of the sum, and the sum."""
-    table, total = columns("", "right", "right"), sum(amounts.values())
+    table, total = bare_table("", "right", "right"), sum(amounts.values())
     for name, amount in (amounts | {"in all": total}).items():
         if amount:
             table.add_row(name, shown(amount), f"{amount / total:.1%}")
@@ -296,6 +296,7 @@ def shares(amounts: dict[str, int], shown: Callable[[int], str]) -> Table:
 
 
 def memory_in_words(m: Memory) -> dict[str, int]:
+    """Return the bytes of each use of memory, in the words of the page."""
     return {
         "weights": m.weights,
         "gradients": m.gradients,
@@ -315,7 +316,7 @@ def metric(n: int | float, unit: str) -> str:
 
 def keys_table(config: RunConfig) -> Table:
     """Return a line for each key: as the command line takes it, its default if that differs, and its meaning."""
-    table = columns("", "dim")
+    table = bare_table("", "dim")
     table.add_column(ratio=1)
     table.expand = True
     table.add_row(Text("key=value", style="bold"), "default", Text("meaning", style="bold"))
@@ -351,10 +352,11 @@ def quoted(word: str) -> str:
 
 
 def title(text: str) -> Text:
+    """Return the heading of a table, after an empty line."""
     return Text(f"\n{text}", style="bold")
 
 
-def columns(*styles: str) -> Table:
+def bare_table(*styles: str) -> Table:
     """Return a table without lines; a column has a style, or is flush `right`."""
     table = Table.grid(padding=(0, 2, 0, 0))
     for style in styles:

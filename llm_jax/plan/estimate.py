@@ -37,8 +37,8 @@ def predicted(config: RunConfig, mesh: Mapping[str, int], topology: Topology) ->
     """
     c, chip, tokens = config.model, topology.chip, config.data.batch_size * config.data.seq_len
     size, stages = jnp.dtype(c.dtype).itemsize, mesh["pipeline"]
-    table = timetable(config.pipeline, stages, config.accumulate)
-    numbers, whole = (held(c, sizes) for sizes in (mesh, {**mesh, "fsdp": 1}))
+    table = _timetable(config.pipeline, stages, config.accumulate)
+    numbers, whole = (numbers_held(c, sizes) for sizes in (mesh, {**mesh, "fsdp": 1}))
     shards = math.prod(mesh[axis] for axis in TOKENS)
     rows = config.data.batch_size / config.accumulate / shards
     alone = dataclasses.replace(
@@ -81,7 +81,7 @@ def sent(config: RunConfig, mesh: Mapping[str, int]) -> dict[str, float]:
     mixtures = layers * sum(layer.moe for layer in c.period) / len(c.period)
     active = 0 if c.experts is None else c.experts.active
     own = {
-        "fsdp": 3 * config.accumulate * held(c, {**mesh, "fsdp": 1}) * size * share["fsdp"],
+        "fsdp": 3 * config.accumulate * numbers_held(c, {**mesh, "fsdp": 1}) * size * share["fsdp"],
         "tensor": (8 + 3 * recomputed) * share["tensor"] * layers * each * c.d_model,
         "context": ((3 + staged) * (n - 1) + (n > 1)) * layers * each * 2 * c.K * c.H / mesh["tensor"],
         "expert": 2 * (2 + recomputed) * share["expert"] * mixtures * each * c.d_model * active * ROOM,
@@ -89,7 +89,9 @@ def sent(config: RunConfig, mesh: Mapping[str, int]) -> dict[str, float]:
     }
     once = ["pipeline"] + ["data"] * (config.accumulate > 1 and rows_independent(c, mesh))
     times = dict.fromkeys(mesh, config.accumulate * size) | dict.fromkeys(once, 4)
-    return {axis: 2 * share[axis] * held(c, mesh, besides=axis) * times[axis] + own.get(axis, 0) for axis in mesh}
+    return {
+        axis: 2 * share[axis] * numbers_held(c, mesh, besides=axis) * times[axis] + own.get(axis, 0) for axis in mesh
+    }
 
 
 def numbers_here(params: PyTree, mesh: Mapping[str, int]) -> float:
@@ -106,9 +108,9 @@ def numbers_by_axes(params: PyTree) -> Mapping[tuple[str, ...], int]:
     return found
 
 
-def held(c: ModelConfig, mesh: Mapping[str, int], besides: str = "") -> float:
+def numbers_held(c: ModelConfig, mesh: Mapping[str, int], besides: str = "") -> float:
     """Return how many numbers a device holds of the parameters that the axis `besides` does not split."""
-    return _shares({axes: n for axes, n in parameters(c).items() if besides not in axes}, mesh)
+    return _shares({axes: n for axes, n in _parameters(c).items() if besides not in axes}, mesh)
 
 
 def _shares(numbers: Mapping[tuple[str, ...], int], mesh: Mapping[str, int]) -> float:
@@ -116,7 +118,7 @@ def _shares(numbers: Mapping[tuple[str, ...], int], mesh: Mapping[str, int]) -> 
 
 
 @functools.cache
-def parameters(c: ModelConfig) -> Mapping[tuple[str, ...], int]:
+def _parameters(c: ModelConfig) -> Mapping[tuple[str, ...], int]:
     return numbers_by_axes(shapes(c))
 
 
@@ -146,7 +148,7 @@ def rate_along(axes: Sequence[str], mesh: Mapping[str, int], topology: Topology)
 
 
 @functools.cache
-def timetable(config: PipelineConfig, stages: int, microbatches: int) -> Timetable:
+def _timetable(config: PipelineConfig, stages: int, microbatches: int) -> Timetable:
     return Timetable(config, stages, microbatches)
 
 

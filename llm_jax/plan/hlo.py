@@ -57,9 +57,11 @@ class Module:
 
     @functools.cached_property
     def by_name(self) -> dict[str, dict[str, Instruction]]:
+        """The instructions of each computation by name."""
         return {name: {x.name: x for x in body} for name, body in self.computations.items()}
 
     def root(self, computation: str) -> Instruction:
+        """Return the instruction whose value is the result of `computation`."""
         return next(x for x in self.computations[computation] if x.root)
 
 
@@ -159,7 +161,7 @@ class Visit:
     fusion: str | None
 
 
-def visits(module: Module) -> Iterator[Visit]:
+def executed(module: Module) -> Iterator[Visit]:
     """Iterate over every instruction that runs, in order of its first run; of branches, those of the longest."""
 
     def walk(computation: str, times: int | None, fusion: str | None) -> Iterator[Visit]:
@@ -251,7 +253,7 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
     Raises `ValueError` for a collective that is not in `SENT`.
     """
     found, seen = [], set()
-    for visit in visits(module):
+    for visit in executed(module):
         x, kind = visit.instruction, visit.instruction.opcode.removesuffix("-start")
         if kind == "send":  # to another slice of a TPU
             kind = (x.attribute(r'_xla_megascale_transfer_type="(\w+)"') or "").lower().replace("_", "-")
@@ -357,7 +359,7 @@ def cycles(module: Module) -> int:
     """
     return sum(
         (visit.times or 0) * int(found)
-        for visit in visits(module)
+        for visit in executed(module)
         if visit.fusion is None and (found := visit.instruction.attribute(r'"estimated_cycles":"(\d+)"'))
     )
 

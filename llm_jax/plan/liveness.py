@@ -21,6 +21,7 @@ class Buffer:
 
     @property
     def bytes(self) -> int:
+        """Its size; 0 if it is not in the device's main memory."""
         return 0 if re.search(r"S\([1-9]\)", self.array) else hlo.array_bytes(self.array)
 
 

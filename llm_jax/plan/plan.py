@@ -25,7 +25,7 @@ from rich.text import Text
 from llm_jax import tree as trees
 from llm_jax.files import parse_json, write_whole
 from llm_jax.plan import hlo, liveness
-from llm_jax.plan.describe import columns, metric, shares, title
+from llm_jax.plan.describe import bare_table, metric, shares, title
 from llm_jax.plan.estimate import flops_a_token, gradient_bytes, numbers_here, rate_along
 from llm_jax.plan.topology import H100, Topology
 from llm_jax.runtime import cache_folder
@@ -119,6 +119,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Whether the compiler finished, and a device has the memory that the step needs."""
         return self.traffic is not None and self.needed <= self.limit
 
     @property
@@ -353,7 +354,7 @@ def _page(p: Plan) -> Group:
 def _communication(p: Plan) -> list[Any]:
     if p.traffic is None:
         return [title("Communication: the compiler gave up before it knew")]
-    table = columns("", "", "right", "right", "right", "right")
+    table = bare_table("", "", "right", "right", "right", "right")
     table.add_row("collective", "axes", "times", "sent", "overlapped", "at best", style="dim")
     for one in p.traffic:
         share = f"{one.overlapped / one.bytes:.0%}"
@@ -365,14 +366,14 @@ def _communication(p: Plan) -> list[Any]:
 
 
 def _time(p: Plan) -> list[Any]:
-    table = columns("", "right", "")
+    table = bare_table("", "right", "")
     for name, seconds in p.seconds.items():
         remarks = ["the longest"] * (seconds == p.step_seconds)
         remarks += [f"{p.bubble:.1%} of it bubble"] * (name == "compute" and p.bubble > 0)
         table.add_row(name, _seconds(seconds), ", ".join(remarks))
     if p.cycle_seconds is not None:
         table.add_row("cycles", _seconds(p.cycle_seconds), f"{p.cycles / 1e6:,.0f} million by the compiler, no kernels")
-    work = columns("", "right")
+    work = bare_table("", "right")
     for name, flops in p.flops.items():
         work.add_row(name, metric(flops, "FLOP"))
     pages = [title("Compute of a step"), work, title("Time of a step at published peaks"), table]

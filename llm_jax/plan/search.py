@@ -15,13 +15,13 @@ from rich.text import Text
 
 from llm_jax.config import plain
 from llm_jax.model.count import shapes
-from llm_jax.plan.describe import columns, metric, title
+from llm_jax.plan.describe import bare_table, metric, title
 from llm_jax.plan.estimate import predicted
 from llm_jax.plan.plan import Plan, check_host, plan
 from llm_jax.plan.topology import Topology
 from llm_jax.sharding import ROWS, MeshConfig, abstract_mesh, mesh_sizes, shardings
 from llm_jax.train.config import RunConfig
-from llm_jax.train.layout import check
+from llm_jax.train.mesh import check_mesh
 from llm_jax.train.program import Program
 
 REMATS = ("none", "dots", "full")
@@ -60,15 +60,18 @@ class Tried:
 
     @property
     def fits(self) -> bool:
+        """Whether it has a plan, and that fits."""
         return self.plan is not None and self.plan.fits
 
     @property
     def seconds_a_token(self) -> float:
+        """The least time that a step takes per token of its batch; infinite if it can't run."""
         seconds = self.plan and self.plan.step_seconds
         return math.inf if self.plan is None or seconds is None else seconds / self.plan.tokens
 
     @property
     def name(self) -> str:
+        """Its changes as the command line takes them, or that there are none."""
         return " ".join(self.choice.words) or "the config as it is"
 
 
@@ -88,10 +91,12 @@ class Found:
 
     @property
     def fastest(self) -> Tried | None:
+        """The one that fits with the least time per token; None if none fits."""
         return min((one for one in self.tried if one.fits), key=lambda one: one.seconds_a_token, default=None)
 
     @property
     def smallest(self) -> Tried | None:
+        """The one that fits and changes the fewest fields; None if none fits."""
         return min((one for one in self.tried if one.fits), key=lambda one: one.choice.fields, default=None)
 
     @property
@@ -117,7 +122,7 @@ class Found:
 
     def __rich__(self) -> Group:
         """Show what was tried, and what came of it."""
-        table = columns("", "right", "right", "right", "dim")
+        table = bare_table("", "right", "right", "right", "dim")
         table.add_row("changes", "memory", "step at best", "tokens a day", "", style="dim")
         for one in self.tried:
             if one.plan is None:
@@ -202,11 +207,11 @@ def choices(config: RunConfig, topology: Topology) -> Iterator[Choice]:
         # A -1 is spelled out as a number, or it would absorb the change of another axis.
         said = {axis: size for axis, size in mesh.items() if size != getattr(config.mesh, axis)} if axes else {}
         sizes = {f"mesh.{axis}": size for axis, size in said.items()}
-        rows, layout = whole // share, MeshConfig(**mesh) if axes else config.mesh
+        rows, chosen = whole // share, MeshConfig(**mesh) if axes else config.mesh
         data = dataclasses.replace(config.data, batch_size=rows)
         for accumulate in divisors(rows // shards):
-            divided = dataclasses.replace(config, mesh=layout, data=data, accumulate=accumulate)
-            if not works(check, divided, there):
+            divided = dataclasses.replace(config, mesh=chosen, data=data, accumulate=accumulate)
+            if not works(check_mesh, divided, there):
                 continue
             for remat, model in models.items():
                 wanted = {"model.remat": remat, "accumulate": accumulate, "data.batch_size": rows}
@@ -225,6 +230,7 @@ def splits(devices: int, axes: Sequence[str]) -> Iterator[dict[str, int]]:
 
 
 def divisors(n: int) -> list[int]:
+    """Return the divisors of `n`, ascending."""
     return [d for d in range(1, n + 1) if n % d == 0]
 
 

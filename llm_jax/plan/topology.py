@@ -44,14 +44,17 @@ class Topology:
 
     @property
     def chip(self) -> Chip:
+        """What is published of the kind of chip: its rates and memory."""
         return CHIPS[self.kind]
 
     @property
     def n_devices(self) -> int:
+        """How many devices JAX sees in all slices; some chips are two."""
         return self.slices * math.prod(self.shape) * self.chip.devices_per_chip
 
     @property
     def n_chips(self) -> int:
+        """How many chips there are in all slices."""
         return self.slices * math.prod(self.shape)
 
     @property

@@ -90,7 +90,7 @@ class Verdict:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class Outcome:
     """What a program computes on the batches of `rows`, from a given state."""
 
     loss: float
@@ -109,7 +109,7 @@ def verify(config: RunConfig, wanted: Sequence[Layout]) -> Iterator[Verdict]:
     small, bounds = shrunk(config), bounds_of(config)
     one = Program.on_one_device(dataclasses.replace(small, pipeline=PipelineConfig()))
     start = jax.device_get(one.init())
-    expected = answer(one, start)
+    expected = outcome(one, start)
     for layout in wanted:
         begun = time.monotonic()
         try:
@@ -117,7 +117,7 @@ def verify(config: RunConfig, wanted: Sequence[Layout]) -> Iterator[Verdict]:
         except ValueError as error:
             yield Verdict(str(layout), bounds, refused=str(error))
             continue
-        found = answer(program, start)
+        found = outcome(program, start)
         mesh = {axis: size for axis, size in program.mesh.shape.items() if size > 1}
         gaps = {name: gap(found, expected) for name, gap in GAPS.items()}
         yield Verdict(str(layout), bounds, mesh, gaps, seconds=time.monotonic() - begun)
@@ -147,7 +147,7 @@ def laid_out(small: RunConfig, layout: Layout) -> Program:
     raise reason
 
 
-def answer(program: Program, start: TrainState, steps: int = STEPS) -> Answer:
+def outcome(program: Program, start: TrainState, steps: int = STEPS) -> Outcome:
     """Return the loss and gradient of a batch, and the loss and gradient norm of `steps` steps on others."""
     state = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), start, program.abstract_state)
     (loss, _), gradient = jax.device_get(program.gradient(state.params, rows(program.config, steps)))
@@ -155,14 +155,15 @@ def answer(program: Program, start: TrainState, steps: int = STEPS) -> Answer:
     for step in range(steps):
         state, metrics = program.train_step(state, rows(program.config, step))
         curve.append((float(metrics["loss"]), float(metrics["grad_norm"])))
-    return Answer(float(loss), gradient, np.array(curve))
+    return Outcome(float(loss), gradient, np.array(curve))
 
 
-def loss_gap(found: Answer, expected: Answer) -> float:
+def loss_gap(found: Outcome, expected: Outcome) -> float:
+    """Return the relative error of the loss."""
     return abs(found.loss - expected.loss) / abs(expected.loss)
 
 
-def gradient_gap(found: Answer, expected: Answer) -> float:
+def gradient_gap(found: Outcome, expected: Outcome) -> float:
     """Return the relative error of the leaf where it is largest."""
     ours, theirs = leaves(found.gradient), leaves(expected.gradient)
     norms = {path: float(np.linalg.norm(leaf)) for path, leaf in theirs.items()}
@@ -170,7 +171,8 @@ def gradient_gap(found: Answer, expected: Answer) -> float:
     return max(float(np.linalg.norm(ours[path] - leaf)) / max(norms[path], least) for path, leaf in theirs.items())
 
 
-def curve_gap(found: Answer, expected: Answer) -> float:
+def curve_gap(found: Outcome, expected: Outcome) -> float:
+    """Return the largest relative error of a loss or a gradient norm, over all steps."""
     return float((np.abs(found.curve - expected.curve) / np.abs(expected.curve)).max())
 
 
@@ -178,7 +180,7 @@ GAPS = {"loss": loss_gap, "gradient": gradient_gap, "curve": curve_gap}
 HEAD = f"{'layout':28} {'mesh':24} {'loss':>8} {'gradient':>9} {f'{STEPS} steps':>9}"
 
 
-def line(v: Verdict) -> str:
+def verdict_line(v: Verdict) -> str:
     """Return a verdict as a line of text."""
     if v.refused is not None:
         return f"{v.layout:28} can't be: {v.refused}"

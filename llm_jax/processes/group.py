@@ -40,7 +40,7 @@ def is_first() -> bool:
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
     """Join the other processes: those of the arguments, else those of the scheduler, else none.
 
-    Call it before the first array. Raises `ValueError` if some don't arrive in time, and names them.
+    Call it before the first array. Raise `ValueError` if some don't arrive in time, and name them.
     """
     address = meeting.address_of(coordinator, processes, process)
     if address is None:
@@ -66,7 +66,10 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
 
 @contextlib.contextmanager
 def joined(coordinator: str | None, processes: int | None, process: int | None) -> Iterator[None]:
-    """Join the others in the block. After an error, exit at once: a normal exit waits for processes in mid-step."""
+    """Join the others in the block. Raise like `join`, and what the block raises.
+
+    After an error, exit at once: a normal exit waits for processes in mid-step.
+    """
     join(coordinator, processes, process)
     try:
         yield

@@ -26,7 +26,7 @@ GONE = 75  # EX_TEMPFAIL of sysexits.h: the exit status of a process that lost a
 def watched(next_move: str) -> Iterator[None]:
     """End all processes if one dies or hangs in the block: each prints which one it was, and `next_move`.
 
-    Raises `ValueError` if process 0 can't be reached.
+    Raise `ValueError` if process 0 can't be reached.
     """
     if count() == 1:
         yield
@@ -68,7 +68,7 @@ def _connect() -> Peers:
     with connections.listen(host, 0) as listener:
         port = listener.getsockname()[1]
         from_first(lambda: port)
-        arrivals = connections.gather(listener, key, count(), meeting.FIND)
+        arrivals = connections.accept_all(listener, key, count(), meeting.FIND)
     if absent := meeting.absent_from(arrivals, count(), f"{host}:{port}"):
         raise ValueError(f"{absent}; let the machines of a run reach each other on all ports")
     return {peer: number for number, peer in arrivals.peers.items()}

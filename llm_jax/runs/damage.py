@@ -26,7 +26,10 @@ def attempt(read: Callable[[], Read]) -> tuple[Read | None, str | None]:
 
 @contextmanager
 def hushed() -> Iterator[None]:
-    """Silence Orbax: at a damaged file it abandons its other reads, and each would print its own traceback."""
+    """Silence Orbax: at a damaged file it abandons its other reads, and each would print its own traceback.
+
+    Raise what the block raises, without its traceback.
+    """
     hooks, level = (sys.unraisablehook, sys.excepthook), logging.root.manager.disable
     sys.unraisablehook = sys.excepthook = lambda *_: None
     logging.disable()

@@ -122,7 +122,7 @@ def _open_one(uri: str, folder: Path, config: RunConfig, report: Report, column:
         found = open_data(dataclasses.replace(config, data=data), report)
         assert isinstance(found, Shards)
         return found
-    shards, ours = open_shards(uri), run_folder.load_tokenizer(folder)
+    shards, ours = open_shards(uri), run_folder.tokenizer_of_run(folder)
     if shards.tokenizer.fingerprint != ours.fingerprint:
         raise ValueError(
             f"{uri} is in the tokens of {shards.tokenizer.name}, but {folder} knows those of {ours.name}; "

@@ -58,7 +58,7 @@ def check_free(folder: Path, config: RunConfig) -> None:
             f"{folder.absolute()} is no path in UTF-8, which checkpoints need; choose another folder (--run)"
         ) from None
     if is_run(folder):
-        changed = changes(folder, config)
+        changed = changed_fields(folder, config)
         other = f" of another config ({'; '.join(changed[:3])})" if changed else ""
         raise ValueError(
             f"{folder} already holds a run{other}; continue it: {way_on(folder)}; or choose another folder (--run)"
@@ -89,7 +89,7 @@ def _is_environment(path: Path) -> bool:
         return False
 
 
-def changes(folder: Path, config: RunConfig) -> list[str]:
+def changed_fields(folder: Path, config: RunConfig) -> list[str]:
     """Return a phrase for each field in which the config of the run in `folder` differs from `config`."""
     return differences(to_dict(load_config(folder)), to_dict(_with_absolute_paths(config)))
 
@@ -143,7 +143,7 @@ def load_code(folder: Path) -> dict[str, dict[str, str | None]]:
     return {name: {"path": known.get("path"), "sha256": known["sha256"]} for name, known in found.items()}
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
+def tokenizer_of_run(folder: str | Path) -> Tokenizer:
     """Return the tokenizer of the run in `folder`."""
     return tokenizer.load_tokenizer(Path(folder) / "tokenizer")
 

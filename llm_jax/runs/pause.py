@@ -30,7 +30,8 @@ def pause(
     """Evaluate, sample and save, each when it is due; return the held-out loss where it was measured.
 
     All are due at the `end` of a run, after its last step or where a callback ends it. A run that a signal stops has
-    its `last` step too, of which there is only time for a checkpoint.
+    its `last` step too, of which there is only time for a checkpoint. Raise `Diverged` after `patience` bad steps in a
+    row.
     """
     c, row, progress = session.config, meter.read(), meter.progress
     step = progress.step

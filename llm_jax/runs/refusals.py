@@ -74,7 +74,7 @@ def check_config(config: Any) -> None:
         raise ValueError(f"config= takes a RunConfig, got a {type(config).__name__}; give {way}")
 
 
-def check_heldout(shards: Shards | Mixture, heldout: float) -> None:
+def check_can_evaluate(shards: Shards | Mixture, heldout: float) -> None:
     """Raise `ValueError` where nothing is held out, and so no evaluation could be."""
     if not shards.split("heldout").n_documents:
         raise ValueError(f"data.heldout={heldout} leaves nothing to evaluate on; set it above 0")

@@ -14,7 +14,7 @@ from llm_jax.files import read_json, write_whole
 from llm_jax.runs.chart import ORANGE, Series, line_chart
 
 Rows = Sequence[Mapping[str, Any]]
-Columns = Mapping[str, tuple[np.ndarray, np.ndarray]]
+Curves = Mapping[str, tuple[np.ndarray, np.ndarray]]
 NUMBERS = (
     "loss",
     "heldout_loss",
@@ -112,7 +112,7 @@ def write_report(folder: str | Path) -> Path:
     folder = Path(folder).resolve()
     config, environment = _load(folder / "config.json"), _load(folder / "environment.json")
     rows = log.read(folder)
-    numbers = columns(rows)
+    numbers = curves_of(rows)
     fields = {
         "name": _text(folder.name),
         "style": STYLE,
@@ -132,7 +132,7 @@ def card(folder: str | Path) -> str:
     folder = Path(folder)
     config, environment = _load(folder / "config.json"), _load(folder / "environment.json")
     rows = log.read(folder)
-    numbers = columns(rows)
+    numbers = curves_of(rows)
     facts = "".join(
         f"<tr><td>{_text(name)}</td><td><b>{_text(value)}</b></td><td>{_text(note)}</td></tr>"
         for name, value, note in _facts(numbers)
@@ -142,7 +142,7 @@ def card(folder: str | Path) -> str:
     return f'<div style="max-width: 45rem">{head}<table>{facts}</table>{chart}</div>'
 
 
-def line(folder: str | Path) -> str:
+def line_of_run(folder: str | Path) -> str:
     """Return a run as a line for a terminal: its folder, its newest checkpoint, how far it came, and its last loss."""
     folder = Path(folder)
     rows, steps = log.read(folder), _load(folder / "config.json").get("steps", 0)
@@ -153,7 +153,7 @@ def line(folder: str | Path) -> str:
     return ", ".join(said)
 
 
-def columns(rows: Rows) -> Columns:
+def curves_of(rows: Rows) -> Curves:
     """Return steps and values of each metric in the rows of `log.read(folder)`; empty if there are none."""
     having = {name: [row for row in rows if isinstance(row.get(name), int | float)] for name in NUMBERS}
     return {
@@ -169,7 +169,7 @@ def _float(number: int | float) -> float:
         return math.inf
 
 
-def loss_chart(numbers: Columns, *, title: str = "Loss", width: int = 960, height: int = 360) -> str:
+def loss_chart(numbers: Curves, *, title: str = "Loss", width: int = 960, height: int = 360) -> str:
     """Return the training and held-out loss of a run as SVG."""
     curves = [
         Series("training", *numbers["loss"], mark="faint"),
@@ -205,12 +205,12 @@ def _summary(rows: Rows, config: Mapping[str, Any], environment: Mapping[str, An
     return line + (f"<br><code>{_text(str(command))}</code>" if command else "")
 
 
-def _headline(numbers: Columns) -> str:
+def _headline(numbers: Curves) -> str:
     cell = "<div><dt>{}</dt><dd><b>{}</b><span>{}</span></dd></div>"
     return f"<dl>{''.join(cell.format(*fact) for fact in _facts(numbers))}</dl>"
 
 
-def _facts(numbers: Columns) -> Iterator[tuple[str, str, str]]:
+def _facts(numbers: Curves) -> Iterator[tuple[str, str, str]]:
     """Yield the results and the cost of a run: name, value, note."""
     loss, heldout, bits = (numbers[name] for name in ("loss", "heldout_loss", "bits_per_byte"))
     _, right = numbers["heldout_accuracy"]
@@ -240,7 +240,7 @@ def _best(steps: np.ndarray, loss: np.ndarray) -> str:
     return "its best" if best == len(loss) - 1 else f"best {loss[best]:.4f} at step {steps[best]:,.0f}"
 
 
-def _charts(numbers: Columns) -> str:
+def _charts(numbers: Curves) -> str:
     return f"""<figure class="desk">{loss_chart(numbers)}</figure>
 <figure class="phone">{loss_chart(numbers, width=360, height=280)}</figure>
 <div class="small">

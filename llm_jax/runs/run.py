@@ -26,7 +26,7 @@ from llm_jax.runs.checkpoint import Checkpoints, Progress
 from llm_jax.runs.code import changed_mixers
 from llm_jax.runs.data import all_text, check_address, open_documents, open_run_data, open_text
 from llm_jax.runs.evaluate import Evaluation, evaluate
-from llm_jax.runs.report import card, line
+from llm_jax.runs.report import card, line_of_run
 from llm_jax.train.config import RunConfig
 from llm_jax.train.program import Program
 
@@ -40,7 +40,8 @@ class Run:
 
     `checkpoint` is `best` (by held-out loss; the last where none was measured), `last`, or a step. `report` gets a line
     for what happens on the way. Of a run that `fit` or `resume` returns, `progress` says how far it came and what it
-    last measured; of one that is opened it is None.
+    last measured; of one that is opened it is None. Raise `ValueError` where there is no run, or no checkpoint can be
+    called so.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Run:
 
     def __str__(self) -> str:
         """Return where the run is and how far it came, of its files only: neither code nor weights are loaded."""
-        return line(self.folder)
+        return line_of_run(self.folder)
 
     def _repr_html_(self) -> str:
         return card(self.folder)
@@ -85,7 +86,7 @@ class Run:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the run reads with."""
-        return run_folder.load_tokenizer(self.folder)
+        return run_folder.tokenizer_of_run(self.folder)
 
     @property
     def metrics(self) -> Mapping[str, np.ndarray]:
@@ -124,7 +125,7 @@ class Run:
         begin and end as in training. Those of an imported run begin as its tokenizer begins a text: with begin-of-text,
         and then an end is scored too, or with nothing, and then neither the first token nor an end is. `begin` says
         otherwise. `column` is the one of rows at an address that is text; None: that of the run. Raise `ValueError` for
-        data that can't be read, or has no target.
+        data that can't be read, and for a `column` of documents.
         """
         config = self.config
         if data is None:

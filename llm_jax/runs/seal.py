@@ -76,7 +76,7 @@ def seal_of_folder(folder: Path) -> Seal | None:
     path = folder / "data.json"
     data = read_json(path, advice=run_folder.ADVICE) if path.exists() else None
     code = run_folder.load_code(folder)
-    return seal(run_folder.load_config(folder), run_folder.load_tokenizer(folder).fingerprint, data, code)
+    return seal(run_folder.load_config(folder), run_folder.tokenizer_of_run(folder).fingerprint, data, code)
 
 
 def changes(there: Seal, here: Seal) -> list[str]:

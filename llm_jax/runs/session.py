@@ -25,7 +25,7 @@ from llm_jax.runs import folder as run_folder
 from llm_jax.runs import restore
 from llm_jax.runs.checkpoint import Checkpoints, Progress
 from llm_jax.runs.code import Record, record_of
-from llm_jax.runs.refusals import check_heldout
+from llm_jax.runs.refusals import check_can_evaluate
 from llm_jax.runs.seal import moves, seal, seal_of
 from llm_jax.train.config import RunConfig
 from llm_jax.train.custom import Custom
@@ -66,7 +66,7 @@ class Session:
         callbacks: Sequence[Callback] = (),
     ) -> "Session":
         """Return the session of `config` on `shards`. Raise `ValueError` for what can't work, before it is computed."""
-        check_heldout(shards, config.data.heldout)
+        check_can_evaluate(shards, config.data.heldout)
         task_of(shards.split("heldout"), config.data)  # raises now, and not at the first evaluation
         for layer in config.model.period:
             if is_own(layer.mixer):
@@ -101,7 +101,7 @@ class Session:
 
     def _weights_of(self, source: str) -> PyTree:
         changed = differences(to_dict(run_folder.load_config(source).model), to_dict(self.config.model))
-        theirs, ours = run_folder.load_tokenizer(source), self.shards.tokenizer
+        theirs, ours = run_folder.tokenizer_of_run(source), self.shards.tokenizer
         if theirs.fingerprint != ours.fingerprint:
             raise ValueError(
                 f"init_from={source} knows the tokens of {theirs.name}, but the data is in those of {ours.name}; "

@@ -12,7 +12,7 @@ from llm_jax.config import checked, differences, nearest, replace, to_dict
 from llm_jax.data.tokenizer import NAMED, build
 from llm_jax.log import Report
 from llm_jax.recipes import recipes
-from llm_jax.runs.folder import load_config, load_tokenizer
+from llm_jax.runs.folder import load_config, tokenizer_of_run
 from llm_jax.train.config import RunConfig
 
 
@@ -72,7 +72,7 @@ def config_from(
             f"the weights are those of {folder} (--from), and init_from={given['init_from']} says others; keep one "
             "of them"
         )
-    theirs, coder, spec = load_config(folder).model, load_tokenizer(folder), given.get("data.tokenizer")
+    theirs, coder, spec = load_config(folder).model, tokenizer_of_run(folder), given.get("data.tokenizer")
     # One by name need not be fetched to be compared; one that learns is given nothing here, and differs.
     named = spec == coder.name and spec in NAMED
     if spec is not None and not named and build(spec, tuple).fingerprint != coder.fingerprint:

@@ -17,6 +17,8 @@ from llm_jax.train.timetable import PipelineConfig
 class RunConfig:
     """Everything that decides a run. Two runs of one config on one machine are the same, bit for bit.
 
+    Raise `ValueError` for a number out of its range, and for fields that don't fit together.
+
     Attributes:
       model: the transformer.
       data: the text, the tokenizer, and how batches are made of them.

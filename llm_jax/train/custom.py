@@ -15,7 +15,7 @@ from llm_jax.data.loader import Batch
 from llm_jax.model.transformer import Transformer
 from llm_jax.train.balance import LOAD
 from llm_jax.train.config import RunConfig
-from llm_jax.train.layout import token_order
+from llm_jax.train.mesh import token_order
 from llm_jax.train.step import LossFn, Metrics
 
 BATCH_FIELDS = ("documents",)  # what a batch has only on request

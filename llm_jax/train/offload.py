@@ -22,7 +22,7 @@ STACK = "layers"  # in a tree of parameters, those with a leading N
 Update = Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
 
 
-def host_shardings(layout: PyTree) -> PyTree:
+def host_shardings(shardings: PyTree) -> PyTree:
     """Return shardings of parameters or optimizer state, with the matrices of stacked layers in host memory.
 
     Biases and scales, one vector a layer, stay on the device: they are small.
@@ -33,7 +33,7 @@ def host_shardings(layout: PyTree) -> PyTree:
         away = STACK in folders and name.startswith("w_")
         return sharding.with_memory_kind(HOST) if away else sharding
 
-    return trees.map_with_path(one, layout)
+    return trees.map_with_path(one, shardings)
 
 
 def on_host(x: Any) -> bool:

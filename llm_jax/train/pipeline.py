@@ -1,8 +1,7 @@
 """Pipeline parallelism: the layers are split into stages, and microbatches pass through them by a timetable.
 
-Every stage runs the same program and never branches on its own index: an idle stage computes something that nobody
-reads. If it branched, it could miss a collective of another mesh axis, which the compiler may run on all devices
-together, and wait forever. Idle stages would only wait for the busy ones anyway, so this costs no time.
+Every stage runs the same program, whatever its index: an idle one computes what nobody reads, and would only have
+waited. The compiler may run a collective on all devices together: had a stage branched past it, all would wait forever.
 """
 
 import dataclasses
@@ -45,13 +44,16 @@ class Action:
 
     @classmethod
     def all_of(cls, work: Work) -> "Action":
+        """Return the actions of one direction of a timetable, as arrays [T p]."""
         return cls(jnp.asarray(work.microbatch), jnp.asarray(work.chunk), jnp.asarray(work.slot))
 
     def of(self, stage: Int[Array, ""] | int) -> "Action":
+        """Return the action of `stage`."""
         return _at(self, stage)
 
     @property
     def busy(self) -> Bool[Array, ""]:
+        """Whether there is anything to do; a microbatch of -1 means idle."""
         return self.microbatch >= 0
 
 
@@ -105,9 +107,8 @@ class Pipeline:
 
     Embedding and head belong to no stage: each takes a share of the tokens, or the stage that had them would make the
     others wait (Yeung et al. 2024, arXiv:2411.05288). A share is every p-th token, so that another axis that splits a
-    row splits each share alike, and no token moves. Tokens are embedded before the pipeline starts.
-
-    Raise `ValueError` where the layers don't divide into the pieces of the timetable.
+    row splits each share alike, and no token moves. Tokens are embedded before the pipeline starts. Raise `ValueError`
+    where the layers don't divide into the pieces of the timetable.
     """
 
     model: Transformer
@@ -163,8 +164,7 @@ class Pipeline:
     def _inputs(self, params: PyTree, embedded: Array, microbatches: Batch, keys: Array | None) -> Inputs:
         """Return what the stages read. Piece j of the model is chunk j // p of stage j % p.
 
-        With one chunk a stage has its layers already; with more, each step moves the cast weights there, and the
-        gradients back.
+        With several chunks each step moves the cast weights to their stages, and the gradients back.
         """
         p, v = self.timetable.stages, self.timetable.config.chunks
         shared = cast(params, self.model.config.dtype)

@@ -27,7 +27,7 @@ from llm_jax.train.balance import rebalance
 from llm_jax.train.batch import check_batch
 from llm_jax.train.config import RunConfig
 from llm_jax.train.custom import Custom, key_leaf
-from llm_jax.train.layout import check, check_attention, context_model, reorder, token_order
+from llm_jax.train.mesh import check_attention, check_mesh, context_model, reorder, token_order
 from llm_jax.train.offload import host_shardings
 from llm_jax.train.optimizer import make_optimizer, make_schedule
 from llm_jax.train.pipeline import Pipeline
@@ -83,6 +83,7 @@ class Program:
 
     @functools.cached_property
     def model(self) -> Transformer:
+        """The model that runs on the mesh: where rows are split, its attention is one that can do so."""
         return Transformer(context_model(self.config.model, self.mesh.shape["context"]))
 
     @functools.cached_property
@@ -93,21 +94,24 @@ class Program:
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
-        """Shape, dtype and sharding of every leaf of the train state."""
+        """Shape, dtype and sharding of every leaf of the train state.
+
+        Raise `ValueError` for what does not divide over the mesh, and for an optimizer with a random key in its state.
+        """
         shapes = jax.eval_shape(functools.partial(init_state, self.model, self._optimizer), jax.random.key(0))
         if self.custom.optimizer is None:
-            layout = shardings(shapes, self.mesh)
+            found = shardings(shapes, self.mesh)
         elif (path := key_leaf(shapes.opt_state)) is not None:
             raise ValueError(
                 f"the optimizer has a random key at {path}, which no checkpoint can hold; keep its jax.random.key_data"
             )
         else:
             opt_state = shardings(shapes.opt_state, self.mesh, unknown="whole")
-            layout = dataclasses.replace(shardings(shapes.replace(opt_state=()), self.mesh), opt_state=opt_state)
+            found = dataclasses.replace(shardings(shapes.replace(opt_state=()), self.mesh), opt_state=opt_state)
         for field in ON_HOST[self.config.offload]:
-            layout = dataclasses.replace(layout, **{field: host_shardings(getattr(layout, field))})
+            found = dataclasses.replace(found, **{field: host_shardings(getattr(found, field))})
         return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, layout
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, found
         )
 
     @functools.cached_property
@@ -126,8 +130,8 @@ class Program:
 
     def init_with(self, params: PyTree) -> TrainState:
         """Return the state before the first step of a run that begins with `params`, laid out as `abstract_state`."""
-        opt_state = jax.jit(self._optimizer.init, out_shardings=self._layout.opt_state)(params)
-        step = jax.device_put(jnp.zeros((), jnp.int32), self._layout.step)
+        opt_state = jax.jit(self._optimizer.init, out_shardings=self._shardings.opt_state)(params)
+        step = jax.device_put(jnp.zeros((), jnp.int32), self._shardings.step)
         return TrainState(step=step, params=params, opt_state=opt_state)
 
     def gradient(self, params: PyTree, batch: Batch) -> tuple[tuple[Float[Array, ""], Metrics], PyTree]:
@@ -208,7 +212,7 @@ class Program:
 
     def _spread(self, batch: Batch) -> Batch:
         batch = batch if self.order is None else reorder(batch, self.order)
-        rows, layout = range(self.config.data.batch_size), batch_sharding(self.mesh)
+        rows, sharding = range(self.config.data.batch_size), batch_sharding(self.mesh)
 
         def slice_of(x: np.ndarray, index: Any) -> np.ndarray:
             wanted = rows[index[0]]
@@ -216,7 +220,7 @@ class Program:
             return x[(slice(first, first + len(wanted)), *index[1:])]
 
         return jax.tree.map(
-            lambda x: jax.make_array_from_callback((len(rows), *x.shape[1:]), layout, functools.partial(slice_of, x)),
+            lambda x: jax.make_array_from_callback((len(rows), *x.shape[1:]), sharding, functools.partial(slice_of, x)),
             batch,
         )
 
@@ -234,14 +238,14 @@ class Program:
         return make_schedule(c.optimizer, c.steps) if self.custom.optimizer is None else None
 
     @functools.cached_property
-    def _layout(self) -> TrainState:
+    def _shardings(self) -> TrainState:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
 
     @functools.cached_property
     def _init(self) -> Any:
         options = runtime.for_one_call(self.mesh.devices.flat[0].platform)
         make = functools.partial(init_state, self.model, self._optimizer)
-        return jax.jit(make, out_shardings=self._layout, compiler_options=options)
+        return jax.jit(make, out_shardings=self._shardings, compiler_options=options)
 
     @functools.cached_property
     def _gradient(self) -> Any:
@@ -249,7 +253,7 @@ class Program:
         replicated = NamedSharding(self.mesh, PartitionSpec())
         return jax.jit(
             lambda params, batch: self.traced_gradient(params, batch, key),
-            out_shardings=(replicated, self._layout.params),
+            out_shardings=(replicated, self._shardings.params),
         )
 
     @functools.cached_property
@@ -268,7 +272,8 @@ class Program:
         )
         replicated = NamedSharding(self.mesh, PartitionSpec())
         chex.clear_trace_counter()  # it counts by name, and every program of this process has a step with this name
-        return jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=0, out_shardings=(self._layout, replicated))
+        out_shardings = self._shardings, replicated
+        return jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=0, out_shardings=out_shardings)
 
     @functools.cached_property
     def _score(self) -> Any:
@@ -286,7 +291,7 @@ class Program:
 
 
 def _checked(config: RunConfig, mesh: Mesh, custom: Custom = Custom()) -> Program:
-    check(config, mesh)
+    check_mesh(config, mesh)
     check_attention(config, mesh)
     custom.check(config, mesh)
     return Program(config, mesh, custom)

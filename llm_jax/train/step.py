@@ -43,7 +43,7 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """What is added to cross-entropy, and how much of it is computed at once.
+    """What is added to cross-entropy, and how much of it is computed at once. Raise `ValueError` for a bad number.
 
     Attributes:
       z_loss: weight of the squared log-partition function; 1e-4 where logits drift.

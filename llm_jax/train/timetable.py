@@ -20,7 +20,7 @@ FORWARD, BACKWARD = 1, 3
 
 @dataclasses.dataclass(frozen=True)
 class PipelineConfig:
-    """How microbatches are scheduled on the stages of `mesh.pipeline`.
+    """How microbatches are scheduled on the stages of `mesh.pipeline`. Raise `ValueError` for `chunks` below 1.
 
     Attributes:
       schedule: `gpipe` runs all microbatches forward before the first goes backward, and holds them all (Huang et al.
@@ -51,6 +51,7 @@ class Work:
 
     @property
     def busy(self) -> Bool[np.ndarray, "ticks stages"]:
+        """Where a stage has something to do."""
         return self.microbatch >= 0
 
 
@@ -76,10 +77,12 @@ class Timetable:
 
     @functools.cached_property
     def forward(self) -> Work:
+        """The forward passes, and the slot where each keeps its input."""
         return self._with_slots[0]
 
     @functools.cached_property
     def backward(self) -> Work:
+        """The backward passes, and the slot from which each reads its input."""
         return self._with_slots[1]
 
     @functools.cached_property

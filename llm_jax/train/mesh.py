@@ -44,7 +44,7 @@ def reorder(batch: Batch, order: Int[np.ndarray, " L"]) -> Batch:
     return jax.tree.map(lambda x: x[:, order], batch)
 
 
-def check(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
+def check_mesh(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
     """Raise `ValueError`, with the nearest value that works, where `config` can't be split over `mesh`.
 
     The devices need not exist. Nothing is traced, so this takes no time. `shardings` checks widths, and
