@@ -93,6 +93,8 @@ def override(config: Config, assignments: Sequence[Any], **changes: Any) -> Conf
         if not isinstance(assignment, str):
             raise ValueError(f"expected 'key=value' or {{key: value}}, got {_short(assignment)}")
         key, equals, text = assignment.partition("=")
+        if key not in known and key.strip() in known:
+            raise ValueError(f"{_short(assignment)} has blanks; write {key.strip()}={text.strip()}")
         if not equals or not key:
             example = "model.n_layers=8, without blanks"
             raise ValueError(f"expected key=value, got {_short(assignment)}; for example {example}")

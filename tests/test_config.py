@@ -131,6 +131,7 @@ ERRORS = {
     "wagons=": "wagons takes a whole number, got ''",
     "wagons=1_000": "wagons takes a whole number, got '1_000'; write 1000",
     "wagons=١٢": "wagons takes a whole number, got '١٢'; write 12",
+    "wagons = 3": "'wagons = 3' has blanks; write wagons=3",
     "wagons= 3": "wagons takes a whole number, got ' 3'; write 3",
     "engine.rate=1_0.5": "engine.rate takes a number, got '1_0.5'; write 10.5",
     "engine.rate=0x10": "engine.rate takes a number, got '0x10'",

@@ -172,7 +172,7 @@ def returning(*found: Any):
 @pytest.mark.parametrize(
     ("custom", "message"),
     [
-        (returning(np.float32(1)), r"returned float32; return \(sum of the loss, \{name: sum\}\)"),
+        (returning(np.float32(1)), r"returned an array; return a pair: \(sum of the loss, \{name: sum\}\)"),
         (returning(np.zeros(3), {}), r"returned shape \(3,\); return its sum over the targets that count"),
         (
             returning(np.float32(1), {"loss": np.float32(1)}),

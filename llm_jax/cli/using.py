@@ -1,7 +1,6 @@
 """`llm-jax generate` and `llm-jax evaluate`: use a trained model."""
 
 import dataclasses
-import math
 from argparse import Namespace
 
 from llm_jax.cli.shared import print_json, say, warn_of_special
@@ -82,18 +81,8 @@ def evaluate(args: Namespace) -> None:
     runtime.start()
     run = Run.open(args.run, args.checkpoint, report=say)
     result = run.evaluate(args.data, column=args.column, begin=args.begin)
-    found = {"run": args.run, "step": run.step, **dataclasses.asdict(result)}
-    interval = result.loss_interval
-    found["perplexity_interval"] = None if interval is None else [math.exp(min(loss, 700)) for loss in interval]
-    if args.json:
-        print_json(found)
+    if not args.json:
+        print(result)
         return
-    for name, digits in (("loss", 4), ("perplexity", 2), ("bits_per_byte", 4), ("accuracy", 4)):
-        if found[name] is not None:
-            value, *ends = (f"{x:.{digits}f}" for x in (found[name], *(found[f"{name}_interval"] or ())))
-            print(f"{name.replace('_', ' '):14} {value:>9}   {' to '.join(ends) or '-'}")
-    for name, source in result.sources.items():
-        bits = "" if source.bits_per_byte is None else f", {source.bits_per_byte:.4f} bits per byte"
-        print(f"  {name}: loss {source.loss:.4f}{bits}")
-    counts = {"tokens": result.tokens, "bytes": result.bytes, "documents": result.documents}
-    print("on " + ", ".join(f"{count:,} {name}" for name, count in counts.items() if count))
+    found = dataclasses.asdict(result) | {"perplexity_interval": result.perplexity_interval}
+    print_json({"run": args.run, "step": run.step, **found})

@@ -356,8 +356,9 @@ def check_sides(manifest: Manifest, given: bool = False) -> None:
     if given or Path(manifest.source).parent.name == GIVEN:
         raise ValueError(
             f"data= has {train + heldout} documents, of which data.heldout={manifest.heldout:g} by "
-            f"{manifest.heldout_by} leaves {train} to train on and {heldout} held out; give more documents (in one "
-            "array of ids each ends with the tokenizer's end_of_text), or another data.heldout"
+            f"{manifest.heldout_by} leaves {train} to train on and {heldout} held out; give more documents, or "
+            "another data.heldout (a row of ids is cut where the tokenizer's end_of_text is; cut one without any into "
+            "pieces: numpy.array_split(ids, 100))"
         )
     raise ValueError(
         f"heldout={manifest.heldout:g} by {manifest.heldout_by} leaves {train} documents to train on and "

@@ -186,6 +186,8 @@ def as_texts(given: str | Iterable[str], what: str) -> list[str]:
     except TypeError:
         raise ValueError(f"{what} takes a text, or a list of them; got {given!r}") from None
     for text in texts:
+        if isinstance(text, int | np.integer) and what == "prompts=":
+            raise ValueError(f"{what} takes texts, got token ids; give tokenizer.decode(ids)")
         if not isinstance(text, str):
             raise ValueError(f"{what} takes a text, or a list of them; got {text!r} among them")
     return texts
@@ -209,9 +211,10 @@ def chosen_sampling(sampling: Sampling | None, filters: Mapping[str, Any]) -> Sa
             f"sampling= takes a Sampling, got {sampling!r}; write temperature={sampling!r}, or such a field"
         )
     for name in [name for name in filters if name not in OPTIONS]:
-        words = options_meant(
-            name, [f"--{known.replace('_', '-')}" for known in OPTIONS]
-        )  # as the command line has them
+        shell = [
+            f"--{known.replace('_', '-')}" for known in OPTIONS
+        ]  # synonyms are listed as the command line has them
+        words = options_meant(name, shell)
         meant = [word.removeprefix("--").replace(" ", "=").replace("-", "_") for word in words]
         say = f"did you mean {' or '.join(meant)}?" if meant else nearest(name, OPTIONS)
         raise ValueError(f"{name}= is no way to sample; {say}")

@@ -52,6 +52,27 @@ class Evaluation:
     documents: int
     sources: Mapping[str, "Evaluation"] = dataclasses.field(default_factory=dict)
 
+    @property
+    def perplexity_interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the perplexity, which is that of the loss."""
+        if self.loss_interval is None:
+            return None
+        low, high = (math.exp(min(loss, 700)) for loss in self.loss_interval)
+        return low, high
+
+    def __str__(self) -> str:
+        """Return it as a table, a line a number, with the loss of each source of a mixture by itself."""
+        lines = []
+        for name, digits in (("loss", 4), ("perplexity", 2), ("bits_per_byte", 4), ("accuracy", 4)):
+            if (number := getattr(self, name)) is not None:
+                value, *ends = (f"{x:.{digits}f}" for x in (number, *(getattr(self, f"{name}_interval") or ())))
+                lines.append(f"{name.replace('_', ' '):14} {value:>9}   {' to '.join(ends) or '-'}")
+        for name, source in self.sources.items():
+            bits = "" if source.bits_per_byte is None else f", {source.bits_per_byte:.4f} bits per byte"
+            lines.append(f"  {name}: loss {source.loss:.4f}{bits}")
+        counts = {"tokens": self.tokens, "bytes": self.bytes, "documents": self.documents}
+        return "\n".join([*lines, "on " + ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)])
+
     def said(self) -> str:
         """Return it as a line, for a mixture with the held-out loss of each source."""
         numbers = self.numbers()

@@ -20,6 +20,7 @@ def on_one_device(config: RunConfig) -> Program:
 
 def on_the_host(config: RunConfig) -> Program:
     """Return the program of `config` in the memory of the host, which holds what an accelerator may not."""
+    runtime.start()
     return Program.on_one_device(config, jax.local_devices(backend="cpu")[0])
 
 

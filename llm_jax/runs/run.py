@@ -56,7 +56,7 @@ class Run:
         self._report = report
         run_folder.check_run(self.folder)
         if self.checkpoint not in ("best", "last") and not self.checkpoint.isdecimal():
-            raise ValueError(f"no checkpoint is called {checkpoint!r}; use best, last, or the number of a step")
+            raise ValueError(f"no checkpoint is called {checkpoint!r}; use best, last, or a step, such as 1000")
 
     @classmethod
     def open(cls, folder: str | Path, checkpoint: str | int = "best", *, report: Report = print) -> "Run":

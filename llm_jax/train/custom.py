@@ -109,7 +109,8 @@ def _checked(loss: Loss, model: Transformer) -> LossFn:
     def loss_fn(params: PyTree, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
         found: Any = loss(model, params, batch, key)
         if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
-            raise ValueError(f"loss={name} returned {type(found).__name__}; return (sum of the loss, {{name: sum}})")
+            what = "an array" if hasattr(found, "shape") else f"a {type(found).__name__}"
+            raise ValueError(f"loss={name} returned {what}; return a pair: (sum of the loss, {{name: sum}})")
         total, sums = jnp.asarray(found[0]), dict(found[1])
         if total.shape != ():
             raise ValueError(f"loss={name} returned shape {total.shape}; return its sum over the targets that count")
