@@ -99,6 +99,46 @@ class Leaking(lj.Mixer):
         return jnp.cumsum(x, 1), state
 
 
+class Convolving(lj.Mixer):
+    @nn.compact
+    def __call__(self, x, context, state):
+        w = self.param("w", nn.initializers.zeros, (3,))
+        padded = jnp.pad(x, ((0, 0), (2, 0), (0, 0)))
+        return x + sum(w[i] * padded[:, i : i + x.shape[1]] for i in range(3)), state
+
+
+class Peeking(lj.Mixer):
+    """Reads the token after, unless that is the last of the row; and what it adds to all features alike is hidden."""
+
+    @nn.compact
+    def __call__(self, x, context, state):
+        centred = x - x.mean(-1, keepdims=True)
+        after = jnp.concatenate([centred[:, 1:-1], jnp.zeros_like(x[:, :2])], axis=1)
+        return centred + 0.05 * after, state
+
+
+class Batched(lj.Mixer):
+    @nn.compact
+    def __call__(self, x, context, state):
+        return x - x.mean(0, keepdims=True), state
+
+
+class Dividing(lj.Mixer):
+    @nn.compact
+    def __call__(self, x, context, state):
+        return x / context.positions[..., None].astype(x.dtype), state
+
+
+class Subtracting(lj.Mixer):
+    """Reads its own document alone, but for rounding: sums over the row, less those at the end of the first."""
+
+    @nn.compact
+    def __call__(self, x, context, state):
+        sums, second = 100 * jnp.cumsum(x, 1), context.mask.segments == 2
+        before = second.argmax(1)
+        return sums - jnp.where(second[..., None], sums[jnp.arange(len(x)), before - 1][:, None], 0), state
+
+
 class Narrow(lj.Mixer):
     @nn.compact
     def __call__(self, x, context, state):
@@ -116,7 +156,11 @@ class Stateless(lj.Mixer):
     [
         ("Future", "lets a token read one after it"),
         ("Leaking", "lets a token read another document of its row"),
-        ("Narrow", r"returned y of shape \(1, 6, 1\); return that of x, \(1, 6, 16\)"),
+        ("Convolving", "lets a token read another document of its row"),
+        ("Peeking", "lets a token read one after it"),
+        ("Batched", "lets a token read another row of its batch"),
+        ("Dividing", "returned a y that is not finite"),
+        ("Narrow", r"returned y of shape \(2, 16, 1\); return that of x, \(2, 16, 16\)"),
         ("Stateless", r"returned \w+; return \(y, state\)"),
     ],
 )
@@ -127,4 +171,10 @@ def test_a_mixer_that_reads_what_it_may_not_is_refused_before_training(model, na
 
 def test_a_mixer_may_read_all_before_it_where_rows_have_no_documents(model):
     check_mixer(model, "test_mixer:Leaking", segmented=False)
+    check_mixer(model, "test_mixer:Convolving", segmented=False)
+
+
+def test_a_mixer_may_read_what_its_document_has_had_so_far(model):
     check_mixer(model, AVERAGE, segmented=True)
+    check_mixer(model, "test_mixer:Subtracting", segmented=True)
+    check_mixer(dataclasses.replace(model, max_seq_len=1), AVERAGE, segmented=True)
