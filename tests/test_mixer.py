@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,12 +12,20 @@ import pytest
 from tiny_run import console, generate
 
 import llm_jax as lj
+from llm_jax.compat import compare, weights
+from llm_jax.compat.huggingface import choose
 from llm_jax.data.tokenizer import ByteTokenizer
-from llm_jax.model.count import parameter_counts
+from llm_jax.model.config import Layer
+from llm_jax.model.count import active_parameters, flops_per_token, parameter_counts, shapes
 from llm_jax.model.mixer import check_mixer
+from llm_jax.plan import describe
+from llm_jax.plan.liveness import by_module
 from llm_jax.runs import folder as run_folder
-from llm_jax.sharding import abstract_mesh, letters_of
+from llm_jax.runs.diagnose import BACKWARD
+from llm_jax.sharding import abstract_mesh, letters_of, shardings
 from llm_jax.train.layout import check
+from llm_jax.train.optimizer import make_optimizer
+from llm_jax.tree import first_match, leaves
 
 AVERAGE = "averaging:Average"
 
@@ -48,6 +57,67 @@ def test_the_parameters_of_an_own_layer_are_counted_and_whole_on_every_device(mo
     assert letters_of("opt_state/0/mu/layers_2/mixer/w_out", (16, 16)) == "__"
 
 
+class Named(lj.Mixer):
+    """Calls its parameters what ours are called, or by no name of ours."""
+
+    @nn.compact
+    def __call__(self, x, context, state):
+        D = x.shape[-1]
+        for name in ("attention", "experts"):
+            x = nn.Dense(D, name=name)(x)
+        w = self.param("w_scale", nn.initializers.ones, (D,)) * self.param("temperature", nn.initializers.ones, ())
+        return Named.Inner(name="feedforward")(x) * w[None, None], state
+
+    class Inner(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x @ self.param("w_up", nn.initializers.zeros, (x.shape[-1], x.shape[-1]))
+
+
+def test_the_flops_of_an_own_layer_are_those_of_its_matrices_by_any_name(model: lj.ModelConfig):
+    both = [dataclasses.replace(model, layers=("test_mixer:Named",), n_layers=n) for n in (1, 2)]
+    first, second = (flops_per_token(each, 8) for each in both)
+    assert second - first == 6 * (3 * 16 * 16 + 3 * 16 * 16)  # its own, and those of the feed-forward
+    experts = lj.Experts(number=4, d_ff=8)
+    moe = dataclasses.replace(model, layers=("test_mixer:Named+moe",), experts=experts, n_layers=1)
+    unused = 3 * (4 - 2) * 16 * 8
+    assert active_parameters(moe) == sum(parameter_counts(moe).values()) - unused
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])
+def test_an_optimizer_takes_an_own_layer_whatever_its_parameters_are_called(model: lj.ModelConfig, name: Any):
+    params = shapes(dataclasses.replace(model, layers=("test_mixer:Named", "global")))
+    optimizer = make_optimizer(lj.OptimizerConfig(name=name))
+    state = jax.eval_shape(optimizer.init, params)
+    jax.eval_shape(optimizer.update, params, state, params)
+    shardings(state, abstract_mesh({"pipeline": 1, "data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 1}))
+
+
+def test_a_gradient_of_an_own_layer_has_its_position_in_the_backward_pass(model: lj.ModelConfig):
+    paths = leaves(shapes(dataclasses.replace(model, layers=("test_mixer:Named",))))
+    mixed = {first_match(BACKWARD, path) for path in paths if "/mixer/" in path}
+    assert mixed == {first_match(BACKWARD, "layers/attention/w_q")}
+    assert by_module({"jit(step)/layers/mixer/dot_general": 8}) == {"mixer": 8}
+
+
+def test_an_own_layer_has_no_twin_and_is_no_model_of_transformers(config, model: lj.ModelConfig):
+    model = dataclasses.replace(model, layers=(AVERAGE,), n_layers=1)
+    with pytest.raises(ValueError, match=r"model.layers: averaging:Average has no twin in PyTorch; use kinds of"):
+        compare.check(dataclasses.replace(config, model=model, steps=30), 20)
+    with pytest.raises(ValueError, match=r"no family can express this model; .* lacks model.layers=.'averaging:Av"):
+        choose(model, weights.shapes_of(shapes(model)), None)
+
+
+def test_what_is_shown_of_an_own_layer_tells_of_no_heads(model: lj.ModelConfig):
+    model = dataclasses.replace(model, residual="sandwich")
+    own, ours = describe.meanings(model, AVERAGE), describe.meanings(model, "global")
+    assert own["attn_out"] == ("B L D", "what Average makes of the tokens so far, normed")
+    assert own["resid_mid"] == ("B L D", "the stream plus what Average adds to it")
+    assert own.keys() == ours.keys()
+    shown = {name for name in own if Layer.of(AVERAGE).has(name) or name in ("tokens", "embed")}
+    assert not any(word in own[name][1] for name in shown for word in ("head ", "heads", "attention", "quer"))
+
+
 def test_an_own_layer_is_refused_on_a_mesh_axis_that_it_does_not_declare(config, model: lj.ModelConfig):
     config = dataclasses.replace(config, model=model)
     sizes = {"pipeline": 1, "data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 1}
@@ -61,9 +131,11 @@ def test_an_own_layer_is_refused_on_a_mesh_axis_that_it_does_not_declare(config,
     [
         ("nowhere:Gone", "nowhere:Gone can't be imported here"),
         ("averaging:lj", "averaging:lj is no subclass of llm_jax.Mixer"),
-        ("averaging:Average+more", "is no kind of layer"),
+        ("averaging:Average+more", r"'averaging:Average\+more' is no .* experts is averaging:Average\+moe$"),
+        ("averaging:Average+", r"'averaging:Average\+' is no kind of layer"),
+        ("global+", r"'global\+' is no kind of layer"),
     ],
-    ids=["gone", "other", "feedforward"],
+    ids=["gone", "other", "feedforward", "plus", "plus-global"],
 )
 def test_a_layer_that_is_none_is_refused_when_the_config_is_made(model, layer: str, message: str):
     with pytest.raises(ValueError, match=message):

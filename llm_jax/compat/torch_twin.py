@@ -31,9 +31,11 @@ from llm_jax.compat.torch_layers import (
     Use,
 )
 from llm_jax.compat.torch_positions import alibi_slopes, rotations, sinusoidal
-from llm_jax.model.config import SOFTMAX, Layer, ModelConfig
+from llm_jax.model.config import SOFTMAX, Layer, ModelConfig, is_own
 from llm_jax.model.stack import locate, unstack
 from llm_jax.tree import leaves
+
+MIXERS = {**dict.fromkeys(SOFTMAX, SoftmaxAttention), "linear": LinearAttention, "delta": DeltaRule}
 
 
 @dataclasses.dataclass
@@ -48,8 +50,7 @@ class Block(nn.Module):
     def __init__(self, c: ModelConfig, kind: Layer) -> None:
         super().__init__()
         self.residual, self.scale, self.moe = c.residual, c.residual_scale, kind.moe
-        mixer = {"linear": LinearAttention, "delta": DeltaRule}.get(kind.mixer, SoftmaxAttention)
-        self.attention = mixer(c, kind.mixer)
+        self.attention = MIXERS[kind.mixer](c, kind.mixer)
         if kind.moe:
             self.experts = MixtureOfExperts(c)
         else:
@@ -92,13 +93,18 @@ class Block(nn.Module):
 
 
 class Twin(nn.Module):
-    """Token ids to logits, like `Transformer`, without cache and dropout."""
+    """Token ids to logits, like `Transformer`, without cache and dropout.
+
+    Raise `ValueError` for a layer of the user's own, which is written in JAX alone.
+    """
 
     blocks: Bool[Tensor, "blocks blocks"]
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = c = config
+        if own := [layer.mixer for layer in c.period if is_own(layer.mixer)]:
+            raise ValueError(f"model.layers: {own[0]} has no twin in PyTorch; use kinds of llm_jax, such as global")
         self.embedding = Table(c.vocab_size, c.d_model)
         if c.positions == "learned":
             self.positions = Table(c.max_seq_len, c.d_model)

@@ -241,13 +241,14 @@ class ModelConfig:
             )
         for text in self.layers:
             mixer, plus, feedforward = text.partition("+")
-            if is_own(mixer) and feedforward in ("", "moe"):
-                own_mixer(mixer)
-            elif mixer not in MIXERS or (plus and feedforward != "moe"):
+            known = (*MIXERS, mixer) if is_own(mixer) else MIXERS
+            if mixer not in known or (plus and feedforward != "moe"):
                 raise ValueError(
-                    f"model.layers: {text!r} is no kind of layer; {nearest(mixer, MIXERS)} A mixture of experts is "
-                    f"{mixer if mixer in MIXERS else 'global'}+moe"
+                    f"model.layers: {text!r} is no kind of layer; {nearest(mixer, known)} A mixture of experts is "
+                    f"{mixer if mixer in known else 'global'}+moe"
                 )
+            if is_own(mixer):
+                own_mixer(mixer)
         mixers = {layer.mixer for layer in self.period}
         needs = (
             ("local", "attention.window", self.attention.window, "4096"),

@@ -25,6 +25,7 @@ from llm_jax.ops.mask import Mask
 
 TOKENS = 16  # of a row on which a mixer is checked
 
+
 class Mixer(nn.Module):
     """What a layer reads of other tokens: `(x, context, state) -> (y, state)`.
 
