@@ -56,7 +56,7 @@ def visible(text: str) -> str:
 
 
 def read(folder: str | Path) -> list[dict[str, Any]]:
-    """Return the rows of a run's metrics.jsonl, null as NaN. Raises `ValueError` for a damaged row.
+    """Return the rows of a run's metrics.jsonl, null as NaN. Raise `ValueError` for a damaged row.
 
     Ignores a last line that a killed run left incomplete. Without the file there are no rows.
     """
@@ -67,7 +67,7 @@ def read(folder: str | Path) -> list[dict[str, Any]]:
 def truncate(folder: str | Path, step: int) -> None:
     """Drop every row after `step`, and an incomplete last line: a resumed run writes each step once.
 
-    Raises `ValueError` for a damaged row.
+    Raise `ValueError` for a damaged row.
     """
     path = Path(folder) / FILE
     if path.exists():
@@ -77,7 +77,7 @@ def truncate(folder: str | Path, step: int) -> None:
 def missing(folder: str | Path, step: int) -> list[int]:
     """Return the steps up to `step` without a row in a run's metrics.jsonl, which was cut or deleted.
 
-    Raises `ValueError` for a damaged row.
+    Raise `ValueError` for a damaged row.
     """
     return sorted(set(range(1, step + 1)) - {row["step"] for row in _rows(Path(folder) / FILE)})
 

@@ -107,7 +107,7 @@ class MeshConfig:
       context: devices that each hold some tokens of every row.
       tensor: devices that each compute a shard of every matrix product.
 
-    Raises `ValueError` for a size below 1 other than -1, and for more than one -1.
+    Raise `ValueError` for a size below 1 other than -1, and for more than one -1.
     """
 
     pipeline: int = 1
@@ -125,7 +125,7 @@ class MeshConfig:
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
-    """Return the devices along each mesh axis, in order. Raises `ValueError` if their product is not `devices`."""
+    """Return the devices along each mesh axis, in order. Raise `ValueError` if their product is not `devices`."""
     sizes = dataclasses.asdict(config)
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if devices % fixed or (-1 not in sizes.values() and devices != fixed):
@@ -145,7 +145,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Return a mesh over `devices` (default: every device of every process), with the axes of `MeshConfig`.
 
     Neighbours on the mesh are neighbours in the network, as far as the topology allows. With several TPU slices the
-    first axes, which communicate least, cross from slice to slice. Raises `ValueError` for sizes that don't fit the
+    first axes, which communicate least, cross from slice to slice. Raise `ValueError` for sizes that don't fit the
     devices or the slices.
     """
     devices = jax.devices() if devices is None else devices
@@ -165,7 +165,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 def _across_slices(sizes: Mapping[str, int], slices: int) -> list[int]:
     """Return how many slices each axis crosses: all slices by the first axes, what is left by the next.
 
-    Raises `ValueError` if an axis would cross a fraction of the slices.
+    Raise `ValueError` if an axis would cross a fraction of the slices.
     """
     across, left, rest = [], slices, math.prod(sizes.values())
     for axis, size in sizes.items():
@@ -213,7 +213,7 @@ def letters_of(path: str, shape: tuple[int, ...]) -> str:
     """Return the letters of the leaf at `path`, without the leading `N` if its layers are not stacked.
 
     A single number has no letters: step counts, and what an optimizer keeps where it needs no moment. A factored moment
-    has the letters of its parameter without those it is averaged over. Raises `ValueError` if no row of `LETTERS`
+    has the letters of its parameter without those it is averaged over. Raise `ValueError` if no row of `LETTERS`
     matches.
     """
     if (own := own_letters(path, shape)) is not None:

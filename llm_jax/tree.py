@@ -27,7 +27,7 @@ def map_with_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
 
 
 def first_match(rows: Sequence[tuple[str, Value]], path: str) -> Value:
-    """Return the value of the first `(regex, value)` row that matches `path`. Raises `ValueError` if none does."""
+    """Return the value of the first `(regex, value)` row that matches `path`. Raise `ValueError` if none does."""
     for pattern, value in rows:
         if re.search(pattern, path):
             return value

@@ -39,10 +39,12 @@ class Trained:
     """The results of a side.
 
     Attributes:
-      loss, grad_norm: of every step.
+      loss: of every step, nats a token.
+      grad_norm: of every step, before it is clipped.
       tokens_per_second: of every round.
       first_seconds: the time of the steps before, including compilation.
-      imports, peak: bytes of its process after its imports, and at most.
+      imports: bytes of its process after its imports.
+      peak: bytes of its process at most.
     """
 
     loss: list[float]
@@ -70,7 +72,10 @@ class Gap:
     """How far a side of PyTorch is from ours.
 
     Attributes:
-      loss, grad_norm: the largest distance, in nats and relative to our norm; each with its step.
+      loss: the largest distance in nats.
+      loss_step: the step of it, from 1.
+      grad_norm: the largest distance relative to our norm.
+      grad_norm_step: the step of it.
       speed: ours as a multiple of theirs: lowest, median and highest of the rounds.
     """
 
@@ -112,7 +117,7 @@ class Comparison:
 
 
 def compare(config: RunConfig, steps: int, report: Report, *, compiled: bool = True, command: str = "") -> Comparison:
-    """Train the first `steps` steps of `config` on each side. Raises `ValueError` for what can't be compared."""
+    """Train the first `steps` steps of `config` on each side. Raise `ValueError` for what can't be compared."""
     check(config, steps)
     peak_memory()  # raises here already, not in another process, if memory can't be measured
     shards = open_data(config, report)

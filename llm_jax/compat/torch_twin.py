@@ -184,7 +184,7 @@ def parameters(twin: Twin) -> dict[str, nn.Parameter]:
 
 
 def load_parameters(twin: Twin, params: PyTree) -> None:
-    """Copy our parameters, as from `init`, into the twin. Raises `ValueError` for a leaf that only one side has."""
+    """Copy our parameters, as from `init`, into the twin. Raise `ValueError` for a leaf that only one side has."""
     # As NumPy arrays, whose slices are views: JAX would compile a program for each shape.
     ours, theirs = leaves(unstack(twin.config, jax.tree.map(np.asarray, params))), parameters(twin)
     here, there = ({path: tuple(leaf.shape) for path, leaf in side.items()} for side in (ours, theirs))

@@ -65,7 +65,7 @@ def prepare(
       special: whether text that spells a special token becomes that token; if not, `report` names the first such
         document.
 
-    Raises `ValueError` if `out` exists, a split stays empty, the disk is full, the text changes while it is read, or
+    Raise `ValueError` if `out` exists, a split stays empty, the disk is full, the text changes while it is read, or
     `uri` is a mixture: each source is prepared into a folder of its own.
     """
     check_heldout(heldout, heldout_by)
@@ -129,7 +129,7 @@ def cached(config: DataConfig, cache_dir: str | Path, report: Report = _silent) 
 
     The name of the folder is a digest of content, settings and reader: text that changed, or would be read differently
     today, is prepared again. If `uri` is itself a folder of shards it is the result; a change of its text or its reader
-    since then is reported. Raises `ValueError` if it was prepared with other settings, and like `prepare`.
+    since then is reported. Raise `ValueError` if it was prepared with other settings, and like `prepare`.
     """
     settings: dict[str, Any] = {name: getattr(config, name) for name in SETTINGS}
     given = Path(config.uri)
@@ -164,7 +164,7 @@ def cached_sources(config: DataConfig, cache_dir: str | Path, report: Report = _
     """Return the folder of the shards of each source of `config`, all in the ids of one tokenizer.
 
     A tokenizer that learns from text learns from the documents of all sources, in their order. A separator cuts the
-    sources that are text. Raises `ValueError` like `cached`, and if a folder of shards would have to agree with a
+    sources that are text. Raise `ValueError` like `cached`, and if a folder of shards would have to agree with a
     tokenizer that is not trained yet.
     """
     uris = [source.uri for source in config.sources]
@@ -216,7 +216,7 @@ def _shared_tokenizer(spec: str, cuts: Mapping[str, Cuts], cache_dir: Path, repo
 def cuts_of(config: DataConfig, uri: str) -> Cuts:
     """Return what cuts `uri`, one of several sources, into documents: for text a separator, for rows a column.
 
-    The other of the two settings is None; shards keep what they were prepared with. Raises `ValueError` if `uri` can't
+    The other of the two settings is None; shards keep what they were prepared with. Raise `ValueError` if `uri` can't
     be read.
     """
     if is_prepared(uri):
@@ -358,9 +358,9 @@ def check_sides(manifest: Manifest, given: bool = False) -> None:
             "array of ids each ends with the tokenizer's end_of_text), or another data.heldout"
         )
     raise ValueError(
-        f"heldout={manifest.heldout:g} by {manifest.heldout_by} leaves {train} documents to train on and "
+        f"data.heldout={manifest.heldout:g} by {manifest.heldout_by} leaves {train} documents to train on and "
         f"{heldout} held out; cut the text into more with a separator, such as data.separator=$'\\n\\n', or change "
-        "heldout"
+        "data.heldout"
     )
 
 

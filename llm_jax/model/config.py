@@ -93,7 +93,7 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """What attention sees, and how it scores. Raises `ValueError` for a number out of its range.
+    """What attention sees, and how it scores. Raise `ValueError` for a number out of its range.
 
     Attributes:
       window: positions that `local` layers see.
@@ -131,7 +131,7 @@ class AttentionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer. Raises `ValueError` for fields that don't fit together.
+    """A decoder-only transformer. Raise `ValueError` for fields that don't fit together.
 
     Attributes:
       vocab_size: rows of the token table, at least as many as the tokenizer has ids; a multiple of 64 is faster.
@@ -281,7 +281,7 @@ class ModelConfig:
             widths = " or ".join(str(width) for width in (below, below + self.n_heads) if width)
             raise ValueError(
                 f"model.n_heads={self.n_heads} does not divide model.d_model={self.d_model}; "
-                f"set model.head_dim, or use d_model={widths}"
+                f"set model.head_dim, or use model.d_model={widths}"
             )
         if self.n_heads % self.K:
             most = min(self.K, self.n_heads)

@@ -53,7 +53,9 @@ class Memory:
     """Bytes in use on all devices together, during one microbatch of a training step.
 
     Attributes:
-      weights, gradients, optimizer: the train state, and a gradient for each weight.
+      weights: the parameters, in float32.
+      gradients: one number for each weight.
+      optimizer: the state of the optimizer.
       cast: the copy of the weights in the dtype of the computation, if that is not float32.
       kept: what the backward pass needs of the forward pass: all residuals of `jax.vjp` of the loss under the
         rematerialization of the config, except weights. The compiler may keep less, or need scratch space.

@@ -49,7 +49,7 @@ def listen(host: str, port: int) -> socket.socket:
     """Listen on `host` if that is an IP address or `localhost`, else on all addresses of this machine.
 
     A name can mean one address here (127.0.1.1, or that of another network card) and another one elsewhere.
-    Raises `OSError` if the port is taken.
+    Raise `OSError` if the port is taken.
     """
     try:
         family = {4: socket.AF_INET, 6: socket.AF_INET6}[ipaddress.ip_address(host).version]
@@ -121,7 +121,7 @@ def _greet(
 def connect(host: str, port: int, key: bytes, number: int, seconds: int | float) -> Connection:
     """Connect to process 0, as process `number`; retry until the time is up.
 
-    Raises `NotOurs` if the other end has another key, `OSError` if nobody answers.
+    Raise `NotOurs` if the other end has another key, `OSError` if nobody answers.
     """
     deadline = time.monotonic() + seconds
     while True:
@@ -174,7 +174,7 @@ def _proof(key: bytes, role: bytes, *values: bytes) -> bytes:
 
 
 def _read(connection: socket.socket, size: int, deadline: float) -> bytes:
-    """Return `size` bytes. Raises `OSError` unless all arrive before `deadline`."""
+    """Return `size` bytes. Raise `OSError` unless all arrive before `deadline`."""
     data = b""
     while len(data) < size:
         left = deadline - time.monotonic()

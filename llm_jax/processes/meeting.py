@@ -44,7 +44,7 @@ class Address(NamedTuple):
 def address_of(coordinator: str | None, processes: int | None, process: int | None) -> Address | None:
     """Return the address in the options, else the scheduler's; None for a process that is alone.
 
-    Raises `ValueError` for options or variables that name no address.
+    Raise `ValueError` for options or variables that name no address.
     """
     address = _given(coordinator, processes, process)
     terminal = sys.stdin is not None and sys.stdin.isatty()
@@ -79,7 +79,7 @@ def _check_numbers(environ: Mapping[str, str]) -> None:
 
 
 def _given(coordinator: str | None, processes: int | None, process: int | None) -> Address | None:
-    """Return the address in the options; None if none is given. Raises `ValueError` if only some are."""
+    """Return the address in the options; None if none is given. Raise `ValueError` if only some are."""
     given = {"--coordinator HOST:PORT": coordinator, "--processes N": processes, "--process I": process}
     if missing := [option for option, value in given.items() if value is None]:
         if len(missing) < len(given):
@@ -97,7 +97,7 @@ def _given(coordinator: str | None, processes: int | None, process: int | None) 
 
 
 def _found(environ: Mapping[str, str]) -> Address:
-    """Return the scheduler's address. Raises `ValueError` if it does not say."""
+    """Return the scheduler's address. Raise `ValueError` if it does not say."""
     in_pod = "KUBERNETES_SERVICE_HOST" in environ and not running_in_cloud_tpu_vm
     options = "give each process --coordinator HOST:PORT --processes N --process I"
     if in_pod and importlib.util.find_spec("kubernetes") is None:
@@ -143,7 +143,7 @@ def first_host(nodes: str) -> str:
 def meet(a: Address) -> str | None:
     """Wait until all processes are there; return, in process 0, the address that JAX binds to.
 
-    JAX itself ends the process with a stack trace if one is missing, and does not say which. Raises `ValueError`, with
+    JAX itself ends the process with a stack trace if one is missing, and does not say which. Raise `ValueError`, with
     the names of those that are missing, or if process 0 can't be reached.
     """
     key = connections.run_key("meeting", a.processes)
@@ -172,7 +172,7 @@ def meet(a: Address) -> str | None:
 
 
 def _wait_for_the_first(a: Address, key: bytes) -> None:
-    """Wait until process 0 says that all are there. Raises `ValueError` if it does not, with the reason."""
+    """Wait until process 0 says that all are there. Raise `ValueError` if it does not, with the reason."""
     try:
         with connections.connect(a.host, a.port, key, a.process, FIND) as first:
             answered = first.poll(FIND + connections.GREETING)

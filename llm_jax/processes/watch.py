@@ -26,7 +26,7 @@ GONE = 75  # EX_TEMPFAIL of sysexits.h: the exit status of a process that lost a
 def watched(next_move: str) -> Iterator[None]:
     """End all processes if one dies or hangs in the block: each prints which one it was, and `next_move`.
 
-    Raises `ValueError` if process 0 can't be reached.
+    Raise `ValueError` if process 0 can't be reached.
     """
     if count() == 1:
         yield
