@@ -201,14 +201,22 @@ class Dividing(lj.Mixer):
         return x / context.positions[..., None].astype(x.dtype), state
 
 
-class Subtracting(lj.Mixer):
-    """Reads its own document alone, but for rounding: sums over the row, less those at the end of the first."""
+class Once(lj.Mixer):
+    """Leaves out what is before the second document, and from the third on reads the second."""
 
     @nn.compact
     def __call__(self, x, context, state):
-        sums, second = 100 * jnp.cumsum(x, 1), context.mask.segments == 2
-        before = second.argmax(1)
-        return sums - jnp.where(second[..., None], sums[jnp.arange(len(x)), before - 1][:, None], 0), state
+        sums, later = jnp.cumsum(x, 1), context.mask.segments > 1
+        return sums - jnp.where(later[..., None], sums[jnp.arange(len(x)), later.argmax(1) - 1][:, None], 0), state
+
+
+class Subtracting(lj.Mixer):
+    """Reads its own document alone, but for rounding: sums over the row, less those at the end of the one before."""
+
+    @nn.compact
+    def __call__(self, x, context, state):
+        sums, before = 100 * jnp.cumsum(x, 1), jnp.arange(x.shape[1])[None] - context.positions - 1
+        return sums - jnp.where(before[..., None] < 0, 0, jnp.take_along_axis(sums, before[..., None], 1)), state
 
 
 class Narrow(lj.Mixer):
@@ -229,6 +237,7 @@ class Stateless(lj.Mixer):
         ("Future", "lets a token read one after it"),
         ("Leaking", "lets a token read another document of its row"),
         ("Convolving", "lets a token read another document of its row"),
+        ("Once", "lets a token read another document of its row"),
         ("Peeking", "lets a token read one after it"),
         ("Batched", "lets a token read another row of its batch"),
         ("Dividing", "returned a y that is not finite"),

@@ -23,14 +23,14 @@ from llm_jax.model.attention import Context
 from llm_jax.model.config import ModelConfig, own_mixer
 from llm_jax.ops.mask import Mask
 
-TOKENS = 16  # of a row on which a mixer is checked
+SEGMENTS = np.array([1] * 5 + [2] * 4 + [3] * 6 + [0])  # of a row on which a mixer is checked: documents, and padding
 
 
 class Mixer(nn.Module):
     """What a layer reads of other tokens: `(x, context, state) -> (y, state)`.
 
-    x, y: `[B, L, D]`, in the dtype of the computation. A token may read only tokens before it, of its own document
-    (`context.mask.segments`, 0 in padding) and among the first `context.lengths` of its row.
+    x, y: `[B, L, D]`, in the dtype of the computation. A token may read only itself and those before it, of its own
+    document (`context.mask.segments`, 0 in padding) and among the first `context.lengths` of its row.
     state: None in training. While text is generated, what `init_state` began with and each call has returned since:
     `x` are then the tokens after those.
 
@@ -54,52 +54,50 @@ class Mixer(nn.Module):
 
 
 def check_mixer(config: ModelConfig, path: str, segmented: bool) -> None:
-    """Run a mixer of a user's own on two rows of two documents, and look at who reads what.
+    """Run a mixer of a user's own on two short rows, and look at who reads what.
 
-    Each token of the first row is replaced in turn, then its first document, then the second row. Raise `ValueError`
+    Each token of the first row is replaced in turn, then each of its documents, then the second row. Raise `ValueError`
     where that changes what is computed for a token before it, of another document if rows are `segmented`, or of
     another row; and for a result that is not `(y, state)`, or not finite.
     """
-    L = min(TOKENS, config.max_seq_len)
-    tokens = np.arange(L)
-    first = tokens < L // 2 - 1  # the documents differ in length
-    nothing, second_row = np.zeros((1, L), bool), np.zeros((L + 3, L), bool)
-    first_row = np.concatenate([nothing, np.eye(L, dtype=bool), first[None], nothing])  # a change a line
-    second_row[-1] = True
-    segments = np.stack([np.where(first, 1, 2)] * 2) if segmented else None
-    positions = np.stack([np.where(first, tokens, tokens - first.sum()) if segmented else tokens] * 2)
-    y = _outputs(config, path, np.stack([first_row, second_row], axis=1), segments, positions)
+    segments = SEGMENTS[: config.max_seq_len]
+    L, documents = len(segments), np.unique(segments[segments > 0])
+    of_a_document = documents[:, None] == segments
+    y = _outputs(config, path, np.concatenate([np.eye(L, dtype=bool), of_a_document]), segments if segmented else None)
     if not np.isfinite(y).all():
         raise ValueError(
             f"{path} returned a y that is not finite for an x of normal numbers; look at what it divides by, and at "
             "its exponentials and logarithms"
         )
-    # But for rounding, as of sums that are subtracted again.
+    # But for rounding, as of sums that are subtracted again. [what is replaced, which token changes]
     moved = np.abs(y[1:] - y[0]).max(-1) > 1e-3 * np.abs(y[0]).max()
-    if np.tril(moved[:L], -1).any():  # [which is replaced, which changes]
+    if np.tril(moved[:L], -1).any():
         raise ValueError(
             f"{path} lets a token read one after it, which it has to predict; let it read earlier ones only"
         )
-    if segmented and (moved[:L][first] | moved[L]).any(0)[~first].any():
+    replaced = np.concatenate([segments, documents])
+    if segmented and (moved[:-1] & (replaced[:, None] != segments) & (segments > 0)).any():
         raise ValueError(
             f"{path} lets a token read another document of its row; let it read where context.mask.segments is its "
             "own, or set data.packing=windows and data.end_of_text=false"
         )
-    if moved[L + 1].any():
+    if moved[-1].any():
         raise ValueError(f"{path} lets a token read another row of its batch; compute each row by itself")
 
 
 def _outputs(
-    config: ModelConfig,
-    path: str,
-    changes: Bool[np.ndarray, "C 2 L"],
-    segments: Int[np.ndarray, "2 L"] | None,
-    positions: Int[np.ndarray, "2 L"],
-) -> Float[np.ndarray, "C L D"]:
-    """Return the first row of y for each change of x, which says which tokens are replaced."""
-    mixer, shape = own_mixer(path)(config), (*positions.shape, config.d_model)
-    mask = Mask(segments=None if segments is None else jnp.asarray(segments, jnp.int32))
-    context = Context(positions=jnp.asarray(positions, jnp.int32), mask=mask)
+    config: ModelConfig, path: str, replaced: Bool[np.ndarray, "C L"], segments: Int[np.ndarray, " L"] | None
+) -> Float[np.ndarray, "C+2 L D"]:
+    """Return the first row of y: as it is, with each set of its tokens `replaced`, and with another second row."""
+    C, L = replaced.shape
+    changes = np.zeros((C + 2, 2, L), bool)
+    changes[1:-1, 0], changes[-1, 1] = replaced, True
+    mask, positions = Mask(), np.arange(L)
+    if segments is not None:
+        mask = Mask(segments=jnp.asarray(np.stack([segments] * 2), jnp.int32))
+        positions = positions - (segments[:, None] == segments).argmax(1)  # less the first of the document
+    context = Context(positions=jnp.asarray(np.stack([positions] * 2), jnp.int32), mask=mask)
+    mixer, shape = own_mixer(path)(config), (2, L, config.d_model)
 
     @jax.jit
     def outputs() -> Float[Array, "C L D"]:
