@@ -85,7 +85,7 @@ def test_the_flops_of_an_own_layer_are_those_of_its_matrices_by_any_name(model: 
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])
-def test_an_optimizer_takes_an_own_layer_whatever_its_parameters_are_called(model: lj.ModelConfig, name: Any):
+def test_an_optimizer_takes_an_own_layer_with_parameters_of_any_name(model: lj.ModelConfig, name: Any):
     params = shapes(dataclasses.replace(model, layers=("test_mixer:Named", "global")))
     optimizer = make_optimizer(lj.OptimizerConfig(name=name))
     state = jax.eval_shape(optimizer.init, params)
