@@ -48,7 +48,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(cls: type[Config], values: Mapping[str, Any], where: str = "") -> Config:
     """Return a `cls` from the result of `to_dict`; absent keys take their defaults.
 
-    Raise `ValueError` for an unknown key, a wrong type, or an absent key without a default.
+    Raises `ValueError` for an unknown key, a wrong type, or an absent key without a default.
     """
     hints = type_hints(cls)
     _check_known(values, hints, where)
@@ -60,7 +60,7 @@ def replace(config: Config, /, *assignments: str, **changes: Any) -> Config:
     """Return `config` with new values by path: `replace(config, steps=9, **{"model.n_layers": 4})`.
 
     `assignments` are words as on the command line, `"steps=9"`. All take effect together, so that two fields which must
-    agree can change in one call. Raise `ValueError` for an unknown path, a value of another type (text for a number
+    agree can change in one call. Raises `ValueError` for an unknown path, a value of another type (text for a number
     too), and a config that can't be.
     """
     new, known = override(config, assignments, **changes), {key.name: key for key in keys(type(config))}
@@ -73,7 +73,7 @@ def replace(config: Config, /, *assignments: str, **changes: Any) -> Config:
 def override(config: Config, assignments: Sequence[str], **changes: Any) -> Config:
     """Return `config` with each `"a.b=value"` of the command line applied, and `changes` as in `replace` before them.
 
-    Raise `ValueError` for a key that is unknown, with the likely ones, or that is set twice, and as `replace` does.
+    Raises `ValueError` for a key that is unknown, with the likely ones, or that is set twice, and as `replace` does.
     """
     known = {key.name: key for key in keys(type(config))}
     groups = {path: value for path, value in changes.items() if dataclasses.is_dataclass(value) and "." not in path}
@@ -98,7 +98,7 @@ def override(config: Config, assignments: Sequence[str], **changes: Any) -> Conf
 
 
 def _insert(values: dict[str, Any], path: str, value: Any) -> None:
-    """Put `value` at `path` of nested dicts. Raise `ValueError` if another value, or a group of values, is there."""
+    """Put `value` at `path` of nested dicts. Raises `ValueError` if another value, or a group of values, is there."""
     *groups, leaf = path.split(".")
     for depth, group in enumerate(groups, 1):
         inner: Any = values.setdefault(group, {})
@@ -114,7 +114,7 @@ def _insert(values: dict[str, Any], path: str, value: Any) -> None:
 def checked(config: Config) -> Config:
     """Return `config` with every leaf of its annotated type: a recipe is Python, and could hold anything.
 
-    Raise `ValueError` like `from_dict`.
+    Raises `ValueError` like `from_dict`.
     """
     return from_dict(type(config), to_dict(config))
 
@@ -284,7 +284,7 @@ def _number(value: str | int | float, kind: type) -> int | float | None:
 
 
 def read_number(text: str, kind: type) -> int | float:
-    """Return the number in the text of a command-line option. Raise `ValueError` as for a key of a config."""
+    """Return the number in the text of a command-line option. Raises `ValueError` as for a key of a config."""
     number = _number(text, kind)
     if number is None:
         raise ValueError(f"takes {NAMES[kind]}, got {_short(text)}{_in_ascii(text, kind)}")

@@ -30,7 +30,7 @@ NAMES = {
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write `path` so that a reader, even after a crash, finds either the old content or the new.
 
-    Removes what killed processes left of earlier writes. Raise `OSError`, naming `path`, if it can't be written.
+    Removes what killed processes left of earlier writes. Raises `OSError`, naming `path`, if it can't be written.
     """
     for stale in path.parent.glob(f".{_literal(path.name)}.*.part"):
         if _age(stale) > STALE_SECONDS:
@@ -46,7 +46,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def written(path: Path) -> Iterator[BinaryIO]:
-    """Yield a new file to write; after the block all of it is on the disk. Raise `OSError`, naming `path`, if not.
+    """Yield a new file to write; after the block all of it is on the disk. Raises `OSError`, naming `path`, if not.
 
     NumPy's own writers (`tofile`, and `save` to a file) don't notice a disk that runs full in the last few kilobytes.
     """
@@ -62,7 +62,7 @@ def strict(value: Any) -> Any:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write `values` as indented JSON, whole or not at all. Raise like `write_whole`."""
+    """Write `values` as indented JSON, whole or not at all. Raises like `write_whole`."""
     write_whole(path, json.dumps(values, indent=2) + "\n")
 
 
@@ -70,7 +70,7 @@ def read_json(path: Path, fields: Mapping[str, Types] | None = None, *, advice: 
     """Return the object in the JSON file `path`.
 
     `fields` are the names it must have, each with the type or types of its value. `advice` is what to do about a bad
-    file, and ends the message. Raise `ValueError`, one line, for a file that is missing, is not JSON, or has another
+    file, and ends the message. Raises `ValueError`, one line, for a file that is missing, is not JSON, or has another
     shape; no other exception, whatever the file holds.
     """
     try:
@@ -85,7 +85,7 @@ def read_json(path: Path, fields: Mapping[str, Types] | None = None, *, advice: 
 def parse_json(
     content: str | bytes, fields: Mapping[str, Types] | None = None, where: str = "", *, advice: str
 ) -> dict[str, Any]:
-    """Return the object in `content`, JSON in UTF-8. Raise `ValueError`, naming `where`, as `read_json` does."""
+    """Return the object in `content`, JSON in UTF-8. Raises `ValueError`, naming `where`, as `read_json` does."""
     try:
         found = json.loads(content if isinstance(content, str) else content.decode())
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, an integer of 5,000 digits, 10,000 brackets
@@ -95,7 +95,7 @@ def parse_json(
 
 
 def check_fields(found: Any, fields: Mapping[str, Types], where: str, *, advice: str) -> dict[str, Any]:
-    """Return `found`, a JSON object with these fields. Raise `ValueError`, naming `where`, for anything else."""
+    """Return `found`, a JSON object with these fields. Raises `ValueError`, naming `where`, for anything else."""
     if not isinstance(found, dict):
         raise ValueError(f"{where} holds {_name(type(found))}, expected an object; {advice}")
     for name, types in fields.items():
@@ -110,7 +110,7 @@ def check_fields(found: Any, fields: Mapping[str, Types], where: str, *, advice:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file, in hexadecimal. Raise `OSError` if it can't be read."""
+    """Return the sha256 of a file, in hexadecimal. Raises `OSError` if it can't be read."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -121,7 +121,7 @@ def whole_folder(folder: Path, purpose: str) -> Iterator[Path]:
 
     Until then it is a sibling named after its purpose, like `.llama.import.x3k2/`. What a killed process left for the
     same purpose is removed first; under another name if it is a day old, as a cache may never ask for that one again.
-    Raise `OSError` if `folder` exists by then, or can't be made or filled; paths inside are named as if in `folder`.
+    Raises `OSError` if `folder` exists by then, or can't be made or filled; paths inside are named as if in `folder`.
     """
     parent = folder.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +175,7 @@ def _remove_abandoned(scratch: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock on `folder` in the block. Raise `BlockingIOError` at once if another process holds it."""
+    """Hold the lock on `folder` in the block. Raises `BlockingIOError` at once if another process holds it."""
     try:
         with filelock.FileLock(folder / ".lock", timeout=0):
             yield

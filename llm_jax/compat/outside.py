@@ -11,7 +11,7 @@ from llm_jax.files import Types
 
 
 def optional(name: str) -> ModuleType:
-    """Import an optional module. Raise `ValueError` if it is not installed."""
+    """Import an optional module. Raises `ValueError` if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -19,5 +19,5 @@ def optional(name: str) -> ModuleType:
 
 
 def read_json(path: Path, fields: Mapping[str, Types] | None = None) -> dict[str, Any]:
-    """Return the object in a JSON file of a model, with these fields. Raise `ValueError` for anything else."""
+    """Return the object in a JSON file of a model, with these fields. Raises `ValueError` for anything else."""
     return files.read_json(path, fields, advice="name the folder of a model, with all of its files")

@@ -40,7 +40,7 @@ def is_first() -> bool:
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
     """Join the other processes: those of the arguments, else those of the scheduler, else none.
 
-    Call it before the first array. Raise `ValueError` if some don't arrive in time, and names them.
+    Call it before the first array. Raises `ValueError` if some don't arrive in time, and names them.
     """
     address = meeting.address_of(coordinator, processes, process)
     if address is None:

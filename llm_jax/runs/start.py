@@ -50,7 +50,7 @@ def config_from(
 
     How the model is trained is the recipe's too: `model.dropout`, `model.attention.dropout` and `model.remat`.
     `assignments` change fields, those of the model as well. `report` gets a line for what of the recipe's own model
-    gives way, and one for what the assignments change in that of `folder`. Raise `ValueError` where they name other
+    gives way, and one for what the assignments change in that of `folder`. Raises `ValueError` where they name other
     weights, or a tokenizer that is another, or would be learned anew.
     """
     if given := [text for text in assignments if text.startswith("init_from=")]:
