@@ -199,11 +199,13 @@ def names_of(axes: Axes) -> tuple[str, ...]:
     return (axes,) if isinstance(axes, str) else axes or ()
 
 
-def own_letters(path: str, shape: tuple[int, ...]) -> str:
-    """Return the letters of a parameter in a layer of the user's own, whole on every device; empty for any other."""
+def own_letters(path: str, shape: tuple[int, ...]) -> str | None:
+    """Return the letters of a parameter in a layer of the user's own, whole on every device; None for any other."""
     inside = re.search(r"layers(\S*)/mixer/", path)
-    stacked = inside is not None and not inside[1].startswith("_")  # layers_4 is one layer
-    return "" if inside is None else "N" * stacked + WHOLE * (len(shape) - stacked)
+    if inside is None:
+        return None
+    stacked = not inside[1].startswith("_") and len(shape) > 0  # layers_4 is one layer, and a step count is of none
+    return "N" * stacked + WHOLE * (len(shape) - stacked)
 
 
 @functools.cache
@@ -214,7 +216,7 @@ def letters_of(path: str, shape: tuple[int, ...]) -> str:
     has the letters of its parameter without those it is averaged over. Raise `ValueError` if no row of `LETTERS`
     matches.
     """
-    if own := own_letters(path, shape):
+    if (own := own_letters(path, shape)) is not None:
         return own
     letters = "" if math.prod(shape) == 1 else trees.first_match(LETTERS, path)
     matrix = trees.first_match((*TABLES, *MATRICES), path) if letters else None

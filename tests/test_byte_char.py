@@ -16,5 +16,5 @@ def test_every_text_of_its_alphabet_comes_back_from_characters(text: str):
 
 def test_a_character_outside_the_alphabet_is_named():
     for text in ("xxé", "xx\U0010ffff", "xx!"):
-        with pytest.raises(ValueError, match=r"character .* at position 2 is not among the 1 .* tokenizer=byte"):
+        with pytest.raises(ValueError, match=r"character .* at position 2 is not among the 1 .* data.tokenizer=byte"):
             tokenizer.CharTokenizer("x").encode(text)

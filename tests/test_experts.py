@@ -29,19 +29,19 @@ from llm_jax.ops.experts import (
 )
 
 ERRORS: list[tuple[dict[str, Any], str]] = [
-    ({"number": 1}, "experts.number=1 must be at least 2; for one expert leave experts unset"),
-    ({"active": 0}, "experts.active=0 must lie in [1, experts.number=8]"),
-    ({"active": 9}, "experts.active=9 must lie in [1, experts.number=8]"),
+    ({"number": 1}, "model.experts.number=1 must be at least 2; for one expert set model.experts=none"),
+    ({"active": 0}, "model.experts.active=0 must lie in [1, model.experts.number=8]"),
+    ({"active": 9}, "model.experts.active=9 must lie in [1, model.experts.number=8]"),
     (
         {"active": 1},
-        "experts.active=1 renormalised is always weighted 1, from which the router learns nothing; "
-        "set experts.renormalise=false",
+        "model.experts.active=1 renormalised is always weighted 1, from which the router learns nothing; "
+        "set model.experts.renormalise=false",
     ),
-    ({"d_ff": 0}, "experts.d_ff=0 must be at least 1; none is the model's"),
-    ({"shared": -1}, "experts.shared=-1 must not be negative; 0 is off"),
-    ({"balance_weight": -0.1}, "experts.balance_weight=-0.1 must not be negative; 0 is off"),
-    ({"bias_rate": -0.1}, "experts.bias_rate=-0.1 must not be negative; 0 is off"),
-    ({"router_z_loss": -0.1}, "experts.router_z_loss=-0.1 must not be negative; 0 is off"),
+    ({"d_ff": 0}, "model.experts.d_ff=0 must be at least 1; none is the model's"),
+    ({"shared": -1}, "model.experts.shared=-1 must not be negative; 0 is off"),
+    ({"balance_weight": -0.1}, "model.experts.balance_weight=-0.1 must not be negative; 0 is off"),
+    ({"bias_rate": -0.1}, "model.experts.bias_rate=-0.1 must not be negative; 0 is off"),
+    ({"router_z_loss": -0.1}, "model.experts.router_z_loss=-0.1 must not be negative; 0 is off"),
 ]
 
 

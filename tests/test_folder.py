@@ -62,7 +62,7 @@ def test_a_recipe_without_a_config_is_an_error_that_says_what_to_set(tmp_path: P
     [
         ("steps=0", "steps=0 must be at least 1"),
         ("sample_every=0", "sample_every=0 must be at least 1"),
-        ("accumulate=5", "accumulate=5 does not divide data.batch_size=16; use batch_size=20"),
+        ("accumulate=5", "accumulate=5 does not divide data.batch_size=16; use data.batch_size=20"),
         (
             "model.rotary.scaling=dynamic model.rotary.factor=2 model.rotary.original_len=16",
             r"depends on the length of a text, .* of data.seq_len=32; use data.seq_len=16, .* or data.packing=windows",

@@ -1,6 +1,7 @@
 """Our kernels equal the reference, and never read what no query sees."""
 
 import importlib.util
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,12 @@ CASES: dict[str, tuple[Mask, Scores]] = {
     "sparse": (Mask(sparse=Sparse("strided", block=128, local=1, stride=2)), Scores()),
     "alibi, capped": (Mask(), Scores(alibi=True, softcap=3.0)),
 }
+
+
+def test_a_kernel_names_each_array_that_it_gets():
+    for kernel in (kernels._forward_kernel, kernels._pattern_and_ds, kernels._dq_kernel, kernels._dkv_kernel):
+        kinds = {parameter.kind for parameter in inspect.signature(kernel).parameters.values()}
+        assert kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
 
 
 def inputs(dtype: str = "float32", B: int = 2, L: int = L, K: int = 2) -> list[jax.Array]:

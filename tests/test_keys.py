@@ -1,10 +1,14 @@
 """Every key has a meaning, and whoever types another name for it is told the one that works."""
 
+import ast
 import dataclasses
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+import llm_jax
 from llm_jax.config import override, plain
 from llm_jax.keys import REQUIRED, SYNONYMS, choices, keys, meanings, suggestions, value_at
 from llm_jax.ops.attention import ACROSS, IMPLEMENTATIONS
@@ -22,6 +26,36 @@ def test_a_docstring_explains_no_field_that_is_not_there():
     classes = {RunConfig} | {key.group for key in KEYS.values() if key.group is not None}
     unknown = {cls.__name__: meanings(cls).keys() - {f.name for f in dataclasses.fields(cls)} for cls in classes}
     assert {name: found for name, found in unknown.items() if found} == {}
+
+
+# Names in an error that are no keys of a config where it is raised: arguments of a function, a field of a mask.
+ARGUMENTS = {
+    "data/sources.py": {"column", "separator"},
+    "ops/fast_attention.py": {"window"},
+    "ops/linear_attention.py": {"chunk"},
+    "runs/data.py": {"column", "end_of_text"},
+    "runs/run.py": {"column"},
+}
+
+
+def words(error: ast.Call) -> str:
+    """Return the text of an error as it is written, with `{}` for what is computed."""
+    pieces = [piece for text in error.args for piece in getattr(text, "values", [text])]
+    return "".join(str(piece.value) if isinstance(piece, ast.Constant) else "{}" for piece in pieces)
+
+
+def test_a_key_that_an_error_names_is_written_in_full():
+    package, wrong = Path(llm_jax.__file__).parent, []
+    last = {name.rpartition(".")[2] for name in KEYS}
+    for path in package.rglob("*.py"):
+        calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+        errors = [words(call) for call in calls if ast.unparse(call.func) in ("ValueError", "Declined")]
+        for name in re.findall(r"(?<![\w.}])((?:\w+\.)*(?:\w+|{}))=", " ".join(errors)):
+            group, _, word = name.rpartition(".")
+            known = name in KEYS or (word == "{}" and group in {"", *(key.rpartition(".")[0] for key in KEYS)})
+            if not known and word in {"{}", *last} - ARGUMENTS.get(str(path.relative_to(package)), set()):
+                wrong.append(f"{path.relative_to(package)}: {name}")
+    assert wrong == []
 
 
 def test_no_two_keys_of_a_group_share_a_meaning():

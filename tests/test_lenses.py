@@ -109,7 +109,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes():
         (
             "phi3 long",
             {"rope_parameters": LONGROPE | {"short_factor": [1.0, 2.0]}},
-            "rotary.short_factors has 2 numbers where head_dim=8 x rotary.fraction=0.75 has 3 pairs; give one for each",
+            "model.rotary.short_factors has 2 numbers where model.head_dim=8 x model.rotary.fraction=0.75 has 3 pairs",
         ),
         ("mistral yarn", {"rope_parameters": YARN | {"truncate": False}}, "rope_type=yarn comes with truncate"),
         ("gemma3_text", {"rope_parameters": {"sliding_attention": YARN}}, "positions of sliding_attention by yarn"),

@@ -279,7 +279,9 @@ def test_a_horizon_beyond_the_allowed_epochs_is_refused_with_the_numbers(kind: s
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_corpus_shorter_than_a_row_is_refused_with_both_numbers(kind: str, stores):
     n_tokens = stores[kind].n_tokens
-    with pytest.raises(ValueError, match=rf"{n_tokens} tokens are too few .* seq_len={n_tokens} needs {n_tokens + 1}"):
+    with pytest.raises(
+        ValueError, match=rf"{n_tokens} tokens are too few .* data.seq_len={n_tokens} needs {n_tokens + 1}"
+    ):
         Loader(stores[kind], config(kind, seq_len=n_tokens))
     assert Loader(stores[kind], config(kind, seq_len=n_tokens - 1)).batch(0).tokens.shape == (6, n_tokens - 1)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,13 +13,21 @@ from grid import TINY
 from tiny_run import console, generate
 
 import llm_jax as lj
+from llm_jax.compat import compare, weights
+from llm_jax.compat.huggingface import choose
 from llm_jax.data.tokenizer import ByteTokenizer
 from llm_jax.infer.generate import begin_rows, next_token
-from llm_jax.model.count import parameter_counts
+from llm_jax.model.config import Layer
+from llm_jax.model.count import active_parameters, flops_per_token, parameter_counts, shapes
 from llm_jax.model.mixer import check_mixer
+from llm_jax.plan import describe
+from llm_jax.plan.liveness import by_module
 from llm_jax.runs import folder as run_folder
-from llm_jax.sharding import abstract_mesh, letters_of
+from llm_jax.runs.diagnose import BACKWARD
+from llm_jax.sharding import abstract_mesh, letters_of, shardings
 from llm_jax.train.mesh import check_mesh
+from llm_jax.train.optimizer import make_optimizer
+from llm_jax.tree import first_match, leaves
 
 AVERAGE = "averaging:Average"
 
@@ -50,6 +59,67 @@ def test_the_parameters_of_an_own_layer_are_counted_and_whole_on_every_device(mo
     assert letters_of("opt_state/0/mu/layers_2/mixer/w_out", (16, 16)) == "__"
 
 
+class Named(lj.Mixer):
+    """Calls its parameters what ours are called, or by no name of ours."""
+
+    @nn.compact
+    def __call__(self, x, context, state):
+        D = x.shape[-1]
+        for name in ("attention", "experts"):
+            x = nn.Dense(D, name=name)(x)
+        w = self.param("w_scale", nn.initializers.ones, (D,)) * self.param("temperature", nn.initializers.ones, ())
+        return Named.Inner(name="feedforward")(x) * w[None, None], state
+
+    class Inner(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x @ self.param("w_up", nn.initializers.zeros, (x.shape[-1], x.shape[-1]))
+
+
+def test_the_flops_of_an_own_layer_are_those_of_its_matrices_by_any_name(model: lj.ModelConfig):
+    both = [dataclasses.replace(model, layers=("test_mixer:Named",), n_layers=n) for n in (1, 2)]
+    first, second = (flops_per_token(each, 8) for each in both)
+    assert second - first == 6 * (3 * 16 * 16 + 3 * 16 * 16)  # its own, and those of the feed-forward
+    experts = lj.Experts(number=4, d_ff=8)
+    moe = dataclasses.replace(model, layers=("test_mixer:Named+moe",), experts=experts, n_layers=1)
+    unused = 3 * (4 - 2) * 16 * 8
+    assert active_parameters(moe) == sum(parameter_counts(moe).values()) - unused
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])
+def test_an_optimizer_takes_an_own_layer_with_parameters_of_any_name(model: lj.ModelConfig, name: Any):
+    params = shapes(dataclasses.replace(model, layers=("test_mixer:Named", "global")))
+    optimizer = make_optimizer(lj.OptimizerConfig(name=name))
+    state = jax.eval_shape(optimizer.init, params)
+    jax.eval_shape(optimizer.update, params, state, params)
+    shardings(state, abstract_mesh({"pipeline": 1, "data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 1}))
+
+
+def test_a_gradient_of_an_own_layer_has_its_position_in_the_backward_pass(model: lj.ModelConfig):
+    paths = leaves(shapes(dataclasses.replace(model, layers=("test_mixer:Named",))))
+    mixed = {first_match(BACKWARD, path) for path in paths if "/mixer/" in path}
+    assert mixed == {first_match(BACKWARD, "layers/attention/w_q")}
+    assert by_module({"jit(step)/layers/mixer/dot_general": 8}) == {"mixer": 8}
+
+
+def test_an_own_layer_has_no_twin_and_is_no_model_of_transformers(config, model: lj.ModelConfig):
+    model = dataclasses.replace(model, layers=(AVERAGE,), n_layers=1)
+    with pytest.raises(ValueError, match=r"model.layers: averaging:Average has no twin in PyTorch; use kinds of"):
+        compare.check(dataclasses.replace(config, model=model, steps=30), 20)
+    with pytest.raises(ValueError, match=r"no family can express this model; .* lacks model.layers=.'averaging:Av"):
+        choose(model, weights.shapes_of(shapes(model)), None)
+
+
+def test_what_is_shown_of_an_own_layer_tells_of_no_heads(model: lj.ModelConfig):
+    model = dataclasses.replace(model, residual="sandwich")
+    own, ours = describe.meanings(model, AVERAGE), describe.meanings(model, "global")
+    assert own["attn_out"] == ("B L D", "what Average makes of the tokens so far, normed")
+    assert own["resid_mid"] == ("B L D", "the stream plus what Average adds to it")
+    assert own.keys() == ours.keys()
+    shown = {name for name in own if Layer.of(AVERAGE).has(name) or name in ("tokens", "embed")}
+    assert not any(word in own[name][1] for name in shown for word in ("head ", "heads", "attention", "quer"))
+
+
 def test_an_own_layer_is_refused_on_a_mesh_axis_that_it_does_not_declare(config, model: lj.ModelConfig):
     config = dataclasses.replace(config, model=model)
     sizes = {"pipeline": 1, "data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 1}
@@ -63,9 +133,11 @@ def test_an_own_layer_is_refused_on_a_mesh_axis_that_it_does_not_declare(config,
     [
         ("nowhere:Gone", "nowhere:Gone can't be imported here"),
         ("averaging:lj", "averaging:lj is no subclass of llm_jax.Mixer"),
-        ("averaging:Average+more", "is no kind of layer"),
+        ("averaging:Average+more", r"'averaging:Average\+more' is no .* experts is averaging:Average\+moe$"),
+        ("averaging:Average+", r"'averaging:Average\+' is no kind of layer"),
+        ("global+", r"'global\+' is no kind of layer"),
     ],
-    ids=["gone", "other", "feedforward"],
+    ids=["gone", "other", "feedforward", "plus", "plus-global"],
 )
 def test_a_layer_that_is_none_is_refused_when_the_config_is_made(model, layer: str, message: str):
     with pytest.raises(ValueError, match=message):
@@ -101,6 +173,54 @@ class Leaking(lj.Mixer):
         return jnp.cumsum(x, 1), state
 
 
+class Convolving(lj.Mixer):
+    @nn.compact
+    def __call__(self, x, context, state):
+        w = self.param("w", nn.initializers.zeros, (3,))
+        padded = jnp.pad(x, ((0, 0), (2, 0), (0, 0)))
+        return x + sum(w[i] * padded[:, i : i + x.shape[1]] for i in range(3)), state
+
+
+class Peeking(lj.Mixer):
+    """Reads the token after, unless that is the last of the row; and what it adds to all features alike is hidden."""
+
+    @nn.compact
+    def __call__(self, x, context, state):
+        centred = x - x.mean(-1, keepdims=True)
+        after = jnp.concatenate([centred[:, 1:-1], jnp.zeros_like(x[:, :2])], axis=1)
+        return centred + 0.05 * after, state
+
+
+class Batched(lj.Mixer):
+    @nn.compact
+    def __call__(self, x, context, state):
+        return x - x.mean(0, keepdims=True), state
+
+
+class Dividing(lj.Mixer):
+    @nn.compact
+    def __call__(self, x, context, state):
+        return x / context.positions[..., None].astype(x.dtype), state
+
+
+class Once(lj.Mixer):
+    """Leaves out what is before the second document, and from the third on reads the second."""
+
+    @nn.compact
+    def __call__(self, x, context, state):
+        sums, later = jnp.cumsum(x, 1), context.mask.segments > 1
+        return sums - jnp.where(later[..., None], sums[jnp.arange(len(x)), later.argmax(1) - 1][:, None], 0), state
+
+
+class Subtracting(lj.Mixer):
+    """Reads its own document alone, but for rounding: sums over the row, less those at the end of the one before."""
+
+    @nn.compact
+    def __call__(self, x, context, state):
+        sums, before = 100 * jnp.cumsum(x, 1), jnp.arange(x.shape[1])[None] - context.positions - 1
+        return sums - jnp.where(before[..., None] < 0, 0, jnp.take_along_axis(sums, before[..., None], 1)), state
+
+
 class Narrow(lj.Mixer):
     @nn.compact
     def __call__(self, x, context, state):
@@ -118,7 +238,12 @@ class Stateless(lj.Mixer):
     [
         ("Future", "lets a token read one after it"),
         ("Leaking", "lets a token read another document of its row"),
-        ("Narrow", r"returned y of shape \(1, 6, 1\); return that of x, \(1, 6, 16\)"),
+        ("Convolving", "lets a token read another document of its row"),
+        ("Once", "lets a token read another document of its row"),
+        ("Peeking", "lets a token read one after it"),
+        ("Batched", "lets a token read another row of its batch"),
+        ("Dividing", "returned a y that is not finite"),
+        ("Narrow", r"returned y of shape \(2, 16, 1\); return that of x, \(2, 16, 16\)"),
         ("Stateless", r"returned \w+; return \(y, state\)"),
     ],
 )
@@ -129,14 +254,20 @@ def test_a_mixer_that_reads_what_it_may_not_is_refused_before_training(model, na
 
 def test_a_mixer_may_read_all_before_it_where_rows_have_no_documents(model):
     check_mixer(model, "test_mixer:Leaking", segmented=False)
+    check_mixer(model, "test_mixer:Convolving", segmented=False)
+
+
+def test_a_mixer_may_read_what_its_document_has_had_so_far(model):
     check_mixer(model, AVERAGE, segmented=True)
+    check_mixer(model, "test_mixer:Subtracting", segmented=True)
+    check_mixer(dataclasses.replace(model, max_seq_len=1), AVERAGE, segmented=True)
 
 
 def test_a_sampler_meets_no_layer_that_was_traced_before_it_changed():
     begin_rows(TINY, 8, TINY.vocab_size, jax.random.split(jax.random.key(0), 1))
     assert begin_rows._cache_size()
     config = lj.replace(TINY, {"layers": ("averaging:Average",)})
-    shapes = jax.eval_shape(lambda: lj.Transformer(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))
-    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes["params"])
+    abstract = jax.eval_shape(lambda: lj.Transformer(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract["params"])
     lj.Sampler(config, params, "byte")
     assert (begin_rows._cache_size(), next_token._cache_size()) == (0, 0)

@@ -18,11 +18,11 @@ SIZES = {"vocab_size", "d_model", "n_layers", "n_heads", "max_seq_len"}
 ERRORS: list[tuple[dict[str, Any], str]] = [
     (
         {"d_model": 100, "n_heads": 6, "n_kv_heads": None},
-        "model.n_heads=6 does not divide model.d_model=100; set model.head_dim, or use d_model=96 or 102",
+        "model.n_heads=6 does not divide model.d_model=100; set model.head_dim, or use model.d_model=96 or 102",
     ),
     (
         {"d_model": 4, "n_heads": 6, "n_kv_heads": None},
-        "model.n_heads=6 does not divide model.d_model=4; set model.head_dim, or use d_model=6",
+        "model.n_heads=6 does not divide model.d_model=4; set model.head_dim, or use model.d_model=6",
     ),
     ({"n_kv_heads": 4}, "model.n_kv_heads=4 does not divide model.n_heads=6; use a divisor, as 3"),
     ({"n_kv_heads": 12}, "model.n_kv_heads=12 does not divide model.n_heads=6; use a divisor, as 6"),
@@ -35,15 +35,15 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"norm_eps": 1e-46}, "model.norm_eps=1e-46 is no float32; use 0, or a size from 1.2e-38 to 3.4e+38"),
     (
         {"rotary": Rotary(scaling="longrope", original_len=8, short_factors=(1.0,) * 3, long_factors=(1.0,) * 2)},
-        "rotary.short_factors has 3 numbers where head_dim=4 has 2 pairs; give one for each",
+        "model.rotary.short_factors has 3 numbers where model.head_dim=4 has 2 pairs; give one for each",
     ),
     (
         {"rotary": Rotary(scaling="dynamic", original_len=8, fraction=0.5)},
-        "rotary.scaling=dynamic slows all pairs but the first, and head_dim=4 x rotary.fraction=0.5 has no other; "
-        "set model.head_dim=8, or rotary.scaling=none",
+        "model.rotary.scaling=dynamic slows all pairs but the first, and model.head_dim=4 x model.rotary.fraction=0.5 "
+        "has no other; set model.head_dim=8, or model.rotary.scaling=none",
     ),
     ({"residual_scale": 0.0}, "model.residual_scale=0.0 must be positive"),
-    ({"head_dim": 3}, "rotary positions rotate pairs: head_dim=3 must be even; set model.head_dim=4"),
+    ({"head_dim": 3}, "rotary positions rotate pairs: model.head_dim=3 must be even; set model.head_dim=4"),
     (
         {"d_model": 25, "head_dim": 4, "positions": "sinusoidal"},
         "sinusoidal positions come in pairs: model.d_model=25 must be even; use 26",

@@ -149,18 +149,18 @@ def test_local_layers_have_a_theta_of_their_own_and_no_scaling():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scaling": "yarn", "factor": 4.0}, "rotary.scaling=yarn needs rotary.original_len"),
-        ({"fraction": 0.0}, r"rotary.fraction=0.0 must lie in \(0, 1\]"),
-        ({"theta": -1.0}, "rotary.theta=-1.0 must be positive"),
-        ({"scaling": "dynamic", "factor": 4.0}, "rotary.scaling=dynamic needs rotary.original_len"),
-        ({"scaling": "longrope", "original_len": 8}, "rotary.short_factors has 0 numbers .* give both lists"),
-        ({"long_factors": (1.0, 2.0)}, "rotary.long_factors has 2 numbers where rotary.scaling=none"),
+        ({"scaling": "yarn", "factor": 4.0}, "model.rotary.scaling=yarn needs model.rotary.original_len"),
+        ({"fraction": 0.0}, r"model.rotary.fraction=0.0 must lie in \(0, 1\]"),
+        ({"theta": -1.0}, "model.rotary.theta=-1.0 must be positive"),
+        ({"scaling": "dynamic", "factor": 4.0}, "model.rotary.scaling=dynamic needs model.rotary.original_len"),
+        ({"scaling": "longrope", "original_len": 8}, "model.rotary.short_factors has 0 numbers .* give both lists"),
+        ({"long_factors": (1.0, 2.0)}, "model.rotary.long_factors has 2 numbers where model.rotary.scaling=none"),
         (
             {"scaling": "longrope", "original_len": 8, "short_factors": (1.0, 0.0), "long_factors": (1.0, 2.0)},
-            "rotary.short_factors=0.0 must be positive",
+            "model.rotary.short_factors=0.0 must be positive",
         ),
-        ({"scaling": "yarn", "original_len": 1}, "rotary.original_len=1 must be at least 2"),
-        ({"low_turns": 4.0, "high_turns": 4.0}, "rotary.high_turns=4.0 must exceed rotary.low_turns=4.0"),
+        ({"scaling": "yarn", "original_len": 1}, "model.rotary.original_len=1 must be at least 2"),
+        ({"low_turns": 4.0, "high_turns": 4.0}, "model.rotary.high_turns=4.0 must exceed model.rotary.low_turns=4.0"),
     ],
     ids=str,
 )

@@ -17,7 +17,7 @@ def say() -> Console:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data.epochs": 1.0}, "8 steps of 16 rows are .* but epochs=1 allows"),
+        ({"data.epochs": 1.0}, "8 steps of 16 rows are .* but data.epochs=1 allows"),
         ({"data.heldout": 0.0}, "data.heldout=0.0 leaves nothing to evaluate on"),
         ({"model.vocab_size": 100}, "has 257 ids, but model.vocab_size=100; use at least model.vocab_size=320"),
         ({"optimizer.warmup_steps": 8}, "optimizer.warmup_steps=8 leaves nothing of steps=8"),
@@ -38,7 +38,7 @@ def test_what_can_not_work_is_refused_with_nothing_written(changes, message, con
     ("prompts", "end_of_text", "says"),
     [
         (("",), False, r"prompts=\('',\): a prompt without tokens.* or set prompts=\(\)"),
-        (("a", "x" * 32), True, r"prompts=.*: a prompt of 33 tokens leaves no room in max_seq_len=32"),
+        (("a", "x" * 32), True, r"prompts=.*: a prompt of 33 tokens leaves no room in model.max_seq_len=32"),
     ],
 )
 def test_prompts_that_can_not_be_written_from_are_refused_before_the_first_step(

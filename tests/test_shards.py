@@ -364,9 +364,9 @@ def test_whoever_prepares_a_cached_corpus_first_is_believed(corpus: str, tmp_pat
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"seq_len": 0}, "seq_len=0 leaves no tokens"),
-        ({"batch_size": 0}, "batch_size=0 leaves no tokens"),
-        ({"epochs": 0.0}, "epochs=0 allows no step"),
+        ({"seq_len": 0}, "data.seq_len=0 leaves no tokens"),
+        ({"batch_size": 0}, "data.batch_size=0 leaves no tokens"),
+        ({"epochs": 0.0}, "data.epochs=0 allows no step"),
         ({"heldout": -0.1}, "heldout=-0.1 is not a fraction"),
     ],
 )

@@ -265,10 +265,13 @@ def test_metrics_count_all_tokens_read_and_the_loss_the_targets_kept():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TaskConfig("classify"), "task.kind=classify chooses among answers; got (); set task.answers=yes,no"),
-        (lambda: TaskConfig("translate", answers=("a",)), "generates any answer; leave out task.answers=a"),
-        (lambda: rows_of(TRANSLATE, packing="windows"), "packing=windows cuts them; use packing=documents"),
-        (lambda: rows_of(TRANSLATE, end_of_text=False), "must learn where an answer ends; set end_of_text=true"),
+        (
+            lambda: TaskConfig("classify"),
+            "data.task.kind=classify chooses among answers; got (); set data.task.answers=yes,no",
+        ),
+        (lambda: TaskConfig("translate", answers=("a",)), "generates any answer; leave out data.task.answers=a"),
+        (lambda: rows_of(TRANSLATE, packing="windows"), "data.packing=windows cuts them; use data.packing=documents"),
+        (lambda: rows_of(TRANSLATE, end_of_text=False), "must learn where an answer ends; set data.end_of_text=true"),
         (
             lambda: resolve(TaskConfig("translate", "=>"), ByteTokenizer()),
             "data.task.separator='=>' must be one token, and is 2 of byte; use another",
@@ -298,7 +301,7 @@ def test_a_task_that_can_not_be_asked_is_refused(make: Any, message: str):
         (["ab\tyes", "ab\t"], "a.jsonl#1 is not a question and its answer: its answer begins like none of"),
         (
             ["ab\tyes", "abc" * 9 + "\tno"],
-            "its 31 tokens exceed seq_len=24, which would split question and answer",
+            "its 31 tokens exceed data.seq_len=24, which would split question and answer",
         ),
     ],
 )

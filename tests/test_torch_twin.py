@@ -282,6 +282,11 @@ def test_parameters_of_another_model_are_named():
         load_parameters(Twin(tiny(bias="all")), weights(tiny(bias="qkv")))
 
 
+def test_a_layer_of_the_user_s_own_is_refused():
+    with pytest.raises(ValueError, match=r"model.layers: averaging:Average has no twin in PyTorch; use kinds of"):
+        Twin(tiny(layers=("global", "averaging:Average")))
+
+
 def test_in_bfloat16_they_agree_to_its_digits():
     config = tiny(dtype="bfloat16")
     twin = Twin(config)

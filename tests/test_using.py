@@ -128,7 +128,7 @@ def test_prompts_come_from_a_pipe_or_else_from_the_run(
 
 
 def test_a_prompt_longer_than_the_context_is_refused(error: Any):
-    assert "a prompt of 41 tokens leaves no room in max_seq_len=32" in error(
+    assert "a prompt of 41 tokens leaves no room in model.max_seq_len=32" in error(
         "generate", "runs/tiny", "--prompt", "x" * 40
     )
 

@@ -81,6 +81,20 @@ def test_every_exception_is_still_needed():
         assert any(words in path.read_text(encoding="utf-8") for path in [*SOURCES, *PAGES] if path.name == file), words
 
 
+def test_an_attribute_has_a_line_of_its_own():
+    """`Attributes:` lists what a class holds, one name an entry, as the site reads it."""
+    wrong = []
+    for path in ROOT.glob("llm_jax/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and (doc := ast.get_docstring(node)):
+                listed = doc.partition("\nAttributes:\n")[2].partition("\n\n")[0]
+                held = {ast.unparse(line.target) for line in node.body if isinstance(line, ast.AnnAssign)}
+                held |= {inner.attr for inner in ast.walk(node) if isinstance(inner, ast.Attribute)}
+                entries = re.findall(r"^  (\S.*?):", listed, re.MULTILINE)
+                wrong += [f"{node.name}: {entry}" for entry in entries if entry not in held]
+    assert wrong == []
+
+
 # Words with which a noun phrase or a clause begins, and no command.
 NO_VERB = """
 A|An|The|This|That|These|Those|It|Its|One|Two|All|Any|Both|Each|Every|No|None|Not|Some|Several|Other|So|True|False|As|At

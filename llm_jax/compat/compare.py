@@ -20,6 +20,7 @@ from llm_jax.config import plain, to_dict
 from llm_jax.data.loader import Loader
 from llm_jax.files import strict, write_json, write_whole
 from llm_jax.log import Report, visible
+from llm_jax.model.config import is_own
 from llm_jax.runs import folder as run_folder
 from llm_jax.runs.chart import GRAY, ORANGE, Series, line_chart
 from llm_jax.runs.data import open_data
@@ -38,10 +39,12 @@ class Trained:
     """The results of a side.
 
     Attributes:
-      loss, grad_norm: of every step.
+      loss: of every step, nats a token.
+      grad_norm: of every step, before it is clipped.
       tokens_per_second: of every round.
       first_seconds: the time of the steps before, including compilation.
-      imports, peak: bytes of its process after its imports, and at most.
+      imports: bytes of its process after its imports.
+      peak: bytes of its process at most.
     """
 
     loss: list[float]
@@ -69,7 +72,10 @@ class Gap:
     """How far a side of PyTorch is from ours.
 
     Attributes:
-      loss, grad_norm: the largest distance, in nats and relative to our norm; each with its step.
+      loss: the largest distance in nats.
+      loss_step: the step of it, from 1.
+      grad_norm: the largest distance relative to our norm.
+      grad_norm_step: the step of it.
       speed: ours as a multiple of theirs: lowest, median and highest of the rounds.
     """
 
@@ -175,6 +181,8 @@ def check_comparable(config: RunConfig, steps: int) -> None:
     for name, rate in (("dropout", config.model.dropout), ("attention.dropout", config.model.attention.dropout)):
         if rate:
             raise ValueError(f"model.{name}={rate}: no two libraries drop the same numbers; set model.{name}=0")
+    if own := [layer.mixer for layer in config.model.period if is_own(layer.mixer)]:
+        raise ValueError(f"model.layers: {own[0]} has no twin in PyTorch; use kinds of llm_jax, such as global")
     if config.optimizer.name != "adamw":
         raise ValueError(
             f"optimizer.name={config.optimizer.name} has no twin in PyTorch; set optimizer.name=adamw, and an "

@@ -57,7 +57,7 @@ class Family:
     def read(self, theirs: Theirs, where: str = "config.json") -> ModelConfig:
         """Return the model of a config.json; errors name it `where`.
 
-        Raises `ValueError`, and nothing else whatever the file holds, for what is unknown, unsupported or impossible.
+        Raise `ValueError`, and nothing else whatever the file holds, for what is unknown, unsupported or impossible.
         """
         try:
             check_known(theirs, self.keys, self.name)
@@ -147,7 +147,7 @@ def table(text: str) -> tuple[Row, ...]:
 
 
 def _config(fields: Mapping[str, Any], origins: Mapping[str, tuple[str, ...]], theirs: Theirs) -> ModelConfig:
-    """Return the model of these fields. Raises `ValueError` with the keys that a bad field comes from."""
+    """Return the model of these fields. Raise `ValueError` with the keys that a bad field comes from."""
     try:
         return from_dict(ModelConfig, _grouped(fields), "model.")
     except ValueError as error:

@@ -51,7 +51,7 @@ def import_run(
     """Make a run, at step 0, of the model in a folder or of that name on the Hugging Face hub; return its config.
 
     `tokenizer` names one of ours to use instead of the model's own. The run appears whole or not at all; saving it
-    takes the memory of its weights twice. `report` gets a line for everything that is ignored. Raises `ValueError` for
+    takes the memory of its weights twice. `report` gets a line for everything that is ignored. Raise `ValueError` for
     what is missing, unknown or unsupported.
     """
     folder = Path(folder)
@@ -139,7 +139,7 @@ def export_run(
 
     `family` is by default that of its import if it can express the model, else the first that can; `dtype` is by
     default that of its computation. An imported model keeps its token ids, the wider dtype of some tensors, and keys
-    that don't describe the model. `out` appears whole or not at all. Raises `ValueError` if no family can express the
+    that don't describe the model. `out` appears whole or not at all. Raise `ValueError` if no family can express the
     model, and for weights that are not finite or don't fit the dtype.
     """
     folder, out = Path(folder), Path(out)
@@ -201,7 +201,7 @@ def generation(about: Mapping[str, Any]) -> bytes:
 
 
 def fetch(source: str) -> Path:
-    """Return the folder `source`, or download the model of that name from the hub. Raises `ValueError` if both fail."""
+    """Return the folder `source`, or download the model of that name from the hub. Raise `ValueError` if both fail."""
     if source and Path(source).is_dir():
         return Path(source)
     if not re.fullmatch(HUB_NAME, source) or Path(source).is_file():
@@ -218,7 +218,7 @@ def fetch(source: str) -> Path:
 
 
 def family_of(theirs: Mapping[str, Any], where: str = "config.json") -> Family:
-    """Return the family of a config.json; errors name it `where`. Raises `ValueError` for an unknown family."""
+    """Return the family of a config.json; errors name it `where`. Raise `ValueError` for an unknown family."""
     name = " ".join(short(theirs.get("model_type")).split())
     if name in FAMILIES:
         return FAMILIES[name]
@@ -231,7 +231,7 @@ def family_of(theirs: Mapping[str, Any], where: str = "config.json") -> Family:
 def choose(model: ModelConfig, shapes: Shapes, name: str | None, origin: str | None = None) -> Family:
     """Return the family `name`; by default `origin`, if the model belongs to it, or the first that it belongs to.
 
-    Raises `ValueError` if it belongs to none.
+    Raise `ValueError` if it belongs to none.
     """
     if name is not None and name not in FAMILIES:
         needs = f"it needs {lacks}" if (lacks := lacking(name)) else nearest(name, FAMILIES)
@@ -255,7 +255,7 @@ def compute_dtype(theirs: Mapping[str, Any]) -> str:
 def choose_tokenizer(source: str, there: Path, name: str | None, model: ModelConfig) -> Tokenizer:
     """Return the tokenizer of the model `source` in the folder `there`, or ours of the name `name`.
 
-    Raises `ValueError` if there is none, or if it has more ids than the model, not counting added tokens.
+    Raise `ValueError` if there is none, or if it has more ids than the model, not counting added tokens.
     """
     if name is not None:
         coder = build(name, tuple)

@@ -47,7 +47,7 @@ KINDS = {"full_attention": "global", "sliding_attention": "local"}
 
 
 def pattern(kinds: Sequence[str], window: int | None) -> Fields:
-    """Return the fields of layers of these kinds. Raises `ValueError` for local layers without a `window`."""
+    """Return the fields of layers of these kinds. Raise `ValueError` for local layers without a `window`."""
     local = any("local" in kind for kind in kinds)
     if local and window is None:
         raise ValueError(
@@ -65,7 +65,7 @@ def period(kinds: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def of_each_layer(config: Theirs, name: str) -> Sequence[Any] | None:
-    """Return what a key says of each layer, if it is there. Raises `ValueError` for another number of layers."""
+    """Return what a key says of each layer, if it is there. Raise `ValueError` for another number of layers."""
     said, n_layers = config.get(name), config["num_hidden_layers"]
     if said is not None and len(said) != n_layers:
         raise ValueError(
@@ -75,7 +75,7 @@ def of_each_layer(config: Theirs, name: str) -> Sequence[Any] | None:
 
 
 def flag(config: Theirs, name: str, absent: bool = False) -> bool:
-    """Return a key that is true or false. Raises `ValueError` for any other value, as transformers does."""
+    """Return a key that is true or false. Raise `ValueError` for any other value, as transformers does."""
     said = config.get(name, absent)
     if not isinstance(said, bool):
         raise ValueError(f"config.json has {name}={short(said)}; expected true or false")
@@ -85,7 +85,7 @@ def flag(config: Theirs, name: str, absent: bool = False) -> bool:
 def sliding_window(config: Theirs, absent: int | None = 4096) -> int | None:
     """Return the window if `use_sliding_window` is true; `absent` is what a missing `sliding_window` means.
 
-    Raises `ValueError` for a switch that is not true or false.
+    Raise `ValueError` for a switch that is not true or false.
     """
     return config.get("sliding_window", absent) if flag(config, "use_sliding_window") else None
 
@@ -308,7 +308,7 @@ WHOLE_HEADS = Lens((), lambda config: {}, _check_whole_heads)
 
 
 def known(name: str, names: Mapping[Any, Any], value: Any) -> Any:
-    """Return `names[value]`. Raises `ValueError` for a value that is not there."""
+    """Return `names[value]`. Raise `ValueError` for a value that is not there."""
     if value not in names:
         raise ValueError(f"config.json has {name}={value}, which llm-jax can't do; known: {', '.join(map(str, names))}")
     return names[value]

@@ -11,7 +11,7 @@ from llm_jax.files import Types
 
 
 def optional(name: str) -> ModuleType:
-    """Import an optional module. Raises `ValueError` if it is not installed."""
+    """Import an optional module. Raise `ValueError` if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

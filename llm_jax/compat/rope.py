@@ -180,7 +180,7 @@ def _scaling(rotary: Rotary, longest: int, scalings: Scalings, *, counted: bool)
 
     `counted`: the family is as old as `linear`, and its old readers accept exactly two keys. Two kinds depend on the
     length of a text: `dynamic` on `max_position_embeddings`, `longrope` on a key outside, whose ratio to the maximum is
-    its factor. Raises `ValueError` for another factor; Phi-3, whose readers accept exactly three keys, is then
+    its factor. Raise `ValueError` for another factor; Phi-3, whose readers accept exactly three keys, is then
     written without `type`, so that they refuse it.
     """
     scaled = {name: value for name, value in _parameters(rotary, scalings).items() if name != "rope_theta"}

@@ -38,7 +38,7 @@ class Stored:
     shape: tuple[int, ...]
 
     def read(self) -> np.ndarray:
-        """Return its numbers. Raises `ValueError` for a dtype that is not in `DTYPES`."""
+        """Return its numbers. Raise `ValueError` for a dtype that is not in `DTYPES`."""
         self.check()
         with _opened(self.file) as file:  # opened anew for each: an open mapping keeps all that was ever read
             return file.get_tensor(self.name)
@@ -55,7 +55,7 @@ class Stored:
 def open_folder(folder: Path) -> dict[str, Stored]:
     """Return every tensor of the model in `folder`, by name, in one file or in shards.
 
-    If both exist, the one file is taken, as in transformers. Raises `ValueError` if there is none, a shard is missing,
+    If both exist, the one file is taken, as in transformers. Raise `ValueError` if there is none, a shard is missing,
     or one is damaged.
     """
     if (folder / WHOLE).is_file():
@@ -86,7 +86,7 @@ def passed_over(folder: Path) -> str | None:
 
 
 def open_file(path: Path) -> dict[str, Stored]:
-    """Return every tensor of one file. Raises `ValueError` if the file does not match its header."""
+    """Return every tensor of one file. Raise `ValueError` if the file does not match its header."""
     with _opened(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         return {name: Stored(path, name, x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
@@ -113,7 +113,7 @@ def write_file(
 ) -> None:
     """Write tensors of these names and shapes, one `read` at a time. `dtype` is of all, or of each by name.
 
-    Raises `ValueError` with the name of a tensor with numbers that are not finite in its dtype, and `OSError`.
+    Raise `ValueError` with the name of a tensor with numbers that are not finite in its dtype, and `OSError`.
     """
     codes = {name: CODES[dtype if isinstance(dtype, str) else dtype[name]] for name in shapes}
     header, end = {}, 0
@@ -131,7 +131,7 @@ def write_file(
 
 
 def _cast(tensor: np.ndarray, code: str, name: str) -> np.ndarray:
-    """Return `tensor` in the dtype of that code. Raises `ValueError` unless all of its numbers stay finite."""
+    """Return `tensor` in the dtype of that code. Raise `ValueError` unless all of its numbers stay finite."""
     with np.errstate(over="ignore"):
         cast = tensor.astype(DTYPES[code])
     if lost := count_not_finite(cast):

@@ -69,11 +69,11 @@ class Side:
         self._process.join()
 
     def begin(self, config: RunConfig, folders: list[Path], params: PyTree, rates: Iterable[float]) -> None:
-        """Build the model, with these parameters. Raises `ValueError` if the process fails."""
+        """Build the model, with these parameters. Raise `ValueError` if the process fails."""
         self._ask((config, folders, params, rates))
 
     def train(self, steps: int) -> Stretch:
-        """Take the next steps. Raises `ValueError` if the process fails."""
+        """Take the next steps. Raise `ValueError` if the process fails."""
         return self._ask(steps)
 
     def _ask(self, what: Any) -> Any:
@@ -146,7 +146,7 @@ def why_not_compiled() -> str | None:
 
 
 def peak_memory() -> int:
-    """Return the largest resident set of this process until now, in bytes. Raises `ValueError` on Windows."""
+    """Return the largest resident set of this process until now, in bytes. Raise `ValueError` on Windows."""
     status = Path("/proc/self/status")
     if status.exists():  # getrusage would count what the parent held when it started us
         return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line[:6] == "VmHWM:")

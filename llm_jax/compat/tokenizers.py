@@ -41,7 +41,7 @@ def ends_of(there: Path) -> tuple[int, ...]:
     """Return the ids that end a text of the model in the folder `there`; empty if none is named.
 
     They are all that config.json and generation_config.json name, in this order; if these name none, the tokenizer's
-    eos_token. Raises `ValueError` for a value that is no id.
+    eos_token. Raise `ValueError` for a value that is no id.
     """
     found: list[Any] = []
     for path in (there / "config.json", there / "generation_config.json"):

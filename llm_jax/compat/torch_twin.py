@@ -31,9 +31,11 @@ from llm_jax.compat.torch_layers import (
     Use,
 )
 from llm_jax.compat.torch_positions import alibi_slopes, rotations, sinusoidal
-from llm_jax.model.config import SOFTMAX, Layer, ModelConfig
+from llm_jax.model.config import SOFTMAX, Layer, ModelConfig, is_own
 from llm_jax.model.stack import locate, unstack
 from llm_jax.tree import leaves
+
+MIXERS = {**dict.fromkeys(SOFTMAX, SoftmaxAttention), "linear": LinearAttention, "delta": DeltaRule}
 
 
 @dataclasses.dataclass
@@ -50,8 +52,7 @@ class Block(nn.Module):
     def __init__(self, c: ModelConfig, kind: Layer) -> None:
         super().__init__()
         self.residual, self.scale, self.moe = c.residual, c.residual_scale, kind.moe
-        mixer = {"linear": LinearAttention, "delta": DeltaRule}.get(kind.mixer, SoftmaxAttention)
-        self.attention = mixer(c, kind.mixer)
+        self.attention = MIXERS[kind.mixer](c, kind.mixer)
         if kind.moe:
             self.experts = MixtureOfExperts(c)
         else:
@@ -95,13 +96,18 @@ class Block(nn.Module):
 
 
 class Twin(nn.Module):
-    """Token ids to logits, like `Transformer`, without cache and dropout."""
+    """Token ids to logits, like `Transformer`, without cache and dropout.
+
+    Raise `ValueError` for a layer of the user's own, which is written in JAX alone.
+    """
 
     blocks: Bool[Tensor, "blocks blocks"]
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = c = config
+        if own := [layer.mixer for layer in c.period if is_own(layer.mixer)]:
+            raise ValueError(f"model.layers: {own[0]} has no twin in PyTorch; use kinds of llm_jax, such as global")
         self.embedding = Table(c.vocab_size, c.d_model)
         if c.positions == "learned":
             self.positions = Table(c.max_seq_len, c.d_model)
@@ -182,7 +188,7 @@ def parameters(twin: Twin) -> dict[str, nn.Parameter]:
 
 
 def load_parameters(twin: Twin, params: PyTree) -> None:
-    """Copy our parameters, as from `init`, into the twin. Raises `ValueError` for a leaf that only one side has."""
+    """Copy our parameters, as from `init`, into the twin. Raise `ValueError` for a leaf that only one side has."""
     # As NumPy arrays, whose slices are views: JAX would compile a program for each shape.
     ours, theirs = leaves(unstack(twin.config, jax.tree.map(np.asarray, params))), parameters(twin)
     here, there = ({path: tuple(leaf.shape) for path, leaf in side.items()} for side in (ours, theirs))

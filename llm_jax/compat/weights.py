@@ -26,7 +26,7 @@ BUFFERS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)(attn|attention)\.(masked_)?b
 def read_parameters(folder: Path, family: Family, config: ModelConfig) -> PyTree:
     """Return the parameters of the model in `folder`, float32, in host memory: no accelerator needs to hold them.
 
-    Raises `ValueError` with the names of tensors that are missing, unknown, of another shape, or not floating-point
+    Raise `ValueError` with the names of tensors that are missing, unknown, of another shape, or not floating-point
     numbers, before it reads any; and for NaN or infinity in one.
     """
     abstract, cpu = shapes(config), jax.local_devices(backend="cpu")[0]
@@ -59,7 +59,7 @@ def write_parameters(
 ) -> None:
     """Write the parameters as the tensors of the family; `kept` names those of another dtype.
 
-    Raises `ValueError` with the name of a tensor whose numbers are not finite, or don't fit the dtype.
+    Raise `ValueError` with the name of a tensor whose numbers are not finite, or don't fit the dtype.
     """
     leaves = {name: np.asarray(leaf) for name, leaf in trees.leaves(params).items()}
     tensors = {tensor.name: tensor for tensor in family.tensors_of(config, shapes_of(params))}
@@ -95,7 +95,7 @@ def shapes_of(params: PyTree) -> Shapes:
 def matched(
     family: Family, config: ModelConfig, tensors: Sequence[Tensor], stored: Mapping[str, Stored]
 ) -> dict[str, Stored]:
-    """Return what is stored, by the names of `tensors`. Raises `ValueError` unless names and shapes agree."""
+    """Return what is stored, by the names of `tensors`. Raise `ValueError` unless names and shapes agree."""
     embedding = tensors[0].name
     prefix = embedding.partition(".")[0] + "."
     if not any(name.startswith(prefix) for name in stored):  # saved without its head, as GPT-2 was

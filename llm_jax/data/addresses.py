@@ -44,7 +44,7 @@ class File:
         return printable(self.path)
 
     def open(self) -> Any:
-        """Open the stored bytes. Raises `ValueError` if they can't be read."""
+        """Open the stored bytes. Raise `ValueError` if they can't be read."""
         with reading(self):
             return self.system.open(self.path, "rb")
 
@@ -68,7 +68,7 @@ class File:
 def files_at(uri: str, report: Callable[[str], object] = lambda line: None) -> list[File]:
     """Return the files of `uri`, in an order that never changes; `report` gets a line for what is left out of a folder.
 
-    Raises `ValueError`, one line, if there are none or the store can't be reached.
+    Raise `ValueError`, one line, if there are none or the store can't be reached.
     """
     if uri == BUILTIN:
         return _standard_library()

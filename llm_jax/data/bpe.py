@@ -75,7 +75,7 @@ class BPETokenizer(Tokenizer):
 def train(vocab_size: int, texts: Iterable[str]) -> BPETokenizer:
     """Train a byte-pair encoding of `vocab_size` ids in all, or fewer if `texts` run out of pairs to merge.
 
-    Raises `ValueError` for a size below 257 (256 bytes and the end of text) or above `MOST_IDS`.
+    Raise `ValueError` for a size below 257 (256 bytes and the end of text) or above `MOST_IDS`.
     """
     if vocab_size < 257:
         raise ValueError(
@@ -90,13 +90,13 @@ def train(vocab_size: int, texts: Iterable[str]) -> BPETokenizer:
 
 
 def published(name: str) -> BPETokenizer:
-    """Return one of tiktoken's encodings. Raises `ValueError` if it can't be downloaded."""
+    """Return one of tiktoken's encodings. Raise `ValueError` if it can't be downloaded."""
     try:
         return BPETokenizer(tiktoken.get_encoding(name))
     except OSError as error:  # every failure of the network is one
         raise ValueError(
             f"tiktoken cannot fetch the encoding {name} ({type(error).__name__}); set TIKTOKEN_CACHE_DIR to "
-            "a folder where it has done so before, or train one here: tokenizer=train:4096"
+            "a folder where it has done so before, or train one here: data.tokenizer=train:4096"
         ) from error
 
 
@@ -107,7 +107,7 @@ def from_ranks(name: str, pattern: str, ranks: dict[bytes, int], specials: dict[
 
 
 def load_bpe(folder: Path, name: str, pattern: str, lines: bytes, specials: Mapping[str, Any]) -> BPETokenizer:
-    """Return the tokenizer saved in `folder`. Raises `ValueError` for one that tiktoken would fail on."""
+    """Return the tokenizer saved in `folder`. Raise `ValueError` for one that tiktoken would fail on."""
     try:
         ranks = _ranks_in(lines)
     except (ValueError, binascii.Error):

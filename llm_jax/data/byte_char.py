@@ -42,7 +42,7 @@ class CharTokenizer(Tokenizer):
             where = int(np.argmin(known))
             raise ValueError(
                 f"character {text[where]!r} at position {where} is not among the {len(self._alphabet)} that "
-                "the char tokenizer was built on; leave it out, or prepare the data with tokenizer=byte"
+                "the char tokenizer was built on; leave it out, or set data.tokenizer=byte"
             )
         return tokens.astype(np.int32)
 

@@ -40,7 +40,7 @@ DECODERS: dict[str, Callable[[], Any]] = {
 
 
 def read_text(file: File) -> Iterator[str]:
-    """Yield the text of `file`, a block at a time, with its own line ends. Raises `ValueError` if it is not UTF-8."""
+    """Yield the text of `file`, a block at a time, with its own line ends. Raise `ValueError` if it is not UTF-8."""
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
     for block in itertools.chain(read_bytes(file), [b""]):
         try:
@@ -56,7 +56,7 @@ def read_text(file: File) -> Iterator[str]:
 def read_bytes(file: File) -> Iterator[bytes]:
     """Yield the content of `file`, decompressed, in blocks of at least `BLOCK` bytes, except the last one.
 
-    Raises `ValueError` if it can't be read or is damaged.
+    Raise `ValueError` if it can't be read or is damaged.
     """
     pieces, size = [], 0
     for piece in _pieces(file) if file.compression is None else _decompressed(file, DECODERS[file.compression]):
@@ -71,7 +71,7 @@ def read_bytes(file: File) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def open_seekable(file: File) -> Iterator[IO[bytes]]:
-    """Yield the content of `file` to seek in: if compressed, a copy on the disk. Raises like `read_bytes`."""
+    """Yield the content of `file` to seek in: if compressed, a copy on the disk. Raise like `read_bytes`."""
     if file.compression is not None:
         with tempfile.TemporaryFile() as copy:
             _fill(copy, file)
@@ -82,7 +82,7 @@ def open_seekable(file: File) -> Iterator[IO[bytes]]:
 
 
 def _fill(copy: IO[bytes], file: File) -> None:
-    """Write the content of `file` to `copy`, and rewind it. Raises `ValueError` if the disk is full."""
+    """Write the content of `file` to `copy`, and rewind it. Raise `ValueError` if the disk is full."""
     try:
         copy.writelines(read_bytes(file))
         copy.seek(0)  # writes what is left in the buffer

@@ -37,7 +37,7 @@ class Source:
 class DataConfig:
     """What is read, how it becomes tokens, what is held out, and how the rest is cut into rows.
 
-    Every field up to `heldout_by`, and `special`, is an argument of `prepare`; the others are for the loader. Raises
+    Every field up to `heldout_by`, and `special`, is an argument of `prepare`; the others are for the loader. Raise
     `ValueError` for fields that contradict each other.
 
     Attributes:
@@ -80,15 +80,15 @@ class DataConfig:
         check_heldout(self.heldout, self.heldout_by)
         for name in ("seq_len", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} leaves no tokens; use 1 or more")
+                raise ValueError(f"data.{name}={getattr(self, name)} leaves no tokens; use 1 or more")
         if self.epochs is not None and self.epochs <= 0:
-            raise ValueError(f"epochs={self.epochs:g} allows no step; use a positive number, or none for no limit")
+            raise ValueError(f"data.epochs={self.epochs:g} allows no step; use a positive number, or none for no limit")
         if self.task is not None and self.packing != "documents":
             raise ValueError(
-                f"a task needs whole documents, and packing={self.packing} cuts them; use packing=documents"
+                f"a task needs whole documents, and data.packing={self.packing} cuts them; use data.packing=documents"
             )
         if self.task is not None and self.task.kind == "translate" and not self.end_of_text:
-            raise ValueError("task.kind=translate must learn where an answer ends; set end_of_text=true")
+            raise ValueError("data.task.kind=translate must learn where an answer ends; set data.end_of_text=true")
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -103,7 +103,7 @@ class DataConfig:
 def parse_uri(uri: str) -> tuple[Source, ...]:
     """Return the sources that `uri` names, by the grammar above.
 
-    Raises `ValueError` for a mixture with a weight that is missing or not a positive decimal, or with an address that
+    Raise `ValueError` for a mixture with a weight that is missing or not a positive decimal, or with an address that
     is empty or occurs twice.
     """
     ends = list(NUMBER.finditer(uri))
@@ -162,6 +162,6 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
 
 def check_heldout(heldout: float, heldout_by: str) -> None:
     """Raise `ValueError` unless `heldout` is a fraction and `heldout_by` a known way to choose it."""
-    check_choice("heldout_by", heldout_by, ("hash", "tail"))
+    check_choice("data.heldout_by", heldout_by, ("hash", "tail"))
     if not 0 <= heldout < 1:
-        raise ValueError(f"heldout={heldout:g} is not a fraction of the documents; use 0.05, or 0 for none")
+        raise ValueError(f"data.heldout={heldout:g} is not a fraction of the documents; use 0.05, or 0 for none")

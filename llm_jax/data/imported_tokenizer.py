@@ -58,7 +58,7 @@ class ImportedTokenizer(Tokenizer):
         """Read the tokenizer, without its added tokens from the id `most` on.
 
         A text-only model may have no embeddings for those. `begin_of_text` is by default the token that the library
-        puts before a text, else the files' bos_token, else `end_of_text`. Raises `ValueError` if the library is
+        puts before a text, else the files' bos_token, else `end_of_text`. Raise `ValueError` if the library is
         missing, if the files can't be read, and for an end or a beginning that is none of their ids.
         """
         self.files = files
@@ -104,7 +104,7 @@ class ImportedTokenizer(Tokenizer):
         return np.array(_encoded(self.name, self._encoding, text, alone=False).ids, np.int32)
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """Return the text of `tokens`, special ones included, as the library decodes it. Raises like `decode_bytes`."""
+        """Return the text of `tokens`, special ones included, as the library decodes it. Raise like `decode_bytes`."""
         return self._encoding.decode(self._ids_in(tokens), skip_special_tokens=False)
 
     def save(self, folder: str | Path) -> None:
@@ -121,7 +121,7 @@ class ImportedTokenizer(Tokenizer):
 
 
 def files_in(folder: str | Path) -> dict[str, bytes]:
-    """Return those of `FILES` that `folder` has. Raises `ValueError` if the tokenizer itself is missing."""
+    """Return those of `FILES` that `folder` has. Raise `ValueError` if the tokenizer itself is missing."""
     paths = [Path(folder) / name for name in FILES]
     if not paths[0].is_file():
         raise ValueError(f"no tokenizer in {folder}: {paths[0].name} is missing; name the folder of one")
@@ -130,7 +130,7 @@ def files_in(folder: str | Path) -> dict[str, bytes]:
 
 
 def load_imported(folder: Path, name: str, description: Mapping[str, Any], ends: Any) -> ImportedTokenizer:
-    """Return the tokenizer that `save` wrote, with its `ends`. Raises `ValueError` if its file has changed."""
+    """Return the tokenizer that `save` wrote, with its `ends`. Raise `ValueError` if its file has changed."""
     files = files_in(folder)
     if _sha256(files) != description["sha256"]:
         raise ValueError(f"{folder} is damaged: its tokenizer.json has changed; import the model again")
@@ -143,7 +143,7 @@ def load_imported(folder: Path, name: str, description: Mapping[str, Any], ends:
 def named_token(name: str, files: Mapping[str, bytes], found: Mapping[str, Any], role: str) -> int | None:
     """Return the id of the token that the files name for `role`, such as eos_token; None if there is none.
 
-    `found` is their tokenizer.json. Raises `ValueError` if the name is not text.
+    `found` is their tokenizer.json. Raise `ValueError` if the name is not text.
     """
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         where = f"the {file} of {name}"

@@ -70,7 +70,7 @@ class Loader:
     """The training batches of a split, or the `rows` of each batch that one of several processes reads.
 
     If the split has several sources, each row is from one of them. Batches have the fields that `config` calls for, and
-    those that somebody `needs`. Raises `ValueError` if a source is shorter than a row.
+    those that somebody `needs`. Raise `ValueError` if a source is shorter than a row.
     """
 
     def __init__(
@@ -135,14 +135,14 @@ class Loader:
         n_rows, of = self._sources[first].n_rows, f" of {self._sources[first].name}" * (len(limits) > 1)
         if not allowed:
             raise ValueError(
-                f"epochs={epochs:g} of {n_rows} rows{of} fill no batch of {batch_size}; lower data.batch_size, or "
+                f"data.epochs={epochs:g} of {n_rows} rows{of} fill no batch of {batch_size}; lower data.batch_size, or "
                 "allow more epochs"
             )
         if steps > allowed:
             more, _ = apart(self.epochs(steps)[first], epochs, "f", 2)
             raise ValueError(
                 f"{steps} steps of {batch_size} rows are {more} epochs of {n_rows} rows{of}, "
-                f"but epochs={epochs:g} allows {allowed}; use steps={allowed}, more epochs or more text"
+                f"but data.epochs={epochs:g} allows {allowed}; use steps={allowed}, more epochs or more text"
             )
 
     def batch(self, step: int) -> Batch:
@@ -194,8 +194,8 @@ class _Rows:
         if n_tokens <= config.seq_len:
             where = f" of {source.name}" if len(store.sources) > 1 else ""
             raise ValueError(
-                f"{n_tokens} tokens{where} are too few for one row: seq_len={config.seq_len} needs "
-                f"{config.seq_len + 1} with the last target; use more text or a smaller seq_len"
+                f"{n_tokens} tokens{where} are too few for one row: data.seq_len={config.seq_len} needs "
+                f"{config.seq_len + 1} with the last target; use more text or a smaller data.seq_len"
             )
         self.name = source.name
         self.packing, self._start = _packing(store, source, config), source.tokens.start
@@ -271,7 +271,7 @@ def heldout_rows(store: TokenStore, config: DataConfig) -> Iterator[Batch]:
 
 @functools.lru_cache(maxsize=len(SPLITS))  # every evaluation calls it
 def task_of(store: TokenStore, config: DataConfig) -> Task | None:
-    """Return the task of `config` in the tokens of `store`. Raises `ValueError` for a document that misfits it."""
+    """Return the task of `config` in the tokens of `store`. Raise `ValueError` for a document that misfits it."""
     if config.task is None:
         return None
     task = resolve(config.task, store.tokenizer, special=config.special)

@@ -17,7 +17,7 @@ from llm_jax.data.tokenizer import Tokenizer
 
 
 class Mixture:
-    """The shards of several sources, in the ids of one tokenizer. Raises `ValueError` if their tokenizers differ."""
+    """The shards of several sources, in the ids of one tokenizer. Raise `ValueError` if their tokenizers differ."""
 
     def __init__(self, sources: Sequence[Source], shards: Sequence[Shards]) -> None:
         self.sources, self.shards = tuple(sources), tuple(shards)
@@ -52,7 +52,7 @@ class Mixture:
 
 
 def open_folders(config: DataConfig, folders: Sequence[str | Path]) -> Shards | Mixture:
-    """Open the shards of each source of `config`. Raises `ValueError` like `open_shards`, and like `Mixture`."""
+    """Open the shards of each source of `config`. Raise `ValueError` like `open_shards`, and like `Mixture`."""
     shards = [open_shards(folder) for folder in folders]
     return shards[0] if len(shards) == 1 else Mixture(config.sources, shards)
 

@@ -17,7 +17,8 @@ class Packing:
 
     Attributes:
       rows: the first span of each row, and the number of spans.
-      starts, stops: of every span, in tokens of the stream.
+      starts: the first token of every span, by its index in the stream.
+      stops: the index after its last token.
       slack: by how many tokens all spans may be shifted right together.
     """
 

@@ -23,7 +23,7 @@ BATCHES_ALONE = 8  # a pool takes longer to start than these take here
 def encode_all(folder: str | Path, texts: Iterable[str], *, special: bool = False) -> Iterator[np.ndarray]:
     """Yield the ids of every text, in order, with the tokenizer saved in `folder`; for many texts use a pool.
 
-    Holds a few megabytes of text at a time. Raises `ValueError` if a process of the pool dies.
+    Holds a few megabytes of text at a time. Raise `ValueError` if a process of the pool dies.
     """
     tokenizer, batches = load_tokenizer(folder), _batches(texts)
     for batch in itertools.islice(batches, BATCHES_ALONE):

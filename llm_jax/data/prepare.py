@@ -62,11 +62,9 @@ def prepare(
       heldout: the fraction of documents held out for evaluation.
       heldout_by: "hash" chooses them by content, so that a document keeps its side as the corpus grows, and shares it
         with its copies; "tail" takes the last ones.
-      special: whether text that spells a special token becomes that token; if not, `report` names the first such
-        document.
+      special: whether text that spells a special token becomes it; if not, `report` names the first such document.
 
-    Raises `ValueError` if `out` exists, a split stays empty, the disk is full, the text changes while it is read, or
-    `uri` is a mixture: each source is prepared into a folder of its own.
+    Raise `ValueError` if `out` exists, a split stays empty, the disk is full or the text changes, and for a mixture.
     """
     check_heldout(heldout, heldout_by)
     _check_one_source(uri)
@@ -77,13 +75,10 @@ def prepare(
         report(f"building the tokenizer {tokenizer} from {uri}" if learns(tokenizer) else f"tokenizer {tokenizer}")
         encoder = build(tokenizer, lambda: (document.text for document in read()))
         encoder.save(folder / "tokenizer")
-        sizes = () if heldout_by == "hash" else (len(document.text.encode()) for document in read())
-        side = by_hash(heldout) if heldout_by == "hash" else by_tail(heldout, sum(sizes))
+        split_of = _split_of(read, heldout, heldout_by)
         labels = dict(zip(SPLITS, SPLITS if heldout else ("tokenized", ""), strict=True))
         writers = {name: SplitWriter(folder, name, encoder, end_of_text, report, labels[name]) for name in SPLITS}
-        for document, tokens in _tokenized(read(), encoder, folder / "tokenizer", special, report):
-            data = document.text.encode()
-            writers[side(data)].add(document, len(data), tokens)
+        splits = _write(_tokenized(read(), encoder, folder / "tokenizer", special, report), split_of, writers)
         manifest = Manifest(
             format=FORMAT,
             source=uri,
@@ -95,13 +90,12 @@ def prepare(
             end_of_text=end_of_text,
             heldout=heldout,
             heldout_by=heldout_by,
-            splits={name: writer.close() for name, writer in writers.items()},
+            splits=splits,
             content=content,
             special=special,
         )
         check_sides(manifest)
-        if sources.fingerprint(uri) != content:
-            raise ValueError(f"{uri} changed while it was prepared; wait until it is whole, and prepare it again")
+        _check_unchanged(uri, content)
         write_json(folder / "meta.json", dataclasses.asdict(manifest))
     return manifest
 
@@ -124,12 +118,31 @@ def _tokenized(
     return zip(documents, encoded, strict=True)
 
 
+def _split_of(read: Callable[[], Iterable[Document]], heldout: float, heldout_by: str) -> Callable[[bytes], str]:
+    """Return the split of each document, given its bytes; the last documents are counted before they are asked for."""
+    if heldout_by == "hash":
+        return by_hash(heldout)
+    return by_tail(heldout, sum(len(document.text.encode()) for document in read()))
+
+
+def _write(
+    documents: Iterable[tuple[Document, np.ndarray]],
+    split_of: Callable[[bytes], str],
+    writers: Mapping[str, "SplitWriter"],
+) -> dict[str, Split]:
+    """Write each document, with its ids, into its split; return the splits."""
+    for document, tokens in documents:
+        data = document.text.encode()
+        writers[split_of(data)].add(document, len(data), tokens)
+    return {name: writer.close() for name, writer in writers.items()}
+
+
 def cached(config: DataConfig, cache_dir: str | Path, report: Report = _silent) -> Path:
     """Return the folder of the shards that `config`, of one source, needs; prepare it in `cache_dir` if missing.
 
     The name of the folder is a digest of content, settings and reader: text that changed, or would be read differently
     today, is prepared again. If `uri` is itself a folder of shards it is the result; a change of its text or its reader
-    since then is reported. Raises `ValueError` if it was prepared with other settings, and like `prepare`.
+    since then is reported. Raise `ValueError` if it was prepared with other settings, and like `prepare`.
     """
     settings: dict[str, Any] = {name: getattr(config, name) for name in SETTINGS}
     given = Path(config.uri)
@@ -164,7 +177,7 @@ def cached_sources(config: DataConfig, cache_dir: str | Path, report: Report = _
     """Return the folder of the shards of each source of `config`, all in the ids of one tokenizer.
 
     A tokenizer that learns from text learns from the documents of all sources, in their order. A separator cuts the
-    sources that are text. Raises `ValueError` like `cached`, and if a folder of shards would have to agree with a
+    sources that are text. Raise `ValueError` like `cached`, and if a folder of shards would have to agree with a
     tokenizer that is not trained yet.
     """
     uris = [source.uri for source in config.sources]
@@ -206,8 +219,7 @@ def _shared_tokenizer(spec: str, cuts: Mapping[str, Cuts], cache_dir: Path, repo
     texts = (document.text for documents in readers for document in documents)
     tokenizer = build(spec, lambda: texts)
     for uri, content in contents.items():
-        if sources.fingerprint(uri) != content:
-            raise ValueError(f"{uri} changed while it was read; wait until it is whole, and start again")
+        _check_unchanged(uri, content)
     with contextlib.suppress(FileExistsError), whole_folder(folder, "prepare") as filling:  # or another is faster
         tokenizer.save(filling)
     return folder
@@ -216,7 +228,7 @@ def _shared_tokenizer(spec: str, cuts: Mapping[str, Cuts], cache_dir: Path, repo
 def cuts_of(config: DataConfig, uri: str) -> Cuts:
     """Return what cuts `uri`, one of several sources, into documents: for text a separator, for rows a column.
 
-    The other of the two settings is None; shards keep what they were prepared with. Raises `ValueError` if `uri` can't
+    The other of the two settings is None; shards keep what they were prepared with. Raise `ValueError` if `uri` can't
     be read.
     """
     if is_prepared(uri):
@@ -227,6 +239,12 @@ def cuts_of(config: DataConfig, uri: str) -> Cuts:
     with _hint(uri):
         rows = sources.holds_records(uri)
     return {"separator": None if rows else config.separator, "column": config.column if rows else None}
+
+
+def _check_unchanged(uri: str, content: str) -> None:
+    """Raise `ValueError` where the text at `uri` has another fingerprint by now."""
+    if sources.fingerprint(uri) != content:
+        raise ValueError(f"{uri} changed while it was read; wait until it is whole, and start again")
 
 
 def _content(uri: str) -> str:
@@ -361,9 +379,9 @@ def check_sides(manifest: Manifest, given: bool = False) -> None:
             "pieces: numpy.array_split(ids, 100))"
         )
     raise ValueError(
-        f"heldout={manifest.heldout:g} by {manifest.heldout_by} leaves {train} documents to train on and "
+        f"data.heldout={manifest.heldout:g} by {manifest.heldout_by} leaves {train} documents to train on and "
         f"{heldout} held out; cut the text into more with a separator, such as data.separator=$'\\n\\n', or change "
-        "heldout"
+        "data.heldout"
     )
 
 

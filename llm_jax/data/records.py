@@ -54,7 +54,7 @@ class Tally:
 def text_column(uri: str, files: Sequence[File], asked: str | None) -> str:
     """Return the column of `files`, all records, that is their text: `asked`, else `text`, else `content`.
 
-    The first file with one of them in its first rows decides. Raises `ValueError` if there is none, with the columns
+    The first file with one of them in its first rows decides. Raise `ValueError` if there is none, with the columns
     that there are.
     """
     wanted = COLUMNS if asked is None else (asked,)
@@ -71,7 +71,7 @@ def text_column(uri: str, files: Sequence[File], asked: str | None) -> str:
 
 
 def texts(file: File, tally: Tally) -> Iterator[str]:
-    """Yield the text of each row of `file`, in order; count rows without. Raises `ValueError` for a damaged file."""
+    """Yield the text of each row of `file`, in order; count rows without. Raise `ValueError` for a damaged file."""
     rows, without = tally.rows, tally.without
     if file.suffix == ".parquet":
         yield from _parquet_texts(file, tally)

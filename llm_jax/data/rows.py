@@ -27,7 +27,7 @@ Row = tuple[str, dict[str, Any]]  # its line or number, and its columns
 def json_rows(name: str, blocks: Iterator[str]) -> Iterator[Row]:
     """Yield objects, one after the other or in one array, from the `blocks` of text of the file `name`.
 
-    Raises `ValueError`, with the line, for anything else.
+    Raise `ValueError`, with the line, for anything else.
     """
     text = _JsonText(name, blocks)
     in_array = text.peek() == "["
@@ -121,17 +121,17 @@ def _may_be_cut(error: json.JSONDecodeError) -> bool:
 
 
 def csv_rows(name: str, blocks: Iterator[str]) -> Iterator[Row]:
-    """Yield the rows of a table in CSV. Raises `ValueError`, with the line, for bad quotes or missing fields."""
+    """Yield the rows of a table in CSV. Raise `ValueError`, with the line, for bad quotes or missing fields."""
     return _table_rows(name, csv.reader(_lines(name, blocks), strict=True))
 
 
 def tsv_rows(name: str, blocks: Iterator[str]) -> Iterator[Row]:
-    """Yield the rows of a table with a tab between fields. Raises `ValueError` for rows of another width."""
+    """Yield the rows of a table with a tab between fields. Raise `ValueError` for rows of another width."""
     return _table_rows(name, csv.reader(_lines(name, blocks), delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
 def _table_rows(name: str, reader: Any) -> Iterator[Row]:
-    """Yield the rows below the header. Raises `ValueError` for more or fewer fields: a comma may have cut a text."""
+    """Yield the rows below the header. Raise `ValueError` for more or fewer fields: a comma may have cut a text."""
     csv.field_size_limit(max(csv.field_size_limit(), ROW_CHARS))
     header: list[str] = []
     while True:

@@ -168,7 +168,7 @@ class Shards:
 def open_shards(folder: str | Path) -> Shards:
     """Open what `prepare` wrote.
 
-    Raises `ValueError`, one line, for a file that is missing or damaged, and for a manifest that contradicts the files
+    Raise `ValueError`, one line, for a file that is missing or damaged, and for a manifest that contradicts the files
     next to it.
     """
     folder = Path(folder)
@@ -196,7 +196,7 @@ def names_a_column(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Return the manifest in `folder`. Raises `ValueError`, one line, if there is none, or it has another shape."""
+    """Return the manifest in `folder`. Raise `ValueError`, one line, if there is none, or it has another shape."""
     path = folder / "meta.json"
     if not path.is_file():
         raise ValueError(f"no shards in {folder}: expected a meta.json; write them with llm-jax prepare")

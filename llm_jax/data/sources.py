@@ -53,7 +53,7 @@ def documents(
     Of rows, one `column` is read, the same in all files; None: `text`, or else `content`. `report` gets a line that
     says which, how many rows have no text in it, and what is left out of a folder.
 
-    Raises `ValueError` for what is missing, empty, damaged, or not text.
+    Raise `ValueError` for what is missing, empty, damaged, or not text.
     """
     if separator == "":
         raise ValueError(r"separator='' cuts nowhere; use $'\n\n' to cut at blank lines, or leave it out")
@@ -80,7 +80,7 @@ def documents(
 def fingerprint(uri: str) -> str:
     """Return a hex digest of the content of `uri`; for a remote file, of what its store says (size, date).
 
-    Raises `ValueError` if it can't be read.
+    Raise `ValueError` if it can't be read.
     """
     digest = hashlib.sha256()
     if uri in GENERATED:
@@ -110,7 +110,7 @@ def last_written(uri: str) -> float:
 
 
 def holds_records(uri: str) -> bool:
-    """Return whether `uri` names records, such as JSON lines, which no separator cuts. Raises like `files_at`."""
+    """Return whether `uri` names records, such as JSON lines, which no separator cuts. Raise like `files_at`."""
     return uri in GENERATED or any(file.holds_records for file in files_at(uri))
 
 

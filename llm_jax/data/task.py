@@ -23,7 +23,7 @@ Kind = Literal["translate", "classify"]
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """What a run learns to answer. Raises `ValueError` for answers that don't fit the kind.
+    """What a run learns to answer. Raise `ValueError` for answers that don't fit the kind.
 
     Attributes:
       kind: `translate` generates the answer, `classify` chooses it.
@@ -38,10 +38,12 @@ class TaskConfig:
     def __post_init__(self) -> None:
         check_types(self, "data.task.")
         if self.kind == "classify" and (len(self.answers) < 2 or "" in self.answers):
-            raise ValueError(f"task.kind=classify chooses among answers; got {self.answers}; set task.answers=yes,no")
+            raise ValueError(
+                f"data.task.kind=classify chooses among answers; got {self.answers}; set data.task.answers=yes,no"
+            )
         if self.kind == "translate" and self.answers:
             raise ValueError(
-                f"task.kind=translate generates any answer; leave out task.answers={','.join(self.answers)}"
+                f"data.task.kind=translate generates any answer; leave out data.task.answers={','.join(self.answers)}"
             )
 
     def ask(self, question: str) -> str:
@@ -98,7 +100,8 @@ class Task:
         if lengths.max(initial=0) > seq_len:
             longest = int(lengths.argmax())
             n = int(lengths[longest])
-            return longest, f"its {n} tokens exceed seq_len={seq_len}, which would split question and answer; use {n}"
+            why = f"its {n} tokens exceed data.seq_len={seq_len}, which would split question and answer; use {n}"
+            return longest, why
         positions = np.flatnonzero(tokens == self.separator)
         documents, first = np.unique(np.searchsorted(offsets, positions, side="right") - 1, return_index=True)
         missing = np.setdiff1d(np.arange(len(lengths)), documents)
@@ -118,7 +121,7 @@ class Task:
 def resolve(config: TaskConfig, tokenizer: Tokenizer, *, special: bool = False) -> Task:
     """Return the task in the ids of `tokenizer`; `special` reads special tokens in its texts, as in its data.
 
-    Raises `ValueError` if the separator is not one token, or two answers begin with the same token.
+    Raise `ValueError` if the separator is not one token, or two answers begin with the same token.
     """
     separator = tokenizer.encode(config.separator, special=special)
     if len(separator) != 1:

@@ -57,7 +57,7 @@ def build(spec: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
     """Return the tokenizer that `spec` names: one of `SPECS`, or a folder with a saved one.
 
     `texts()` gives `char` its alphabet and `train:N` its merges; the others don't call it. N counts the whole
-    vocabulary: 256 bytes, the merges, and the end of text. Raises `ValueError` for a spec that names nothing,
+    vocabulary: 256 bytes, the merges, and the end of text. Raise `ValueError` for a spec that names nothing,
     and for an encoding that can't be downloaded.
     """
     kind, _, size = spec.partition(":")
@@ -84,7 +84,7 @@ def open_tokenizer(name: str | Path, texts: Iterable[str] = ()) -> Tokenizer:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Return the tokenizer that `save` wrote. Raises `ValueError`, one line, if there is none or it is damaged."""
+    """Return the tokenizer that `save` wrote. Raise `ValueError`, one line, if there is none or it is damaged."""
     folder = Path(folder)
     _check_complete(folder)
     path = folder / ENCODING

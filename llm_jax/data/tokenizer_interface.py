@@ -61,7 +61,7 @@ class Tokenizer(ABC):
     def encode(self, text: str, *, special: bool = False) -> np.ndarray:
         """Return the ids of `text`, int32 [n]. Only `special=True` reads what spells a special token as that token.
 
-        Raises `ValueError` for text that is not Unicode.
+        Raise `ValueError` for text that is not Unicode.
         """
         if not text.isascii() and (half := NOT_UNICODE.search(text)):
             raise ValueError(
@@ -76,20 +76,20 @@ class Tokenizer(ABC):
         return None if found is None else found[0]
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """Return the text of `tokens`; bytes that are not UTF-8 become U+FFFD. Raises like `decode_bytes`."""
+        """Return the text of `tokens`; bytes that are not UTF-8 become U+FFFD. Raise like `decode_bytes`."""
         return self.decode_bytes(tokens).decode("utf-8", errors="replace")
 
     def decode_bytes(self, tokens: Sequence[int] | np.ndarray) -> bytes:
-        """Return the bytes of `tokens`. Raises `ValueError` for an id outside 0 to `vocab_size - 1`."""
+        """Return the bytes of `tokens`. Raise `ValueError` for an id outside 0 to `vocab_size - 1`."""
         return b"".join([self.table[token] for token in self._ids_in(tokens)])
 
     def token_bytes(self, token: int) -> bytes:
-        """Return the bytes that one id stands for. Raises `ValueError` for an id outside 0 to `vocab_size - 1`."""
+        """Return the bytes that one id stands for. Raise `ValueError` for an id outside 0 to `vocab_size - 1`."""
         [token] = self._ids_in([token])
         return self.table[token]
 
     def _ids_in(self, tokens: Sequence[int] | np.ndarray) -> list[int]:
-        """Return `tokens` as Python integers. Raises `ValueError` for one that is no id."""
+        """Return `tokens` as Python integers. Raise `ValueError` for one that is no id."""
         ids = tokens.tolist() if isinstance(tokens, np.ndarray) else [*tokens]
         for token in ids:
             if not (hasattr(token, "__index__") and 0 <= token < self.vocab_size):

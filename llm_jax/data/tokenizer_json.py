@@ -18,7 +18,7 @@ VOCABULARY = {"BPE": dict, "WordPiece": dict, "WordLevel": dict, "Unigram": list
 def read(name: str, data: bytes, most: int) -> dict[str, Any]:
     """Return the object in a tokenizer.json, without its added tokens from the id `most` on.
 
-    Raises `ValueError`, one line, for data that is no tokenizer.json, has impossible ids, or has more than `most`.
+    Raise `ValueError`, one line, for data that is no tokenizer.json, has impossible ids, or has more than `most`.
     """
     where = f"the tokenizer.json of {name}"
     found = parse(where, data, {"model": dict})
@@ -44,14 +44,14 @@ def read(name: str, data: bytes, most: int) -> dict[str, Any]:
 
 
 def parse(where: str, data: bytes, fields: Mapping[str, type] | None = None) -> dict[str, Any]:
-    """Return the JSON object in `data`, with these fields. Raises `ValueError`, naming `where`, for other data."""
+    """Return the JSON object in `data`, with these fields. Raise `ValueError`, naming `where`, for other data."""
     return parse_json(data, fields, where, advice=SAVE_AGAIN)
 
 
 def vocabulary_of(found: Mapping[str, Any], where: str) -> dict[str, int]:
     """Return the entries of the model in a tokenizer.json with their ids, without added tokens.
 
-    Raises `ValueError` for a model of an unknown type, and for entries that have no text.
+    Raise `ValueError` for a model of an unknown type, and for entries that have no text.
     """
     model = found["model"]
     kind = model.get("type") or ("Unigram" if isinstance(model.get("vocab"), list) else "BPE")

@@ -162,7 +162,7 @@ def prompt_ids(
     longest = max(map(len, ids), default=0)
     if longest >= config.max_seq_len:
         raise ValueError(
-            f"a prompt of {longest} tokens leaves no room in max_seq_len={config.max_seq_len}; "
+            f"a prompt of {longest} tokens leaves no room in model.max_seq_len={config.max_seq_len}; "
             f"use at most {config.max_seq_len - 1}"
         )
     return ids

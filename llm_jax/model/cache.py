@@ -17,10 +17,9 @@ class Cache:
     """What layers remember of the tokens so far; row b holds `length[b]` of them, left-aligned.
 
     The N layers of softmax attention keep keys and values, the M layers of linear attention a state of fixed size and
-    the last inputs of their short convolution, and layers of a user's own what they like, by their import path. Where
-    rotary angles depend on the length of a text, `reach` is the
-    length of each row when it is done, so that its first keys are rotated as its last queries are; `init_cache` sets it
-    to the size of the cache.
+    the last inputs of their short convolution. Layers of a user's own keep what they like, in `own` by import path.
+    Where rotary angles depend on the length of a text, `reach` is the length of each row when it is done, so that its
+    first keys are rotated as its last queries are; `init_cache` sets it to the size of the cache.
     """
 
     k: Float[Array, "N B S K H"]

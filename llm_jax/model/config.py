@@ -98,7 +98,7 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """What attention sees, and how it scores. Raises `ValueError` for a number out of its range.
+    """What attention sees, and how it scores. Raise `ValueError` for a number out of its range.
 
     Attributes:
       window: positions that `local` layers see.
@@ -136,7 +136,7 @@ class AttentionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer. Raises `ValueError` for fields that don't fit together.
+    """A decoder-only transformer. Raise `ValueError` for fields that don't fit together.
 
     Attributes:
       vocab_size: rows of the token table, at least as many as the tokenizer has ids; a multiple of 64 is faster.
@@ -246,13 +246,14 @@ class ModelConfig:
             )
         for text in self.layers:
             mixer, plus, feedforward = text.partition("+")
-            if is_own(mixer) and feedforward in ("", "moe"):
-                own_mixer(mixer)
-            elif mixer not in MIXERS or (plus and feedforward != "moe"):
+            known = (*MIXERS, mixer) if is_own(mixer) else MIXERS
+            if mixer not in known or (plus and feedforward != "moe"):
                 raise ValueError(
-                    f"model.layers: {text!r} is no kind of layer; {nearest(mixer, MIXERS)} A mixture of experts is "
-                    f"{mixer if mixer in MIXERS else 'global'}+moe"
+                    f"model.layers: {text!r} is no kind of layer; {nearest(mixer, known)} A mixture of experts is "
+                    f"{mixer if mixer in known else 'global'}+moe"
                 )
+            if is_own(mixer):
+                own_mixer(mixer)
         mixers = {layer.mixer for layer in self.period}
         needs = (
             ("local", "attention.window", self.attention.window, "4096"),
@@ -285,7 +286,7 @@ class ModelConfig:
             widths = " or ".join(str(width) for width in (below, below + self.n_heads) if width)
             raise ValueError(
                 f"model.n_heads={self.n_heads} does not divide model.d_model={self.d_model}; "
-                f"set model.head_dim, or use d_model={widths}"
+                f"set model.head_dim, or use model.d_model={widths}"
             )
         if self.n_heads % self.K:
             most = min(self.K, self.n_heads)

@@ -11,6 +11,7 @@ from llm_jax import tree as trees
 from llm_jax.model.config import SOFTMAX, Layer, ModelConfig, is_own
 from llm_jax.model.stack import locate
 from llm_jax.model.transformer import Transformer
+from llm_jax.sharding import own_letters
 
 # The path of a parameter -> the component it counts under. First match wins; no match raises.
 COMPONENTS: tuple[tuple[str, str], ...] = (
@@ -22,9 +23,9 @@ COMPONENTS: tuple[tuple[str, str], ...] = (
     (r"_norm/", "norms"),
     (r"^(unembedding|classes)/", "unembedding"),
 )
-# The path of a parameter -> whether it is a matrix that tokens are multiplied by.
+# The path of a parameter of our layers -> whether it is a matrix that tokens are multiplied by.
 MATRICES: tuple[tuple[str, bool], ...] = ((r"/w_convolution$", False), (r"/w_\w+$", True), (r".", False))
-# The path of a parameter -> whether a token uses only the experts it is routed to.
+# The same -> whether a token uses only the experts it is routed to.
 ROUTED: tuple[tuple[str, bool], ...] = ((r"/experts/w_(gate|up|down)$", True), (r".", False))
 
 
@@ -56,15 +57,23 @@ def flops_per_token(c: ModelConfig, seq_len: int) -> int:
     of the model, not of the machine.
     """
     leaves = trees.leaves(shapes(c)).items()
-    matrices = sum(_used(c, path, leaf) for path, leaf in leaves if trees.first_match(MATRICES, path))
+    matrices = sum(_used(c, path, leaf) for path, leaf in leaves if _is_matrix(path, leaf))
     keys = sum(_visible_keys(c, locate(c, i).kind, seq_len) for i in range(c.n_layers))
     return int(6 * (matrices + math.prod(shapes(c)[c.head]["table"].shape)) + 12 * c.n_heads * c.H * keys)
+
+
+def _is_matrix(path: str, leaf: jax.ShapeDtypeStruct) -> bool:
+    """Return whether tokens are multiplied by a leaf; in a layer of the user's own, by all of two axes and more."""
+    if (letters := own_letters(path, leaf.shape)) is not None:
+        return len(letters.removeprefix("N")) > 1
+    return trees.first_match(MATRICES, path)
 
 
 def _used(c: ModelConfig, path: str, leaf: jax.ShapeDtypeStruct) -> int:
     """Return how many numbers of a leaf a token uses."""
     size = math.prod(leaf.shape)
-    if c.experts is None or not trees.first_match(ROUTED, path):
+    own = own_letters(path, leaf.shape) is not None
+    if c.experts is None or own or not trees.first_match(ROUTED, path):
         return size
     return size // c.experts.number * c.experts.active
 

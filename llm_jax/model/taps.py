@@ -24,7 +24,7 @@ from llm_jax.tree import leaves
 def tap(module: nn.Module, name: str, x: Array, kept: tuple[str, ...] = ()) -> Array:
     """Return `x`, or the entry `name` of the `edits` collection instead; sow it to `taps` if that is collected.
 
-    `kept` are the names that rematerialization keeps: those, and only those, are marked for `jax.checkpoint`. Raises
+    `kept` are the names that rematerialization keeps: those, and only those, are marked for `jax.checkpoint`. Raise
     `ValueError` for an edit of another shape.
     """
     if module.has_variable("edits", name):
@@ -53,7 +53,7 @@ def scores_are_tapped(module: nn.Module) -> bool:
 def capture(model: nn.Module, params: Any, tokens: Array, **inputs: Any) -> dict[str, Array]:
     """Return every named activation of one forward pass, by name, in the order of `TAPS`.
 
-    Those inside blocks have a leading N, of the layers that have them. `jax.jit` would sort them by name. Raises
+    Those inside blocks have a leading N, of the layers that have them. `jax.jit` would sort them by name. Raise
     `ValueError` for an unstacked model, and for tokens that are no rows of ids.
     """
     _, state = _run(model, {"params": params}, tokens, mutable=["taps"], **inputs)
@@ -72,7 +72,7 @@ def capture(model: nn.Module, params: Any, tokens: Array, **inputs: Any) -> dict
 def edit(model: nn.Module, params: Any, tokens: Array, edits: Mapping[str, Array] | Any, **inputs: Any) -> Array:
     """Return the logits with each named activation, in all layers at once, replaced by `edits[name]`.
 
-    An entry has the shape that `capture` shows. Raises `ValueError` for another shape, for a name that no activation
+    An entry has the shape that `capture` shows. Raise `ValueError` for another shape, for a name that no activation
     of this model has, and for an unstacked model.
     """
     nested: dict[str, Any] = {}

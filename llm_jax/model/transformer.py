@@ -175,7 +175,7 @@ class Transformer(nn.Module):
         All tokens of a document see those of its `prefix`. `lengths` says how many tokens of each row count, if not
         all. `train=True` turns dropout on and needs a `dropout` key. `logits=False` stops at `hidden`, for a loss that
         computes logits chunk by chunk. An id outside 0 to `vocab_size - 1` can't raise inside jit: it reads the nearest
-        row of the table, so check ids where they come from. Raises `ValueError` for more tokens than learned positions,
+        row of the table, so check ids where they come from. Raise `ValueError` for more tokens than learned positions,
         and for tokens that are no rows of ids.
         """
         check_rows(tokens)
@@ -194,7 +194,7 @@ class Transformer(nn.Module):
         return Output(x, out, None if cache is None else cache.advance(L if lengths is None else lengths), use)
 
     def embed(self, tokens: Int[Array, "B L"], context: Context) -> Float[Array, "B L D"]:
-        """Return what the first layer reads. Raises `ValueError` for more tokens than learned positions."""
+        """Return what the first layer reads. Raise `ValueError` for more tokens than learned positions."""
         c, L = self.config, tokens.shape[1]
         x = embed(self.embedding["table"], tokens).astype(c.dtype) * jnp.asarray(c.embedding_scale, c.dtype)
         if c.positions == "learned":

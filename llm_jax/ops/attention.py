@@ -65,7 +65,7 @@ class Dropout:
 
 @runtime_checkable
 class Implementation(Protocol):
-    """The signature of all implementations. Raises `Declined` for what it can't do."""
+    """The signature of all implementations. Raise `Declined` for what it can't do."""
 
     def __call__(
         self,
@@ -218,7 +218,7 @@ def platform() -> str:
 
 
 def across(implementation: str | None) -> str:
-    """Return which of `ACROSS` attends to split rows, `ring` by default. Raises `Declined` for one that can't."""
+    """Return which of `ACROSS` attends to split rows, `ring` by default. Raise `Declined` for one that can't."""
     if implementation is not None and implementation not in ACROSS:
         raise Declined(
             f"{implementation} takes whole rows, and mesh.context splits them; use one of {', '.join(ACROSS)}"
@@ -251,7 +251,7 @@ def attention(
     `implementation=None` takes the first of `FASTEST` that accepts; a name takes that one, or raises `Declined`, a
     `ValueError`, with the reason. A `tap` is shown scores and pattern, so the reference runs. `dropout` is for
     training, and for implementations that hold a pattern. Rows that are split over `mesh.context` take one of `ACROSS`,
-    by default `ring`. Raises `ValueError` for an unknown name, and for an array instead of a `Mask`.
+    by default `ring`. Raise `ValueError` for an unknown name, and for an array instead of a `Mask`.
     """
     check_mask(mask)
     known = IMPLEMENTATIONS | ACROSS

@@ -79,7 +79,8 @@ def chunked(
 ) -> Float[Array, "B L K G H"]:
     """Attend block by block over the queries; the backward pass recomputes each block.
 
-    Any mask, and any lengths: if the last block is short, it repeats the last query.
+    Any mask, and any lengths: a last block that is short is padded with queries of zeros, which see what the last query
+    sees, and is cut at the end.
     """
     L, S = q.shape[1], k.shape[1]
     size = min(L, BLOCK if mask.sparse is None else mask.sparse.block)

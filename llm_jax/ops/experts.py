@@ -34,7 +34,7 @@ class Experts:
       bias_rate: how far the bias of an expert moves in a step.
       router_z_loss: weight of the squared log-partition of the router; 1e-3 if its logits drift.
 
-    Raises `ValueError` for a number out of its range.
+    Raise `ValueError` for a number out of its range.
     """
 
     number: int = 8
@@ -50,19 +50,21 @@ class Experts:
     def __post_init__(self) -> None:
         check_types(self, "model.experts.")
         if self.number < 2:
-            raise ValueError(f"experts.number={self.number} must be at least 2; for one expert leave experts unset")
+            raise ValueError(
+                f"model.experts.number={self.number} must be at least 2; for one expert set model.experts=none"
+            )
         if not 1 <= self.active <= self.number:
-            raise ValueError(f"experts.active={self.active} must lie in [1, experts.number={self.number}]")
+            raise ValueError(f"model.experts.active={self.active} must lie in [1, model.experts.number={self.number}]")
         if self.active == 1 and self.renormalise:
             raise ValueError(
-                "experts.active=1 renormalised is always weighted 1, from which the router learns nothing; "
-                "set experts.renormalise=false"
+                "model.experts.active=1 renormalised is always weighted 1, from which the router learns nothing; "
+                "set model.experts.renormalise=false"
             )
         if self.d_ff is not None and self.d_ff < 1:
-            raise ValueError(f"experts.d_ff={self.d_ff} must be at least 1; none is the model's")
+            raise ValueError(f"model.experts.d_ff={self.d_ff} must be at least 1; none is the model's")
         for name in ("shared", "balance_weight", "bias_rate", "router_z_loss"):
             if getattr(self, name) < 0:
-                raise ValueError(f"experts.{name}={getattr(self, name)} must not be negative; 0 is off")
+                raise ValueError(f"model.experts.{name}={getattr(self, name)} must not be negative; 0 is off")
 
 
 @struct.dataclass

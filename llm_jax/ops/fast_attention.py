@@ -58,7 +58,7 @@ def accept(name: str, q: Array, k: Array, mask: Mask, scores: Scores, *, can: st
 def tile_side(name: str, L: int, mask: Mask) -> int:
     """Return the side of a tile for rows of L tokens; a block of a sparse mask is a tile.
 
-    Raises `Declined` if no side divides L.
+    Raise `Declined` if no side divides L.
     """
     sides = SIDES if mask.sparse is None else (mask.sparse.block,)
     if sides[-1] not in SIDES:
@@ -74,7 +74,7 @@ def flash(
 ) -> Float[Array, "B L K G H"]:
     """Attend by our FlashAttention (arXiv:2205.14135): compiled on TPU, interpreted on CPU, which is for tests.
 
-    Any mask without a cache, any scores, bfloat16 or float32; memory is linear in L, work in the tiles in view. Raises
+    Any mask without a cache, any scores, bfloat16 or float32; memory is linear in L, work in the tiles in view. Raise
     `Declined` for anything else.
     """
     accept("flash", q, k, mask, scores, can="sinks sparse segments prefix softcap alibi", on="tpu cpu")
@@ -99,7 +99,7 @@ def flash(
 def splash(
     q: Float[Array, "B L K G H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Mask, scores: Scores
 ) -> Float[Array, "B L K G H"]:
-    """Attend by the TPU kernel that comes with JAX; interpreted on CPU. Raises `Declined` for what it can't do."""
+    """Attend by the TPU kernel that comes with JAX; interpreted on CPU. Raise `Declined` for what it can't do."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     accept("splash", q, k, mask, scores, can="segments softcap", on="tpu cpu")
@@ -125,7 +125,7 @@ def splash(
 def cudnn(
     q: Float[Array, "B L K G H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Mask, scores: Scores
 ) -> Float[Array, "B L K G H"]:
-    """Attend by NVIDIA's kernel, through `jax.nn.dot_product_attention`. Raises `Declined` for what it can't do."""
+    """Attend by NVIDIA's kernel, through `jax.nn.dot_product_attention`. Raise `Declined` for what it can't do."""
     accept("cudnn", q, k, mask, scores, can="", on="gpu")
     if mask.window is not None and not mask.causal:
         raise Declined(f"cudnn has windows under a causal mask only, got window={mask.window} and causal=False")
@@ -148,7 +148,7 @@ def cudnn(
 def tokamax(
     q: Float[Array, "B L K G H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Mask, scores: Scores
 ) -> Float[Array, "B L K G H"]:
-    """Attend by what openxla/tokamax finds best on this device. Raises `Declined` for what it can't do."""
+    """Attend by what openxla/tokamax finds best on this device. Raise `Declined` for what it can't do."""
     accept("tokamax", q, k, mask, scores, can="softcap", on="tpu gpu cpu")
     try:
         from tokamax import dot_product_attention

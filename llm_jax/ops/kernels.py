@@ -5,7 +5,8 @@ arXiv:2205.14135; Dao 2023, arXiv:2307.08691). `docs/flash_attention.md` derives
 
 The letters are the papers': a step visits tile (i, j) of queries and keys; s are its scores, p its pattern; m and l are
 the maximum and the sum of `exp(s - m)` of a query so far, acc its output before it is divided by l. The papers' L and D
-are `lse = m + log(l)` and `delta`, the sum of `do o` over a head. A name in `_ref` is a block in the chip's memory.
+are `lse = m + log(l)` and `delta`, the sum of `do o` over a head. A name in `_ref` is a block in the chip's memory; a
+kernel takes what to visit, then what it reads, what it writes, and what it adds up in.
 
 Scores are kept transposed, keys down and queries across: s is [S L]. A maximum or a sum over keys then runs down the
 registers of a TPU, which is cheap; one number for each query is a row, and so is the `lse` that is saved.
@@ -109,10 +110,13 @@ def _scores(
     return (jnp.where(functools.reduce(operator.and_, rules), s, MASKED) if rules else s), slope_of_cap
 
 
-def _forward_kernel(tiles: Tiles, *refs: Ref) -> None:
+def _forward_kernel(
+    tiles: Tiles, blocks_ref: Ref, counts_ref: Ref,
+    q_ref: Ref, k_ref: Ref, v_ref: Ref, slope_ref: Ref, q_tags_ref: Ref, k_tags_ref: Ref,
+    o_ref: Ref, lse_ref: Ref,
+    m_ref: Ref, l_ref: Ref, acc_ref: Ref,
+) -> None:  # fmt: skip
     """Add up attention of query block i over the key blocks it visits (arXiv:2307.08691, alg. 1)."""
-    blocks_ref, counts_ref, q_ref, k_ref, v_ref, slope_ref, q_tags_ref, k_tags_ref = refs[:8]
-    o_ref, lse_ref, m_ref, l_ref, acc_ref = refs[8:]
     i, t = pl.program_id(0), pl.program_id(2)
 
     @pl.when(t == 0)
@@ -138,19 +142,24 @@ def _forward_kernel(tiles: Tiles, *refs: Ref) -> None:
         lse_ref[...] = m_ref[...] + jnp.log(l_ref[...])
 
 
-def _pattern_and_ds(tiles: Tiles, i: Array, j: Array, *refs: Ref) -> tuple[Array, Array]:
+def _pattern_and_ds(
+    tiles: Tiles, i: Array, j: Array,
+    q_ref: Ref, k_ref: Ref, v_ref: Ref, slope_ref: Ref, q_tags_ref: Ref, k_tags_ref: Ref,
+    lse_ref: Ref, delta_ref: Ref, do_ref: Ref,
+) -> tuple[Array, Array]:  # fmt: skip
     """Recompute the pattern p [S L] of tile (i, j), and return it with the gradient ds of its scores."""
-    q_ref, k_ref, v_ref, slope_ref, q_tags_ref, k_tags_ref, lse_ref, delta_ref, do_ref = refs
     s, slope_of_cap = _scores(tiles, i, j, q_ref, k_ref, slope_ref, q_tags_ref, k_tags_ref)
     p = jnp.exp(s - lse_ref[...])
     return p, p * (product("SH,LH->SL", v_ref[...], do_ref[...]) - delta_ref[...]) * slope_of_cap
 
 
-def _dq_kernel(tiles: Tiles, *refs: Ref) -> None:
+def _dq_kernel(
+    tiles: Tiles, blocks_ref: Ref, counts_ref: Ref,
+    q_ref: Ref, k_ref: Ref, v_ref: Ref, slope_ref: Ref, q_tags_ref: Ref, k_tags_ref: Ref,
+    lse_ref: Ref, delta_ref: Ref, do_ref: Ref,
+    dq_ref: Ref, acc_ref: Ref,
+) -> None:  # fmt: skip
     """Add up dq of query block i over the key blocks it visits (arXiv:2307.08691, alg. 2)."""
-    blocks_ref, counts_ref, *reads = refs[:11]
-    _, k_ref, *_ = reads
-    dq_ref, acc_ref = refs[11:]
     i, t = pl.program_id(0), pl.program_id(2)
 
     @pl.when(t == 0)
@@ -159,7 +168,10 @@ def _dq_kernel(tiles: Tiles, *refs: Ref) -> None:
 
     @pl.when(t < counts_ref[i])
     def visit() -> None:
-        _, ds = _pattern_and_ds(tiles, i, blocks_ref[i, t], *reads)
+        j = blocks_ref[i, t]
+        _, ds = _pattern_and_ds(
+            tiles, i, j, q_ref, k_ref, v_ref, slope_ref, q_tags_ref, k_tags_ref, lse_ref, delta_ref, do_ref
+        )
         acc_ref[...] += product("SH,SL->HL", k_ref[...], ds)
 
     @pl.when(t == pl.num_programs(2) - 1)
@@ -167,11 +179,14 @@ def _dq_kernel(tiles: Tiles, *refs: Ref) -> None:
         dq_ref[...] = acc_ref[...].T.astype(dq_ref.dtype)
 
 
-def _dkv_kernel(tiles: Tiles, *refs: Ref) -> None:
+def _dkv_kernel(
+    tiles: Tiles, blocks_ref: Ref, counts_ref: Ref,
+    q_ref: Ref, k_ref: Ref, v_ref: Ref, slope_ref: Ref, q_tags_ref: Ref, k_tags_ref: Ref,
+    lse_ref: Ref, delta_ref: Ref, do_ref: Ref,
+    dk_ref: Ref, dv_ref: Ref,
+    dk_acc_ref: Ref, dv_acc_ref: Ref,
+) -> None:  # fmt: skip
     """Add up dk and dv of key block j over the query blocks it visits, for all query heads g (alg. 2)."""
-    blocks_ref, counts_ref, *reads = refs[:11]
-    q_ref, *_, do_ref = reads
-    dk_ref, dv_ref, dk_acc_ref, dv_acc_ref = refs[11:]
     j, g, t = pl.program_id(0), pl.program_id(1), pl.program_id(2)
 
     @pl.when((g == 0) & (t == 0))
@@ -181,7 +196,10 @@ def _dkv_kernel(tiles: Tiles, *refs: Ref) -> None:
 
     @pl.when(t < counts_ref[j])
     def visit() -> None:
-        p, ds = _pattern_and_ds(tiles, blocks_ref[j, t], j, *reads)
+        i = blocks_ref[j, t]
+        p, ds = _pattern_and_ds(
+            tiles, i, j, q_ref, k_ref, v_ref, slope_ref, q_tags_ref, k_tags_ref, lse_ref, delta_ref, do_ref
+        )
         dk_acc_ref[...] += product("LH,SL->SH", q_ref[...], ds)
         dv_acc_ref[...] += product("LH,SL->SH", do_ref[...], p)
 

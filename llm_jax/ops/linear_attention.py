@@ -170,7 +170,7 @@ def _inverse(a: Array) -> Array:
     if a.shape[-1] == 1:
         return jnp.ones_like(a)
     half = a.shape[-1] // 2
-    # Both halves in one call, along the first axis: XLA's CPU products abort at eight axes.
+    # Both halves in one call, along the first axis: on arrays of many axes XLA's CPU compiler stops (JAX 0.10.2, 0.12).
     p, q = jnp.split(_inverse(jnp.concatenate([a[..., :half, :half], a[..., half:, half:]])), 2)
     with jax.default_matmul_precision("highest"):  # errors would grow from half to half
         r = -q @ a[..., half:, :half] @ p

@@ -83,7 +83,7 @@ def chunked_cross_entropy(
 
     The backward pass recomputes the logits of each chunk. Each device loops over the chunks of its own tokens: the
     table is gathered once before the loop and its gradient reduced once after it, where the compiler would do both with
-    every chunk. Raises `ValueError` unless `chunk` divides L.
+    every chunk. Raise `ValueError` unless `chunk` divides L.
     """
     L = hidden.shape[1]
     if L % chunk:

@@ -32,7 +32,7 @@ class Sparse:
       first: first blocks of a row that `bigbird` sees.
       random: other blocks that `bigbird` sees.
 
-    Raises `ValueError` for a number out of its range.
+    Raise `ValueError` for a number out of its range.
     """
 
     pattern: Literal["strided", "fixed", "bigbird"] = "strided"
@@ -46,10 +46,10 @@ class Sparse:
         check_types(self, "model.attention.sparse.")
         for name in ("block", "local", "stride"):
             if getattr(self, name) < 1:
-                raise ValueError(f"sparse.{name}={getattr(self, name)} must be at least 1")
+                raise ValueError(f"model.attention.sparse.{name}={getattr(self, name)} must be at least 1")
         for name in ("first", "random"):
             if getattr(self, name) < 0:
-                raise ValueError(f"sparse.{name}={getattr(self, name)} must not be negative")
+                raise ValueError(f"model.attention.sparse.{name}={getattr(self, name)} must not be negative")
 
     def view(self, blocks: int) -> Bool[np.ndarray, "blocks blocks"]:
         """Return which block of queries sees which block of keys. More blocks only add rows and columns."""
@@ -92,7 +92,7 @@ class Mask:
     def distance(self, L: int, S: int, queries: Array | None = None, keys: Array | None = None) -> Int[Array, "#B l s"]:
         """Return the position of each query minus that of each key. `queries` and `keys` pick some of L and S by index.
 
-        Raises `ValueError` if L and S differ and there is no `kv_length`.
+        Raise `ValueError` if L and S differ and there is no `kv_length`.
         """
         queries = jnp.arange(L) if queries is None else queries
         keys = jnp.arange(S) if keys is None else keys
@@ -109,7 +109,7 @@ class Mask:
     ) -> Bool[Array, "#B l s"]:
         """Return the mask as booleans, True where a query may see a key; `queries` and `keys` as in `distance`.
 
-        Raises `ValueError` for `segments` of another length than L and S.
+        Raise `ValueError` for `segments` of another length than L and S.
         """
         distance = self.distance(L, S, queries, keys)
         keys = jnp.arange(S) if keys is None else keys

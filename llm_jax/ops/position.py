@@ -15,7 +15,7 @@ from llm_jax.config import check_types
 class Rotary:
     """Rotary embedding: pair i of a head rotates by `theta**(-2i/H)` per position (Su et al. 2021, arXiv:2104.09864).
 
-    Raises `ValueError` for fields that are out of range or don't fit together.
+    Raise `ValueError` for fields that are out of range or don't fit together.
 
     Attributes:
       theta: how slowly the last pair rotates; larger for longer rows.
@@ -57,46 +57,50 @@ class Rotary:
         check_types(self, "model.rotary.")
         for name in ("theta", "factor", "low_turns", "local_theta", "amplitude"):
             if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"rotary.{name}={value} must be positive")
+                raise ValueError(f"model.rotary.{name}={value} must be positive")
         if self.theta <= 1:
-            raise ValueError(f"rotary.theta={self.theta} must exceed 1, or all pairs rotate alike")
+            raise ValueError(f"model.rotary.theta={self.theta} must exceed 1, or all pairs rotate alike")
         if not 0 < self.fraction <= 1:
-            raise ValueError(f"rotary.fraction={self.fraction} must lie in (0, 1]")
+            raise ValueError(f"model.rotary.fraction={self.fraction} must lie in (0, 1]")
         if self.high_turns <= self.low_turns:
-            raise ValueError(f"rotary.high_turns={self.high_turns} must exceed rotary.low_turns={self.low_turns}")
+            raise ValueError(
+                f"model.rotary.high_turns={self.high_turns} must exceed model.rotary.low_turns={self.low_turns}"
+            )
         if self.scaling not in ("none", "linear", "ntk") and self.original_len is None:
-            raise ValueError(f"rotary.scaling={self.scaling} needs rotary.original_len, the positions in training")
+            raise ValueError(
+                f"model.rotary.scaling={self.scaling} needs model.rotary.original_len, the positions in training"
+            )
         if self.original_len is not None and self.original_len < 2:
-            raise ValueError(f"rotary.original_len={self.original_len} must be at least 2")
+            raise ValueError(f"model.rotary.original_len={self.original_len} must be at least 2")
         for name in ("short_factors", "long_factors"):
             factors = getattr(self, name)
             if bool(factors) != (self.scaling == "longrope"):
                 raise ValueError(
-                    f"rotary.{name} has {len(factors)} numbers where rotary.scaling={self.scaling}, but longrope, and "
-                    "it alone, takes one for each pair; give both lists with it, or leave both empty"
+                    f"model.rotary.{name} has {len(factors)} numbers where model.rotary.scaling={self.scaling}, but "
+                    "longrope, and it alone, takes one for each pair; give both lists with it, or leave both empty"
                 )
             if any(factor <= 0 for factor in factors):
-                raise ValueError(f"rotary.{name}={min(factors)} must be positive, as every factor of longrope")
+                raise ValueError(f"model.rotary.{name}={min(factors)} must be positive, as every factor of longrope")
 
     def check(self, H: int) -> None:
         """Raise `ValueError` for heads of size H that can't be rotated so."""
         rotated, scaling = self.rotated(H), self.scaling
-        share = "" if self.fraction == 1 else f" x rotary.fraction={self.fraction}"
+        share = "" if self.fraction == 1 else f" x model.rotary.fraction={self.fraction}"
         if rotated % 2 or not rotated:
             raise ValueError(
-                f"rotary positions rotate pairs: head_dim={H}{share} must be even; set model.head_dim={H + 1}"
+                f"rotary positions rotate pairs: model.head_dim={H}{share} must be even; set model.head_dim={H + 1}"
             )
         if scaling in ("ntk", "dynamic") and rotated == 2:
             raise ValueError(
-                f"rotary.scaling={scaling} slows all pairs but the first, and head_dim={H}{share} has no other; "
-                f"set model.head_dim={2 * H}, or rotary.scaling=none"
+                f"model.rotary.scaling={scaling} slows all pairs but the first, and model.head_dim={H}{share} has no "
+                f"other; set model.head_dim={2 * H}, or model.rotary.scaling=none"
             )
         for name in ("short_factors", "long_factors"):
             factors = getattr(self, name)
             if scaling == "longrope" and len(factors) != rotated // 2:
                 raise ValueError(
-                    f"rotary.{name} has {len(factors)} numbers where head_dim={H}{share} has {rotated // 2} pairs; "
-                    "give one for each"
+                    f"model.rotary.{name} has {len(factors)} numbers where model.head_dim={H}{share} has "
+                    f"{rotated // 2} pairs; give one for each"
                 )
 
     @property

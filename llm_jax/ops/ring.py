@@ -39,7 +39,7 @@ def chunks_of(devices: int, number: int) -> Int[np.ndarray, "devices number"]:
 def ring(q: Array, k: Array, v: Array, mask: Mask, scores: Scores) -> Array:
     """Attend in a ring to rows in their own order: balanced where no mask, or a window, gives all devices equal work.
 
-    Raises `Declined` for a cache, and for rows that do not divide.
+    Raise `Declined` for a cache, and for rows that do not divide.
     """
     return _around("ring", q, k, v, mask, scores, number=1)
 
@@ -47,7 +47,7 @@ def ring(q: Array, k: Array, v: Array, mask: Mask, scores: Scores) -> Array:
 def zigzag(q: Array, k: Array, v: Array, mask: Mask, scores: Scores) -> Array:
     """Attend in a ring to rows in `zigzag_order`; the arrays of the mask are in that order too.
 
-    Raises `Declined` for a cache, and for rows that do not divide.
+    Raise `Declined` for a cache, and for rows that do not divide.
     """
     return _around("zigzag", q, k, v, mask, scores, number=2)
 
@@ -261,7 +261,7 @@ def _rows(q: Float[Array, "B L K G H"]) -> tuple[int, ...]:
 def ulysses(q: Array, k: Array, v: Array, mask: Mask, scores: Scores) -> Array:
     """Attend to whole rows with a share of the heads, by any implementation, between two all-to-alls.
 
-    Raises `Declined` for a cache, for ALiBi, and for heads that do not divide.
+    Raise `Declined` for a cache, for ALiBi, and for heads that do not divide.
     """
     devices, heads = auto_axis_size(AXIS), q.shape[2] // auto_axis_size("tensor")
     _check_training("ulysses", mask)

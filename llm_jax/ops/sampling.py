@@ -20,10 +20,12 @@ class Sampling:
 
     Attributes:
       temperature: divides the logits; below 1 the likely becomes likelier, and 0 always takes the likeliest.
-      top_k, top_p, min_p: which tokens may be drawn at all, by the filters below, in this order.
+      top_k: only so many of the likeliest tokens may be drawn; None: all. This filter comes first.
+      top_p: then only the fewest that have this probability together; None: all.
+      min_p: then only those at least this many times as probable as the likeliest; None: all.
       repetition_penalty: above 1, tokens that are in the text already become less likely.
 
-    Raises `ValueError` for a value that is not a number, infinite, or out of its range.
+    Raise `ValueError` for a value that is not a number, infinite, or out of its range.
     """
 
     temperature: float = 1.0

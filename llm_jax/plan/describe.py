@@ -21,7 +21,7 @@ from rich.text import Text
 from llm_jax.config import plain, replace
 from llm_jax.data.loader import Batch, as_told
 from llm_jax.keys import REQUIRED, keys, value_at
-from llm_jax.model.config import TAPS, ModelConfig
+from llm_jax.model.config import TAPS, ModelConfig, is_own
 from llm_jax.model.count import active_parameters, flops_per_token, parameter_counts
 from llm_jax.model.stack import kinds_of, locate
 from llm_jax.model.taps import capture
@@ -53,7 +53,9 @@ class Memory:
     """Bytes in use on all devices together, during one microbatch of a training step.
 
     Attributes:
-      weights, gradients, optimizer: the train state, and a gradient for each weight.
+      weights: the parameters, in float32.
+      gradients: one number for each weight.
+      optimizer: the state of the optimizer.
       cast: the copy of the weights in the dtype of the computation, if that is not float32.
       kept: what the backward pass needs of the forward pass: all residuals of `jax.vjp` of the loss under the
         rematerialization of the config, except weights. The compiler may keep less, or need scratch space.
@@ -177,7 +179,7 @@ def nbytes(tree: PyTree) -> int:
 def activation_meanings(c: ModelConfig, kind: str = "") -> dict[str, tuple[str, str]]:
     """Return the letters of each activation in a layer of `kind`, and a line of words."""
     mixer = kind.partition("+")[0]
-    recurrent = mixer in ("linear", "delta")
+    recurrent, own = mixer in ("linear", "delta"), mixer.partition(":")[2] if is_own(mixer) else ""
     added = {"learned": ", plus that of its position", "sinusoidal": ", plus the waves of its position"}
     rotated, too = (", rotated by its position", ", rotated too") if c.positions == "rotary" else ("", "")
     if recurrent or mixer == "nope":
@@ -194,6 +196,7 @@ def activation_meanings(c: ModelConfig, kind: str = "") -> dict[str, tuple[str, 
     scale = "over the root of H" if c.attention.scale is None else f"times {c.attention.scale:.3g}"
     capped = "" if c.attention.softcap is None else f", squeezed below {c.attention.softcap:g}"
     sloped = ", less the distance by head" if c.positions == "alibi" else ""
+    mixed = f"what {own} makes of the tokens so far" if own else "the heads joined, projected to the stream's width"
     seen = f"{c.experts.active} of {c.experts.number}" if c.experts else ""
     return {
         "tokens": ("B L", f"ids below {c.vocab_size}"),
@@ -208,8 +211,8 @@ def activation_meanings(c: ModelConfig, kind: str = "") -> dict[str, tuple[str, 
             "B L K G H",
             "what each query finds in the state" if recurrent else "the values, averaged as the pattern says",
         ),
-        "attn_out": ("B L D", f"the heads joined, projected to the width of the stream{normed_before}"),
-        "resid_mid": ("B L D", f"the stream plus what attention adds to it{normed_after}"),
+        "attn_out": ("B L D", f"{mixed}{normed_before}"),
+        "resid_mid": ("B L D", f"the stream plus what {own or 'attention'} adds to it{normed_after}"),
         "mlp_pre": ("B L F", "each token by itself, projected to F features"),
         "mlp_post": ("B L F", f"{c.activation} of that{gate}"),
         "router": ("B L E", f"scores of the experts: a token goes to {seen}"),

@@ -89,7 +89,7 @@ class Collective:
 
 
 def parse(text: str) -> Module:
-    """Return the program in `text`. Raises `ValueError` if there is none."""
+    """Return the program in `text`. Raise `ValueError` if there is none."""
     computations: dict[str, list[Instruction]] = {}
     entry, body = None, None
     for line in text.splitlines():
@@ -117,7 +117,7 @@ def _shape(text: str) -> tuple[str, str]:
 
 
 def _closed(text: str) -> tuple[str, str]:
-    """Return `text` up to the parenthesis that closes its first one, and the rest. Raises `ValueError` if none does."""
+    """Return `text` up to the parenthesis that closes its first one, and the rest. Raise `ValueError` if none does."""
     depth = 0
     for at in re.finditer(r"[()]", text):
         depth += 1 if at[0] == "(" else -1
@@ -250,7 +250,7 @@ def rounds(first: int, last: int, step: int, direction: str) -> int | None:
 def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
     """Return what a step sends over `mesh`, whose axes and sizes are in the order of its devices.
 
-    Raises `ValueError` for a collective that is not in `SENT`.
+    Raise `ValueError` for a collective that is not in `SENT`.
     """
     found, seen = [], set()
     for visit in executed(module):

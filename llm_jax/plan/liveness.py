@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from llm_jax.plan import hlo
 
 MODULES = (
-    "cast|embed|attention_norm|feedforward_norm|attention|feedforward|experts|final_norm|head|loss|optimizer|layers"
+    "cast|embed|attention_norm|feedforward_norm|attention|mixer|feedforward|experts|final_norm|head|loss|optimizer|"
+    "layers"
 )
 
 

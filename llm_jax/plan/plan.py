@@ -161,7 +161,7 @@ class Plan:
 def figures(program: Program, topology: Topology, folder: Path | None = None) -> Figures:
     """Compile the train step of `program`, or read from `folder` what an earlier compilation gave.
 
-    Raises `ValueError` if the compiler refuses the program, other than for its size.
+    Raise `ValueError` if the compiler refuses the program, other than for its size.
     """
     lowered = program.lowered()
     folder = folder or cache_folder() / "plans"
@@ -200,7 +200,7 @@ TOO_LARGE = r"HLO temporaries \(([\d.]+)([KMGT]?)\)|Used ([\d.]+)([KMGT]?) of \S
 def too_large(message: str) -> int:
     """Return the bytes that a program needs, from the compiler's error that they are too many.
 
-    Raises `ValueError` for any other error, such as a kernel that exceeds the memory on the chip.
+    Raise `ValueError` for any other error, such as a kernel that exceeds the memory on the chip.
     """
     found = re.search(TOO_LARGE, message)
     if found is None:
@@ -247,7 +247,7 @@ def check_host(config: RunConfig, topology: Topology) -> None:
 def plan(config: RunConfig, topology: Topology, price: float | None = None, folder: Path | None = None) -> Plan:
     """Return the plan of a step of `config` on `topology`; `price` is that of a chip per hour.
 
-    Raises `ValueError` like `figures`, `check_host`, `Topology.devices` and `Program.on`.
+    Raise `ValueError` like `figures`, `check_host`, `Topology.devices` and `Program.on`.
     """
     check_host(config, topology)
     program = Program.on(config, topology.devices())

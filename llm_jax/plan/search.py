@@ -35,7 +35,9 @@ class Choice:
     Attributes:
       changes: the new values by path, as `config.replace` takes them.
       fields: how many fields differ from the config; an axis size of -1 that is spelled out does not.
-      bytes, seconds_a_token: of a device, by arithmetic.
+      config: the config with these values.
+      bytes: the memory of a device, by arithmetic.
+      seconds_a_token: the time of a device, by arithmetic.
     """
 
     changes: Mapping[str, Any]
@@ -156,7 +158,7 @@ def search(
     """Compile `config` and other choices, `compiles` in all: those that should be fastest.
 
     If the config itself does not fit, every second one is that of the smallest change instead, until the smallest
-    change that fits is known. Nothing else is compiled that arithmetic says is slower than what fits already. Raises
+    change that fits is known. Nothing else is compiled that arithmetic says is slower than what fits already. Raise
     `ValueError` if there is no compiler for `topology`, or it has no host that the config needs.
     """
     devices = topology.devices()  # raises, as without them no choice helps

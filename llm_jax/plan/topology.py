@@ -77,7 +77,7 @@ class Topology:
         return self.n_devices if self.kind == "cpu" else None
 
     def devices(self) -> Sequence[Any]:
-        """Return its devices, to compile for. Raises `ValueError` if there are none, with what to install or change."""
+        """Return its devices, to compile for. Raise `ValueError` if there are none, with what to install or change."""
         import jax
 
         if self.kind == "cpu":
@@ -111,7 +111,7 @@ class Topology:
 
 
 def parse_topology(name: str, slices: int = 1) -> Topology:
-    """Return the topology `name`, such as `v5e:4x4`. Raises `ValueError` for any other name, with the known ones."""
+    """Return the topology `name`, such as `v5e:4x4`. Raise `ValueError` for any other name, with the known ones."""
     kind, _, shape = name.partition(":")
     if kind not in CHIPS:
         known = ", ".join(chip.example for chip in CHIPS.values())

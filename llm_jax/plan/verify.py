@@ -1,7 +1,8 @@
 """Every mesh gives the result of one device: train a config, shrunk to test size, in each layout of eight devices.
 
 It compares everything that a layout could get wrong: the loss of a batch, the gradient of every parameter, and the
-curve of a short training with the config's own optimizer. Devices are simulated on the CPU (`runtime.simulate`).
+curve of a short training with the config's own optimizer. The devices are simulated on the CPU, by
+`runtime.start(devices=8)`.
 """
 
 import dataclasses
@@ -129,7 +130,7 @@ def bounds_of(config: RunConfig) -> dict[str, float]:
 
 
 def laid_out(small: RunConfig, layout: Layout) -> Program:
-    """Return the program on the largest mesh of the layout that it supports. Raises `ValueError` if there is none."""
+    """Return the program on the largest mesh of the layout that it supports. Raise `ValueError` if there is none."""
     small = replace(small, **layout.settings)
     if "pipeline" not in layout.axes:
         small = dataclasses.replace(small, pipeline=PipelineConfig())

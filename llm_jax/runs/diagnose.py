@@ -21,6 +21,7 @@ from llm_jax.train.step import cast
 
 # The order in which the backward pass reaches the parameters of a layer, and those outside all layers.
 BACKWARD = (
+    (r"/mixer/", 6),
     (r"^(unembedding|classes)/", 0),
     (r"^final_norm/", 1),
     (r"/(feedforward|experts|shared)/._down$", 2),
@@ -51,15 +52,15 @@ def _in_forward_pass(program: Program, params: PyTree, batch: Batch) -> str | No
         in_order = jax.device_put(row, batch_sharding(program.mesh))  # and not in the token order of `program.put`
         bad = jax.device_get(_bad_activations(Transformer(program.config.model), params, in_order))
     c, n = program.config.model, program.config.model.n_layers
-    places = [
+    non_finite = [
         (layer, order, name)
         for order, name in enumerate(TAPS)
         if name in bad
         for layer in _layers(TAPS[name], bad[name], layers_with(c, name), n)
     ]
-    if not places:
+    if not non_finite:
         return None
-    layer, _, name = min(places)
+    layer, _, name = min(non_finite)
     return f"the first activation to go bad is {_called(name, layer, n)}"
 
 
@@ -82,13 +83,13 @@ def _in_backward_pass(program: Program, params: PyTree, batch: Batch, step: int,
 
     with jax.set_mesh(program.mesh):
         sizes, after, norm = jax.device_get(largest(params, opt_state, program.put(program.share(batch))))
-    places = [
+    non_finite = [
         (-layer, trees.first_match(BACKWARD, path), path)
         for path, size in sizes.items()
         for layer in _layers(path, np.asarray(~np.isfinite(size)), layers_at(c.model, path), n)
     ]
-    if places:
-        layer, _, path = min(places)
+    if non_finite:
+        layer, _, path = min(non_finite)
         return f"the forward pass is finite; the first gradient to go bad is that of {_called(path, -layer, n)}"
     with np.errstate(over="ignore"):
         grown = [path for path, size in after.items() if not np.isfinite(np.square(size)).all()]

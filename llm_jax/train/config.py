@@ -83,7 +83,7 @@ class RunConfig:
         if self.data.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate={self.accumulate} does not divide data.batch_size={self.data.batch_size}; "
-                f"use batch_size={-(-self.data.batch_size // self.accumulate) * self.accumulate}"
+                f"use data.batch_size={-(-self.data.batch_size // self.accumulate) * self.accumulate}"
             )
         if self.data.seq_len > self.model.max_seq_len:
             raise ValueError(

@@ -118,7 +118,7 @@ def decay_mask(params: PyTree) -> PyTree:
     """
 
     def decayed(path: str, leaf: Any) -> bool:
-        if letters := own_letters(path, leaf.shape):
+        if (letters := own_letters(path, leaf.shape)) is not None:
             return len(letters.removeprefix("N")) > 1
         try:
             return trees.first_match(DECAYED, path)
@@ -180,8 +180,9 @@ def _muon(c: OptimizerConfig) -> optax.GradientTransformation:
     and 1.3.
     """
 
-    def role(path: str, _: jnp.ndarray) -> str:
-        return "rest" if trees.first_match(MATRICES, path) is None else "matrices"
+    def role(path: str, leaf: jnp.ndarray) -> str:
+        own = own_letters(path, leaf.shape) is not None
+        return "rest" if own or trees.first_match(MATRICES, path) is None else "matrices"
 
     def axes(path: str, leaf: jnp.ndarray) -> optax.contrib.MuonDimensionNumbers:
         pair = sides(path, leaf.shape)

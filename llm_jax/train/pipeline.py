@@ -84,9 +84,11 @@ class Carry:
       saved: inputs of pieces whose forward pass is done and whose backward pass is not.
       ahead: the activation that the stage before sent.
       back: the gradient that the stage after sent.
-      layers, shared: sums of gradients, float32.
+      layers: the gradient of the stage's layers so far, float32.
+      shared: the gradient of the parameters outside of layers so far, float32.
       embedded: the gradient of `Inputs.embedded`.
-      loss, sums: sums of the loss and of the reported metrics; each stage has its own share.
+      loss: the sum of the loss so far; each stage has its own share.
+      sums: the sums of the reported metrics so far; each stage has its own share.
       load: tokens of each expert, by chunk and layer.
     """
 
