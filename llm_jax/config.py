@@ -321,6 +321,9 @@ def _python_way(value: Any, kinds: Sequence[Any]) -> str:
     """Return what a Python program gives in the place of a `value` that is nearly right; else nothing."""
     if getattr(value, "shape", None) == ():  # a number of NumPy or JAX, which JSON can't hold
         return f"; give {type(value.item()).__name__}(...) of it"
+    classes = [item for item in (value if isinstance(value, tuple | list) else [value]) if isinstance(item, type)]
+    if classes and classes[0].__module__ != "__main__":  # of a layer of the user's own
+        return f"; give its import path: {f'{classes[0].__module__}:{classes[0].__qualname__}'!r}"
     if isinstance(value, str | list) and any(get_origin(kind) is tuple for kind in kinds):
         return f"; give a tuple: {_short((value,) if isinstance(value, str) else tuple(value))}"
     group = (

@@ -19,7 +19,7 @@ from llm_jax.data.tokenizer import ByteTokenizer
 from llm_jax.infer.generate import begin_rows, next_token
 from llm_jax.model.config import Layer
 from llm_jax.model.count import active_parameters, flops_per_token, parameter_counts, shapes
-from llm_jax.model.mixer import check_mixer
+from llm_jax.model.mixer import check_decoding, check_mixer
 from llm_jax.plan import describe
 from llm_jax.plan.liveness import by_module
 from llm_jax.runs import folder as run_folder
@@ -105,14 +105,14 @@ def test_a_gradient_of_an_own_layer_has_its_position_in_the_backward_pass(model:
 def test_an_own_layer_has_no_twin_and_is_no_model_of_transformers(config, model: lj.ModelConfig):
     model = dataclasses.replace(model, layers=(AVERAGE,), n_layers=1)
     with pytest.raises(ValueError, match=r"model.layers: averaging:Average has no twin in PyTorch; use kinds of"):
-        compare.check(dataclasses.replace(config, model=model, steps=30), 20)
+        compare.check_comparable(dataclasses.replace(config, model=model, steps=30), 20)
     with pytest.raises(ValueError, match=r"no family can express this model; .* lacks model.layers=.'averaging:Av"):
         choose(model, weights.shapes_of(shapes(model)), None)
 
 
 def test_what_is_shown_of_an_own_layer_tells_of_no_heads(model: lj.ModelConfig):
     model = dataclasses.replace(model, residual="sandwich")
-    own, ours = describe.meanings(model, AVERAGE), describe.meanings(model, "global")
+    own, ours = describe.activation_meanings(model, AVERAGE), describe.activation_meanings(model, "global")
     assert own["attn_out"] == ("B L D", "what Average makes of the tokens so far, normed")
     assert own["resid_mid"] == ("B L D", "the stream plus what Average adds to it")
     assert own.keys() == ours.keys()
@@ -271,3 +271,30 @@ def test_a_sampler_meets_no_layer_that_was_traced_before_it_changed():
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract["params"])
     lj.Sampler(config, params, "byte")
     assert (begin_rows._cache_size(), next_token._cache_size()) == (0, 0)
+
+
+class Last(lj.Mixer):
+    """What the token before said; its state is that of the padding, not of the prompt, or of the prompt's end."""
+
+    padded = True
+
+    def __call__(self, x, context, state):
+        before = jnp.zeros_like(x[:, :1]) if state is None else state["last"][:, None]
+        last = x.shape[1] - 1 if self.padded or context.lengths is None else context.lengths - 1
+        y = jnp.concatenate([before, x[:, :-1]], axis=1)
+        return y, None if state is None else {"last": x[jnp.arange(len(x)), last]}
+
+    @classmethod
+    def init_state(cls, config, rows, size):
+        return {"last": jnp.zeros((rows, config.d_model))}
+
+
+class LastOfPrompt(Last):
+    padded = False
+
+
+def test_a_mixer_that_generates_otherwise_than_it_trains_is_refused(model: lj.ModelConfig):
+    with pytest.raises(ValueError, match="Last computes something else token by token than for a whole row"):
+        check_decoding(model, "test_mixer:Last")
+    for path in ("test_mixer:LastOfPrompt", "test_mixer:Stateless", AVERAGE, "averaging:Forgetful"):
+        check_decoding(model, path)

@@ -61,7 +61,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"unroll": 0}, "model.unroll=0 must be at least 1"),
     (
         {"layers": ("globl",)},
-        "model.layers: 'globl' is no kind of layer; did you mean 'global'? A mixture of experts is global+moe",
+        "model.layers: 'globl' is no kind of layer; did you mean 'global'; a mixture of experts is global+moe",
     ),
     ({"norm_eps": 0.0}, "model.norm_eps=0.0 must be positive"),
     ({"layers": ("local",)}, "model.layers=local needs model.attention.window; set it to 4096"),

@@ -118,7 +118,7 @@ class Comparison:
 
 
 def compare(config: RunConfig, steps: int, report: Report, *, compiled: bool = True, command: str = "") -> Comparison:
-    """Train the first `steps` steps of `config` on each side. Raises `ValueError` for what can't be compared."""
+    """Train the first `steps` steps of `config` on each side. Raise `ValueError` for what can't be compared."""
     check_comparable(config, steps)
     peak_memory()  # raises here already, not in another process, if memory can't be measured
     shards = open_data(config, report)

@@ -19,5 +19,5 @@ def optional(name: str) -> ModuleType:
 
 
 def read_model_json(path: Path, fields: Mapping[str, Types] | None = None) -> dict[str, Any]:
-    """Return the object in a JSON file of a model, with these fields. Raises `ValueError` for anything else."""
+    """Return the object in a JSON file of a model, with these fields. Raise `ValueError` for anything else."""
     return files.read_json(path, fields, advice="name the folder of a model, with all of its files")

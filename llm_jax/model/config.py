@@ -248,9 +248,13 @@ class ModelConfig:
             mixer, plus, feedforward = text.partition("+")
             known = (*MIXERS, mixer) if is_own(mixer) else MIXERS
             if mixer not in known or (plus and feedforward != "moe"):
+                way = nearest(mixer, known)
+                if way.startswith("known"):
+                    way += ", or a class of your own, as my.module:Mixer"
+                example = mixer if mixer in known else "global"
                 raise ValueError(
-                    f"model.layers: {text!r} is no kind of layer; {nearest(mixer, known)} A mixture of experts is "
-                    f"{mixer if mixer in known else 'global'}+moe"
+                    f"model.layers: {text!r} is no kind of layer; {way.removesuffix('?')}; a mixture of experts is "
+                    f"{example}+moe"
                 )
             if is_own(mixer):
                 own_mixer(mixer)

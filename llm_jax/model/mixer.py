@@ -88,6 +88,52 @@ def check_mixer(config: ModelConfig, path: str, segmented: bool) -> None:
         raise ValueError(f"{path} lets a token read another row of its batch; compute each row by itself")
 
 
+def check_decoding(config: ModelConfig, path: str) -> None:
+    """Run a mixer of a user's own over whole rows, and over the same tokens as text is generated.
+
+    Two prompts of different lengths come padded, in one call, then a token a row a call. Raise `ValueError` where `y`
+    is not that of the whole rows: generated text would come from another function than was trained. A mixer without
+    `init_state` passes: it says so itself where it is asked to generate.
+    """
+    cls, L = own_mixer(path), min(7, config.max_seq_len - 1)
+    if cls.init_state.__func__ is Mixer.init_state.__func__ or L < 3:
+        return
+    mixer, prompts = cls(config), jnp.array([L - 2, L - 3])
+
+    @jax.jit
+    def both() -> tuple[Float[Array, "2 L D"], list[tuple[Int[Array, "2"], Float[Array, "2 D"]]]]:
+        x = jax.random.normal(jax.random.key(0), (2, L, config.d_model))
+        whole = Context(positions=jnp.arange(L)[None], mask=Mask())
+        params = _trained(mixer.init(jax.random.key(1), x, whole, None).get("params", {}))
+
+        def call(
+            tokens: Float[Array, "2 _ D"], before: Int[Array, "2"], lengths: Int[Array, "2"], state: PyTree
+        ) -> Any:
+            size = tokens.shape[1]
+            positions = jnp.arange(size)[None] + before[:, None]
+            context = Context(positions=positions, mask=Mask(kv_length=before + size), lengths=lengths)
+            return mixer.apply({"params": params}, tokens, context, state)
+
+        rows, steps = jnp.arange(2), []
+        y, state = call(x[:, : L - 2], jnp.zeros(2, jnp.int32), prompts, cls.init_state(config, 2, L))
+        steps.append((prompts - 1, y[rows, prompts - 1]))
+        for step in range(2):
+            at = prompts + step
+            y, state = call(x[rows, at][:, None], at, jnp.ones(2, jnp.int32), state)
+            steps.append((at, y[:, 0]))
+        return mixer.apply({"params": params}, x, whole, None)[0], steps
+
+    with jax.default_matmul_precision("highest"):
+        y, steps = jax.device_get(both())
+    for at, found in steps:
+        if not np.allclose(found, y[[0, 1], at], rtol=0, atol=1e-3 * np.abs(y).max()):
+            raise ValueError(
+                f"{path} computes something else token by token than for a whole row, so text would come from another "
+                "function than was trained; return the state after the first context.lengths tokens of each row "
+                "(prompts are padded on the right), and count from context.positions"
+            )
+
+
 def _outputs(
     config: ModelConfig, path: str, replaced: Bool[np.ndarray, "C L"], segments: Int[np.ndarray, " L"] | None
 ) -> Float[np.ndarray, "C+2 L D"]:
@@ -105,9 +151,7 @@ def _outputs(
     @jax.jit
     def outputs() -> Float[Array, "C L D"]:
         x, other = jax.random.normal(jax.random.key(0), (2, *shape))
-        weights, tree = jax.tree.flatten(mixer.init(jax.random.key(1), x, context, None).get("params", {}))
-        keys = jax.random.split(jax.random.key(2), len(weights))
-        params = jax.tree.unflatten(tree, [_near(w, key) for w, key in zip(weights, keys, strict=True)])
+        params = _trained(mixer.init(jax.random.key(1), x, context, None).get("params", {}))
 
         def output(change: Bool[Array, "2 L"]) -> Float[Array, "L D"]:
             found: Any = mixer.apply({"params": params}, jnp.where(change[..., None], other, x), context, None)
@@ -123,6 +167,12 @@ def _outputs(
         return np.asarray(outputs())
 
 
-def _near(weights: Array, key: Key[Array, ""]) -> Array:
-    """Return `weights` as training may have made them: where they start with zeros, nothing would be seen."""
-    return weights + 0.5 * max((*weights.shape, 16)) ** -0.5 * jax.random.normal(key, weights.shape, weights.dtype)
+def _trained(params: PyTree) -> PyTree:
+    """Return `params` as training may have made them: where they start with zeros, nothing would be seen."""
+    weights, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(2), len(weights))
+
+    def near(w: Array, key: Key[Array, ""]) -> Array:
+        return w + 0.5 * max((*w.shape, 16)) ** -0.5 * jax.random.normal(key, w.shape, w.dtype)
+
+    return jax.tree.unflatten(tree, [near(w, key) for w, key in zip(weights, keys, strict=True)])

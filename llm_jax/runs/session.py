@@ -20,7 +20,7 @@ from llm_jax.infer.generate import prompt_ids
 from llm_jax.log import Report
 from llm_jax.model.config import is_own
 from llm_jax.model.count import parameter_counts
-from llm_jax.model.mixer import check_mixer
+from llm_jax.model.mixer import check_decoding, check_mixer
 from llm_jax.runs import folder as run_folder
 from llm_jax.runs import restore
 from llm_jax.runs.checkpoint import Checkpoints, Progress
@@ -71,6 +71,7 @@ class Session:
         for layer in config.model.period:
             if is_own(layer.mixer):
                 check_mixer(config.model, layer.mixer, tells_documents(config.data))
+                check_decoding(config.model, layer.mixer)
         program = Program.on(config, custom=custom)
         loader = Loader(shards.split("train"), config.data, rows=program.rows, needs=custom.needs)
         loader.check_horizon(config.steps)
