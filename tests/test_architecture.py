@@ -12,12 +12,13 @@ import pytest
 
 pytestmark = pytest.mark.smoke
 
-PACKAGE = Path(__file__).parents[1] / "llm_jax"
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "llm_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 PAGE = PACKAGE.parent / "docs" / "architecture.md"
 
 # (modules or folders below llm_jax, floor, what lives there): the first row that matches names the floor. This is the
-# one place where the floors are written: `python tests/test_architecture.py` writes the table of docs/architecture.md.
+# only table of the floors: `python tests/test_architecture.py` writes the table of docs/architecture.md.
 GROUND = "config|keys|tree|files|log|notebook|recipes|sharding|processes|runtime|chips"
 FLOORS = [
     (r"__init__|__main__", 8, "`import llm_jax`, the front door, which starts no JAX by itself; `python -m llm_jax`"),
@@ -137,6 +138,12 @@ def test_text_becomes_token_shards_without_starting_jax():
 def test_no_file_or_folder_has_a_name_that_says_nothing():
     vague = [path for path in PACKAGE.rglob("*") if path.stem.strip("_") in VAGUE]
     assert not vague
+
+
+def test_the_name_of_a_test_has_at_most_seventy_characters():
+    for path in TESTS.glob("test_*.py"):
+        names = [node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+        assert [name for name in names if name.startswith("test_") and len(name) > 70] == [], path.name
 
 
 # What Python has on Linux and macOS only.

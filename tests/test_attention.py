@@ -42,7 +42,7 @@ def test_long_rows_never_hold_all_their_scores(L: int, backend: str, monkeypatch
 
 @pytest.mark.parametrize("name", ["reference", "chunked"])
 def test_dropout_zeroes_its_share_of_the_pattern_and_scales_the_rest(name: str):
-    """Where all scores are alike and values tell keys apart, what comes out is the pattern."""
+    """Where all scores are alike and values identify keys, the output is the pattern."""
     S, rate = 256, 0.25
     q, k, v = jnp.zeros((1, S, 1, 2, S)), jnp.zeros((1, S, 1, S)), jnp.eye(S)[None, :, None]
     drop = Dropout(jax.random.key(0), rate)

@@ -164,6 +164,6 @@ def test_a_change_of_what_code_does_changes_its_hash_and_no_other(
     assert {name for name in found[0] if found[0][name] != found[1][name]} == changed
 
 
-def test_two_functions_in_one_line_are_told_apart():
+def test_two_functions_in_one_line_are_distinguished():
     first, second = (lambda x: x + 1), (lambda x: x + 2)
     assert code_hash(first) != code_hash(second)

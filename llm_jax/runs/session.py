@@ -13,7 +13,7 @@ from rich.console import Console
 
 from llm_jax import log, processes, runtime
 from llm_jax.config import differences, to_dict
-from llm_jax.data.loader import Loader, task_of, tells_documents
+from llm_jax.data.loader import Loader, is_segmented, task_of
 from llm_jax.data.mixture import Mixture
 from llm_jax.data.shards import Shards
 from llm_jax.infer.generate import prompt_ids
@@ -70,7 +70,7 @@ class Session:
         task_of(shards.split("heldout"), config.data)  # raises now, and not at the first evaluation
         for layer in config.model.period:
             if is_own(layer.mixer):
-                check_mixer(config.model, layer.mixer, tells_documents(config.data))
+                check_mixer(config.model, layer.mixer, is_segmented(config.data))
         program = Program.on(config, custom=custom)
         loader = Loader(shards.split("train"), config.data, rows=program.rows, needs=custom.needs)
         loader.check_horizon(config.steps)
