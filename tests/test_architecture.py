@@ -140,6 +140,37 @@ def test_no_file_or_folder_has_a_name_that_says_nothing():
     assert not vague
 
 
+# Source files without a test file of their own -> the one that tests them, and why.
+TESTED_IN = {
+    "__init__.py": ("test_front_door.py", "it is the front door"),
+    "__main__.py": ("test_main.py", "it calls cli/main.py"),
+    "compat/families_gpt.py": ("test_families.py", "a table of families, of which each is tested there as all others"),
+    "compat/families_moe.py": ("test_families.py", "the same"),
+    "model/attention.py": ("test_transformer.py", "a sublayer: who gets a gradient from whom is seen in a whole model"),
+    "model/linear_attention.py": ("test_cache.py", "a sublayer: its state is seen where a model decodes with it"),
+}
+
+
+def code(path: Path) -> bool:
+    """Whether a file has more than a docstring."""
+    return any(not isinstance(node, ast.Expr) for node in ast.parse(path.read_text()).body)
+
+
+def test_each_source_file_with_code_has_a_test_file_of_its_own():
+    """`test_NAME.py`, or `test_ROOM_NAME.py` where files of several rooms have a name."""
+    owners: dict[str, str] = {}
+    for path in filter(code, FILES):
+        source = str(path.relative_to(PACKAGE))
+        if source in TESTED_IN:
+            assert (TESTS / TESTED_IN[source][0]).is_file(), source
+            continue
+        name = path.parent.name if path.stem == "__init__" else path.stem
+        found = [test for test in (f"test_{path.parent.name}_{name}.py", f"test_{name}.py") if (TESTS / test).is_file()]
+        assert found, f"{source} has no tests/test_{name}.py"
+        assert owners.setdefault(found[0], source) == source, f"{found[0]} tests {owners[found[0]]} and {source}"
+    assert all(reason and (PACKAGE / source).is_file() for source, (_, reason) in TESTED_IN.items())
+
+
 def test_the_name_of_a_test_has_at_most_seventy_characters():
     for path in TESTS.glob("test_*.py"):
         names = [node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
