@@ -5,6 +5,7 @@ import graphlib
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -175,6 +176,13 @@ def test_the_name_of_a_test_has_at_most_seventy_characters():
     for path in TESTS.glob("test_*.py"):
         names = [node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
         assert [name for name in names if name.startswith("test_") and len(name) > 70] == [], path.name
+
+
+def test_the_rooms_with_strict_types_have_the_same_rules():
+    tables = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["pyright"]["executionEnvironments"]
+    roots = [table.pop("root") for table in tables]
+    assert roots == ["llm_jax/model", "llm_jax/ops", "llm_jax/train/step.py", "llm_jax/config.py"]
+    assert all(table == tables[0] for table in tables)
 
 
 # What Python has on Linux and macOS only.
