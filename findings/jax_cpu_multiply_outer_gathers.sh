@@ -4,9 +4,8 @@
 #
 # Each result is a product of two numbers, and lies where its row lies: one would expect that nothing is sent, as by
 # the same product with a new axis.
-# Seen: an all-gather of the whole array. `outer` flattens both arguments first, and the split axis is not the outer
-# one of the flat array. Rotary angles, positions times frequencies, are such a product. Compiled for a TPU v5e (libtpu
-# 0.0.52) the flattening is simplified away in time, and nothing is sent.
+# Seen: an all-gather of the whole array. (`outer` flattens both arguments first, and the split axis is not the outer one
+# of the flat array.) Rotary angles, positions times frequencies, are such a product.
 set -euo pipefail
 folder=$(mktemp -d) && trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3}" -m venv "$folder" && "$folder/bin/pip" install -q jax==0.10.2 jaxlib==0.10.2

@@ -2,10 +2,10 @@
 # jax and jaxlib 0.10.2 on a CPU (0.12.0.1 too): how long one jax.random.normal of a fixed shape takes to compile.
 #
 # It is one line, drawn once: one would expect it to compile faster than the gradient of a feed-forward layer.
-# Seen: it takes ten times as long. Nearly all of it is the threefry hash (jax.random.bits alone takes most; the
-# inverse error function little), unrolled, and optimized by LLVM anew for each shape: eight leaves of eight shapes
-# take five times as long as one. Without LLVM's optimizations they take a small part of it, and eight draws inside
-# lax.map, of one shape, about as long as one.
+# Seen: it takes more than three times as long. Most of it is the hash that draws the bits: jax.random.bits takes more
+# than half of a normal, and more than three times what the inverse error function takes. LLVM optimizes it anew for
+# each shape: eight leaves of eight shapes take more than three times as long as one. Without LLVM's optimizations those
+# eight take less than a third; eight draws inside lax.map, of one shape, less than half.
 set -euo pipefail
 folder=$(mktemp -d) && trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3}" -m venv "$folder" && "$folder/bin/pip" install -q jax==0.10.2 jaxlib==0.10.2
@@ -72,7 +72,7 @@ one = optimized["normal"]
 for name, value in optimized.items():
     print(f"{name}: {value / one:.2f} of one normal; {plain[name] / one:.2f} without LLVM's optimizations")
 assert one > 3 * optimized["gradient"]
-assert optimized["bits"] > 3 * optimized["erf_inv"]
+assert optimized["bits"] > max(one / 2, 3 * optimized["erf_inv"])
 assert optimized["eight_shapes"] > 3 * one
 assert optimized["eight_shapes"] > 3 * plain["eight_shapes"]
 assert optimized["in_a_map"] < optimized["eight_shapes"] / 2

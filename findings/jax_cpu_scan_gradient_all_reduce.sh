@@ -4,9 +4,8 @@
 #
 # A sum of sums: one would expect that each device adds up its own gradients, and that the devices sum once, after the
 # loop. The compiler sees the whole program and may change the order.
-# Seen: an all-reduce in each iteration. Four microbatches send four times the gradients. With the scan inside a
-# shard_map and a psum after it they are sent once. Compiled for a TPU v5e (libtpu 0.0.52) this small program sums
-# after the loop.
+# Seen: an all-reduce in each iteration: four microbatches send four times the gradients. With the scan inside a
+# shard_map and a psum after it they are sent once.
 set -euo pipefail
 folder=$(mktemp -d) && trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3}" -m venv "$folder" && "$folder/bin/pip" install -q jax==0.10.2 jaxlib==0.10.2

@@ -3,8 +3,7 @@
 #
 # Each row is chosen from by itself: one would expect that each device chooses for its rows and nothing is sent, as with
 # argmax and sort of the same array.
-# Seen: an all-gather; every device holds all rows, and chooses for all of them. For a router over tokens this is the
-# whole batch on every device. Compiled for a TPU the same program sends nothing.
+# Seen: an all-gather of all rows to every device. For a router over tokens this is the whole batch.
 set -euo pipefail
 folder=$(mktemp -d) && trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3}" -m venv "$folder" && "$folder/bin/pip" install -q jax==0.10.2 jaxlib==0.10.2

@@ -4,7 +4,7 @@
 # One would expect an OSError, as from file.write and file.flush, where not all of an array could be written.
 # Seen: neither raises. The end of the array waits in a buffer of C's stdio, and what the system answers when that is
 # written, as it is closed, is not looked at: the file is short, without a word. A limit on the size of files (ulimit
-# -f) stands for the disk here; on a full tmpfs it is the same.
+# -f) stands for the disk here.
 set -euo pipefail
 folder=$(mktemp -d) && trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3}" -m venv "$folder" && "$folder/bin/pip" install -q numpy==2.4.6

@@ -3,7 +3,8 @@
 #
 # One would expect that restore notices: a checkpoint outlives disks, copies and object stores, and the format could
 # keep a checksum beside the data.
-# Seen: of 40 single flips, in 40 places of the largest file, all restore without an error and 40 give other numbers.
+# Seen: of 40 checkpoints, each with one bit of its largest file flipped, all restore without an error, and each gives
+# other numbers.
 set -euo pipefail
 folder=$(mktemp -d) && trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3}" -m venv "$folder" && "$folder/bin/pip" install -q jax==0.10.2 jaxlib==0.10.2 orbax-checkpoint==0.12.8
@@ -24,17 +25,17 @@ largest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda
 whole = largest.read_bytes()
 
 silent = raised = 0
-for place in random.integers(0, len(whole), FLIPS):
+for index in random.integers(0, len(whole), FLIPS):
     changed = bytearray(whole)
-    changed[place] ^= 1 << int(random.integers(8))
+    changed[index] ^= 1 << int(random.integers(8))
     largest.write_bytes(changed)
     try:
         found = checkpointer.restore(folder, args=ocp.args.StandardRestore({"w": weights}))["w"]
     except Exception as error:
         raised += 1
-        print(f"byte {place:,}: {type(error).__name__}")
+        print(f"byte {index:,}: {type(error).__name__}")
     else:
         silent += not np.array_equal(found, weights)
 print(f"{FLIPS} flips in a file of {len(whole):,} bytes: {raised} raised, {silent} gave other numbers without a word")
-assert silent > FLIPS // 2
+assert silent == FLIPS
 PYTHON

@@ -3,13 +3,15 @@
 #
 # One would expect an error, as gzip, bz2 and lzma of the standard library raise EOFError there.
 # Seen: stream_reader returns what could be decoded, then b"", as at the end of a whole file. A download that broke off
-# reads as a shorter text. decompress() raises, but only of a frame that does not store its size says so at all.
+# reads as a shorter text. decompress() of the same bytes raises.
 set -euo pipefail
 folder=$(mktemp -d) && trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3}" -m venv "$folder" && "$folder/bin/pip" install -q zstandard==0.25.0
 "$folder/bin/python" - <<'PYTHON'
+import bz2
 import gzip
 import io
+import lzma
 import random
 
 import zstandard
@@ -26,11 +28,19 @@ print(f"zstandard: {len(read):,} of {len(text):,} bytes, no error")
 assert 0 < len(read) < len(text)
 assert text.startswith(read)
 
-packed = gzip.compress(text)
 try:
-    gzip.open(io.BytesIO(packed[: len(packed) // 2])).read()
-except EOFError as error:
-    print(f"gzip: EOFError: {error}")
+    zstandard.ZstdDecompressor().decompress(cut)
+except zstandard.ZstdError as error:
+    print(f"decompress: {error}")
 else:
-    raise AssertionError("gzip read a truncated file")
+    raise AssertionError("decompress took a truncated frame")
+
+for module in (gzip, bz2, lzma):
+    packed = module.compress(text)
+    try:
+        module.open(io.BytesIO(packed[: len(packed) // 2])).read()
+    except EOFError as error:
+        print(f"{module.__name__}: EOFError: {error}")
+    else:
+        raise AssertionError(f"{module.__name__} read a truncated file")
 PYTHON

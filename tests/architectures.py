@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PAGE, RESULTS = ROOT / "docs" / "architectures.md", ROOT / "tests" / "golden" / "architectures.json"
 COLUMNS = {"parity": "parity", "round_trip": "round trip", "twin": "twin"}
 
-# All sizes differ, windows are shorter than the rows, and a layer is left over behind the last whole period.
+# All sizes differ, windows are shorter than the rows, and a layer is left over after the last whole period.
 SIZES: dict[str, Any] = {
     "vocab_size": 270,
     "hidden_size": 24,

@@ -64,7 +64,7 @@ def standard(function: Callable) -> Callable:
     return run
 
 
-# optax mixes Python floats with its integer step count: in these three places and no other.
+# optax mixes Python floats with its integer step count: in these three functions and no other.
 optax.tree.bias_correction = standard(optax.tree.bias_correction)
 for make in (optax.linear_schedule, optax.cosine_decay_schedule):
     setattr(optax, make.__name__, lambda *args, make=make, **kwargs: standard(make(*args, **kwargs)))

@@ -5,6 +5,7 @@ import graphlib
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,12 +13,13 @@ import pytest
 
 pytestmark = pytest.mark.smoke
 
-PACKAGE = Path(__file__).parents[1] / "llm_jax"
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "llm_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 PAGE = PACKAGE.parent / "docs" / "architecture.md"
 
 # (modules or folders below llm_jax, floor, what lives there): the first row that matches names the floor. This is the
-# one place where the floors are written: `python tests/test_architecture.py` writes the table of docs/architecture.md.
+# only table of the floors: `python tests/test_architecture.py` writes the table of docs/architecture.md.
 GROUND = "config|keys|tree|files|log|notebook|recipes|sharding|processes|runtime|chips"
 FLOORS = [
     (r"__init__|__main__", 8, "`import llm_jax`, the front door, which starts no JAX by itself; `python -m llm_jax`"),
@@ -137,6 +139,50 @@ def test_text_becomes_token_shards_without_starting_jax():
 def test_no_file_or_folder_has_a_name_that_says_nothing():
     vague = [path for path in PACKAGE.rglob("*") if path.stem.strip("_") in VAGUE]
     assert not vague
+
+
+# Source files without a test file of their own -> the one that tests them, and why.
+TESTED_IN = {
+    "__init__.py": ("test_front_door.py", "it is the front door"),
+    "__main__.py": ("test_main.py", "it calls cli/main.py"),
+    "compat/families_gpt.py": ("test_families.py", "a table of families, of which each is tested there as all others"),
+    "compat/families_moe.py": ("test_families.py", "the same"),
+    "model/attention.py": ("test_transformer.py", "a sublayer: who gets a gradient from whom is seen in a whole model"),
+    "model/linear_attention.py": ("test_cache.py", "a sublayer: its state is seen where a model decodes with it"),
+}
+
+
+def code(path: Path) -> bool:
+    """Whether a file has more than a docstring."""
+    return any(not isinstance(node, ast.Expr) for node in ast.parse(path.read_text()).body)
+
+
+def test_each_source_file_with_code_has_a_test_file_of_its_own():
+    """`test_NAME.py`, or `test_ROOM_NAME.py` where files of several rooms have a name."""
+    owners: dict[str, str] = {}
+    for path in filter(code, FILES):
+        source = str(path.relative_to(PACKAGE))
+        if source in TESTED_IN:
+            assert (TESTS / TESTED_IN[source][0]).is_file(), source
+            continue
+        name = path.parent.name if path.stem == "__init__" else path.stem
+        found = [test for test in (f"test_{path.parent.name}_{name}.py", f"test_{name}.py") if (TESTS / test).is_file()]
+        assert found, f"{source} has no tests/test_{name}.py"
+        assert owners.setdefault(found[0], source) == source, f"{found[0]} tests {owners[found[0]]} and {source}"
+    assert all(reason and (PACKAGE / source).is_file() for source, (_, reason) in TESTED_IN.items())
+
+
+def test_the_name_of_a_test_has_at_most_seventy_characters():
+    for path in TESTS.glob("test_*.py"):
+        names = [node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+        assert [name for name in names if name.startswith("test_") and len(name) > 70] == [], path.name
+
+
+def test_the_rooms_with_strict_types_have_the_same_rules():
+    tables = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["pyright"]["executionEnvironments"]
+    roots = [table.pop("root") for table in tables]
+    assert roots == ["llm_jax/model", "llm_jax/ops", "llm_jax/train/step.py", "llm_jax/config.py"]
+    assert all(table == tables[0] for table in tables)
 
 
 # What Python has on Linux and macOS only.

@@ -42,7 +42,7 @@ def test_long_rows_never_hold_all_their_scores(L: int, backend: str, monkeypatch
 
 @pytest.mark.parametrize("name", ["reference", "chunked"])
 def test_dropout_zeroes_its_share_of_the_pattern_and_scales_the_rest(name: str):
-    """Where all scores are alike and values tell keys apart, what comes out is the pattern."""
+    """Where all scores are alike and values identify keys, the output is the pattern."""
     S, rate = 256, 0.25
     q, k, v = jnp.zeros((1, S, 1, 2, S)), jnp.zeros((1, S, 1, S)), jnp.eye(S)[None, :, None]
     drop = Dropout(jax.random.key(0), rate)
@@ -51,8 +51,8 @@ def test_dropout_zeroes_its_share_of_the_pattern_and_scales_the_rest(name: str):
     np.testing.assert_allclose(found, np.where(dropped, 0, 1 / (S * (1 - rate))), rtol=1e-5)
     np.testing.assert_allclose(dropped.mean((0, 2)), rate, atol=0.01)
     np.testing.assert_allclose(found.sum(-1).mean(), 1, atol=0.01)  # in the mean nothing changes
-    places = [dropped[:128, 0], dropped[128:, 0], dropped[:128, 1]]
-    assert len({place.tobytes() for place in places}) == 3, "two blocks, or two heads, share their noise"
+    blocks = [dropped[:128, 0], dropped[128:, 0], dropped[:128, 1]]
+    assert len({block.tobytes() for block in blocks}) == 3, "two blocks, or two heads, share their noise"
 
 
 @pytest.mark.parametrize("name", sorted(IMPLEMENTATIONS.keys() - {"reference", "chunked"}))

@@ -30,7 +30,7 @@ from llm_jax.tree import leaves
 
 TOKENS = tokens(4, 8)
 BATCH: Any = Batch(TOKENS, (TOKENS + 1) % 14)
-PATTERN: dict[str, Any] = {"layers": ("global+moe", "global"), "n_layers": 3}  # experts in the scan and behind it
+PATTERN: dict[str, Any] = {"layers": ("global+moe", "global"), "n_layers": 3}  # experts in the scan and after it
 
 
 def mixture(**changes: Any) -> ModelConfig:
@@ -56,7 +56,7 @@ def test_without_a_weight_balance_costs_nothing():
         np.testing.assert_allclose(loss, sums["nll"], rtol=1e-6)
 
 
-def test_biases_move_against_the_load_of_their_own_layer_and_nothing_else_moves():
+def test_only_biases_move_and_against_the_load_of_their_own_layer():
     config = mixture(balance="bias", bias_rate=0.5)
     load = jnp.array([[4.0, 0.0, 2.0, 2.0], [0.0, 8.0, 0.0, 0.0]])
     before, after = leaves(weights(config)), leaves(rebalance(config, weights(config), load))
@@ -67,7 +67,7 @@ def test_biases_move_against_the_load_of_their_own_layer_and_nothing_else_moves(
 
 
 @pytest.mark.slow
-def test_steps_with_a_following_bias_even_out_the_load_without_a_gradient_on_it():
+def test_a_bias_without_a_gradient_evens_out_the_load():
     config = mixture(balance="bias", bias_rate=0.02)
     model, rule = Transformer(config), make_optimizer(OptimizerConfig(weight_decay=0.5))
     gradient, _ = jax.jit(jax.grad(make_loss(model, LossConfig()), has_aux=True))(

@@ -59,7 +59,7 @@ def test_what_would_give_a_wrong_number_is_refused(changes: dict[str, Any], mess
     assert "\n" not in str(error.value)
 
 
-def test_positions_end_where_their_table_does_and_targets_where_the_classes_do():
+def test_positions_end_with_their_table_and_targets_with_the_classes():
     learned, classes = tiny(positions="learned"), tiny(n_classes=3)
     with pytest.raises(ValueError, match=r"positions holds 13, expected 0 to 9 \(model.max_seq_len=10\)"):
         check_batch(GOOD, learned, B, L)
@@ -82,7 +82,7 @@ def test_there_is_one_number_for_a_target_that_counts_for_nothing():
     assert IGNORE == TASK_IGNORE == LOSS_IGNORE == -1
 
 
-def test_inside_a_program_a_target_that_is_none_picks_no_logit_as_the_docstring_says():
+def test_inside_a_program_an_invalid_target_picks_no_logit():
     logits = jax.random.normal(jax.random.key(0), (2, 5))
     loss, nll = cross_entropy(logits, jnp.array([-100, 5]))
     np.testing.assert_allclose(loss, jax.nn.logsumexp(logits, axis=-1), rtol=1e-6)

@@ -98,10 +98,10 @@ def fsdp_budget(fsdp: int, data: int = 1, accumulate: int = 1) -> Budget:
     device its part. A device looks up its columns of the embedding for the tokens of all, which an all-to-all exchanges
     for all columns of its own, and their gradients back.
     With `data` each device has a part of the state, and sums the gradients of that part alone with its replicas. All of
-    it is sent in each microbatch, but for the norm behind all blocks.
+    it is sent in each microbatch, but for the norm after all blocks.
     """
     part, (inside, matrices) = (fsdp - 1) / fsdp, blocks()
-    norms, last = 3 * 2 * N, 2  # of blocks; behind them
+    norms, last = 3 * 2 * N, 2  # of blocks; after them
     ids, tokens = B // data * L * ID, B // (data * fsdp) * L * D * FLOAT
     budget: Budget = {
         ("all-gather", "fsdp"): (
@@ -248,7 +248,7 @@ def test_arithmetic_is_near_what_is_sent(mesh: dict[str, int], budget: Callable[
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the compiler for TPU is not installed")
-def test_a_tpu_gathers_what_a_sublayer_reads_once_and_parts_once_what_it_adds():
+def test_a_sublayer_on_a_tpu_gathers_once_and_scatters_once():
     """Of the stream: 4 forward, 3 computed again, 4 backward in a block; 4 for the head, in part float32, 2 to embed.
 
     Left to itself its compiler does so for each product apart; that for CPU, which the budgets are of, never did.

@@ -111,10 +111,10 @@ def test_a_prefix_sees_itself_both_ways_and_what_comes_after_it_the_past():
 
 
 def test_what_the_padding_wrote_is_never_seen():
-    """Whatever stands behind `length` in the cache, the logits are the same bit for bit."""
+    """Whatever stands after `length` in the cache, the logits are the same bit for bit."""
     run, cache = runner(TINY), init_cache(TINY, B, L).replace(length=LENGTHS)
-    behind = (jnp.arange(L)[None] >= LENGTHS[:, None])[None, :, :, None, None]
-    dirty = cache.replace(k=jnp.where(behind, 100.0, cache.k), v=jnp.where(behind, 100.0, cache.v))
+    padding = (jnp.arange(L)[None] >= LENGTHS[:, None])[None, :, :, None, None]
+    dirty = cache.replace(k=jnp.where(padding, 100.0, cache.k), v=jnp.where(padding, 100.0, cache.v))
     assert (run(TOKENS[:, :1], dirty).logits == run(TOKENS[:, :1], cache).logits).all()
 
 

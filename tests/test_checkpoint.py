@@ -164,7 +164,7 @@ def test_a_reader_changes_nothing(run: Path):
     assert sorted(path.relative_to(run) for path in run.rglob("*")) == before
 
 
-def test_the_last_and_the_best_stay_and_the_best_is_known_again_after_a_stop(tmp_path: Path):
+def test_the_last_and_best_checkpoint_stay_and_a_resume_knows_the_best(tmp_path: Path):
     save(tmp_path, 1, 2, 3, 4, losses={1: 3.0, 2: 2.0, 3: 2.5})
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps() == [4, 3, 2]

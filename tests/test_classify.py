@@ -8,7 +8,7 @@ from test_task import HEAD
 from llm_jax.infer.classify import probabilities
 
 
-def test_probabilities_add_up_and_nothing_after_the_pooled_token_changes_them():
+def test_probabilities_add_up_and_ignore_what_follows_the_pooled_token():
     tokens, pooled = jnp.array([[5, 6, 7, 8], [9, 10, 11, 12]], jnp.int32), jnp.array([1, 3], jnp.int32)
     found = probabilities(HEAD, weights(HEAD), tokens, pooled)
     np.testing.assert_allclose(found.sum(1), 1, rtol=1e-6)

@@ -263,6 +263,6 @@ def test_a_method_of_an_object_has_no_path_to_be_imported_by():
     assert import_path(Scaled().loss) is None
 
 
-def test_two_functions_in_one_line_are_told_apart():
+def test_two_functions_in_one_line_are_distinguished():
     first, second = (lambda x: x + 1), (lambda x: x + 2)
     assert code_hash(first) != code_hash(second)

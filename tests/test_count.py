@@ -17,7 +17,7 @@ from llm_jax.tree import count
 
 
 def test_parameters_are_counted_by_what_they_are_for():
-    """Worked by hand: D = 24, F = 20, V = 14, six heads of 4 that share three keys; a period and a layer more."""
+    """Worked out: D = 24, F = 20, V = 14, six heads of 4 that share three keys; a period and a layer more."""
     config = tiny(
         layers=("global", "local+moe"),
         n_layers=3,

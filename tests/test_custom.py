@@ -58,7 +58,7 @@ def test_a_loss_of_ones_own_has_the_gradient_of_the_one_it_repeats(config: RunCo
     assert "learning_rate" not in metrics
 
 
-def test_the_state_of_an_unknown_optimizer_is_laid_out_and_what_is_known_split(config: RunConfig):
+def test_the_state_of_an_unknown_optimizer_is_split_where_it_is_known(config: RunConfig):
     def twice_the_moments() -> optax.GradientTransformation:
         def init(params):
             return {"mean": params, "seen": jax.numpy.zeros(7)}

@@ -50,7 +50,7 @@ def planted(params: Any, values: dict[str, tuple[Any, float]]) -> Any:
 
 @pytest.mark.slow
 def test_in_a_pattern_of_layers_the_layer_is_the_one_that_stands_there(config: RunConfig, batch: Batch):
-    """A period of two and a layer more: the second in the scan, and the one behind it."""
+    """A period of two and a layer more: the second in the scan, and the one after it."""
     model = dataclasses.replace(
         config.model, layers=("delta", "global+moe"), n_layers=3, experts=Experts(number=4, d_ff=8), unroll=1
     )
@@ -83,7 +83,7 @@ def test_the_first_number_to_go_bad_is_named(program, batch, state, values, expe
     assert metrics["skipped"]
 
 
-def test_a_poisoned_row_of_the_embedding_is_found_though_few_rows_of_the_batch_have_its_token(program, batch, state):
+def test_a_poisoned_row_of_the_embedding_is_found_by_a_rare_token(program, batch, state):
     config = program.config
     untied = dataclasses.replace(config, model=dataclasses.replace(config.model, tied=False))
     program = Program.on(untied)

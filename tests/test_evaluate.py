@@ -70,7 +70,7 @@ def evaluated(corpus: Documents, rows: int = 3, padding: int = 2, task: TaskConf
 @settings(max_examples=25)
 @given(documents)
 @example([[(1.0, 3)]])  # a token without bytes
-def test_means_are_over_all_tokens_and_bytes_however_batches_cut_the_documents(corpus: Documents):
+def test_means_are_over_all_tokens_and_bytes_whatever_the_batches(corpus: Documents):
     result = evaluated(corpus)
     nats = [pair[0] for document in corpus for pair in document]
     size = sum(int(LENGTHS[pair[1]]) for document in corpus for pair in document)

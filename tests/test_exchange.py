@@ -52,7 +52,7 @@ def test_every_assignment_leaves_once_for_the_device_of_its_expert(experts: np.n
 
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=2), min_size=3, max_size=3))
-def test_what_arrives_is_sorted_by_expert_and_empty_rows_are_behind(sizes: list[list[int]]):
+def test_what_arrives_is_sorted_by_expert_with_empty_rows_last(sizes: list[list[int]]):
     room = 6
     here = jax.tree.map(np.asarray, jax.jit(arriving, static_argnums=1)(jnp.array(sizes), room))
     experts = np.concatenate([np.repeat(range(3), [*row, room - sum(row)]) for row in sizes])

@@ -167,7 +167,7 @@ def test_a_model_goes_out_as_a_family_that_transformers_loads(changes: dict[str,
     assert choose(config, weights.shapes_of(count.shapes(config)), None).name == name
 
 
-def test_a_turned_part_with_a_scaling_is_what_no_family_loads():
+def test_no_family_loads_partial_rotary_with_a_scaling():
     config = tiny(rotary=dataclasses.replace(SCALED["yarn"], fraction=0.5))
     with pytest.raises(ValueError, match=r"no family can express this model; .*rotary.fraction|rope_type="):
         choose(config, weights.shapes_of(count.shapes(config)), None)
@@ -178,7 +178,7 @@ EXPORTS = {
     "odd width": tiny(d_model=25, head_dim=8),
     "odd width, biases": tiny(d_model=25, head_dim=8, bias="qkv"),
     "wide heads": tiny(head_dim=16),
-    "a turned part": tiny(rotary=Rotary(fraction=0.5)),
+    "partial rotary": tiny(rotary=Rotary(fraction=0.5)),
     **{f"llama {scaling}": tiny(rotary=rotary) for scaling, rotary in SCALED.items()},
     "llama longrope": positions("llama llama3", "longrope")[1],
     "cwm none": positions("cwm", "none")[1],

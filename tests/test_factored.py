@@ -40,7 +40,7 @@ def test_adafactor_keeps_less_than_two_hundredths_of_what_adam_does(config: Mode
     assert count(moments(config)) < 0.02 * 2 * count(shapes(config))
 
 
-def test_the_factors_of_a_matrix_have_its_inputs_and_its_outputs_and_every_layer():
+def test_a_matrix_is_factored_into_inputs_and_outputs_for_each_layer():
     found = {path.partition("v_")[2]: leaf.shape for path, leaf in leaves(moments(LARGE)).items() if "v_" in path}
     for name, rows, columns in (
         ("layers/attention/w_q", (160, 256), (160, 8, 2, 16)),
@@ -111,7 +111,7 @@ def test_the_update_equals_the_paper_in_float64_matrix_by_matrix():
                 np.testing.assert_allclose(mine[number], update, rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_not_factored_is_as_optax_has_it_but_for_the_clipping_of_each_layer():
+def test_without_factors_it_is_optax_but_for_clipping_by_layer():
     params, rule = grown(draw(0)), scale_by_factored_rms(most=math.inf)
     theirs = optax.scale_by_factored_rms(decay_rate=0.8)
     state, their_state = rule.init(params), theirs.init(params)

@@ -1,7 +1,7 @@
 """Every family of models in and out: the same tensors, the same configs, and, with transformers, the same numbers.
 
 The slow tests, which need torch and transformers, compare with them. `python tests/test_families.py` does so for all
-families, or for those named behind it, and writes what it found into docs/architectures.md.
+families, or for those named after it, and writes what it found into docs/architectures.md.
 """
 
 import functools

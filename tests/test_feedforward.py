@@ -85,7 +85,7 @@ E, K_ACTIVE = 4, 2
 
 @pytest.mark.parametrize("changes", [{}, {"shared": 2}, {"renormalise": False, "balance": "bias"}], ids=str)
 @pytest.mark.parametrize("gated", [False, True])
-def test_a_mixture_is_the_weighted_sum_of_the_experts_that_each_token_chose(gated: bool, changes: dict):
+def test_a_mixture_is_the_weighted_sum_of_each_tokens_experts(gated: bool, changes: dict):
     """Token by token, in float64."""
     experts = Experts(number=E, active=K_ACTIVE, d_ff=10, **changes)
     config = tiny(layers=("global+moe",), experts=experts, gated=gated)
@@ -114,7 +114,7 @@ def test_a_mixture_is_the_weighted_sum_of_the_experts_that_each_token_chose(gate
     np.testing.assert_array_equal(use.load, load)
 
 
-def test_each_device_takes_its_own_tokens_to_the_experts_and_its_own_share_of_their_width():
+def test_a_device_sends_its_tokens_and_computes_a_share_of_the_width():
     config = tiny(layers=("global+moe",), experts=Experts(number=E, active=K_ACTIVE, d_ff=10))
     params = jax.tree.map(lambda x: x[0], weights(config)["layers"]["experts"])
     x = normal(8, 4, 24)
@@ -152,7 +152,7 @@ def test_each_device_takes_its_own_tokens_to_the_experts_and_its_own_share_of_th
     ],
     ids=str,
 )
-def test_tokens_go_to_experts_elsewhere_and_no_device_has_the_matrices_of_all(mesh: MeshConfig):
+def test_tokens_travel_to_experts_and_no_device_has_all_matrices(mesh: MeshConfig):
     config = tiny(layers=("global+moe",), experts=Experts(number=8, d_ff=10))
     even = jax.tree.map(lambda x: x[0], weights(config)["layers"]["experts"])
     favourites = even | {"w_router": jnp.zeros((24, 8)).at[:, :2].set(jnp.array([[2.0, 1.0]]))}

@@ -143,7 +143,7 @@ def test_the_next_folder_removes_what_a_killed_process_left(tmp_path, another_pr
     assert names(tmp_path / "shards") == ["tokens"]
 
 
-def test_what_was_left_under_a_name_that_nobody_asks_for_again_is_removed_after_a_day(tmp_path, another_process):
+def test_what_is_left_under_an_unused_name_is_removed_after_a_day(tmp_path, another_process):
     """The folders of a cache are named by their content: of a text that has changed since the old name is lost."""
     alive = another_process(f"whole_folder(Path({str(tmp_path)!r}) / 'alive', 'prepare')")
     for name in (".old.prepare.a", ".new.prepare.b", ".old.import.c", ".none.prepare.d"):

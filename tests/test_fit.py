@@ -208,7 +208,7 @@ def test_a_run_generates_by_the_fields_of_sampling_and_refuses_others(stopped):
         run.generate("ab", lj.Sampling(), temperature=1.0)
 
 
-def test_a_run_shows_its_activations_and_computes_with_others_in_their_place(stopped):
+def test_a_run_captures_its_activations_and_computes_with_edited_ones(stopped):
     run, _, _ = stopped
     taps, (_, length) = run.capture("ab cd"), run.tokens("ab cd").shape
     assert taps["resid_pre"].shape == (2, 1, length, 32)

@@ -83,7 +83,7 @@ def test_a_config_comes_back_from_its_folder(shards: Shards, tmp_path: Path):
     assert json.loads((tmp_path / "a" / "run" / "environment.json").read_text())["command"] == "llm-jax train tiny"
 
 
-def test_a_path_that_no_checkpoint_could_be_written_to_is_refused_before_the_first_step(tmp_path: Path):
+def test_a_path_that_takes_no_checkpoint_is_refused_before_the_first_step(tmp_path: Path):
     with pytest.raises(ValueError, match=r"run.* is no path in UTF-8, which checkpoints need; choose another folder"):
         run_folder.check_free(tmp_path / "run\udcff", CONFIG)
 
@@ -105,7 +105,7 @@ def test_a_file_of_a_user_that_is_called_as_one_of_a_run_stays(tmp_path: Path):
 
 
 @pytest.mark.parametrize("killed_at", range(3))
-def test_a_process_killed_as_it_cleared_what_another_had_begun_is_in_nobodys_way(
+def test_a_process_killed_while_it_clears_a_folder_blocks_nobody(
     killed_at: int, shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     run_folder.create(tmp_path, CONFIG, shards, "")
@@ -164,9 +164,7 @@ def test_a_run_begins_where_a_process_was_killed_as_it_began_one(
 
 
 @pytest.mark.parametrize("there_before", [False, True])
-def test_what_is_removed_is_all_of_a_run_but_not_a_folder_that_was_there_before(
-    there_before: bool, shards: Shards, tmp_path: Path
-):
+def test_all_of_a_run_is_removed_but_no_folder_that_existed_before(there_before: bool, shards: Shards, tmp_path: Path):
     (tmp_path / "run").mkdir(exist_ok=True)
     (tmp_path / "link").symlink_to(tmp_path / "run")
     run_folder.create(tmp_path / "link", CONFIG, shards, "")
@@ -176,7 +174,7 @@ def test_what_is_removed_is_all_of_a_run_but_not_a_folder_that_was_there_before(
     assert not there_before or files(tmp_path / "run") == []
 
 
-def test_a_config_is_kept_with_the_paths_absolute_and_the_names_as_they_are(
+def test_a_config_is_stored_with_absolute_paths_and_unchanged_names(
     shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -216,7 +214,7 @@ def test_a_damaged_config_is_an_error_that_names_the_file(shards: Shards, tmp_pa
         run_folder.load_config(tmp_path)
 
 
-def test_the_data_of_a_run_is_known_by_its_content_not_by_its_place(shards: Shards, tmp_path: Path):
+def test_the_data_of_a_run_is_known_by_its_content_and_not_by_its_path(shards: Shards, tmp_path: Path):
     run_folder.create(tmp_path / "run", CONFIG, shards, "")
     corpus = write_corpus(tmp_path / "moved")
     prepare(str(corpus), tmp_path / "same", tokenizer="byte", heldout=0.2)

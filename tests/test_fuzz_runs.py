@@ -68,8 +68,8 @@ def another_value(draw: random.Random, content: bytes) -> bytes:
         groups += [x for x in inside if isinstance(x, dict | list) and x]
     group = draw.choice([group for group in groups if group])
     key = draw.choice(list(group)) if isinstance(group, dict) else draw.randrange(len(group))
-    group[key] = "PLACE"
-    return json.dumps(found).replace('"PLACE"', draw.choice(VALUES)).encode() + b"\n"
+    group[key] = "SLOT"
+    return json.dumps(found).replace('"SLOT"', draw.choice(VALUES)).encode() + b"\n"
 
 
 DAMAGES: tuple[Damage, ...] = (truncated, flipped, cut, doubled, a_digit_away, another_value)

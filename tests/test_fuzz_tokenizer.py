@@ -23,7 +23,7 @@ ODD: list[Any] = [
 
 
 def mutated(value: Any, draw: random.Random) -> Any:
-    """`value` of JSON, in which one to three places are gone, something else, doubled, renamed or a little off."""
+    """`value` of JSON, in which one to three entries are gone, replaced, doubled, renamed or a little off."""
     value = copy.deepcopy(value)
     for _ in range(draw.choice([1, 1, 1, 2, 3])):
         parent, key, node = None, None, value

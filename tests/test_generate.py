@@ -77,7 +77,7 @@ def full_forward_greedy(prompt: str, max_tokens: int) -> str:
     ],
     ids=["rotary", "learned", "sinusoidal"],
 )
-def test_cached_decode_gives_the_logits_of_the_full_forward_at_every_position_of_ragged_rows(config):
+def test_cached_decode_of_ragged_rows_gives_the_logits_of_the_full_forward(config):
     params, L = weights(config), 12
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (3, L), np.int32)
     full = jax.jit(Transformer(config).apply)({"params": params}, tokens).logits
@@ -98,7 +98,7 @@ def test_cached_decode_gives_the_logits_of_the_full_forward_at_every_position_of
 
 
 @pytest.mark.smoke
-def test_a_greedy_batch_gives_each_prompt_what_the_full_forward_gives_it_alone():
+def test_a_greedy_batch_equals_the_full_forward_of_each_prompt_alone():
     together = generate(CONFIG, weights(), TEXT, PROMPTS, sampling=GREEDY, max_tokens=12)
     assert together == [full_forward_greedy(prompt, 12) for prompt in PROMPTS]
     assert len(set(together)) == len(together)  # or the comparison would say little
@@ -147,7 +147,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_greedy_row_is_the_same_alone_and_in_a_ragged_batch_in_each_kind_of_layer(kind: str):
+def test_a_greedy_row_is_the_same_alone_and_in_a_ragged_batch(kind: str):
     """Of prompts that fill one and two steps of width, and do so in one batch."""
     config = dataclasses.replace(CONFIG, layers=(kind,), **KINDS[kind])
     prompts = ["def f(x):", "a", "import os, sys, re, math"]
@@ -180,7 +180,7 @@ def test_each_row_may_fill_the_context_whatever_the_others_have_used():
     assert [piece.finish for piece in pieces if piece.finish] == ["length", "length"]
 
 
-def test_each_token_that_ends_a_text_ends_a_row_and_leaves_the_others_writing():
+def test_a_token_that_ends_a_text_ends_its_row_and_no_other():
     ids = [TEXT.encode(prompt) for prompt in PROMPTS[:3]]
     keys = jax.random.split(jax.random.key(0), 3)
     options = {"vocab_size": TEXT.vocab_size, "sampling": GREEDY, "max_tokens": 8}
@@ -193,7 +193,7 @@ def test_each_token_that_ends_a_text_ends_a_row_and_leaves_the_others_writing():
     assert len(until_then[0]) <= 2 < max(map(len, until_then))
 
 
-def test_a_repetition_penalty_does_not_count_what_begins_a_text_but_all_else():
+def test_a_repetition_penalty_counts_all_but_what_begins_a_text():
     params, end = unstack(CONFIG, weights()), TEXT.end_of_text
     tokens = np.zeros((2, 16), np.int32)
     tokens[0, :4], tokens[1, :3] = [end, 5, 6, 6], [end, end, 7]

@@ -42,7 +42,7 @@ def read_english(text: str) -> int:
     return whole + part
 
 
-def test_both_languages_read_back_as_the_same_number_and_every_number_comes_once():
+def test_both_languages_read_as_the_same_number_and_each_comes_once():
     pairs = [text.split("\t") for text in generated.numbers()]
     read = [(read_german(german), read_english(english)) for german, english in pairs]
     assert read == [(n, n) for n in range(10_000)]

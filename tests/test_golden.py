@@ -81,7 +81,7 @@ def test_the_curve_is_the_one_written_down(name: str):
     np.testing.assert_allclose(found["grad_norm"], golden["grad_norm"], rtol=5e-4)
 
 
-def test_the_curve_falls_from_the_entropy_of_a_guess_towards_that_of_the_text():
+def test_the_curve_falls_from_the_entropy_of_a_guess_to_that_of_the_text():
     """From log 24 towards log 4."""
     for name in RUNS:
         losses = json.loads((FOLDER / f"{name}.json").read_text())["loss"]

@@ -87,9 +87,9 @@ def test_a_loop_counts_in_every_direction_or_as_unknown(direction: str, start: i
     text = text.replace("%end = u32[]{:T(128)} constant(8)", f"%end = u32[]{{:T(128)}} constant({end})")
     ahead = text.replace("direction=LT", f"direction={direction}")
     assert only(hlo.parse(ahead), fsdp=4).count == times
-    turned = direction.translate(str.maketrans("LG", "GL"))
-    behind = text.replace("compare(%i, %end), direction=LT", f"compare(%end, %i), direction={turned}")
-    assert only(hlo.parse(behind), fsdp=4).count == times
+    flipped = direction.translate(str.maketrans("LG", "GL"))
+    swapped = text.replace("compare(%i, %end), direction=LT", f"compare(%end, %i), direction={flipped}")
+    assert only(hlo.parse(swapped), fsdp=4).count == times
 
 
 def test_a_loop_whose_start_is_known_at_run_time_is_in_no_total():
@@ -191,7 +191,7 @@ def test_a_sum_over_the_network_is_an_all_reduce_of_the_axis_of_slices():
     assert (found.kind, found.axes, found.devices, found.sent) == ("all-reduce", "data", 2, 1024)
 
 
-def test_a_start_with_its_end_right_behind_overlaps_with_nothing():
+def test_a_start_with_its_end_right_after_overlaps_with_nothing():
     between = "%w = f32[256]{0} fusion(%x), calls=%none"
     groups = "channel_id=1, replica_groups={{0,1}}, dimensions={0}"
     start = f"%s = (f32[256]{{0}}, f32[512]{{0}}) all-gather-start(%x), {groups}"

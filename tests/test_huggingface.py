@@ -175,7 +175,7 @@ def test_an_imported_run_writes_is_measured_and_shown(imported: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_training_goes_on_from_an_imported_run(imported: Path, tmp_path: Path):
+def test_training_continues_from_an_imported_run(imported: Path, tmp_path: Path):
     corpus = write_corpus(tmp_path / "corpus")
     config = override(
         run_folder.load_config(imported), [f"data.uri={corpus}", f"init_from={imported}", "steps=2", "prompts="]
@@ -204,7 +204,7 @@ def test_what_an_imported_run_does_not_have_is_said(words: list[str], imported: 
         (lambda there: None, "has no tokenizer.json. .* --tokenizer gpt2"),
     ],
 )
-def test_an_import_that_fails_leaves_nothing_behind(damage: Any, says: str, llama: Path, tmp_path: Path, capsys: Any):
+def test_an_import_that_fails_leaves_no_files(damage: Any, says: str, llama: Path, tmp_path: Path, capsys: Any):
     there = tmp_path / "theirs"
     there.mkdir()
     for path in llama.iterdir():
@@ -257,9 +257,7 @@ def test_a_folder_that_holds_a_run_is_not_written_to(llama: Path, imported: Path
         (["--checkpoint", "7"], "no checkpoint of step 7"),
     ],
 )
-def test_an_export_that_fails_leaves_nothing_behind(
-    words: list[str], says: str, imported: Path, tmp_path: Path, capsys: Any
-):
+def test_an_export_that_fails_leaves_no_files(words: list[str], says: str, imported: Path, tmp_path: Path, capsys: Any):
     assert main(["export", str(imported), "--out", str(tmp_path / "out"), *words]) == 2
     assert says in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -282,7 +280,7 @@ def test_a_model_with_a_prefix_is_not_exported_as_a_causal_one(imported: Path, t
 
 
 def hub(snapshot_download: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes the place of the library that downloads."""
+    """Replace the library that downloads."""
     module = ModuleType("huggingface_hub")
     monkeypatch.setattr(module, "snapshot_download", snapshot_download, raising=False)
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)

@@ -148,7 +148,7 @@ def test_later_tokens_get_no_gradient(name: str):
 
 
 @both_mixers
-def test_a_ragged_row_is_the_row_alone_and_a_row_without_tokens_keeps_its_state(name: str):
+def test_a_ragged_row_is_the_row_alone_and_an_empty_one_keeps_its_state(name: str):
     arrays, state = inputs(name), earlier(name)
     (y, left), _ = everything(name, arrays, state, lengths=LENGTHS)
     for row, length in [(1, 20), (2, L)]:
@@ -159,7 +159,7 @@ def test_a_ragged_row_is_the_row_alone_and_a_row_without_tokens_keeps_its_state(
 
 
 @both_mixers
-def test_rows_without_a_past_or_tokens_have_numbers_for_outputs_and_gradients(name: str):
+def test_rows_without_a_past_or_tokens_have_finite_values_and_gradients(name: str):
     nothing = jax.tree.map(jnp.zeros_like, earlier(name))
     found = everything(name, inputs(name), nothing, lengths=LENGTHS)
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(found))

@@ -80,7 +80,7 @@ def test_samples_are_rows_too(tmp_path: Path):
     assert log.read(tmp_path) == [{"step": 1, "samples": samples}]
 
 
-def test_truncate_leaves_what_an_uninterrupted_run_had_written_by_that_step(tmp_path: Path):
+def test_truncate_leaves_what_an_uninterrupted_run_wrote_by_that_step(tmp_path: Path):
     rows = [(1, {"loss": 2.0}), (2, {"loss": math.nan}), (2, {"heldout_loss": 0.1}), (3, {"loss": 1.0})]
     whole = written(tmp_path, rows[:3]).read_bytes()
     path = written(tmp_path, rows[3:])
@@ -116,7 +116,7 @@ def test_a_run_that_has_written_nothing_has_no_rows(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_piped_run_prints_about_twenty_lines_with_every_number_in_its_place(tmp_path: Path):
+def test_a_piped_run_prints_about_twenty_lines_with_every_number(tmp_path: Path):
     console, text = piped()
     with MetricsLog(tmp_path, console=console, total_steps=1000) as metrics:
         for step in range(1, 1001):

@@ -60,7 +60,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def before_step(monkeypatch: pytest.MonkeyPatch, act: Any) -> None:
-    """Lets `act(step, state)` have its way before each step: it raises, or returns the state to go on from."""
+    """Call `act(step, state)` before each step: it raises, or returns the state to continue from."""
     original = Program.train_step
 
     def train_step(self: Program, state: Any, batch: Any) -> Any:
@@ -81,7 +81,7 @@ def fail_at(step: int, error: BaseException) -> Any:
 # Beginning.
 
 
-def test_a_finished_run_has_a_row_for_each_step_its_last_and_best_checkpoints_and_a_report(finished: Path):
+def test_a_finished_run_has_a_row_a_step_checkpoints_and_a_report(finished: Path):
     written = rows(finished)
     assert [row["step"] for row in written] == list(range(1, 9))
     assert [row["step"] for row in written if "heldout_loss" in row] == [4, 8]
@@ -119,7 +119,7 @@ def test_a_disk_that_is_full_at_the_first_file_leaves_nothing(config, tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_run_of_relative_paths_goes_on_from_another_folder(config, tmp_path, say, monkeypatch):
+def test_a_run_of_relative_paths_resumes_from_another_folder(config, tmp_path, say, monkeypatch):
     monkeypatch.chdir(Path(config.data.uri).parent)
     data = dataclasses.replace(config.data, uri=Path(config.data.uri).name)
     fit(dataclasses.replace(config, data=data, steps=3), tmp_path / "run", console=say)
@@ -155,13 +155,13 @@ def test_init_from_a_model_of_another_shape_is_an_error_with_both(finished: Path
     assert not (tmp_path / "run").exists()
 
 
-def test_init_from_a_run_with_another_tokenizer_is_an_error_that_names_its_own(finished, config, tmp_path, say):
+def test_init_from_a_run_of_another_tokenizer_is_refused_with_its_name(finished, config, tmp_path, say):
     data = dataclasses.replace(config.data, tokenizer="char")
     with pytest.raises(ValueError, match=f"knows the tokens of byte.* set data.tokenizer={finished}/tokenizer"):
         fit(dataclasses.replace(config, data=data, init_from=str(finished)), tmp_path / "run", console=say)
 
 
-# Going on.
+# Resuming.
 
 
 def test_resume_says_what_it_restores_and_that_the_schedule_stretches(finished: Path, say, monkeypatch):
@@ -224,7 +224,7 @@ def test_what_was_measured_last_is_returned_and_that_nothing_stopped_it(finished
     assert not progress.stopped
 
 
-def test_the_last_heldout_loss_is_that_of_an_earlier_step_where_none_came_after(finished: Path):
+def test_the_last_heldout_loss_may_be_that_of_an_earlier_step(finished: Path):
     losses = {row["step"]: row["heldout_loss"] for row in rows(finished) if "heldout_loss" in row}
     here: Any = types.SimpleNamespace(folder=finished)
     found = [Session.last_heldout(here, Progress(step=step)) for step in (3, 4, 7, 8)]
@@ -301,7 +301,7 @@ def test_resume_on_changed_data_is_an_error_with_what_changed(finished: Path, co
         resume(finished, console=say)
 
 
-def test_resume_with_the_config_of_another_model_is_an_error_with_both_sizes(finished: Path, config, say):
+def test_resume_with_the_config_of_another_model_names_both_sizes(finished: Path, config, say):
     model = dataclasses.replace(config.model, vocab_size=272)
     edit_config(finished, dataclasses.replace(config, model=model, steps=9))
     message = "made with: model.vocab_size is 264 there, 272 here; put back what was there"
@@ -324,7 +324,7 @@ def poisoned(state: Any) -> Any:
     return state.replace(params=params)
 
 
-def test_a_run_that_diverges_stops_with_the_step_the_documents_and_the_layer(config, tmp_path, say, monkeypatch):
+def test_a_run_that_diverges_names_the_step_the_documents_and_the_layer(config, tmp_path, say, monkeypatch):
     before_step(monkeypatch, lambda step, state: poisoned(state) if step == 5 else state)
     with pytest.raises(Diverged) as error:
         fit(dataclasses.replace(config, patience=3), tmp_path / "run", console=say)
@@ -398,7 +398,7 @@ def test_a_run_that_a_signal_stopped_says_so_and_has_the_last_loss(config, tmp_p
     assert not last_checkpoint(tmp_path / "run", config)[1].stopped
 
 
-def test_a_bad_step_is_skipped_and_counted_and_the_run_goes_on(config, tmp_path, say, monkeypatch):
+def test_a_bad_step_is_skipped_and_counted_and_the_run_continues(config, tmp_path, say, monkeypatch):
     skip_step(monkeypatch, 2)
     progress = fit(config, tmp_path / "run", console=say).progress
     assert (progress.step, progress.skipped, progress.skipped_in_a_row) == (8, 1, 0)
@@ -407,7 +407,7 @@ def test_a_bad_step_is_skipped_and_counted_and_the_run_goes_on(config, tmp_path,
     assert 3 not in steps(tmp_path / "run")
 
 
-def test_a_disk_that_is_full_at_the_first_checkpoint_advises_to_start_again(config, tmp_path, say, monkeypatch):
+def test_a_disk_full_at_the_first_checkpoint_advises_to_start_again(config, tmp_path, say, monkeypatch):
     def save(self: Any, *_: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -459,7 +459,7 @@ def test_a_full_disk_is_one_line_with_the_last_good_checkpoint(config, tmp_path,
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_exits_cleanly_with_the_line_that_goes_on(config, tmp_path: Path):
+def test_ctrl_c_saves_and_exits_cleanly_with_the_line_that_resumes(config, tmp_path: Path):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
         f"import pathlib, sys\nsys.path.append({str(Path(__file__).parent)!r})\nfrom tiny_run import tiny\n"

@@ -126,7 +126,7 @@ def test_many_chunks_give_the_bfloat16_head_as_good_a_gradient_as_one():
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, tensor=2)], ids=str)
-def test_devices_that_share_rows_width_and_tokens_give_the_loss_and_gradient_of_one(mesh: MeshConfig):
+def test_sharded_rows_width_and_tokens_give_the_loss_of_one_device(mesh: MeshConfig):
     keys = jax.random.split(jax.random.key(1), 3)
     hidden, table = jax.random.normal(keys[0], (8, 4, 6)), jax.random.normal(keys[1], (10, 6))
     targets = jax.random.randint(keys[2], (8, 4), IGNORE, 10)

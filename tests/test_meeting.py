@@ -89,7 +89,7 @@ def test_process_0_of_a_slurm_step_is_on_the_first_host_of_the_list(
     assert meeting.slurm_coordinator(environ) == f"{f'told-{nodes}' if installed else first}:61441"
 
 
-def test_a_step_of_slurm_gives_every_process_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_step_of_slurm_gives_every_process_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     environ = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "r[1-2]n[01-08]", "SLURM_NTASKS": "16"}
     environ |= {"SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "16"}
     for name, value in (environ | {"PATH": str(tmp_path)}).items():

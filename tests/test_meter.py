@@ -61,7 +61,7 @@ def test_a_row_is_written_one_step_late_and_never_twice(clock: Clock):
     assert list(rows.written) == [1, 2]
 
 
-def test_counts_go_on_from_where_the_run_stopped(clock: Clock):
+def test_counts_continue_from_where_the_run_stopped(clock: Clock):
     meter, _ = meter_of(Progress(step=7, tokens=700, skipped=2, skipped_in_a_row=1))
     meter.push(metrics(tokens=50, skipped=True))
     row = meter.read()

@@ -53,7 +53,7 @@ def test_an_own_layer_decodes_what_the_full_forward_gives(model: lj.ModelConfig)
         assert coder.decode(ids[1:]) == prompt + text
 
 
-def test_the_parameters_of_an_own_layer_are_counted_and_whole_on_every_device(model: lj.ModelConfig):
+def test_parameters_of_an_own_layer_are_counted_and_replicated(model: lj.ModelConfig):
     assert parameter_counts(model)["attention"] == 2 * 16 * 16 + 4 * 16 * 16
     assert letters_of("layers/0/mixer/w_out", (1, 16, 16)) == "N__"
     assert letters_of("opt_state/0/mu/layers_2/mixer/w_out", (16, 16)) == "__"

@@ -51,7 +51,7 @@ def trained(program: Program, batches: list[Batch]) -> tuple[TrainState, list[fl
 
 
 def on_host(state: TrainState) -> set[str]:
-    """The parts of a state, or of it and of its optimizer's, that wait on the host."""
+    """The leaves of a state, of the optimizer's too, that wait on the host."""
     return {path for path, leaf in tree.leaves(state).items() if leaf.sharding.memory_kind == HOST}
 
 
@@ -64,9 +64,7 @@ def on_host(state: TrainState) -> set[str]:
     ],
     ids=str,
 )
-def test_a_state_that_waits_on_the_host_trains_as_on_the_device_and_goes_on_on_either(
-    config: RunConfig, batches, tmp_path, words
-):
+def test_a_state_on_the_host_trains_as_on_the_device_and_resumes_on_either(config: RunConfig, batches, tmp_path, words):
     waiting = override(config, words)
     plain, waiting = on_two(override(waiting, ["offload=none"])), on_two(waiting)
     (found, losses), (expected, their_losses) = (trained(program, batches) for program in (waiting, plain))
@@ -176,7 +174,7 @@ def test_what_can_not_be_brought_a_layer_at_a_time_is_refused(changes: list[str]
         Program.on(override(tiny(Path("nowhere")), changes))
 
 
-def test_what_blocks_read_waits_on_the_host_and_gradients_stay_what_they_were(config: RunConfig, batches):
+def test_block_inputs_on_the_host_leave_gradients_as_they_were(config: RunConfig, batches):
     full, away = (override(config, ["accumulate=1", f"model.remat={how}"]) for how in ("full", "offload"))
     programs = map(Program.on_one_device, (full, away))
     gradients = [program.gradient(program.init().params, batches[0])[1] for program in programs]

@@ -1,4 +1,4 @@
-"""Schedules have their shape, update rules equal float64 arithmetic written by hand, and all of them learn."""
+"""Schedules have their shape, update rules equal float64 arithmetic written out, and all of them learn."""
 
 import dataclasses
 import math
@@ -122,7 +122,7 @@ def test_a_tree_of_other_names_is_one_line_that_names_a_parameter(name: str):
         assert "\n" not in str(error.value)
 
 
-def test_muon_takes_every_matrix_inside_a_block_and_splits_its_letters_into_in_and_out():
+def test_muon_takes_each_matrix_of_a_block_by_its_inputs_and_outputs():
     found = {}
     experts = {"layers": ("global", "delta+moe"), "n_layers": 3, "experts": Experts(number=4, shared=1)}
     for path, leaf in leaves(shapes(tiny(bias="all", positions="learned", tied=False, **experts))).items():
@@ -162,7 +162,7 @@ def updated(config: OptimizerConfig, gradients: list[Any], params: Any) -> Any:
     return params
 
 
-def by_hand(config: OptimizerConfig, gradients: list[Any], params: Any) -> dict[str, np.ndarray]:
+def by_the_paper(config: OptimizerConfig, gradients: list[Any], params: Any) -> dict[str, np.ndarray]:
     """AdamW or Lion in float64, as the papers write them; clipping first, decoupled decay last."""
     values = {path: np.asarray(w, np.float64) for path, w in leaves(params).items()}
     decayed = leaves(decay_mask(params))
@@ -191,7 +191,7 @@ def test_an_update_rule_equals_its_paper_in_float64(name: str, clip: float | Non
     # An epsilon that counts, or Adam would not notice the clipping.
     config = OptimizerConfig(name=name, clip=clip, learning_rate=0.1, warmup_steps=4, eps=1e-2, weight_decay=0.3)
     gradients = [gradient(step) for step in range(3)]
-    found, expected = leaves(updated(config, gradients, weights(TINY))), by_hand(config, gradients, weights(TINY))
+    found, expected = leaves(updated(config, gradients, weights(TINY))), by_the_paper(config, gradients, weights(TINY))
     for path, w in found.items():
         np.testing.assert_allclose(w, expected[path], rtol=1e-4, atol=1e-6, err_msg=path)
 
@@ -239,7 +239,7 @@ def test_muon_leaves_the_rest_to_adamw():
     muon = OptimizerConfig(name="muon", learning_rate=0.1, warmup_steps=4, eps=1e-2, weight_decay=0.3)
     gradients = [gradient(step) for step in range(2)]
     found = leaves(updated(muon, gradients, weights(TINY)))
-    expected = by_hand(muon, gradients, weights(TINY))
+    expected = by_the_paper(muon, gradients, weights(TINY))
     rest = [path for path in found if first_match(MATRICES, path) is None]
     assert len(rest) == 4
     for path in rest:

@@ -1,4 +1,4 @@
-"""Rows hold every token once: packed as one would by hand, or in windows."""
+"""Rows hold every token once: packed one after the other, or in windows."""
 
 import bisect
 
@@ -16,7 +16,7 @@ def rows(packing: Packing) -> list[list[tuple[int, int]]]:
     return [packing.spans(row) for row in range(packing.n_rows)]
 
 
-def by_hand(lengths: list[int], seq_len: int) -> list[list[int]]:
+def best_fit(lengths: list[int], seq_len: int) -> list[list[int]]:
     """Best fit, the longest first, piece by piece: the sizes in every row."""
     pieces = [min(seq_len, length - start) for length in lengths for start in range(0, length, seq_len)]
     rows: list[list[int]] = []
@@ -34,7 +34,7 @@ def by_hand(lengths: list[int], seq_len: int) -> list[list[int]]:
 def test_packing_is_best_fit_with_the_longest_first(lengths: list[int], seq_len: int):
     packed = rows(pack(np.array(lengths, np.int64), seq_len))
     filled = [sum(stop - start for start, stop in row) for row in packed]
-    assert sorted(filled) == sorted(map(sum, by_hand(lengths, seq_len)))  # which of two equal rows does not matter
+    assert sorted(filled) == sorted(map(sum, best_fit(lengths, seq_len)))  # which of two equal rows does not matter
 
 
 @hypothesis.given(LENGTHS, SEQ_LENS)

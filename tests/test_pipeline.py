@@ -155,7 +155,7 @@ def test_twenty_steps_and_a_score_are_those_of_one_device(mesh: MeshConfig, pipe
     ],
     ids=str,
 )
-def test_what_does_not_fit_on_the_stages_is_refused_with_the_nearest_that_does(model, changes, message):
+def test_what_does_not_fit_on_the_stages_is_refused_with_what_does(model, changes, message):
     config = dataclasses.replace(run_of(MeshConfig(pipeline=4), model), **changes)
     with pytest.raises(ValueError, match=message):
         Program.on(config)

@@ -15,7 +15,7 @@ from tiny_run import tiny
 
 from llm_jax import runtime
 from llm_jax.config import override
-from llm_jax.plan.plan import UNTOLD, Figures, Plan, figures, plan, too_large
+from llm_jax.plan.plan import BELOW_RESOLUTION, Figures, Plan, figures, plan, too_large
 from llm_jax.plan.topology import parse_topology
 from llm_jax.sharding import MeshConfig
 from llm_jax.train.config import RunConfig
@@ -96,13 +96,13 @@ def test_a_step_takes_at_least_its_slowest_of_compute_memory_communication(plann
 def test_of_a_small_program_nothing_is_said_that_the_compiler_can_not_tell(planned):
     small = dataclasses.replace(planned, topology="v5e:2x4", needed=52, peak=52, temporary=7, seconds={"compute": 1e-6})
     page = printed(small)
-    assert page.count(UNTOLD) == 2
+    assert page.count(BELOW_RESOLUTION) == 2
     assert "52 B" not in page
     assert "batch" not in page
     assert "temporary" not in page
     assert (small.tokens_per_day, small.cost) == (None, None)
     large = dataclasses.replace(small, needed=4 * 10**9, peak=3 * 10**9, seconds={"compute": 1.0})
-    assert UNTOLD not in printed(large)
+    assert BELOW_RESOLUTION not in printed(large)
     assert "4 GB allocated of 4.29 GB, 3 GB in use at the peak" in printed(large)
     assert large.tokens_per_day == 512 * 24 * 3600
 

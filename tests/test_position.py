@@ -1,4 +1,4 @@
-"""Rotary embedding turns by position and nothing else; scalings, ALiBi and the sinusoidal table are those of papers."""
+"""Rotary embedding rotates by position and nothing else; scalings, ALiBi and the sinusoids are those of papers."""
 
 import math
 
@@ -122,7 +122,7 @@ def test_ntk_scaling_keeps_the_fastest_pair_and_slows_the_slowest_in_full():
 
 
 @pytest.mark.parametrize(("scaling", "high"), [("yarn", 32.0), ("llama3", 4.0)])
-def test_scalings_by_turns_keep_fast_pairs_and_slow_the_slow_ones(scaling: str, high: float):
+def test_scalings_by_rotations_keep_fast_pairs_and_slow_the_slow_ones(scaling: str, high: float):
     plain = PLAIN.frequencies(SIZE)
     ratio = Rotary(scaling=scaling, high_turns=high, **LONG).frequencies(SIZE) / plain
     turns = TRAINED * plain / (2 * math.pi)

@@ -21,7 +21,7 @@ def test_a_resumed_run_may_change_how_it_is_computed_and_not_what():
         check_layout(Path("a"), {"mesh.fsdp": 2, "optimizer.b1": 0.8})
 
 
-def test_what_a_disk_said_comes_with_the_way_to_go_on(checkpoints: Checkpoints):
+def test_what_a_disk_said_comes_with_the_way_to_resume(checkpoints: Checkpoints):
     named, unnamed = OSError(errno.ENOSPC, "No space left on device", "a/x"), OSError(errno.EIO, "Input/output error")
     assert str(disk_failed(Path("a"), named, checkpoints)) == (
         "a/x: No space left on device; there is no checkpoint yet; fix this, then start again"

@@ -66,7 +66,7 @@ def uninterrupted(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -
     return folder, hashes
 
 
-def go_on(config: RunConfig, folder: Path) -> Progress:
+def fit_or_resume(config: RunConfig, folder: Path) -> Progress:
     return resume(folder, console=console()) if is_run(folder) else fit(config, folder, console=console())
 
 
@@ -89,23 +89,23 @@ def test_the_tiny_run_meets_an_epoch_edge_inside_a_batch(config: RunConfig, unin
 
 
 @pytest.mark.parametrize("kills", [(2,), (5, 7)], ids=str)
-def test_a_run_killed_between_steps_and_resumed_equals_the_uninterrupted_one(
+def test_a_run_killed_between_steps_resumes_as_if_uninterrupted(
     kills: tuple[int, ...], config: RunConfig, uninterrupted, tmp_path: Path
 ):
     folder, seen = tmp_path / "run", {}
     for step in kills:
         with watched(kill_at(step)) as hashes, pytest.raises(Killed):
-            go_on(config, folder)
+            fit_or_resume(config, folder)
         seen |= hashes
     with watched() as hashes:
-        go_on(config, folder)
+        fit_or_resume(config, folder)
     assert min(hashes) <= kills[-1]  # it does again what no checkpoint holds, on the same batches
     assert all(seen.get(step, batch) == batch for step, batch in hashes.items())
     assert_equal_runs(folder, seen | hashes, config, uninterrupted)
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_in_another_layout_and_in_no_other_config(config: RunConfig, tmp_path: Path, uninterrupted):
+def test_a_run_resumes_in_another_layout_and_in_no_other_config(config: RunConfig, tmp_path: Path, uninterrupted):
     with watched(kill_at(5)), pytest.raises(Killed):
         fit(config, tmp_path / "run", console=console())
     with pytest.raises(ValueError, match=r"model.n_layers=3: .* only mesh., pipeline., .* may change"):
@@ -144,13 +144,13 @@ def test_a_mixture_killed_and_resumed_equals_the_uninterrupted_one(config: RunCo
     assert last["heldout_loss/small"] != last["heldout_loss"]
 
 
-def test_a_run_does_not_go_on_with_another_batch_size(config: RunConfig, uninterrupted):
+def test_a_run_does_not_resume_with_another_batch_size(config: RunConfig, uninterrupted):
     """Its step would be another position in the data."""
     with pytest.raises(ValueError, match=r"data.batch_size=8: a run resumes with its own config, .* change"):
         resume(uninterrupted[0], layout={"data.batch_size": 8})
 
 
-def test_a_run_that_was_asked_to_stop_and_resumed_equals_the_uninterrupted_one(
+def test_a_run_that_was_asked_to_stop_resumes_as_if_uninterrupted(
     config: RunConfig, uninterrupted, tmp_path: Path, capfd
 ):
     def ask(step: int) -> None:
@@ -219,7 +219,7 @@ def lines(path: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def test_a_process_killed_in_a_step_and_in_a_save_equals_the_uninterrupted_one(config: RunConfig, tmp_path: Path):
+def test_a_run_killed_in_a_step_and_in_a_save_resumes_as_if_uninterrupted(config: RunConfig, tmp_path: Path):
     whole, folder = tmp_path / "whole" / "run", tmp_path / "killed" / "run"
     process = start("train", config, folder)
     kill_when(process, lambda: lines(folder / "metrics.jsonl") >= 2)

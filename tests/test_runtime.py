@@ -1,4 +1,4 @@
-"""The process is set up in one place: guarded compilers, the platform that exists, memory that is kept."""
+"""The process is set up once: guarded compilers, the platform that exists, memory that is kept."""
 
 import os
 import resource
@@ -131,7 +131,7 @@ def test_a_device_that_is_taken_is_an_error_of_one_line(monkeypatch: pytest.Monk
     assert unavailable(RuntimeError("something else")) is None
 
 
-def test_devices_are_simulated_whatever_was_imported_and_not_after_the_first_array():
+def test_devices_are_simulated_after_any_import_but_not_after_an_array():
     count = "runtime.start(devices=3); import jax; print(jax.device_count())"
     assert printed(f"import jax; from llm_jax import runtime; {count}")[0] == "3"
     assert printed(f"from llm_jax import runtime; {count}")[0] == "3"

@@ -59,7 +59,7 @@ def test_top_p_keeps_mass_p_and_would_not_without_its_least_likely_tokens(x: np.
         assert row[~keep].max(initial=-np.inf) < least
 
 
-def test_top_p_tells_probabilities_apart_that_differ_in_their_last_bits():
+def test_top_p_distinguishes_probabilities_by_their_last_bits():
     x = np.random.default_rng(0).permuted(np.tile(np.arange(V, dtype=np.float32) / 2**17, (B, 1)), axis=-1)
     for p, least in ((0.5, 9), (0.9, 16), (0.02, 1)):  # all but even: one in 17 each
         assert (kept(top_p(jnp.asarray(x), p)).sum(-1) == least).all()

@@ -24,7 +24,7 @@ time.sleep(60)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_a_script_stops_what_it_runs_and_then_the_script(number: int):
-    script = f"set -euo pipefail; source scripts/setup; stoppable '{sys.executable}' -c '{SAVES}'; echo went on"
+    script = f"set -euo pipefail; source scripts/setup; stoppable '{sys.executable}' -c '{SAVES}'; echo continued"
     bash = subprocess.Popen(["bash", "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
         assert bash.stdout is not None
@@ -36,9 +36,9 @@ def test_a_signal_to_a_script_stops_what_it_runs_and_then_the_script(number: int
     assert (bash.returncode, said) == (128 + number, "saved\n")
 
 
-@pytest.mark.parametrize(("status", "said"), [(0, "went on"), (2, "")])
-def test_a_script_goes_on_only_where_what_it_ran_succeeded(status: int, said: str):
-    script = f"set -euo pipefail; source scripts/setup; stoppable sh -c 'exit {status}'; echo went on"
+@pytest.mark.parametrize(("status", "said"), [(0, "continued"), (2, "")])
+def test_a_script_continues_only_where_what_it_ran_succeeded(status: int, said: str):
+    script = f"set -euo pipefail; source scripts/setup; stoppable sh -c 'exit {status}'; echo continued"
     done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (status, said)
 
@@ -52,7 +52,7 @@ def test_a_script_goes_on_only_where_what_it_ran_succeeded(status: int, said: st
         (["resume", "runs/web", "mesh.fsdp=4"], "resume runs/web mesh.fsdp=4"),
     ],
 )
-def test_a_job_of_slurm_that_is_submitted_again_goes_on(words: list[str], started: str, tmp_path: Path):
+def test_a_job_of_slurm_that_is_submitted_again_resumes(words: list[str], started: str, tmp_path: Path):
     (tmp_path / "srun").write_text('#!/bin/sh\necho "$*"\n')
     (tmp_path / "srun").chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}

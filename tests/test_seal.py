@@ -97,7 +97,7 @@ def test_a_key_that_this_version_lacks_is_a_difference_with_a_name(run: Path, mo
     ],
     ids=str,
 )
-def test_other_microbatches_are_more_than_last_bits_where_they_draw_or_balance(changes: dict[str, Any], said: str):
+def test_other_microbatches_matter_where_they_draw_or_balance(changes: dict[str, Any], said: str):
     here = seal(tiny(Path("corpus")), "a", None)
     here["config"]["model"] |= changes
     (phrase,) = moves(here | {"config": here["config"] | {"accumulate": 1}}, here)
@@ -140,7 +140,7 @@ def test_a_changed_digit_of_the_config_is_named_by_whoever_reads_the_run(run: Pa
     assert not (tmp_path / "new").exists()
 
 
-def test_another_tokenizer_in_the_folder_is_noticed_by_whoever_reads_the_weights(run: Path):
+def test_another_tokenizer_in_the_folder_is_noticed_with_the_weights(run: Path):
     shutil.rmtree(run / "tokenizer")
     build("char", lambda: ["abcdefgh "]).save(run / "tokenizer")
     with pytest.raises(ValueError, match=r"made with: tokenizer is \w+\.* there, \w+\.* here"):

@@ -41,7 +41,7 @@ def test_what_can_not_work_is_refused_with_nothing_written(changes, message, con
         (("a", "x" * 32), True, r"prompts=.*: a prompt of 33 tokens leaves no room in model.max_seq_len=32"),
     ],
 )
-def test_prompts_that_can_not_be_written_from_are_refused_before_the_first_step(
+def test_prompts_that_can_not_be_sampled_are_refused_before_the_first_step(
     prompts, end_of_text, says, config, tmp_path, say
 ):
     data = dataclasses.replace(config.data, end_of_text=end_of_text)

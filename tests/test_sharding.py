@@ -139,7 +139,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_the_numbers():
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A chip of a TPU, as far as its place in a mesh is asked for."""
+    """A chip of a TPU, as far as its position in a mesh needs it."""
 
     id: int
     slice_index: int
@@ -152,14 +152,14 @@ class Chip:
 def chips(x: int, y: int, slices: int = 1) -> list[Chip]:
     """Slices of x by y chips, in the order of their hosts, each of which has two by two; the last slice first."""
     hosts = itertools.product(reversed(range(slices)), range(0, x, 2), range(0, y, 2))
-    places = [(slice, i + di, j + dj) for slice, i, j in hosts for dj in range(2) for di in range(2)]
-    return [Chip(number, slice, (i, j, 0)) for number, (slice, i, j) in enumerate(places)]
+    coords = [(slice, i + di, j + dj) for slice, i, j in hosts for dj in range(2) for di in range(2)]
+    return [Chip(number, slice, (i, j, 0)) for number, (slice, i, j) in enumerate(coords)]
 
 
 def steps(mesh: Mesh, axis: str) -> set[int]:
-    """How far it is on the wire from a chip to the next along an axis of the mesh."""
-    places = np.array([chip.coords for chip in mesh.devices.flat]).reshape(*mesh.devices.shape, 3)
-    return set(np.abs(np.diff(places, axis=mesh.axis_names.index(axis))).sum(-1).flat)
+    """How many links it is from a chip to the next along an axis of the mesh."""
+    coords = np.array([chip.coords for chip in mesh.devices.flat]).reshape(*mesh.devices.shape, 3)
+    return set(np.abs(np.diff(coords, axis=mesh.axis_names.index(axis))).sum(-1).flat)
 
 
 def test_the_first_axes_cross_slices_and_within_them_neighbours_stay_so():
@@ -238,7 +238,7 @@ def test_the_constraints_of_the_model_stand_in_the_lowered_program(mesh: Mesh):
     rows, tokens = '{"data", "fsdp", "expert"}', '{"context"}'
     assert constraints(dataclasses.replace(EVEN, n_layers=1), mesh) == {
         f'[{rows}, {{"context", "tensor"}}, {{}}]',  # BLD, the residual stream: by tokens, where nothing else is split
-        f"[{rows}, {tokens}, {{}}]",  # BSD, what a sublayer reads and what it adds, before it's parted
+        f"[{rows}, {tokens}, {{}}]",  # BSD, what a sublayer reads and what it adds, before it is split
         f'[{rows}, {tokens}, {{"tensor"}}, {{}}, {{}}]',  # BLKGH, the queries
         f'[{rows}, {tokens}, {{"tensor"}}, {{}}]',  # BLKH, keys and values
         f'[{rows}, {tokens}, {{"tensor"}}]',  # BLF inside the feed-forward, BLV the logits

@@ -232,7 +232,7 @@ def test_an_existing_folder_is_left_alone(corpus: str, tmp_path: Path):
         (OSError(errno.EROFS, "Read-only file system"), "Read-only file system; fix that, or name another folder$"),
     ],
 )
-def test_a_full_disk_leaves_nothing_behind(error: OSError, reason: str, corpus: str, tmp_path: Path, monkeypatch):
+def test_a_full_disk_leaves_no_files(error: OSError, reason: str, corpus: str, tmp_path: Path, monkeypatch):
     save, room = np.save, iter([True, False])
 
     def until_full(path: Path, values: np.ndarray) -> None:
@@ -246,7 +246,7 @@ def test_a_full_disk_leaves_nothing_behind(error: OSError, reason: str, corpus: 
     assert not list((tmp_path / "deep").iterdir())
 
 
-def test_a_source_that_breaks_off_leaves_nothing_behind(corpus: str, tmp_path: Path):
+def test_a_source_that_breaks_off_leaves_no_files(corpus: str, tmp_path: Path):
     with open(corpus, "ab") as file:
         file.write(b"\xff")
     with pytest.raises(ValueError, match="is not text"):
@@ -343,7 +343,7 @@ def test_a_folder_of_shards_is_its_own_cache(corpus: str, tmp_path: Path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_saved_tokenizer_agrees_with_shards_of_the_same_ids_wherever_it_stands(corpus: str, tmp_path: Path):
+def test_a_saved_tokenizer_agrees_with_shards_of_its_ids_in_any_folder(corpus: str, tmp_path: Path):
     prepare(corpus, tmp_path / "out", tokenizer="byte", heldout=0.2)
     for spec, agrees in (("byte", True), ("char", False)):
         tokenizer.build(spec, lambda: STORIES).save(tmp_path / spec)

@@ -19,7 +19,7 @@ def test_a_side_that_is_killed_is_named():
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_no_process_behind(tmp_path: Path):
+def test_ctrl_c_leaves_no_process_running(tmp_path: Path):
     pytest.importorskip("torch")
     process = start(tmp_path, "--no-compile", "--steps", "100000", steps=100000)
     try:

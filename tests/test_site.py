@@ -61,7 +61,7 @@ def test_the_first_page_leads_to_every_other():
     assert linked == {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
 
 
-def test_each_room_has_a_page_in_the_reference_and_each_module_of_the_ground_floor_a_section():
+def test_the_reference_has_each_room_and_each_module_of_the_ground_floor():
     assert {path.stem for path in (ROOT / "docs" / "reference").glob("*.md")} == ROOMS | {"index", "ground"}
     ground = re.findall(r"^::: llm_jax\.(\w+)$", (ROOT / "docs" / "reference" / "ground.md").read_text(), re.MULTILINE)
     assert set(ground) == set(GROUND.split("|"))

@@ -1,4 +1,4 @@
-"""A run that trains on from another one has its model, tokenizer and weights, and needs no key by hand."""
+"""A run that trains on from another one has its model, tokenizer and weights, and needs no key of the user's."""
 
 import dataclasses
 import json
@@ -49,7 +49,7 @@ def recipe(tmp_path: Path) -> RunConfig:
     return load_recipe(str(tmp_path / "recipe.py"))
 
 
-def test_the_model_and_tokenizer_are_those_of_the_run_and_all_else_is_the_recipes(trained: Path, recipe: RunConfig):
+def test_model_and_tokenizer_are_the_runs_and_all_else_is_the_recipes(trained: Path, recipe: RunConfig):
     said: list[str] = []
     config = config_from(trained, recipe, {"data.seq_len": 32}, "steps=9", report=said.append)
     theirs = run_folder.load_config(trained).model
@@ -78,7 +78,7 @@ def test_the_runs_own_tokenizer_may_be_named(spec: str, trained: Path, recipe: R
     assert config_from(trained, recipe, f"data.tokenizer={spec}", report=quiet).data.tokenizer == spec
 
 
-def test_what_is_changed_by_hand_is_said(trained: Path, recipe: RunConfig):
+def test_what_is_changed_by_the_user_is_said(trained: Path, recipe: RunConfig):
     said: list[str] = []
     config = config_from(trained, recipe, "model.max_seq_len=128", "data.seq_len=128", report=said.append)
     assert (config.model.max_seq_len, config.data.seq_len) == (128, 128)

@@ -99,7 +99,7 @@ def test_without_what_the_layers_write_the_embedding_reaches_the_end(taps: dict[
 
 
 def test_a_pattern_that_looks_at_itself_hands_each_token_its_own_value(taps: dict[str, jax.Array], logits: jax.Array):
-    """In the last layer, by three roads that meet: through the scores, the pattern and z."""
+    """In the last layer, by three paths that meet: through the scores, the pattern and z."""
     itself = jnp.broadcast_to(jnp.eye(L), (B, K, G, L, L))
     values = jnp.broadcast_to(taps["v"][-1][:, :, :, None], (B, L, K, G, H))
     by_scores = edited({"attn_scores": taps["attn_scores"].at[-1].set(jnp.where(itself == 1, 0.0, -1e9))})

@@ -55,10 +55,10 @@ def row_of(documents: list[tuple[list[int], list[int]]], length: int) -> np.ndar
     columns = []
     for segment, (question, answer) in enumerate(documents, start=1):
         document = [*question, SEPARATOR, *answer, END]
-        for place, target in enumerate(document):
-            token = document[place - 1] if place else END
-            asked = place > len(question)
-            columns.append((token, target, segment, target if asked else IGNORE, place <= len(question) + 1))
+        for index, target in enumerate(document):
+            token = document[index - 1] if index else END
+            asked = index > len(question)
+            columns.append((token, target, segment, target if asked else IGNORE, index <= len(question) + 1))
     columns += [(PADDING, IGNORE, 0, IGNORE, False)] * (length - len(columns))
     return np.array(columns, np.int32).T
 
@@ -203,7 +203,7 @@ GREEDY: dict[str, Any] = {"task": TRANSLATE, "sampling": Sampling(0), "max_token
 
 @pytest.mark.parametrize("chunk", [None, 2])
 def test_the_likeliest_tokens_of_a_text_are_those_of_temperature_0(chunk: int | None):
-    """The answer of an untrained model, read back with the question, is at every place what the model would say."""
+    """The answer of an untrained model, read back with the question, is at every position what the model would say."""
     scored = jax.jit(functools.partial(score, Transformer(MODEL), chunk))
     questions = ["abc", "bdfac"]
     written = generate(MODEL, weights(MODEL), CODER, questions, **GREEDY)
@@ -331,7 +331,7 @@ def test_documents_are_looked_through_once_and_never_all_in_memory(tmp_path: Pat
     assert read == [(0, 14), (14, 28), (28, 35)]
 
 
-def test_of_documents_in_parts_the_right_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_of_documents_in_pieces_the_right_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(loader, "CHECKED", 2)
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"text": f"ab\t{text}"}) + "\n" for text in ["yes"] * 3 + ["x"])
@@ -358,9 +358,9 @@ def tiny(task: TaskConfig, uri: Path) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def half_trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Two runs, half trained: some answers are right and some are not."""
-    folder = tmp_path_factory.mktemp("place")
+    folder = tmp_path_factory.mktemp("half_trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLM_JAX_CACHE", str(folder / "cache"))
         patch.setattr(runtime, "start", lambda: None)
@@ -386,9 +386,9 @@ def printed(capsys: pytest.CaptureFixture[str], *verb: str) -> str:
 
 
 @pytest.mark.parametrize("kind", [pytest.param("translate", marks=pytest.mark.slow), "classify"])
-def test_the_accuracy_of_a_run_is_the_share_of_answers_that_it_gives(kind: str, place: Path, capsys):
-    result, step = evaluated(place / kind, checkpoint="last")
-    pairs = heldout_pairs(place / kind)
+def test_the_accuracy_of_a_run_is_the_share_of_answers_that_it_gives(kind: str, half_trained: Path, capsys):
+    result, step = evaluated(half_trained / kind, checkpoint="last")
+    pairs = heldout_pairs(half_trained / kind)
     prompts = [word for question, _ in pairs for word in ("--prompt", question)]
     options = ("--checkpoint", "last", "--temperature", "0", "--json")
     answers = json.loads(printed(capsys, "generate", kind, *options, *prompts))
@@ -401,12 +401,12 @@ def test_the_accuracy_of_a_run_is_the_share_of_answers_that_it_gives(kind: str, 
 
 
 @pytest.mark.parametrize("kind", ["translate", "classify"])
-def test_a_run_logs_its_accuracy_and_evaluate_gives_it_with_an_interval(kind: str, place: Path, capsys):
-    row = log.read(place / kind)[-1]
+def test_a_run_logs_its_accuracy_and_evaluate_gives_it_with_an_interval(kind: str, half_trained: Path, capsys):
+    row = log.read(half_trained / kind)[-1]
     assert 0 < row["heldout_accuracy"] < 1
     assert ("bits_per_byte" in row) == (kind == "translate")
-    assert f"{row['heldout_accuracy']:.2%} right" in (place / f"{kind}.said").read_text()
-    assert "answers right" in (place / kind / "report.html").read_text()
+    assert f"{row['heldout_accuracy']:.2%} right" in (half_trained / f"{kind}.said").read_text()
+    assert "answers right" in (half_trained / kind / "report.html").read_text()
     found = json.loads(printed(capsys, "evaluate", kind, "--json"))
     low, high = found["accuracy_interval"]
     assert low < found["accuracy"] < high
@@ -415,21 +415,21 @@ def test_a_run_logs_its_accuracy_and_evaluate_gives_it_with_an_interval(kind: st
     assert ("bits per byte" in said) == (kind == "translate")
 
 
-def test_a_run_that_translates_samples_answers_and_a_classifier_nothing(place: Path):
-    samples = log.read(place / "translate")[-1]["samples"]
+def test_a_run_that_translates_samples_answers_and_a_classifier_nothing(half_trained: Path):
+    samples = log.read(half_trained / "translate")[-1]["samples"]
     assert [sample["prompt"] for sample in samples] == ["abc\t", "fed\t"]
-    assert "samples" not in log.read(place / "classify")[-1]
+    assert "samples" not in log.read(half_trained / "classify")[-1]
 
 
-def test_generate_shows_a_question_with_its_answer(place: Path, capsys):
+def test_generate_shows_a_question_with_its_answer(half_trained: Path, capsys):
     assert re.fullmatch(r"abc\t[a-f]*\n", printed(capsys, "generate", "translate", "--prompt", "abc"))
     assert re.fullmatch(r"abc  (yes|no)  \d+\.\d\d%\n", printed(capsys, "generate", "classify", "--prompt", "abc"))
 
 
-def test_other_text_of_the_same_form_is_scored_and_any_other_refused(place: Path, capsys):
-    (place / "more.txt").write_text("abc\tcba<|endoftext|>aaa\taaa")
+def test_other_text_of_the_same_form_is_scored_and_any_other_refused(half_trained: Path, capsys):
+    (half_trained / "more.txt").write_text("abc\tcba<|endoftext|>aaa\taaa")
     assert json.loads(printed(capsys, "evaluate", "translate", "--data", "more.txt", "--json"))["documents"] == 2
-    (place / "prose.txt").write_text("abc")
+    (half_trained / "prose.txt").write_text("abc")
     assert main(["evaluate", "translate", "--data", "prose.txt"]) == 2
     assert "prose.txt#0 is not a question and its answer: it has no separator" in capsys.readouterr().err
 

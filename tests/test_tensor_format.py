@@ -6,7 +6,7 @@ from llm_jax.compat.tensor_format import TensorFormat
 
 
 def test_a_format_says_where_each_of_our_numbers_is():
-    """By hand: for head k, its two queries, then its key, then its value, each of H numbers."""
+    """Written out: for head k, its two queries, then its key, then its value, each of H numbers."""
     K, G, H, D = 2, 2, 3, 5
     ours = TensorFormat("(K[GH|H|H])D", ("DKGH", "DKH", "DKH"), {"K": K, "G": G, "H": H, "D": D})
     assert ours.shape == (K * (G + 2) * H, D)

@@ -26,7 +26,7 @@ def test_a_terminal_gets_nothing_that_steers_it():
     assert screen.getvalue() == "[bold]␛[2J␇\n" + "long " * 50  # lines are the terminal's to wrap
 
 
-def test_rows_stand_one_after_the_other_each_behind_its_prompt(capsys: pytest.CaptureFixture[str]):
+def test_rows_stand_one_after_the_other_each_after_its_prompt(capsys: pytest.CaptureFixture[str]):
     pieces = [Piece(0, " b", None), Piece(0, "", "stop"), Piece(1, " d\n", "length")]
     terminal.write_rows(["a", "c"], pieces)
     assert capsys.readouterr().out == "a b\n\nc d\n\n"

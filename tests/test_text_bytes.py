@@ -111,7 +111,7 @@ def test_without_ends_of_text_a_first_token_has_no_score_and_no_bytes(name: str,
     assert scored(store, end_of_text=False).bytes == store.n_bytes - first
 
 
-def test_a_document_scored_in_part_has_its_bytes_in_proportion_by_hand(stores):
+def test_a_document_scored_in_part_has_its_bytes_in_proportion(stores):
     """`▁ÅÅ▁b</s>` spells blank, unk, unk, blank, b: 13 bytes of two that are one, of a text of six."""
     store = stores("sentencepiece", ("ÅÅ b",))
     assert store.read(0, 9).tolist() == [2, 0, 0, 2, 4, 1]

@@ -21,14 +21,14 @@ def timetables(draw: Any, schedules: tuple[str, ...] = ("gpipe", "1f1b")) -> Tim
 
 
 def done(table: Timetable, work: Work) -> Iterator[tuple[int, int, int, int]]:
-    """(microbatch, piece of the model, tick, place) of everything in one direction."""
+    """(microbatch, piece of the model, tick, slot) of everything in one direction."""
     for tick, stage in np.argwhere(work.busy).tolist():
         piece = int(work.chunk[tick, stage]) * table.stages + stage
         yield int(work.microbatch[tick, stage]), piece, tick, int(work.slot[tick, stage])
 
 
 @given(timetables())
-def test_every_microbatch_goes_once_forward_and_once_backward_through_every_piece(table: Timetable):
+def test_each_microbatch_goes_forward_and_backward_once_through_each_piece(table: Timetable):
     expected = [(i, j) for i in range(table.microbatches) for j in range(table.stages * table.config.chunks)]
     for work in (table.forward, table.backward):
         assert sorted((i, j) for i, j, _, _ in done(table, work)) == expected
@@ -48,14 +48,14 @@ def test_what_a_stage_sends_is_what_its_neighbour_reads_in_the_next_tick(table: 
 
 
 @given(timetables())
-def test_an_input_stays_in_its_place_until_it_is_read_again(table: Timetable):
-    back = {(i, j): (tick, place) for i, j, tick, place in done(table, table.backward)}
-    taken: dict[tuple[int, int], int] = {}  # (stage, place) -> until when
-    for i, j, tick, place in sorted(done(table, table.forward), key=lambda row: row[2]):
+def test_an_input_stays_in_its_slot_until_it_is_read_again(table: Timetable):
+    back = {(i, j): (tick, slot) for i, j, tick, slot in done(table, table.backward)}
+    taken: dict[tuple[int, int], int] = {}  # (stage, slot) -> until when
+    for i, j, tick, slot in sorted(done(table, table.forward), key=lambda row: row[2]):
         until, same = back[i, j]
-        assert same == place < table.held
-        assert taken.get((j % table.stages, place), -1) < tick
-        taken[j % table.stages, place] = until
+        assert same == slot < table.held
+        assert taken.get((j % table.stages, slot), -1) < tick
+        taken[j % table.stages, slot] = until
 
 
 @given(timetables())

@@ -1,7 +1,7 @@
 """The PyTorch twin computes what the model computes, switch by switch: logits, gradients, and a short training.
 
 `python tests/test_torch_twin.py` prints how far apart they are, and writes it into docs/architectures.md by family; for
-the families named behind it alone, where there are some.
+the families named after it alone, where there are some.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ STEPS = 15
 # How far a switch may be off: the logits as a share of the largest, each leaf's gradient as a share of its largest
 # number, the loss in any of STEPS steps in nats. A run may be off by a share RUN of loss and gradient norm.
 FORWARD, CURVE, RUN = 1e-5, 5e-5, 5e-5
-# The delta rule, which our side solves as a triangular system; behind other layers its logits may be off by MIXED.
+# The delta rule, which our side solves as a triangular system; after other layers its logits may be off by MIXED.
 MIXED = 5e-5
 GRADIENT = {False: 1e-4, True: 5e-4}
 # Of gradients less than this share of the largest of all, this share counts: that of a key's bias, which adds the same
@@ -55,7 +55,7 @@ torch.set_num_threads(1)  # in models as small as these, threads only wait for e
 
 
 def attending(layers: str = "global", model: dict[str, Any] | None = None, **fields: Any) -> ModelConfig:
-    """Attention of a kind; with three layers there is one behind the last whole period of two."""
+    """Attention of a kind; with three layers there is one after the last whole period of two."""
     return tiny(n_layers=3, layers=tuple(layers.split(",")), attention=AttentionConfig(**fields), **(model or {}))
 
 
@@ -143,7 +143,7 @@ def filled(batch: Batch) -> Batch:
 
 
 def packed(seed: int = 0, vocab_size: int = 14) -> Batch:
-    """Rows of two documents and some padding; each document is seen whole up to a place in it."""
+    """Rows of two documents and some padding; each document is seen whole up to a position in it."""
     rng, batch, place = np.random.default_rng(seed), rows(seed, vocab_size), np.arange(10)[None]
     cut, end = rng.integers(2, 8, size=(8, 1)), rng.integers(8, 11, size=(8, 1))
     position = np.where(place < cut, place, place - cut)

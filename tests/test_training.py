@@ -15,7 +15,7 @@ from llm_jax.runs.checkpoint import Checkpoints
 from llm_jax.train.program import Program
 
 
-def test_a_run_is_a_folder_named_after_its_config_and_says_where_to_go_next(workspace: Path, error: Any):
+def test_a_run_is_a_folder_named_after_its_config_and_says_what_is_next(workspace: Path, error: Any):
     assert {"config.json", "tokenizer", "checkpoints", "metrics.jsonl", "report.html"} <= {
         path.name for path in (workspace / "runs" / "tiny").iterdir()
     }
@@ -68,7 +68,7 @@ def test_a_run_resumes_though_the_one_that_it_came_from_is_gone(workspace: Path,
     ],
     ids=["missing", "empty", "binary", "too short", "too many ids", "too few epochs"],
 )
-def test_data_that_cannot_train_leaves_nothing_behind(
+def test_data_that_cannot_train_leaves_no_files(
     content: bytes | None, changes: list[str], says: str, workspace: Path, error: Any
 ):
     file = workspace / "missing.txt"
@@ -98,7 +98,7 @@ def test_what_no_data_can_put_right_is_refused_before_it_is_prepared(
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_run_that_is_stopped_ends_with_its_status_and_resumes_by_the_same_line(
+def test_a_stopped_run_ends_with_its_status_and_resumes_by_the_same_line(
     number: int, status: int, workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     words = ["train", "tiny.py", "--run", f"runs/stopped-{number}", "prompts=", "--resume"]

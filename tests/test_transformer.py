@@ -49,7 +49,7 @@ def test_future_tokens_get_no_gradient_and_past_ones_do(positions: str, residual
     assert touched.tolist() == [[True] * 5 + [False] * 3] * B
 
 
-def test_a_window_ends_the_gradient_behind_too():
+def test_a_window_ends_the_gradient_in_the_past_too():
     """Two layers of window 3 reach four positions back."""
     touched = (embedding_gradient(local(3), 6) != 0).any(-1)
     assert touched.tolist() == [[False] * 2 + [True] * 5 + [False]] * B
@@ -184,7 +184,7 @@ def test_dropout_zeroes_its_share_and_scales_the_rest():
     np.testing.assert_allclose(dropped.mean(axis=(1, 2, 3)), 0.25, atol=0.05)
     np.testing.assert_allclose(after, jnp.where(dropped, 0, before / 0.75), rtol=1e-3, atol=1e-4)
     flat = {tuple(mask.ravel().tolist()) for mask in dropped}
-    assert len(flat) == len(dropped), "two places share a mask"
+    assert len(flat) == len(dropped), "two positions share a mask"
 
 
 def test_dropout_depends_on_its_key_only():
@@ -221,7 +221,7 @@ def dtypes(program: list, *primitives: str) -> set[str]:
 @pytest.mark.parametrize(
     "changes", [{}, {"norm": "layernorm", "bias": "all", "positions": "learned", "gated": False}], ids=str
 )
-def test_bfloat16_multiplies_matrices_and_float32_does_the_delicate_parts(changes: dict):
+def test_bfloat16_multiplies_matrices_and_float32_does_the_delicate_rest(changes: dict):
     config = tiny(dtype="bfloat16", activation="relu", **changes)
 
     def loss(params: Any) -> jax.Array:

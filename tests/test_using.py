@@ -59,7 +59,7 @@ def test_text_that_is_one_document_has_no_interval(workspace: Path, capsys: pyte
 
 
 @pytest.mark.parametrize("which", ["best", "last", "4"])
-def test_the_newest_good_weights_stand_in_for_damaged_ones_unless_a_step_was_asked_for(which: str, workspace: Path):
+def test_the_newest_good_weights_replace_damaged_ones_of_no_named_step(which: str, workspace: Path):
     copy, told = shutil.copytree(workspace / "runs/tiny", workspace / f"runs/damaged-{which}"), []
     shutil.rmtree(copy / "checkpoints/4/params")
     program = restore.on_one_device(run_folder.load_config(copy))
@@ -77,9 +77,7 @@ def test_records_are_scored_though_the_run_cut_its_text_at_a_separator(workspace
     assert (found["documents"], found["bytes"]) == (2, 29)
 
 
-def test_prepared_shards_are_scored_whole_if_they_are_in_the_tokens_of_the_run(
-    workspace: Path, output: Any, error: Any
-):
+def test_prepared_shards_are_scored_whole_if_their_tokens_are_the_runs(workspace: Path, output: Any, error: Any):
     options = ("--separator", "\n", "--heldout", "0.3")
     output("prepare", "text.txt", "--out", "ours", "--tokenizer", "runs/tiny/tokenizer", *options)
     found = json.loads(output("evaluate", "runs/tiny", "--data", "ours", "--json"))

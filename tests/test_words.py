@@ -1,10 +1,10 @@
 """Texts that people read say the field's words, and not private ones: the glossary, kept."""
 
 import ast
+import functools
 import io
 import re
 import tokenize
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,26 +37,35 @@ EXCEPTIONS = [
     ("records.py", "a list of turns", "a chat has turns"),
 ]
 
-SOURCES = [
-    *ROOT.glob("llm_jax/**/*.py"),
-    *ROOT.glob("scripts/**/*"),
-    *ROOT.glob("configs/*.py"),
-    *ROOT.glob("examples/*.py"),
+FOLDERS = ("llm_jax", "scripts", "configs", "examples", "tests", "findings", "docs", ".ci", ".github")
+UNREAD = {
+    "log.md": "a diary: what was said then",
+    "CHANGELOG.md": "the same",
+    "test_words.py": "it has the words that it looks for",
+}
+FILES = [
+    path
+    for path in (*ROOT.glob("[!.]*.*"), *(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/**/*")))
+    if path.is_file() and path.suffix in (".py", ".md", ".sh", ".yml", ".yaml", ".toml", ".cff", "")
+    if path.name not in UNREAD
 ]
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "findings/README.md"]
-DIARY = {"log.md", "CHANGELOG.md"}  # what was said then
 
 
-def said(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines that a person reads: of Python its comments and strings, of a page all of it."""
+@functools.cache
+def said(path: Path) -> list[tuple[int, str]]:
+    """The lines that a person reads: of Python comments, strings and names of functions, of all else every line."""
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".py":
-        yield from enumerate(text.split("\n"), start=1)
-        return
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type in (tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", -1)):
-            for offset, line in enumerate(token.string.split("\n")):
-                yield token.start[0] + offset, line
+        return list(enumerate(text.split("\n"), start=1))
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    spoken = (tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", -1))
+    return [(node.lineno, node.name.replace("_", " ")) for node in nodes] + [
+        (token.start[0] + offset, line)
+        for token in tokens
+        if token.type in spoken
+        for offset, line in enumerate(token.string.split("\n"))
+    ]
 
 
 def allowed(path: Path, line: str) -> bool:
@@ -67,8 +76,7 @@ def allowed(path: Path, line: str) -> bool:
 def test_nothing_that_people_read_uses_a_private_word(pattern: str):
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
-        for path in [*SOURCES, *PAGES]
-        if path.is_file() and path.name not in DIARY and path.suffix in (".py", ".md", "")
+        for path in FILES
         for number, line in said(path)
         if re.search(pattern, line, re.IGNORECASE) and not allowed(path, line)
     ]
@@ -78,7 +86,7 @@ def test_nothing_that_people_read_uses_a_private_word(pattern: str):
 def test_every_exception_is_still_needed():
     for file, words, reason in EXCEPTIONS:
         assert reason
-        assert any(words in path.read_text(encoding="utf-8") for path in [*SOURCES, *PAGES] if path.name == file), words
+        assert any(words in path.read_text(encoding="utf-8") for path in FILES if path.name == file), words
 
 
 def test_an_attribute_has_a_line_of_its_own():

@@ -53,14 +53,14 @@ class Batch:
     prefix: Rows = None
 
 
-def tells_documents(config: DataConfig) -> bool:
+def is_segmented(config: DataConfig) -> bool:
     """Return whether rows say which document a token belongs to."""
     return config.packing == "documents" or config.end_of_text
 
 
-def as_told(batch: Batch, config: DataConfig, needs: Collection[str] = ()) -> Batch:
+def select_fields(batch: Batch, config: DataConfig, needs: Collection[str] = ()) -> Batch:
     """Return `batch` without the fields that rows of `config` don't have, and nobody `needs`."""
-    absent = {"documents"} if tells_documents(config) else {"documents", "segments", "positions"}
+    absent = {"documents"} if is_segmented(config) else {"documents", "segments", "positions"}
     if config.task is None or config.task.kind != "translate":
         absent.add("prefix")
     return dataclasses.replace(batch, **dict.fromkeys(absent - set(needs)))
@@ -147,8 +147,8 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """Return the rows at `step`: a pure function of the config, the shards and `step`."""
-        batch = _batch(self._store, self._config, self._task, self._index(step), tell=bool(self._needs))
-        return as_told(batch, self._config, self._needs)
+        batch = _batch(self._store, self._config, self._task, self._index(step), segmented=bool(self._needs))
+        return select_fields(batch, self._config, self._needs)
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Iterate over `batch(start)`, `batch(start + 1)` and so on, read ahead by a thread."""
@@ -306,7 +306,7 @@ def _index(config: DataConfig, rows: Sequence[list[tuple[int, int]]]) -> Int64[n
 
 
 def _batch(
-    store: TokenStore, config: DataConfig, task: Task | None, index: Int64[np.ndarray, "B L"], tell: bool = False
+    store: TokenStore, config: DataConfig, task: Task | None, index: Int64[np.ndarray, "B L"], segmented: bool = False
 ) -> Batch:
     """Return the batch of the tokens at `index`; targets are one token after the inputs.
 
@@ -327,7 +327,7 @@ def _batch(
         targets=np.where(counted, store.take(targets), IGNORE).astype(np.int32),
         documents=np.where(counted, store.documents_of(targets), IGNORE).astype(np.int32),
     )
-    if not (tell or tells_documents(config)):
+    if not (segmented or is_segmented(config)):
         return batch
     position = np.broadcast_to(np.arange(config.seq_len), index.shape)  # in the row
     first = np.diff(document, axis=1, prepend=-2) != 0

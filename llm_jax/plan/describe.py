@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llm_jax.config import plain, replace
-from llm_jax.data.loader import Batch, as_told
+from llm_jax.data.loader import Batch, select_fields
 from llm_jax.keys import REQUIRED, keys, value_at
 from llm_jax.model.config import TAPS, ModelConfig, is_own
 from llm_jax.model.count import active_parameters, flops_per_token, parameter_counts
@@ -161,7 +161,7 @@ def residual_bytes(config: RunConfig, params: PyTree, tokens: jax.ShapeDtypeStru
     """Return the bytes that the backward pass of one microbatch keeps in device memory, besides `params`."""
     loss = make_loss(Transformer(config.model), config.loss)
     seen = jax.ShapeDtypeStruct(tokens.shape, bool)
-    batch = as_told(Batch(tokens, tokens, segments=tokens, positions=tokens, prefix=seen), config.data)
+    batch = select_fields(Batch(tokens, tokens, segments=tokens, positions=tokens, prefix=seen), config.data)
 
     def residuals(params: PyTree, batch: Batch, key: Key[Array, ""]) -> PyTree:
         _, backward, _ = jax.vjp(lambda p: loss(p, batch, key), params, has_aux=True)

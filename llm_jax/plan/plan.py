@@ -38,7 +38,7 @@ CLOCKS = {"v5e": 1.5e9, "v5p": 1.75e9}  # cycles per second, as far as they are 
 # Below these a figure is noise: compilers for accelerators count the memory of small programs badly, and such a short
 # step takes longer to start than to run.
 LEAST_MEMORY, LEAST_SECONDS = 3e8, 1e-3
-UNTOLD = "below what the compiler can tell"
+BELOW_RESOLUTION = "below what the compiler can tell"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Plan:
         return None if self.traffic is None else max(self.seconds.values())
 
     @property
-    def tells_memory(self) -> bool:
+    def memory_is_reliable(self) -> bool:
         """Whether the compiler's count of bytes is reliable."""
         return self.topology.startswith("cpu") or self.needed >= LEAST_MEMORY
 
@@ -320,12 +320,12 @@ def memory_bytes(config: RunConfig, program: Program) -> float:
 
 def _page(p: Plan) -> Group:
     gb = functools.partial(metric, unit="B")
-    spare, needed = p.limit - p.needed, f"{gb(p.needed)} allocated" if p.tells_memory else f"{UNTOLD},"
-    in_use = f", {gb(p.peak)} in use at the peak" if p.tells_memory and p.peak < p.needed else ""
+    spare, needed = p.limit - p.needed, f"{gb(p.needed)} allocated" if p.memory_is_reliable else f"{BELOW_RESOLUTION},"
+    in_use = f", {gb(p.peak)} in use at the peak" if p.memory_is_reliable and p.peak < p.needed else ""
     verdict = f"fits, with {gb(spare)} to spare" if p.fits else f"does not fit, by {gb(-spare)}"
     mesh = ", ".join(f"{axis} {size}" for axis, size in p.mesh.items()) or "one device"
     memory = {"weights": sum(p.parameters.values()), "optimizer": p.optimizer}
-    if p.tells_memory:
+    if p.memory_is_reliable:
         memory |= {"batch": p.arguments - sum(memory.values()), "temporary": p.temporary}
     largest = dict(sorted(p.parameters.items(), key=lambda item: -item[1])[:8])
     rest = sum(p.parameters.values()) - sum(largest.values())
@@ -338,7 +338,7 @@ def _page(p: Plan) -> Group:
         Text("weights, by path", style="dim"),
         shares(largest | {"others": rest}, gb),
     ]
-    if p.temporaries and p.tells_memory:
+    if p.temporaries and p.memory_is_reliable:
         estimate = gb(sum(p.temporaries.values()))
         shown = dict(list(p.temporaries.items())[:10])
         others = sum(list(p.temporaries.values())[10:])
@@ -378,7 +378,7 @@ def _time(p: Plan) -> list[Any]:
         work.add_row(name, metric(flops, "FLOP"))
     pages = [title("Compute of a step"), work, title("Time of a step at published peaks"), table]
     if p.tokens_per_day is None:
-        return pages if p.step_seconds is None else [*pages, Text(f"tokens a day: {UNTOLD}")]
+        return pages if p.step_seconds is None else [*pages, Text(f"tokens a day: {BELOW_RESOLUTION}")]
     ends = f"{metric(p.tokens_per_day, 'tokens')} a day at best"
     if p.cost is not None:
         ends += f"; a billion tokens for {p.cost:,.2f} at {p.price:,.2f} a chip and hour"

@@ -134,7 +134,7 @@ class Found:
             verdict = "fits" if p.fits else f"too large by {metric(p.needed - p.limit, 'B')}"
             step = "" if p.step_seconds is None else f"{p.step_seconds * 1e3:,.0f} ms"
             daily = "" if p.tokens_per_day is None else metric(p.tokens_per_day, "")
-            memory = metric(p.needed, "B") if p.tells_memory else "too little to tell"
+            memory = metric(p.needed, "B") if p.memory_is_reliable else "too little to tell"
             table.add_row(one.name, memory, step, daily, verdict)
         ends = [Text(f"{len(self.tried)} of {self.considered} choices compiled, in the order of arithmetic", "dim")]
         if self.fastest is None or self.smallest is None:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, PyTree
 
 from llm_jax.config import replace
-from llm_jax.data.loader import IGNORE, Batch, as_told
+from llm_jax.data.loader import IGNORE, Batch, select_fields
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.stack import n_scanned
 from llm_jax.ops.attention import ACROSS
@@ -271,4 +271,4 @@ def rows(config: RunConfig, seed: int) -> Batch:
         targets = np.where(draw.random((B, L)) < 0.2, tokens[:, 1:] % c.n_classes, IGNORE).astype(np.int32)
     seen = positions < draw.integers(1, L, size=(B, 1))
     batch = Batch(tokens[:, :-1], targets, segments=1 + second.astype(np.int32), positions=positions, prefix=seen)
-    return as_told(batch, data)
+    return select_fields(batch, data)

@@ -64,7 +64,7 @@ def warn_of_own_loss(session: Session, row: Mapping[str, Any], progress: Progres
     tokens, heldout = progress.tokens / progress.step, progress.heldout_loss or 0
     if row["grad_norm"] == 0:
         session.say("the gradient of your own loss is 0: nothing is learned; compute it from params and batch")
-    elif 0 < row["loss"] * tokens < 4 * session.config.accumulate * heldout < tokens * heldout / 10:
+    elif 0 < row["loss"] * tokens < 2 * session.config.accumulate * heldout < tokens * heldout / 10:
         session.say(
             f"your own loss is {row['loss']:.2g} a target where held-out loss is {heldout:.2g}: return its sum over "
             "the targets, not the mean"

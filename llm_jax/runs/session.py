@@ -13,7 +13,7 @@ from rich.console import Console
 
 from llm_jax import log, processes, runtime
 from llm_jax.config import differences, to_dict
-from llm_jax.data.loader import Loader, task_of, tells_documents
+from llm_jax.data.loader import Loader, is_segmented, task_of
 from llm_jax.data.mixture import Mixture
 from llm_jax.data.shards import Shards
 from llm_jax.infer.generate import prompt_ids
@@ -68,10 +68,9 @@ class Session:
         """Return the session of `config` on `shards`. Raise `ValueError` for what can't work, before it is computed."""
         check_can_evaluate(shards, config.data.heldout)
         task_of(shards.split("heldout"), config.data)  # raises now, and not at the first evaluation
-        for layer in config.model.period:
-            if is_own(layer.mixer):
-                check_mixer(config.model, layer.mixer, tells_documents(config.data))
-                check_decoding(config.model, layer.mixer)
+        for mixer in dict.fromkeys(layer.mixer for layer in config.model.period if is_own(layer.mixer)):
+            check_mixer(config.model, mixer, is_segmented(config.data))
+            check_decoding(config.model, mixer)
         program = Program.on(config, custom=custom)
         loader = Loader(shards.split("train"), config.data, rows=program.rows, needs=custom.needs)
         loader.check_horizon(config.steps)

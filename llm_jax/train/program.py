@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from llm_jax import runtime
-from llm_jax.data.loader import Batch, as_told
+from llm_jax.data.loader import Batch, select_fields
 from llm_jax.model.config import has_own_layer
 from llm_jax.model.transformer import Transformer
 from llm_jax.ops.attention import heard
@@ -121,7 +121,7 @@ class Program:
         shape, rows = (data.batch_size, data.seq_len), batch_sharding(self.mesh)
         ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
         seen = jax.ShapeDtypeStruct(shape, bool, sharding=rows)
-        batch = as_told(Batch(ids, ids, ids, ids, ids, prefix=seen), data, self.custom.needs)
+        batch = select_fields(Batch(ids, ids, ids, ids, ids, prefix=seen), data, self.custom.needs)
         return batch if self.order is None else dataclasses.replace(batch, positions=ids)
 
     def init(self) -> TrainState:
