@@ -35,6 +35,12 @@ FLOORS = [
     (GROUND, 0, "configs, pytrees by path, two sharding tables, files, how processes start and agree"),
     (r"__version__", 0, ""),
 ]
+# What a reader reads in an evening, in this order: README.md and docs/architecture.md say the same.
+EVENING = (
+    *(f"model/{name}.py" for name in ("transformer", "attention", "feedforward", "cache", "stack")),
+    *(f"ops/{name}.py" for name in ("attention", "mask", "position", "norm", "loss")),
+    *("train/step.py", "train/optimizer.py", "data/loader.py", "runs/loop.py"),
+)
 VAGUE = {"utils", "util", "common", "base", "helpers", "helper", "manager", "misc"}
 
 
@@ -235,6 +241,15 @@ def test_every_module_is_imported_where_posix_modules_are_missing():
     plain = [name for name in names if not name.endswith("__main__") and ".torch_" not in name]
     done = subprocess.run([sys.executable, "-c", HIDING, *plain], cwd=PACKAGE.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_evening_has_as_many_lines_as_the_pages_say():
+    lines = sum(len((PACKAGE / file).read_text().splitlines()) for file in EVENING)
+    for page, heading in ((PACKAGE.parent / "README.md", "**The evening**"), (PAGE, "## An evening")):
+        text = page.read_text()
+        assert f"{round(lines, -2):,} lines" in text, lines
+        order = [text.index(Path(file).name, text.index(heading)) for file in EVENING]
+        assert all(order)
 
 
 if __name__ == "__main__":
