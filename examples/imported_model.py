@@ -29,14 +29,11 @@ prompt = "siebentausendzwei\t"
 )
 
 # %% [markdown]
-# Train it further, on other text: weights, model and tokenizer are those of the run, data and training are yours.
+# Train it further, on other text: weights, model and tokenizer are those of the run, data and training are those of
+# another config.
 
 # %%
 texts = [f"{a} + {b} = {a + b}\n" for a in range(40) for b in range(40)]
-more = lj.replace(
-    run.config,
-    **{"steps": 120, "data.batch_size": 8, "data.seq_len": 128, "evaluate_every": 120, "optimizer.learning_rate": 1e-2},
-)
-more = lj.replace(more, **{"init_from": "runs/imported", "optimizer.warmup_steps": 10, "prompts": ()})
+more = lj.config_from("runs/imported", config, {"optimizer.learning_rate": 1e-2}, steps=120, evaluate_every=120)
 sums = lj.fit(more, "runs/sums", data=texts)
 sums.evaluate().bits_per_byte, sums.generate("3 + 4 = ", temperature=0.0, max_tokens=4)

@@ -28,7 +28,7 @@ def trained(config, folder):
 
 
 runs = {
-    rate: trained(lj.replace(base, **{"optimizer.learning_rate": rate}), f"runs/rate_{rate}") for rate in (3e-3, 1e-2)
+    rate: trained(lj.replace(base, {"optimizer.learning_rate": rate}), f"runs/rate_{rate}") for rate in (3e-3, 1e-2)
 }
 
 # %%

@@ -11,11 +11,11 @@ import llm_jax as lj
 
 config = lj.recipe(
     "quickstart",
+    {"data.uri": "builtin:numbers", "data.tokenizer": "byte", "data.seq_len": 128, "optimizer.learning_rate": 1e-2},
+    {"model.vocab_size": 320, "model.d_model": 64, "model.n_layers": 2, "model.max_seq_len": 128},
     steps=300,
     evaluate_every=300,
     prompts=("dreihundertvier\t",),
-    **{"data.uri": "builtin:numbers", "data.tokenizer": "byte", "data.seq_len": 128, "optimizer.learning_rate": 1e-2},
-    **{"model.vocab_size": 320, "model.d_model": 64, "model.n_layers": 2, "model.max_seq_len": 128},
 )
 run = lj.fit(config, "runs/numbers")
 
