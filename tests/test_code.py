@@ -131,37 +131,56 @@ pieces = {
 """
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "changed"),
-    [
-        ("weight = 2.0", "weight = 3.0", {"function", "decorated", "jitted", "lambda"}),
-        ("return f(*args)", "return -f(*args)", {"decorated"}),
-        ("return x * 2", "return x * 3", {"object", "method", "class"}),
-        ("power = 1", "power = 2", {"object", "method", "class"}),
-        ('"object": Loss(1)', '"object": Loss(7)', {"object"}),
-        ('names = {"b", "a"}', 'names = {"b", "c"}', {"object", "method", "class"}),
-        ("def helper(x):", "def helper(x):  # a comment", set()),
-    ],
-    ids=["global", "decorator", "base", "attribute", "state", "set", "comment"],
-)
-def test_a_change_of_what_code_does_changes_its_hash_and_no_other(
-    tmp_path: Path, old: str, new: str, changed: set[str]
-):
-    """In processes of their own, which order sets differently."""
-    program = "import json; from llm_jax.runs.code import code_hash; import code_of_a_user as m; "
-    program += "print(json.dumps({name: code_hash(piece) for name, piece in m.pieces.items()}))"
-    found = []
-    for number, text in enumerate((SOURCE, SOURCE.replace(old, new))):
-        assert number == 0 or text != SOURCE
-        (tmp_path / f"{number}").mkdir()
-        (tmp_path / f"{number}" / "code_of_a_user.py").write_text(text)
-        paths = os.pathsep.join([str(tmp_path / f"{number}"), str(ROOT)])
-        environment = os.environ | {"PYTHONPATH": paths, "PYTHONHASHSEED": str(number)}
-        done = subprocess.run(
-            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
-        )
-        found.append(json.loads(done.stdout))
-    assert {name for name in found[0] if found[0][name] != found[1][name]} == changed
+# What is written in place of what, and the pieces whose hash changes with it.
+CHANGES: dict[str, tuple[str, str, set[str]]] = {
+    "global": ("weight = 2.0", "weight = 3.0", {"function", "decorated", "jitted", "lambda"}),
+    "decorator": ("return f(*args)", "return -f(*args)", {"decorated"}),
+    "base": ("return x * 2", "return x * 3", {"object", "method", "class"}),
+    "attribute": ("power = 1", "power = 2", {"object", "method", "class"}),
+    "state": ('"object": Loss(1)', '"object": Loss(7)', {"object"}),
+    "set": ('names = {"b", "a"}', 'names = {"b", "c"}', {"object", "method", "class"}),
+    "comment": ("def helper(x):", "def helper(x):  # a comment", set()),
+}
+HASHES = """
+import importlib, json, sys
+from llm_jax.runs.code import code_hash
+
+found = []
+for folder in sys.argv[1:]:
+    sys.path[0] = folder
+    sys.modules.pop("code_of_a_user", None)
+    pieces = importlib.import_module("code_of_a_user").pieces
+    found.append({name: code_hash(piece) for name, piece in pieces.items()})
+print(json.dumps(found))
+"""
+
+
+def hashes(folders: list[Path], seed: int) -> list[dict[str, str]]:
+    """The hash of each piece in each folder, in a process that orders sets by `seed`."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(seed)}
+    command = [sys.executable, "-c", HASHES, *folders]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def before_and_after(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """The hashes of the source in a process, and those of each change of it in another."""
+    folder = tmp_path_factory.mktemp("code")
+    for name, (old, new, _) in {"": ("", "", set()), **CHANGES}.items():
+        text = SOURCE.replace(old, new) if old else SOURCE
+        assert (text != SOURCE) == bool(old)
+        (folder / f"of{name}").mkdir()
+        (folder / f"of{name}" / "code_of_a_user.py").write_text(text)
+    (before,) = hashes([folder / "of"], seed=0)
+    after = hashes([folder / f"of{name}" for name in CHANGES], seed=1)
+    return before, dict(zip(CHANGES, after, strict=True))
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_of_what_code_does_changes_its_hash_and_no_other(name: str, before_and_after):
+    before, after = before_and_after
+    assert {piece for piece in before if before[piece] != after[name][piece]} == CHANGES[name][2]
 
 
 def test_two_functions_in_one_line_are_distinguished():
