@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import random
 from typing import Any
 
 import jax
@@ -72,27 +71,21 @@ def local(window: int, **changes: Any) -> ModelConfig:
 
 
 def pairwise(options: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
-    """Few rows of a value for every option, such that any two values of two options meet in one of them.
-
-    Latin squares let all pairs of the five-valued options meet in 25 rows. Each other value is the one that meets most
-    others for the first time, option by option in an order drawn for the row; of 3,600 seeds 95 gives the fewest rows.
-    """
-    draw = random.Random(95)
-    number = {name: range(len(values)) for name, values in sorted(options.items(), key=lambda item: -len(item[1]))}
-    chosen = [(name, i) for name, values in number.items() for i in values]
-    missing = {(one, other) for one, other in itertools.permutations(chosen, 2) if one[0] != other[0]}
-    five = [name for name, values in number.items() if len(values) == 5]
-    begun = [{name: (i + k * j) % 5 for k, name in enumerate(five)} for i in range(5) for j in range(5)]
+    """Few rows of a value for every option, such that any two values of two options meet in one of them."""
+    options = dict(sorted(options.items(), key=lambda item: -len(item[1])))  # many values first: fewer rows
+    chosen = [(name, value) for name, values in options.items() for value in values]
+    pairs = itertools.combinations(chosen, 2)
+    missing = {frozenset(pair): pair for pair in pairs if pair[0][0] != pair[1][0]}
     rows = []
     while missing:
-        row = begun.pop(0) if begun else dict(min(missing))
-        left = [name for name in number if name not in row]
-        draw.shuffle(left)
-        for name in left:
-            met = [sum(((name, i), item) in missing for item in row.items()) + draw.random() / 2 for i in number[name]]
-            row[name] = met.index(max(met))
-        missing -= set(itertools.permutations(row.items(), 2))
-        rows.append({name: options[name][i] for name, i in row.items()})
+        row = dict(next(iter(missing.values())))
+        for name, values in options.items():
+            if name not in row:
+                met = [sum(frozenset({(name, v), item}) in missing for item in row.items()) for v in values]
+                row[name] = values[met.index(max(met))]
+        for pair in itertools.combinations(row.items(), 2):
+            missing.pop(frozenset(pair), None)
+        rows.append(row)
     return rows
 
 
