@@ -45,7 +45,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         target = site_path(repository_path(here, link[1]))
         return f"]({posixpath.relpath(target, posixpath.dirname(here))}"
 
-    return markdown if here.startswith("source/") else LINK.sub(one, markdown.replace(FRONT_DOOR, front_door()))
+    if here.startswith("source/"):
+        return markdown
+    return LINK.sub(one, markdown.replace(FRONT_DOOR, front_door()) if FRONT_DOOR in markdown else markdown)
 
 
 def front_door() -> str:

@@ -67,18 +67,23 @@ def test_numbers_are_spelled_as_in_a_grammar(n: int, german: str, english: str):
     assert (generated.german(n), generated.english(n)) == (german, english)
 
 
-def test_an_answer_says_whether_nothing_is_left_when_pairs_are_struck_out():
-    for text, answer in (document.split("\t") for document in generated.brackets()):
+@pytest.fixture(scope="module")
+def brackets() -> list[list[str]]:
+    """Every text of brackets, and its answer."""
+    return [document.split("\t") for document in generated.brackets()]
+
+
+def test_an_answer_says_whether_nothing_is_left_when_pairs_are_struck_out(brackets: list[list[str]]):
+    for text, answer in brackets:
         left = None
         while left != text:
             left, text = text, re.sub(r"\(\)|\[\]|\{\}|<>", "", text)
         assert answer == ("no" if text else "yes")
 
 
-def test_neither_length_nor_counts_tell_the_answer():
-    texts = [document.split("\t") for document in generated.brackets()]
-    assert len({text for text, _ in texts}) == len(texts) == generated.TEXTS
-    for (right, yes), (wrong, no) in zip(texts[::2], texts[1::2], strict=True):
+def test_neither_length_nor_counts_tell_the_answer(brackets: list[list[str]]):
+    assert len({text for text, _ in brackets}) == len(brackets) == generated.TEXTS
+    for (right, yes), (wrong, no) in zip(brackets[::2], brackets[1::2], strict=True):
         assert (yes, no) == ("yes", "no")
         assert sorted(right) == sorted(wrong)
         assert sum(a != b for a, b in zip(right, wrong, strict=True)) == 2
