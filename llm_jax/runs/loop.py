@@ -29,7 +29,7 @@ def loop(session: Session, state: TrainState, progress: Progress, moved: Moved) 
     only printed. What is returned has the last held-out loss that was measured. Raise `Diverged` after
     `config.patience` bad steps in a row, and `ValueError` where the run folder is moved away.
     """
-    c, checkpoints, stopped, reason = session.config, session.checkpoints, False, None
+    c, checkpoints, stopped = session.config, session.checkpoints, False
     measured = session.last_heldout(progress)
     with stop_signals() as stopping, checkpoints, metrics_log(session, progress) as rows:
         meter = Meter(c, rows, progress, session.loader.token_shares)
@@ -43,13 +43,12 @@ def loop(session: Session, state: TrainState, progress: Progress, moved: Moved) 
             added, stop = call_back(session.callbacks, meter.step + 1, state, metrics)
             if stop is not None:
                 session.say(f"step {meter.step + 1:,}: {stop}")
-                reason = stop
-                stopping.ask()
+                stopping.ask(stop)
             meter.push(metrics | added)
             if meter.progress.skipped_in_a_row >= c.patience:
                 raise diverged(session.folder, session.program, session.shards, checkpoints, state, meter.progress)
             stopped = stopping(meter.step)
-            end = meter.step == c.steps or (stopped and processes.from_first(lambda reason=reason: reason is not None))
+            end = meter.step == c.steps or (stopped and processes.from_first(lambda: stopping.reason is not None))
             if stopped or end or is_due(c, meter.step):
                 if (now := moved()) is not None:
                     raise moved_away(session.folder, now, checkpoints)

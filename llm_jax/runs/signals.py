@@ -25,16 +25,21 @@ class Stop(Exception):
 
 
 class Stopping:
-    """Asked after every step whether the run stops there. Of several processes all hear yes at the same step."""
+    """Asked after every step whether the run stops there. Of several processes all hear yes at the same step.
+
+    `reason` is what a callback of this process stopped it for; None where a signal did, or another process.
+    """
 
     def __init__(self, reached: Callable[[int], bool] | None = None) -> None:
         self._reached, self._asked = reached, threading.Event()
+        self.reason: Stop | None = None
 
     def __call__(self, step: int) -> bool:
         return self._asked.is_set() if self._reached is None else self._reached(step)
 
-    def ask(self) -> None:
+    def ask(self, reason: Stop | None = None) -> None:
         """Ask the run to stop. A process that is not alone sends itself the signal that JAX tells the others of."""
+        self.reason = self.reason or reason
         if self._reached is None:
             self._asked.set()
         else:
