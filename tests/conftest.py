@@ -38,7 +38,7 @@ import jaxtyping
 import optax
 import pytest
 
-import llm_jax  # noqa: F401  (its import guards against compilers with known faults, here as in a user's process)
+from llm_jax import runtime  # importing it guards against compilers with known faults, here as in a user's process
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -51,6 +51,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # does took a sixth of the CPU time of some tests (docs/log.md).
 gc.freeze()
 gc.set_threshold(500_000, 50, 100)
+
+
+# A run keeps the memory that it frees. Here thousands of programs of other sizes follow it.
+runtime.reuse_freed_memory = lambda: None
 
 
 def standard(function: Callable) -> Callable:
