@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,13 +36,18 @@ def write_whole(path: Path, content: str | bytes) -> None:
     for stale in path.parent.glob(f".{_literal(path.name)}.*.part"):
         if _age(stale) > STALE_SECONDS:
             stale.unlink(missing_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    unfinished = path.with_name(f".{path.name}.{scratch_number()}.part")
     try:
         with _named(path, unfinished), written(unfinished) as file:
             file.write(content.encode() if isinstance(content, str) else content)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def scratch_number() -> str:
+    """Return digits for the name of an unfinished file, which no other process has, nor another thread of this one."""
+    return f"{os.getpid()}{threading.get_ident()}"
 
 
 @contextmanager

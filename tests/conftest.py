@@ -86,6 +86,19 @@ hypothesis.settings.register_profile("llm_jax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("llm_jax")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def programs_let_go() -> Iterator[None]:
+    """Each compiled program takes some memory maps, of which Linux gives a process 65,530; past that JAX ends it."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        from llm_jax.train import program
+
+        program._kept.cache_clear()
+        jax.clear_caches()
+        gc.collect()
+
+
 @pytest.fixture(scope="session")
 def corpus_and_cache(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """One corpus for all files: equal configs share their programs (`Program.on`) and their prepared shards."""

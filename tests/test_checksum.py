@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llm_jax.runs.checksum import checksums
+from llm_jax.runs.checksum import checksums, not_finite
 from llm_jax.sharding import MeshConfig, make_mesh
 
 
@@ -34,3 +34,13 @@ def test_the_checksum_is_the_same_on_every_mesh():
     for spec in (PartitionSpec("fsdp"), PartitionSpec("tensor", "fsdp"), PartitionSpec(None, "fsdp")):
         split = jax.device_put(x, NamedSharding(mesh, spec))
         assert int(checksums({"x": split})["x"]) == int(checksums({"x": x})["x"])
+
+
+def test_flags_and_complex_numbers_have_checksums():
+    """As the state of `optax.apply_if_finite`, and the parameters of some state-space layers."""
+    flags, waves = jnp.array([True, False, True]), jnp.array([1 + 2j, 3 - 1j], jnp.complex64)
+    found = checksums({"flags": flags, "waves": waves})
+    assert {str(x.dtype) for x in found.values()} == {"uint32"}
+    assert checksums({"flags": ~flags})["flags"] != found["flags"]
+    assert checksums({"waves": waves.conj()})["waves"] != found["waves"]
+    assert not_finite({"flags": flags, "waves": waves}) is None

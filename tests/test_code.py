@@ -100,8 +100,11 @@ def cached(n):
 """
 SOURCE = """
 import dataclasses
+import enum
 import functools
 import jax
+import jax.numpy as jnp
+import types
 import numpy as np
 import optax
 
@@ -121,6 +124,30 @@ class Settings:
 
 
 settings = Settings(0.5)
+space = types.SimpleNamespace(beta=1.0)
+act = jnp.tanh
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+class Slotted:
+    __slots__ = "width"
+
+    def __init__(self):
+        self.width = 3
+
+
+slotted = Slotted()
+
+
+@jax.custom_vjp
+def ruled(x):
+    return x
+
+
+ruled.defvjp(lambda x: (x, None), lambda _, g: (g * 1.0,))
 
 
 def helper(x):
@@ -146,6 +173,7 @@ class Base:
 
 class Loss(Base):
     power = 1
+    widths = (8, 16)
 
     def __init__(self, y):
         self.y = y
@@ -155,7 +183,11 @@ class Loss(Base):
 
 
 def far(x):
-    return other.jitted(x) + cached(1) + settings.alpha + schedule(1), jax.random.normal(key), objects
+    found = act(ruled(x)) + space.beta + Colour.RED.value + slotted.width + far.bias
+    return found + other.jitted(x) + cached(1) + settings.alpha + schedule(1), jax.random.normal(key), objects
+
+
+far.bias = 4
 
 
 pieces = {
@@ -186,6 +218,13 @@ CHANGES = {
     "a jitted function elsewhere": ("return x + offset", "return x - offset", {"far"}),
     "a cached function elsewhere": ("return n + 1", "return n + 2", {"far"}),
     "a number elsewhere": ("offset = 1.0", "offset = 2.0", {"far"}),
+    "a library's function": ("act = jnp.tanh", "act = jnp.sin", {"far"}),
+    "a library's object": ("SimpleNamespace(beta=1.0)", "SimpleNamespace(beta=2.0)", {"far"}),
+    "an enumeration": ("RED = 1", "RED = 2", {"far"}),
+    "a slot": ("self.width = 3", "self.width = 4", {"far"}),
+    "a rule of a gradient": ("(g * 1.0,)", "(g * -1.0,)", {"far"}),
+    "an attribute of a function": ("far.bias = 4", "far.bias = 5", {"far"}),
+    "a tuple of a class": ("widths = (8, 16)", "widths = (8, 17)", {"object", "method", "class"}),
 }
 HASHES = """
 import importlib, json, sys
@@ -237,6 +276,23 @@ def test_the_hash_is_of_the_code_that_runs_not_of_a_file_edited_since(tmp_path: 
     assert code_hash(module.f) not in (first, code_hash(importlib.reload(module).f))
     assert "200" in "".join(_spelled(module.f, {}))
     sys.modules.pop("edited_code")
+
+
+def test_what_an_object_has_computed_of_itself_is_not_in_its_hash():
+    class Teacher:
+        def __init__(self, scale: int) -> None:
+            self.scale = scale
+
+        @functools.cached_property
+        def table(self) -> list[int]:
+            return [self.scale] * 3
+
+        def __call__(self, model, params, batch, key): ...
+
+    teacher = Teacher(2)
+    before = code_hash(teacher)
+    assert teacher.table == [2, 2, 2]
+    assert code_hash(teacher) == before != code_hash(Teacher(3))
 
 
 def test_code_is_compared_before_it_is_called():

@@ -112,7 +112,7 @@ def test_a_loss_may_ask_for_the_fields_of_a_batch_and_no_others():
     with pytest.raises(ValueError, match="the loss needs 'weights', and batches can have documents besides"):
         Custom.of(loss)
     loss.needs = "documents"
-    assert Custom.of(loss).needs == ("documents",)
+    assert Custom.of(loss).needs == Custom.of(functools.partial(loss)).needs == ("documents",)
 
 
 @pytest.mark.parametrize(
@@ -179,8 +179,9 @@ def returning(*found: Any):
             "returned a metric 'loss', and metrics.jsonl has one so called; rename yours",
         ),
         (returning(np.float32(1), {"hits": np.zeros(2)}), r"metric 'hits' has shape \(2,\); return a sum"),
+        (returning(np.float32(1), {"hits": None}), "metric 'hits' is of type NoneType; return a sum"),
     ],
-    ids=["no metrics", "unreduced", "reserved", "vector"],
+    ids=["no metrics", "unreduced", "reserved", "vector", "none"],
 )
 def test_a_result_of_a_loss_that_is_no_sum_is_refused_by_name(config: RunConfig, custom: Custom, message: str):
     loss = custom.loss_of(lj.Transformer(config.model))

@@ -189,6 +189,28 @@ def test_a_fit_of_no_config_says_how_to_get_one(unchecked, tmp_path: Path):
             lj.fit(wrong, tmp_path / "run")
 
 
+def test_the_weights_of_a_teacher_are_restored_while_a_loss_is_traced(stopped):
+    run = lj.Run.open(stopped[0].folder)
+    norm = jax.jit(lambda: optax.tree.norm(run.params))()
+    np.testing.assert_allclose(norm, optax.tree.norm(stopped[0].params), rtol=1e-6)
+
+
+def test_a_run_is_found_from_another_working_directory(stopped, tmp_path: Path, monkeypatch):
+    folder = stopped[0].folder
+    monkeypatch.chdir(folder.parent)
+    run = lj.Run.open(folder.name)
+    assert str(run.folder) == folder.name
+    monkeypatch.chdir(tmp_path)
+    assert run.folder == folder
+    assert len(run.metrics["step"]) == 5
+
+
+def test_what_is_no_path_of_a_folder_is_refused(unchecked, config):
+    for begin in (lambda: lj.fit(config, None), lambda: lj.resume(3), lambda: lj.Run.open(None)):
+        with pytest.raises(ValueError, match="the folder of a run is a path, such as 'runs/a'; got"):
+            begin()
+
+
 def test_a_run_in_a_line_says_how_far_it_came(stopped):
     run, _, _ = stopped
     last = run.metrics["loss"][-1]

@@ -1,5 +1,6 @@
 """Documents from a Python program: stored once, by their content, and read as text and shards are."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -23,6 +24,14 @@ def test_texts_are_a_file_of_rows_that_is_stored_once(tmp_path: Path):
     assert [document.text for document in documents(address)] == TEXTS
     assert stored(TEXTS, CONFIG, tmp_path, quiet) == address != stored(TEXTS[1:], CONFIG, tmp_path, quiet)
     assert len(list((tmp_path / "given").iterdir())) == 2
+
+
+def test_two_threads_store_their_own_texts(tmp_path: Path):
+    texts = [[f"{letter} {n} " * 20 for n in range(4000)] for letter in "ab"]
+    with ThreadPoolExecutor(2) as pool:
+        addresses = list(pool.map(lambda mine: stored(mine, CONFIG, tmp_path, quiet), texts))
+    for mine, address in zip(texts, addresses, strict=True):
+        assert [document.text for document in documents(address)] == mine
 
 
 def test_texts_are_stored_alike_whatever_column_the_config_reads(tmp_path: Path):

@@ -482,7 +482,10 @@ def test_ctrl_c_saves_and_exits_cleanly_with_the_line_that_resumes(config, tmp_p
 
 def called(*callbacks: Any) -> tuple[Any, Any]:
     state = TrainState(step=jnp.ones((), jnp.int32), params={}, opt_state={})
-    return loop.call_back(callbacks, 7, state, {"loss": jnp.ones(())})
+    metrics = {"loss": jnp.ones(())}
+    found = loop.call_back(callbacks, 7, state, metrics)
+    assert metrics == {"loss": 1}
+    return found
 
 
 def test_what_callbacks_return_is_copied_and_a_stop_loses_nothing():
@@ -496,6 +499,8 @@ def test_what_callbacks_return_is_copied_and_a_stop_loses_nothing():
     assert str(reason) == "enough"
     with pytest.raises(ValueError, match="a callback returned a metric 'half', and there is one so called; rename"):
         called(lambda *_: {"half": 0.5}, lambda *_: {"half": 0.5})
+    added, _ = called(lambda *_: {"time": 1764520071.5, "ns": np.int64(2**40 + 1)}, lambda s, t, m: m.update(loss=0))
+    assert added == {"time": 1764520071.5, "ns": 2**40 + 1}
     kept: list[jax.Array] = []
     added, _ = called(lambda step, state, _: kept.append(state.step) or {"copy": state.step})
     kept[0].delete()  # as the next step does
@@ -513,8 +518,11 @@ def test_what_callbacks_return_is_copied_and_a_stop_loses_nothing():
         ({3: 1}, "a callback returned a metric with the name 3; a name is a text"),
         ({"rates": np.zeros(3)}, r"metric 'rates' of a callback has shape \(3,\); return a scalar"),
         ({"name": "a"}, "metric 'name' of a callback is of type str; return a number"),
+        ({"name": np.str_("a")}, "metric 'name' of a callback is of type str_; return a number"),
+        ({"name": jax.random.key(0)}, "metric 'name' of a callback is of type .*; return a number"),
+        ({"name": 1j}, "metric 'name' of a callback is of type complex; return a number"),
     ],
-    ids=["number", "loss", "step", "heldout", "slash", "no name", "vector", "text"],
+    ids=["number", "loss", "step", "heldout", "slash", "no name", "vector", "text", "numpy text", "key", "complex"],
 )
 def test_what_a_callback_may_not_return_is_refused_at_once(returned: Any, message: str):
     with pytest.raises(ValueError, match=message):

@@ -26,6 +26,7 @@ from llm_jax.runs.diagnose import BACKWARD
 from llm_jax.sharding import abstract_mesh, letters_of, shardings
 from llm_jax.train.mesh import check_mesh
 from llm_jax.train.optimizer import make_optimizer
+from llm_jax.train.step import rows_independent
 from llm_jax.tree import first_match, leaves
 
 AVERAGE = "averaging:Average"
@@ -295,3 +296,58 @@ def test_a_mixer_that_generates_otherwise_than_it_trains_is_refused(model: lj.Mo
         check_decoding(model, "test_mixer:Last")
     for path in ("test_mixer:LastOfPrompt", "test_mixer:Stateless", AVERAGE, "averaging:Forgetful"):
         check_decoding(model, path)
+
+
+class Wide(lj.Mixer):
+    """Says its parameters' dtype, not that of x."""
+
+    @nn.compact
+    def __call__(self, x, context, state):
+        return x.astype(jnp.float32) * self.param("scale", nn.initializers.ones, (x.shape[-1],))[None, None], state
+
+
+class Counting(lj.Mixer):
+    @nn.compact
+    def __call__(self, x, context, state):
+        self.variable("statistics", "seen", lambda: jnp.zeros(()))
+        return x, state
+
+
+class Fielded(lj.Mixer):
+    width: int = dataclasses.field(kw_only=True)
+
+
+class Axed(lj.Mixer):
+    axes = "data"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("Wide", "Wide returned float32 for an x of model.dtype=bfloat16; cast parameters to x.dtype"),
+        ("Counting", "Counting keeps statistics, and a layer has parameters only"),
+        ("Fielded", "Fielded is made with the config of the model alone; give its fields defaults"),
+        ("Axed", "Axed has axes='data'; give a tuple of mesh axes"),
+    ],
+)
+def test_a_mixer_that_can_not_be_a_layer_is_named(name: str, says: str, model: lj.ModelConfig):
+    with pytest.raises(ValueError, match=says):
+        check_mixer(dataclasses.replace(model, dtype="bfloat16"), f"test_mixer:{name}", segmented=True)
+
+
+class Dropping(lj.Mixer):
+    """Ones, of which half are dropped."""
+
+    @nn.compact
+    def __call__(self, x, context, state):
+        return nn.Dropout(0.5, deterministic=not context.train)(jnp.ones_like(x)), state
+
+
+def test_layers_of_ones_own_drop_each_its_own():
+    config = lj.replace(TINY, {"layers": ("test_mixer:Dropping",), "n_layers": 4})
+    network, tokens = lj.Transformer(config), jnp.zeros((1, 4), jnp.int32)
+    params = jax.jit(network.init)(jax.random.key(0), tokens)["params"]
+    taps = lj.capture(network, params, tokens, train=True, rngs={"dropout": jax.random.key(1)})
+    masks = {np.asarray(layer).tobytes() for layer in taps["attn_out"]}
+    assert len(masks) == 4
+    assert not rows_independent(config, {"data": 2, "fsdp": 1})

@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import numbers
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from llm_jax.data.prepare import GIVEN, SETTINGS, SplitWriter, by_hash, by_tail,
 from llm_jax.data.shards import FORMAT, SPLITS, Manifest, is_prepared
 from llm_jax.data.sources import Document
 from llm_jax.data.tokenizer import Tokenizer, build
-from llm_jax.files import whole_folder, write_json, written
+from llm_jax.files import scratch_number, whole_folder, write_json, written
 from llm_jax.log import Report
 
 
@@ -75,7 +74,7 @@ def _peeked(documents: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
 def _store_texts(texts: Iterable[Any], cache: Path) -> Path:
     digest, folder = hashlib.sha256(), cache / GIVEN
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f".{os.getpid()}.part"  # its name is known at the end
+    scratch = folder / f".{scratch_number()}.part"  # its name is known at the end
     try:
         with written(scratch) as file:
             for number, text in enumerate(texts):

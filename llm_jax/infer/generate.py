@@ -185,9 +185,9 @@ def as_texts(given: str | Iterable[str], what: str) -> list[str]:
         texts = list(given)
     except TypeError:
         raise ValueError(f"{what} takes a text, or a list of them; got {given!r}") from None
+    if texts and not isinstance(given, bytes) and all(isinstance(each, int | np.integer) for each in texts):
+        raise ValueError(f"{what} takes a text, or a list of them; got token ids: give tokenizer.decode(ids)")
     for text in texts:
-        if isinstance(text, int | np.integer) and what == "prompts=":
-            raise ValueError(f"{what} takes texts, got token ids; give tokenizer.decode(ids)")
         if not isinstance(text, str):
             raise ValueError(f"{what} takes a text, or a list of them; got {text!r} among them")
     return texts

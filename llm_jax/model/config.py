@@ -64,6 +64,8 @@ def own_mixer(path: str) -> Any:
     cls = import_object(path)
     if not hasattr(cls, "init_state") or not hasattr(cls, "axes"):
         raise ValueError(f"model.layers: {path} is no subclass of llm_jax.Mixer (model/mixer.py); make it one")
+    if not isinstance(cls.axes, tuple):
+        raise ValueError(f"model.layers: {path} has axes={cls.axes!r}; give a tuple of mesh axes: ('data', 'fsdp')")
     return cls
 
 

@@ -98,13 +98,13 @@ def check_decoding(config: ModelConfig, path: str) -> None:
     cls, L = own_mixer(path), min(7, config.max_seq_len - 1)
     if cls.init_state.__func__ is Mixer.init_state.__func__ or L < 3:
         return
-    mixer, prompts = cls(config), jnp.array([L - 2, L - 3])
+    mixer, prompts = _made(config, path), jnp.array([L - 2, L - 3])
 
     @jax.jit
     def both() -> tuple[Float[Array, "2 L D"], list[tuple[Int[Array, "2"], Float[Array, "2 D"]]]]:
         x = jax.random.normal(jax.random.key(0), (2, L, config.d_model))
         whole = Context(positions=jnp.arange(L)[None], mask=Mask())
-        params = _trained(mixer.init(jax.random.key(1), x, whole, None).get("params", {}))
+        params = _params(path, mixer.init(jax.random.key(1), x, whole, None))
 
         def call(
             tokens: Float[Array, "2 _ D"], before: Int[Array, "2"], lengths: Int[Array, "2"], state: PyTree
@@ -146,12 +146,12 @@ def _outputs(
         mask = Mask(segments=jnp.asarray(np.stack([segments] * 2), jnp.int32))
         positions = positions - (segments[:, None] == segments).argmax(1)  # less the first of the document
     context = Context(positions=jnp.asarray(np.stack([positions] * 2), jnp.int32), mask=mask)
-    mixer, shape = own_mixer(path)(config), (2, L, config.d_model)
+    mixer, shape = _made(config, path), (2, L, config.d_model)
 
     @jax.jit
     def outputs() -> Float[Array, "C L D"]:
         x, other = jax.random.normal(jax.random.key(0), (2, *shape))
-        params = _trained(mixer.init(jax.random.key(1), x, context, None).get("params", {}))
+        params = _params(path, mixer.init(jax.random.key(1), x, context, None))
 
         def output(change: Bool[Array, "2 L"]) -> Float[Array, "L D"]:
             found: Any = mixer.apply({"params": params}, jnp.where(change[..., None], other, x), context, None)
@@ -159,6 +159,11 @@ def _outputs(
                 raise ValueError(f"{path} returned {type(found).__name__}; return (y, state)")
             if jnp.shape(found[0]) != shape:
                 raise ValueError(f"{path} returned y of shape {jnp.shape(found[0])}; return that of x, {shape}")
+            low, _ = jax.eval_shape(mixer.apply, {"params": params}, x.astype(config.dtype), context, None)
+            if low.dtype != config.dtype:
+                raise ValueError(
+                    f"{path} returned {low.dtype} for an x of model.dtype={config.dtype}; cast parameters to x.dtype"
+                )
             return found[0][0].astype(jnp.float32)
 
         return jax.lax.map(output, jnp.asarray(changes))
@@ -167,12 +172,29 @@ def _outputs(
         return np.asarray(outputs())
 
 
-def _trained(params: PyTree) -> PyTree:
-    """Return `params` as training may have made them: where they start with zeros, nothing would be seen."""
-    weights, tree = jax.tree.flatten(params)
+def _made(config: ModelConfig, path: str) -> Mixer:
+    """Return a mixer of a user's own. Raise `ValueError` for one that can't be made of a config alone."""
+    try:
+        return own_mixer(path)(config)
+    except TypeError as error:
+        raise ValueError(
+            f"{path} is made with the config of the model alone; give its fields defaults ({error})"
+        ) from None
+
+
+def _params(path: str, variables: PyTree) -> PyTree:
+    """Return parameters as training may have made them: where they start with zeros, nothing would be seen.
+
+    Raise `ValueError` for other variables, which no train state holds.
+    """
+    if other := [name for name in variables if name != "params"]:
+        raise ValueError(f"{path} keeps {', '.join(other)}, and a layer has parameters only (self.param); do without")
+    weights, tree = jax.tree.flatten(variables.get("params", {}))
     keys = jax.random.split(jax.random.key(2), len(weights))
 
     def near(w: Array, key: Key[Array, ""]) -> Array:
+        if not jnp.issubdtype(w.dtype, jnp.floating):
+            return w
         return w + 0.5 * max((*w.shape, 16)) ** -0.5 * jax.random.normal(key, w.shape, w.dtype)
 
     return jax.tree.unflatten(tree, [near(w, key) for w, key in zip(weights, keys, strict=True)])

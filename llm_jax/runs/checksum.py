@@ -21,6 +21,9 @@ def _checksum(x: Array, row: Int[Array, ""] | int = 0) -> UInt32[Array, ""]:
     """
     if on_host(x):
         return jax.lax.map(lambda i: _checksum(fetch_layer(x, i), i), jnp.arange(len(x))).sum(dtype=jnp.uint32)
+    if jnp.iscomplexobj(x):
+        return _checksum(jnp.stack([x.real, x.imag], axis=-1), row)
+    x = x.astype(jnp.uint8) if x.dtype == jnp.bool else x
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
     index = jnp.full(x.shape, row, jnp.uint32)
     for axis, size in enumerate(x.shape):

@@ -10,12 +10,11 @@ import functools
 import hashlib
 import inspect
 import linecache
-import re
 import sys
 import sysconfig
 import textwrap
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +29,10 @@ Record = Mapping[str, Mapping[str, str | None]]
 
 # Where code of other people lies: what is there is known by its name.
 INSTALLED = tuple(sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib"))
-Seen = dict[int, Any]  # what was spelled already, kept alive so that no id comes twice
+MADE = {"__init__", "__repr__", "__eq__", "__hash__", "__lt__", "__le__", "__gt__", "__ge__", "__replace__"}
+MADE |= {"__setattr__", "__delattr__"}  # of a frozen dataclass
+LINEN = ("_abc_impl", "_state", "_parent_ref", "parent", "scope", "name")  # what flax and abc put into a class
+Seen = dict[Any, Any]  # what was spelled already, kept alive so that no id comes twice
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
 
 
@@ -147,68 +149,100 @@ def _spelled(piece: Any, seen: Seen) -> Iterator[str]:
             content = hashlib.sha256(array.tobytes()).hexdigest() if array.dtype != object else ""
             yield f"{array.dtype} {array.shape} {content}"
             yield from _spelled([] if content else array.ravel().tolist(), seen)
-        case _ if hasattr(piece, "__wrapped__"):  # as of jax.jit
-            yield from _spelled(piece.__wrapped__, seen)
         case _:
-            yield from _of_class(type(piece), seen)
-            yield from _spelled(getattr(piece, "__dict__", None) or re.sub(r" at 0x[0-9a-f]+", "", repr(piece)), seen)
+            yield from _of_object(piece, seen)
+
+
+def _of_object(piece: Any, seen: Seen) -> Iterator[str]:
+    """Yield the class and attributes of an object; of one of a library what it shows of itself, and its functions."""
+    yield from _spelled(getattr(piece, "__wrapped__", None), seen)  # as of jax.jit
+    attributes = dict(getattr(piece, "__dict__", {}))
+    if _is_foreign(type(piece)) and not dataclasses.is_dataclass(piece):
+        shown = repr(piece)
+        yield type(piece).__qualname__ if shown.startswith("<") else shown
+        inner = (types.FunctionType, functools.partial)  # such as the rules of jax.custom_vjp
+        yield from _spelled({name: value for name, value in attributes.items() if isinstance(value, inner)}, seen)
+        return
+    yield from _of_class(type(piece), seen)
+    slots = [name for cls in type(piece).__mro__ for name in as_names(vars(cls).get("__slots__", ()))]
+    attributes |= {name: getattr(piece, name) for name in slots if hasattr(piece, name)}
+    for name, value in attributes.items():
+        if not isinstance(getattr(type(piece), name, None), functools.cached_property):  # computed of the others
+            yield name
+            yield from _known(value, seen)
 
 
 def _of_function(function: types.FunctionType, seen: Seen) -> Iterator[str]:
     code, installed = function.__code__, function.__code__.co_filename.startswith(INSTALLED)
     yield f"{function.__module__}:{function.__qualname__}" if installed else _syntax(function.__code__)
     yield from _spelled([function.__defaults__, function.__kwdefaults__], seen)
-    yield from _spelled([cell.cell_contents for cell in function.__closure__ or () if _filled(cell)], seen)
+    for cell in function.__closure__ or ():
+        if _filled(cell):
+            yield from _known(cell.cell_contents, seen)
     yield from _spelled(getattr(function, "__wrapped__", None), seen)
     if not installed:
+        yield from _spelled({name: value for name, value in vars(function).items() if name != "__wrapped__"}, seen)
         yield from _of_names(sorted(_names(code)), function.__globals__, seen)
 
 
 def _of_names(names: Sequence[str], values: Mapping[str, Any], seen: Seen, outer: Sequence[Any] = ()) -> Iterator[str]:
-    """Yield those of the global `names` that are not of installed libraries, and what they consist of."""
+    """Yield the global `names`, and what they consist of; those of a module of the user's own too."""
     for name in names:
         value = values.get(name)
-        if value is None or value in outer or _is_installed(value):
+        if value is None or any(value is module for module in outer):
             continue
         yield name
-        if isinstance(value, types.ModuleType):  # of which the same code names what it uses
+        if isinstance(value, types.ModuleType) and not _is_foreign(value):  # the same code names what it uses
             yield from _of_names(names, vars(value), seen, [*outer, value])
         else:
-            yield from _spelled(value, seen)
+            yield from _known(value, seen)
 
 
-def _is_installed(piece: Any) -> bool:
-    """Return whether a module, class, function or object is other people's. One with values of a user's own is not."""
-    if isinstance(piece, (*PLAIN, tuple, list, dict, set, frozenset, functools.partial)) or hasattr(piece, "__array__"):
-        return False
-    if not isinstance(piece, type) and (
-        dataclasses.is_dataclass(piece) or "<locals>" in getattr(piece, "__qualname__", "")
-    ):
-        return False
+def _known(value: Any, seen: Seen) -> Iterator[str]:
+    """Yield what `value` consists of; a function, class or module of a library is known by its name."""
+    named = isinstance(value, type | types.ModuleType) or callable(inspect.unwrap(value))
+    name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
+    if named and name and "<locals>" not in name and _is_foreign(value):
+        yield name
+    else:
+        yield from _spelled(value, seen)
+
+
+def _is_foreign(piece: Any) -> bool:
+    """Return whether a module, class or function is of a library: installed, built in, or ours."""
     if isinstance(piece, types.ModuleType):
         name = piece.__name__
     else:
         name = getattr(inspect.unwrap(piece), "__module__", None) or type(piece).__module__
     file = getattr(sys.modules.get(name), "__file__", None)
-    return name != "__main__" and (name.partition(".")[0] == "llm_jax" or file is None or file.startswith(INSTALLED))
+    if name.partition(".")[0] == "llm_jax" or (file or "").startswith(INSTALLED):
+        return True
+    return name in sys.builtin_module_names or (file is None and name in sys.stdlib_module_names)
 
 
 def _of_class(cls: type, seen: Seen) -> Iterator[str]:
     yield f"{cls.__module__}:{cls.__qualname__}"
-    if getattr(sys.modules.get(cls.__module__), "__file__", None) is None and cls.__module__ != "__main__":
-        return  # built in
+    if _is_foreign(cls) or (cls, "class") in seen:
+        return
+    seen[cls, "class"] = cls
     for name, value in sorted(vars(cls).items()):
-        function = inspect.unwrap(getattr(value, "__func__", None) or getattr(value, "fget", None) or value)
-        if isinstance(function, types.FunctionType):
-            file = function.__code__.co_filename
-            if file != "<string>" and not file.startswith(INSTALLED):  # neither made by dataclasses nor a library's
+        inner = inspect.unwrap(getattr(value, "__func__", None) or getattr(value, "fget", None) or value)
+        if isinstance(inner, types.FunctionType):
+            made = name in MADE and inner.__code__.co_filename == "<string>"  # by dataclasses
+            if not made and not inner.__code__.co_filename.startswith(INSTALLED):
                 yield name
-                yield from _spelled(function, seen)
-        elif isinstance(value, PLAIN) and not name.startswith("_"):
-            yield f"{name}={value!r}"
+                yield from _spelled(inner, seen)
+                continue
+        if not (name.startswith("__") or name in LINEN):
+            yield name
+            yield from _known(getattr(value, "func", value), seen)  # of a cached_property
     for base in cls.__bases__:
-        if base.__module__.partition(".")[0] not in ("builtins", "flax", "llm_jax"):
-            yield from _of_class(base, seen)
+        yield from _of_class(base, seen)
+
+
+def as_names(slots: str | Iterable[str]) -> list[str]:
+    """Return `__slots__` as a list: it may be one name."""
+    return [slots] if isinstance(slots, str) else list(slots)
 
 
 def _names(code: types.CodeType) -> set[str]:

@@ -57,7 +57,7 @@ def fit(
     checkpoint, and returns.
     """
     check_config(config)
-    folder, custom, callbacks = Path(folder), Custom.of(loss, optimizer), _callbacks(metrics)
+    folder, custom, callbacks = run_folder.as_path(folder), Custom.of(loss, optimizer), _callbacks(metrics)
     processes.from_first(lambda: run_folder.check_free(folder, config))
     console = console or Console(quiet=not processes.is_first())  # one of several speaks
     runtime.start()
@@ -107,7 +107,7 @@ def resume(
     Raise `ValueError` where there is no run, where it is finished, where its data, model or code is no longer what it
     was, and as `fit` does.
     """
-    folder, callbacks = Path(folder), _callbacks(metrics)
+    folder, callbacks = run_folder.as_path(folder), _callbacks(metrics)
     old = run_folder.load_config(folder)
     check_layout(folder, layout or {})
     custom = found_again(run_folder.load_code(folder), Custom.of(loss, optimizer), old.model, str(folder))

@@ -67,6 +67,13 @@ def check_free(folder: Path, config: RunConfig) -> None:
         raise ValueError(f"{folder} is not empty, and a run begins in a folder of its own; choose another (--run)")
 
 
+def as_path(folder: Any) -> Path:
+    """Return the path of a run folder. Raise `ValueError` for what is none."""
+    if not isinstance(folder, str | os.PathLike):
+        raise ValueError(f"the folder of a run is a path, such as 'runs/a'; got {folder!r}")
+    return Path(folder)
+
+
 def way_on(folder: str | Path) -> str:
     """Return how the run in `folder` is continued, from a shell and from Python."""
     return f"llm-jax resume {folder}, or llm_jax.resume({str(folder)!r})"

@@ -16,7 +16,7 @@ from llm_jax.runs.pause import is_due, pause, save
 from llm_jax.runs.refusals import diverged, moved_away
 from llm_jax.runs.session import Callback, Session
 from llm_jax.runs.signals import Stop, stop_signals
-from llm_jax.train.custom import check_metric_name
+from llm_jax.train.custom import check_metric_name, is_number
 from llm_jax.train.step import Metrics, TrainState
 
 Moved = Callable[[], str | None]  # where the run folder was moved to; None while it is where it was
@@ -70,17 +70,17 @@ def metrics_log(session: Session, progress: Progress) -> MetricsLog:
 
 def call_back(
     callbacks: Sequence[Callback], step: int, state: TrainState, metrics: Metrics
-) -> tuple[Metrics, Stop | None]:
+) -> tuple[dict[str, Any], Stop | None]:
     """Return what callbacks add to the metrics of a step, and the first `Stop` that one raised.
 
     What they return is copied: the next step takes the memory of `state`. Raise `ValueError` for what is not a mapping
     of new names to scalars.
     """
-    added: Metrics = {}
+    added: dict[str, Any] = {}
     stop: Stop | None = None
     for callback in callbacks:
         try:
-            found: Any = callback(step, state, metrics)
+            found: Any = callback(step, state, dict(metrics))
         except Stop as reason:
             stop = stop or reason
             continue
@@ -92,9 +92,9 @@ def call_back(
             check_metric_name(name, "a callback")
             if name in metrics or name in added:
                 raise ValueError(f"a callback returned a metric {name!r}, and there is one so called; rename yours")
-            if not isinstance(value, int | float | np.generic | np.ndarray | jax.Array):
-                raise ValueError(f"metric {name!r} of a callback is of type {type(value).__name__}; return a number")
             if np.shape(value) != ():
                 raise ValueError(f"metric {name!r} of a callback has shape {np.shape(value)}; return a scalar")
-            added[name] = jnp.array(value)
+            if not is_number(value):
+                raise ValueError(f"metric {name!r} of a callback is of type {type(value).__name__}; return a number")
+            added[name] = jnp.array(value) if isinstance(value, jax.Array) else np.float64(value)
     return added, stop

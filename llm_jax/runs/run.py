@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
@@ -52,8 +53,8 @@ class Run:
         progress: Progress | None = None,
         report: Report = print,
     ) -> None:
-        self.folder, self.checkpoint, self.progress = Path(folder), str(checkpoint), progress
-        self._report = report
+        self.checkpoint, self.progress, self._report = str(checkpoint), progress, report
+        self._given, self._absolute = run_folder.as_path(folder), run_folder.as_path(folder).absolute()
         run_folder.check_run(self.folder)
         if self.checkpoint not in ("best", "last") and not self.checkpoint.isdecimal():
             raise ValueError(f"no checkpoint is called {checkpoint!r}; use best, last, or a step, such as 1000")
@@ -62,6 +63,11 @@ class Run:
     def open(cls, folder: str | Path, checkpoint: str | int = "best", *, report: Report = print) -> "Run":
         """Return the run in `folder`. Raise `ValueError` where there is none, and name one nearby."""
         return cls(folder, checkpoint, report=report)
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is: as it was given, while the working directory is as it was then."""
+        return self._given if self._given.absolute() == self._absolute else self._absolute
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r}, checkpoint={self.checkpoint!r})"
@@ -110,7 +116,8 @@ class Run:
     def _weights(self) -> tuple[PyTree, int]:
         for path in changed_mixers(self.config.model, run_folder.load_code(self.folder)):
             self._report(f"{path} does not do what it did when {self.folder} was trained: its numbers may be others")
-        return restore.weights(self.folder, self._program, self.checkpoint, report=self._report)
+        with jax.ensure_compile_time_eval():  # a loss may ask for the weights of a teacher while it is traced
+            return restore.weights(self.folder, self._program, self.checkpoint, report=self._report)
 
     @functools.cached_property
     def _program(self) -> Program:

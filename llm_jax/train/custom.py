@@ -1,12 +1,14 @@
 """A caller's own loss or optimizer, in place of the config's: what it has to be, and where it can't run."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, PyTree
@@ -116,6 +118,8 @@ def _checked(loss: Loss, model: Transformer) -> LossFn:
             raise ValueError(f"loss={name} returned shape {total.shape}; return its sum over the targets that count")
         for metric, value in sums.items():
             check_metric_name(metric, f"loss={name}")
+            if not is_number(value):
+                raise ValueError(f"loss={name}: metric {metric!r} is of type {type(value).__name__}; return a sum")
             if metric != LOAD and jnp.shape(value) != ():
                 raise ValueError(f"loss={name}: metric {metric!r} has shape {jnp.shape(value)}; return a sum")
         if experts and LOAD not in sums:
@@ -146,7 +150,17 @@ def check_metric_name(name: Any, owner: str) -> None:
         raise ValueError(f"{owner} returned a metric {name!r}; write it without a slash")
 
 
+def is_number(value: Any) -> bool:
+    """Return whether `value` is a real number, of Python, NumPy or JAX, or an array of them."""
+    kind = getattr(value, "dtype", type(value))
+    return kind in (int, float, bool) or (
+        hasattr(value, "dtype") and any(jnp.issubdtype(kind, real) for real in (np.integer, np.floating, np.bool_))
+    )
+
+
 def _needs(loss: Any) -> tuple[str, ...]:
+    while isinstance(loss, functools.partial):
+        loss = loss.func
     needs = getattr(loss, "needs", ())
     return (needs,) if isinstance(needs, str) else tuple(needs)
 

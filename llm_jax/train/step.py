@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from llm_jax.config import check_types
 from llm_jax.data.loader import Batch
-from llm_jax.model.config import ModelConfig
+from llm_jax.model.config import ModelConfig, has_own_layer
 from llm_jax.model.feedforward import Utilisation
 from llm_jax.model.precision import in_dtype
 from llm_jax.model.transformer import Output, Transformer, forward, head_table
@@ -281,10 +281,11 @@ def make_gradient(loss_fn: LossFn, accumulate: int = 1, per_device: bool = False
 def rows_independent(c: ModelConfig, mesh: Mapping[str, int]) -> bool:
     """Return whether devices share nothing but weights: `data` alone splits, and no row depends on another.
 
-    Experts share a load, and dropout is drawn for all rows at once. With fsdp the TPU compiler would split matmuls into
-    loops: fewer bytes, but more cycles than they save.
+    Experts share a load, and dropout is drawn for all rows at once, as a layer of a user's own may do. With fsdp the
+    TPU compiler would split matmuls into loops: fewer bytes, but more cycles than they save.
     """
-    return c.experts is None and c.dropout == c.attention.dropout == 0 and 1 < mesh["data"] == math.prod(mesh.values())
+    drops = c.dropout or c.attention.dropout or has_own_layer(c)
+    return c.experts is None and not drops and 1 < mesh["data"] == math.prod(mesh.values())
 
 
 def _per_device(run: Callable[..., PyTree]) -> Callable[..., PyTree]:
