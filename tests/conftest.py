@@ -87,9 +87,21 @@ hypothesis.settings.load_profile("llm_jax")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def programs_let_go() -> Iterator[None]:
-    """Each compiled program takes some memory maps, of which Linux gives a process 65,530; past that JAX ends it."""
+def few_programs() -> Iterator[None]:
+    """Between files, let compiled programs go where there are many."""
     yield
+    let_programs_go()
+
+
+@pytest.fixture
+def few_programs_a_test() -> Iterator[None]:
+    """The same after each test, for a file of many that share none."""
+    yield
+    let_programs_go()
+
+
+def let_programs_go() -> None:
+    """Each compiled program takes some memory maps, of which Linux gives a process 65,530; past that JAX ends it."""
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
         from llm_jax.train import program

@@ -36,6 +36,7 @@ from llm_jax.train.step import LossConfig, make_loss
 from llm_jax.tree import leaves, map_with_path
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.usefixtures("few_programs_a_test")
 
 from llm_jax.compat.torch_step import TorchStep, tensors  # noqa: E402
 from llm_jax.compat.torch_twin import Twin, load_parameters, parameters  # noqa: E402
