@@ -28,8 +28,8 @@ def comparable(config: RunConfig, **changes: Any) -> RunConfig:
 @pytest.mark.parametrize(
     ("change", "steps", "says"),
     [
-        ({}, 2, "steps=2 (--steps) must lie between 3 and the run's own steps=30"),
-        ({}, 31, "steps=31 (--steps) must lie between 3 and"),
+        ({}, 2, "steps=2 .--steps. must lie between 3 and the run's own steps=30"),
+        ({}, 31, "steps=31 .--steps. must lie between 3 and"),
         ({"optimizer": OptimizerConfig(name="lion")}, 20, "optimizer.name=lion has no twin.*set optimizer.name=adamw"),
         ({"init_from": "runs/x"}, 20, "init_from=runs/x: .*set init_from=none"),
     ],

@@ -201,7 +201,7 @@ def test_what_an_imported_run_does_not_have_is_said(words: list[str], imported: 
         (lambda there: (there / "config.json").write_text("[]"), "config.json holds a list, expected an object"),
         (lambda there: (there / "config.json").write_text('{"model_type": "bert"}'), "an unknown family"),
         (lambda there: (there / "model.safetensors").unlink(), "has no model.safetensors"),
-        (lambda there: None, "has no tokenizer.json. .* --tokenizer gpt2"),
+        (lambda there: None, "has no tokenizer.json. .*--tokenizer gpt2"),
     ],
 )
 def test_an_import_that_fails_leaves_no_files(damage: Any, says: str, llama: Path, tmp_path: Path, capsys: Any):

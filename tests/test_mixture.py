@@ -222,7 +222,7 @@ def test_folders_of_shards_mix_if_they_have_one_tokenizer(folder: Path, tmp_path
     for name, source, spec in (("a", "a", "train:258"), ("b", "b", "train:258"), ("c", "b", f"{tmp_path}/a/tokenizer")):
         prepare(f"{folder}/{source}.jsonl", tmp_path / name, tokenizer=spec, heldout=0.25, heldout_by="tail")
     own, theirs = (dataclasses.replace(learned, uri=f"{tmp_path}/a:1,{tmp_path}/{other}:1") for other in "bc")
-    with pytest.raises(ValueError, match=r"b has the tokens of train:258, and .*a those of .* --tokenizer .*a/token"):
+    with pytest.raises(ValueError, match=r"b has the tokens of train:258, and .*a those of .* tokenizer .*a/token"):
         open_folders(own, cached_sources(own, tmp_path / "cache"))
     theirs = dataclasses.replace(theirs, tokenizer=f"{tmp_path}/a/tokenizer")
     assert isinstance(open_folders(theirs, cached_sources(theirs, tmp_path / "cache")), Mixture)

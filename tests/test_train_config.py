@@ -16,7 +16,7 @@ MISFITS: list[tuple[dict[str, Any], str]] = [
     ({"keep": 0}, "keep=0 must be at least 1"),
     ({"seed": -1}, "seed=-1 must lie between 0 and 4294967295"),
     ({"data.seed": 2**32}, "data.seed=4294967296 must lie between 0 and 4294967295"),
-    ({"accumulate": 4}, "accumulate=4 does not divide data.batch_size=6; use batch_size=8"),
+    ({"accumulate": 4}, "accumulate=4 does not divide data.batch_size=6; use data.batch_size=8"),
     ({"data.seq_len": 33}, "data.seq_len=33 exceeds model.max_seq_len=32; set data.seq_len=32, or of a new model"),
     ({"loss.chunk": 5}, "loss.chunk=5 does not divide data.seq_len=32"),
     ({"offload": "state", "optimizer.name": "adafactor"}, "offload=state updates a layer at a time, and adafactor's"),

@@ -30,7 +30,7 @@ read of a verb:  llm-jax help VERB
 The exit status is 0, 2 for what you can fix, 130 or 143 where a run was stopped and saved by Ctrl-C or SIGTERM.
 docs/cli.md has the rest."""
 
-AS_OPTIONS = re.compile(r"\bdata\.(column|separator)=")  # keys that some verbs take as options
+AS_OPTIONS = re.compile(r"\bdata\.(column|separator|heldout)\b(=?)")  # keys that some verbs take as options
 
 
 class Parser(ArgumentParser):
@@ -337,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = _message(error)
         if message is None:
             raise
-        as_typed = AS_OPTIONS.sub(lambda key: f"--{key[1]} " if key[1] in args else key[0], message)
+        as_typed = AS_OPTIONS.sub(lambda key: f"--{key[1]}{' ' * bool(key[2])}" if key[1] in args else key[0], message)
         return _failed(as_typed, args.debug)
     else:
         return status or 0
