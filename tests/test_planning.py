@@ -11,6 +11,7 @@ from llm_jax.cli.main import main
 from llm_jax.recipes import recipe_docstring, recipes
 
 
+@pytest.mark.slow
 def test_what_is_shown_of_a_run_is_what_is_shown_of_its_config(output: Any):
     assert output("show", "runs/tiny", "steps=9") == output("show", "tiny.py", "steps=9")
     assert json.loads(output("show", "runs/tiny", "--json"))["sizes"]["F"] == 16

@@ -82,6 +82,7 @@ def test_the_smallest_change_is_looked_for_though_a_larger_one_fits(config, plan
     assert ("smallest change that makes it fit" in printed(found)) == known
 
 
+@pytest.mark.slow
 def test_choices_change_what_they_say_and_the_library_takes_them(config):
     of_mesh, split = {}, set()
     for choice in search.choices(config, CPU):
@@ -101,6 +102,7 @@ def quickest(config: RunConfig, *changes: str) -> dict[str, int]:
     return search.mesh_sizes(min(every, key=lambda one: (one.seconds_a_token, one.fields)).config.mesh, 8)
 
 
+@pytest.mark.slow
 def test_many_experts_call_for_the_expert_axis_and_long_rows_for_context(config):
     experts = ["model.layers=global+moe", "model.experts.number=8", "model.d_ff=4096"]
     assert quickest(config, *experts)["expert"] > 1
@@ -108,6 +110,7 @@ def test_many_experts_call_for_the_expert_axis_and_long_rows_for_context(config)
     assert quickest(config, *long, "mesh.fsdp=1")["context"] >= 4
 
 
+@pytest.mark.slow
 def test_what_the_library_refuses_takes_no_compile(config, planned, monkeypatch):
     """Ulysses declines more devices than there are heads, which only attention itself knows."""
     split = override(config, ["model.attention.implementation=ulysses", "mesh.data=1", "mesh.context=2"])

@@ -385,7 +385,8 @@ def printed(capsys: pytest.CaptureFixture[str], *verb: str) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", [pytest.param("translate", marks=pytest.mark.slow), "classify"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["translate", "classify"])
 def test_the_accuracy_of_a_run_is_the_share_of_answers_that_it_gives(kind: str, half_trained: Path, capsys):
     result, step = evaluated(half_trained / kind, checkpoint="last")
     pairs = heldout_pairs(half_trained / kind)

@@ -46,6 +46,7 @@ def verdicts(config: RunConfig, *wanted: Layout) -> list[Verdict]:
     return list(verify(config, wanted))
 
 
+@pytest.mark.slow
 def test_a_layout_is_held_to_one_device_and_what_can_not_be_says_why():
     same, never = verdicts(TINY, Layout(("fsdp", "tensor")), Layout(("pipeline",), {"pipeline.chunks": 3}))
     assert same.equal
