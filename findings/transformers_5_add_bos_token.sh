@@ -7,10 +7,9 @@
 # post-processor of tokenizer.json, whatever add_bos_token says, and keeps the attribute. No warning.
 set -euo pipefail
 folder=$(mktemp -d) && trap 'rm -rf "$folder"' EXIT
-for version in 4.57.1 5.23.0; do
-  "${PYTHON:-python3}" -m venv "$folder/$version"
-  "$folder/$version/bin/pip" install -q transformers==$version
-done
+for version in 4.57.1 5.23.0; do "${PYTHON:-python3}" -m venv "$folder/$version"; done
+"$folder/4.57.1/bin/pip" install -q transformers==4.57.1
+"$folder/5.23.0/bin/pip" install -q transformers==5.23.0
 cat >"$folder/read.py" <<'PYTHON'
 import json
 import sys
