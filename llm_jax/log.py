@@ -20,6 +20,11 @@ from llm_jax.notebook import Cell
 
 Report = Callable[[str], object]  # takes a line for a person
 
+
+def no_report(line: str) -> None:
+    """Say nothing: a `Report` for what nobody has to hear."""
+
+
 FILE = "metrics.jsonl"
 LAST_STEP = 2**31 - 1  # a train state counts in int32
 

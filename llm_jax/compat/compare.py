@@ -20,7 +20,7 @@ from llm_jax.config import plain, to_dict
 from llm_jax.data.loader import Loader
 from llm_jax.files import strict, write_json, write_whole
 from llm_jax.log import Report, visible
-from llm_jax.model.config import is_own
+from llm_jax.model.config import own_layers
 from llm_jax.runs import folder as run_folder
 from llm_jax.runs.chart import GRAY, ORANGE, Series, line_chart
 from llm_jax.runs.data import open_data
@@ -181,7 +181,7 @@ def check_comparable(config: RunConfig, steps: int) -> None:
     for name, rate in (("dropout", config.model.dropout), ("attention.dropout", config.model.attention.dropout)):
         if rate:
             raise ValueError(f"model.{name}={rate}: no two libraries drop the same numbers; set model.{name}=0")
-    if own := [layer.mixer for layer in config.model.period if is_own(layer.mixer)]:
+    if own := own_layers(config.model):
         raise ValueError(f"model.layers: {own[0]} has no twin in PyTorch; use kinds of llm_jax, such as global")
     if config.optimizer.name != "adamw":
         raise ValueError(

@@ -31,7 +31,7 @@ from llm_jax.compat.torch_layers import (
     Use,
 )
 from llm_jax.compat.torch_positions import alibi_slopes, rotations, sinusoidal
-from llm_jax.model.config import SOFTMAX, Layer, ModelConfig, is_own
+from llm_jax.model.config import SOFTMAX, Layer, ModelConfig, own_layers
 from llm_jax.model.stack import locate, unstack
 from llm_jax.tree import leaves
 
@@ -106,7 +106,7 @@ class Twin(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = c = config
-        if own := [layer.mixer for layer in c.period if is_own(layer.mixer)]:
+        if own := own_layers(c):
             raise ValueError(f"model.layers: {own[0]} has no twin in PyTorch; use kinds of llm_jax, such as global")
         self.embedding = Table(c.vocab_size, c.d_model)
         if c.positions == "learned":

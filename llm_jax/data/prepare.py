@@ -25,7 +25,7 @@ from llm_jax.data.shards import FORMAT, SPLITS, Manifest, Split, is_prepared, na
 from llm_jax.data.sources import Document
 from llm_jax.data.tokenizer import Tokenizer, build, load_tokenizer
 from llm_jax.files import sha256_of, whole_folder, write_json, written
-from llm_jax.log import Report
+from llm_jax.log import Report, no_report
 
 GIVEN = "given"  # the folder in the cache of documents that a program gave (`given.py`)
 SETTINGS = ("tokenizer", "separator", "column", "end_of_text", "heldout", "heldout_by", "special")
@@ -33,10 +33,6 @@ SHARD_TOKENS = 1 << 25
 READER = 2  # the version of how text is read; raise it when the documents of a source change
 
 Cuts = dict[str, str | None]
-
-
-def _silent(line: str) -> None:
-    pass
 
 
 def prepare(
@@ -50,7 +46,7 @@ def prepare(
     heldout: float = 0.05,
     heldout_by: Literal["hash", "tail"] = "hash",
     special: bool = False,
-    report: Report = _silent,
+    report: Report = no_report,
 ) -> Manifest:
     """Tokenize the documents of `uri` into the folder `out`, which appears whole or not at all.
 
@@ -137,7 +133,7 @@ def _write(
     return {name: writer.close() for name, writer in writers.items()}
 
 
-def cached(config: DataConfig, cache_dir: str | Path, report: Report = _silent) -> Path:
+def cached(config: DataConfig, cache_dir: str | Path, report: Report = no_report) -> Path:
     """Return the folder of the shards that `config`, of one source, needs; prepare it in `cache_dir` if missing.
 
     The name of the folder is a digest of content, settings and reader: text that changed, or would be read differently
@@ -173,7 +169,7 @@ def cached(config: DataConfig, cache_dir: str | Path, report: Report = _silent) 
     return folder
 
 
-def cached_sources(config: DataConfig, cache_dir: str | Path, report: Report = _silent) -> list[Path]:
+def cached_sources(config: DataConfig, cache_dir: str | Path, report: Report = no_report) -> list[Path]:
     """Return the folder of the shards of each source of `config`, all in the ids of one tokenizer.
 
     A tokenizer that learns from text learns from the documents of all sources, in their order. A separator cuts the

@@ -13,7 +13,7 @@ from llm_jax.config import replace
 from llm_jax.data.task import TaskConfig, resolve
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.infer.generate import BATCH, as_texts, forget, padded, prompt_ids
-from llm_jax.model.config import ModelConfig, has_own_layer
+from llm_jax.model.config import ModelConfig, own_layers
 from llm_jax.model.transformer import Transformer, forward, head_table
 from llm_jax.ops.loss import unembed
 
@@ -46,7 +46,7 @@ def classify(
     ids = prompt_ids(config, tokenizer, [task.ask(prompt) for prompt in prompts], begin, special)
     # An implementation chosen for rows of training length may decline these.
     config = replace(config, **{"attention.implementation": None})
-    if has_own_layer(config):  # which may have changed under its name since this was traced
+    if own_layers(config):  # which may have changed under its name since this was traced
         forget(probabilities)
     answers = []
     for first in range(0, len(ids), BATCH):

@@ -18,7 +18,7 @@ from llm_jax.data.task import Task, TaskConfig, resolve
 from llm_jax.data.tokenizer import Tokenizer, open_tokenizer
 from llm_jax.keys import options_meant
 from llm_jax.model.cache import Cache, init_cache
-from llm_jax.model.config import ModelConfig, has_own_layer
+from llm_jax.model.config import ModelConfig, own_layers
 from llm_jax.model.precision import in_dtype
 from llm_jax.model.stack import unstack
 from llm_jax.model.transformer import Transformer, forward, head_table
@@ -253,7 +253,7 @@ class Sampler:
         self._params = unstack(config, in_dtype(params, config.dtype))
         self._task = None if task is None else resolve(task, tokenizer, special=special)
         self._ask = (lambda prompt: prompt) if task is None else task.ask
-        if has_own_layer(config):  # which may have changed under its name since these were traced
+        if own_layers(config):  # which may have changed under its name since these were traced
             forget(begin_rows)
             forget(next_token)
 

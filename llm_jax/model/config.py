@@ -54,9 +54,9 @@ def is_own(mixer: str) -> bool:
     return ":" in mixer
 
 
-def has_own_layer(config: "ModelConfig") -> bool:
-    """Return whether some layers are of a user's own."""
-    return any(is_own(layer.mixer) for layer in config.period)
+def own_layers(config: "ModelConfig") -> list[str]:
+    """Return the import paths of the layers of a user's own, each once."""
+    return list(dict.fromkeys(layer.mixer for layer in config.period if is_own(layer.mixer)))
 
 
 def own_mixer(path: str) -> Any:

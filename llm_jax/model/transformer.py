@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from llm_jax.model.attention import Attention, Context
 from llm_jax.model.cache import Cache
-from llm_jax.model.config import SOFTMAX, ModelConfig, has_own_layer, is_own, own_mixer
+from llm_jax.model.config import SOFTMAX, ModelConfig, is_own, own_layers, own_mixer
 from llm_jax.model.feedforward import FeedForward, MixtureOfExperts, Utilisation
 from llm_jax.model.init import normal
 from llm_jax.model.linear_attention import LinearAttention
@@ -234,7 +234,7 @@ class Transformer(nn.Module):
             scan: Any = nn.scan(
                 Period if period > 1 else remat(c),
                 variable_axes={"params": 0, "taps": 0, "edits": 0},
-                split_rngs={"params": True, "dropout": has_own_layer(c)},  # ours fold the layer in
+                split_rngs={"params": True, "dropout": bool(own_layers(c))},  # ours fold the layer in
                 in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  (annotated as an int, takes a tree)
                 length=scanned // period,
                 unroll=c.unroll,

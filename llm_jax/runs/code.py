@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.config import import_object
-from llm_jax.model.config import ModelConfig, is_own, own_mixer
+from llm_jax.model.config import ModelConfig, own_layers, own_mixer
 from llm_jax.train.custom import Custom
 
 Record = Mapping[str, Mapping[str, str | None]]
@@ -102,7 +102,7 @@ def code_hash(piece: Any) -> str:
 
 
 def _mixers(model: ModelConfig) -> dict[str, Any]:
-    return {layer.mixer: own_mixer(layer.mixer) for layer in model.period if is_own(layer.mixer)}
+    return {path: own_mixer(path) for path in own_layers(model)}
 
 
 def _imported(name: str, path: str | None, run: str) -> Any:

@@ -17,7 +17,7 @@ from llm_jax.data.loader import IGNORE, Batch, heldout_rows
 from llm_jax.data.mixture import Mixture, open_folders
 from llm_jax.data.prepare import GIVEN, cached_sources, cuts_of
 from llm_jax.data.shards import SPLITS, Shards, TokenStore, is_prepared, open_shards
-from llm_jax.log import Report
+from llm_jax.log import Report, no_report
 from llm_jax.runs import folder as run_folder
 from llm_jax.train.config import RunConfig
 
@@ -99,10 +99,7 @@ def open_documents(documents: Any, folder: Path, config: RunConfig) -> Shards:
         config.data, tokenizer=str(folder / "tokenizer"), heldout=0.0, column=None, separator=None
     )
     config = dataclasses.replace(config, data=own)
-    return _open_one(given_data(documents, config, _silent), folder, config, _silent)
-
-
-def _silent(line: str) -> None: ...
+    return _open_one(given_data(documents, config, no_report), folder, config, no_report)
 
 
 def check_address(text: str) -> None:

@@ -17,8 +17,8 @@ from llm_jax.data.loader import Loader, is_segmented, task_of
 from llm_jax.data.mixture import Mixture
 from llm_jax.data.shards import Shards
 from llm_jax.infer.generate import prompt_ids
-from llm_jax.log import Report
-from llm_jax.model.config import is_own
+from llm_jax.log import Report, no_report
+from llm_jax.model.config import own_layers
 from llm_jax.model.count import parameter_counts
 from llm_jax.model.mixer import check_decoding, check_mixer
 from llm_jax.runs import folder as run_folder
@@ -68,7 +68,7 @@ class Session:
         """Return the session of `config` on `shards`. Raise `ValueError` for what can't work, before it is computed."""
         check_can_evaluate(shards, config.data.heldout)
         task_of(shards.split("heldout"), config.data)  # raises now, and not at the first evaluation
-        for mixer in dict.fromkeys(layer.mixer for layer in config.model.period if is_own(layer.mixer)):
+        for mixer in own_layers(config.model):
             check_mixer(config.model, mixer, is_segmented(config.data))
             check_decoding(config.model, mixer)
         program = Program.on(config, custom=custom)
@@ -109,7 +109,7 @@ class Session:
             )
         if changed:
             self.say(f"the model of {source} is not quite this one: {'; '.join(changed)}")
-        params, step = restore.weights(source, self.program, report=lambda line: None)
+        params, step = restore.weights(source, self.program, report=no_report)
         self.say(
             f"restored from {source} at step {step}: weights, nothing else; optimizer, schedule and data start anew"
         )
@@ -157,7 +157,7 @@ class Session:
         """Say what will run where, and on how much text."""
         count = sum(parameter_counts(self.config.model).values())
         among = f" of {processes.count()} processes" if processes.count() > 1 else ""
-        for path in (layer.mixer for layer in self.config.model.period if layer.mixer.startswith("__main__:")):
+        for path in (path for path in own_layers(self.config.model) if path.startswith("__main__:")):
             self.say(f"{path} is in a script or notebook: only there can this run be opened; a module can be imported")
         self.say(f"{count:,} parameters on {jax.device_count()} device(s){among}; run folder {self.folder}")
         if unguarded := runtime.warning(jax.local_devices()[0]):

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Int
 
 from llm_jax.data.loader import Batch
-from llm_jax.model.config import SOFTMAX, ModelConfig, is_own, own_mixer
+from llm_jax.model.config import SOFTMAX, ModelConfig, is_own, own_layers, own_mixer
 from llm_jax.model.transformer import Transformer
 from llm_jax.ops.attention import Dropout, attention
 from llm_jax.ops.mask import Mask
@@ -69,7 +69,7 @@ def _check_rows(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
 
 def _check_own_layers(model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
     """Raise `ValueError` for a mixer of the user's own on a mesh axis that it does not declare."""
-    for path in {layer.mixer for layer in model.period if is_own(layer.mixer)}:
+    for path in own_layers(model):
         axes = own_mixer(path).axes
         for axis, size in mesh.shape.items():
             if size > 1 and axis not in axes:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from llm_jax import runtime
 from llm_jax.data.loader import Batch, select_fields
-from llm_jax.model.config import has_own_layer
+from llm_jax.model.config import own_layers
 from llm_jax.model.transformer import Transformer
 from llm_jax.ops.attention import heard
 from llm_jax.sharding import MeshConfig, batch_sharding, make_mesh, rows_here, shardings
@@ -66,7 +66,7 @@ class Program:
         Those with code of a user's own are traced anew: it may have changed under the same name.
         """
         mesh = make_mesh(config.mesh, devices)
-        own = custom.loss is not None or custom.optimizer is not None or has_own_layer(config.model)
+        own = custom.loss is not None or custom.optimizer is not None or own_layers(config.model)
         return _checked(config, mesh, custom) if own else _kept(config, mesh)
 
     @classmethod

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from llm_jax.config import check_types
 from llm_jax.data.loader import Batch
-from llm_jax.model.config import ModelConfig, has_own_layer
+from llm_jax.model.config import ModelConfig, own_layers
 from llm_jax.model.feedforward import Utilisation
 from llm_jax.model.precision import in_dtype
 from llm_jax.model.transformer import Output, Transformer, forward, head_table
@@ -284,7 +284,7 @@ def rows_independent(c: ModelConfig, mesh: Mapping[str, int]) -> bool:
     Experts share a load, and dropout is drawn for all rows at once, as a layer of a user's own may do. With fsdp the
     TPU compiler would split matmuls into loops: fewer bytes, but more cycles than they save.
     """
-    drops = c.dropout or c.attention.dropout or has_own_layer(c)
+    drops = c.dropout or c.attention.dropout or own_layers(c)
     return c.experts is None and not drops and 1 < mesh["data"] == math.prod(mesh.values())
 
 
