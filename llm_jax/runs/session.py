@@ -44,7 +44,10 @@ def on(console: Console) -> Report:
 
 @dataclasses.dataclass
 class Session:
-    """One process's share of a run: its program, data, checkpoints, and whoever watches."""
+    """One process's share of a run: its program, data, checkpoints, and whoever watches.
+
+    `code` is a user's own code that the run is made with, as it was when the session was opened.
+    """
 
     config: RunConfig
     folder: Path
@@ -53,6 +56,7 @@ class Session:
     program: Program
     loader: Loader
     checkpoints: Checkpoints
+    code: Record
     callbacks: Sequence[Callback] = ()
 
     @classmethod
@@ -81,14 +85,10 @@ class Session:
             raise ValueError(
                 f"prompts={config.prompts}: {error}; or set prompts=() (prompts=) for no samples"
             ) from error
-        seal = seal_of(config, shards, record_of(custom, config.model))
+        code = record_of(custom, config.model)
+        seal = seal_of(config, shards, code)
         checkpoints = Checkpoints(folder, config.keep, seal=seal, say=on(console))
-        return cls(config, folder, console, shards, program, loader, checkpoints, callbacks)
-
-    @property
-    def code(self) -> Record:
-        """The code of a user's own that the run is made with."""
-        return record_of(self.program.custom, self.config.model)
+        return cls(config, folder, console, shards, program, loader, checkpoints, code, callbacks)
 
     def say(self, line: str) -> None:
         """Print `line` as it is."""
