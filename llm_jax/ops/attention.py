@@ -170,6 +170,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": reference,
     "chunked": imported("chunked", "chunked"),
     **{name: without_dropout("fast_attention", name) for name in ("flash", "splash", "cudnn", "tokamax")},
+    "native": without_dropout("native", "native"),
 }
 # For rows whose tokens are split over the mesh axis `context`. On a mesh without it these names mean None.
 ACROSS: dict[str, Implementation] = {name: without_dropout("ring", name) for name in ("ring", "zigzag", "ulysses")}
@@ -178,7 +179,7 @@ LONG = 1024  # from this many queries on, the L x S scores are the limit, not th
 
 # By platform: what to try, in this order, and from how many queries on; below LONG the reference comes last.
 FASTEST: dict[str, dict[str, int]] = {
-    "cpu": {"chunked": LONG},
+    "cpu": {"native": 1, "chunked": LONG},
     "tpu": {"flash": LONG, "chunked": LONG},
     "gpu": {"cudnn": 128, "chunked": LONG},
 }

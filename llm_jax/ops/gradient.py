@@ -4,11 +4,13 @@ Forward, each computes what its name says; backward, a test compares each with a
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from llm_jax.ops import native
 from llm_jax.ops.collectives import auto_axis_size, shard_map_by_letters
 from llm_jax.sharding import ACTIVATION_AXES, constrain
 
@@ -84,11 +86,23 @@ def _linear(letters: str, x: Array, w: Array) -> Array:
 # The product is visible, not inside a call of `_linear`: rematerialization by "dots" looks for it.
 def _linear_forward(letters: str, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
     _, weight, _ = _words(letters)
+    if native.runs(x, w):
+        return _matmul(x, w), (x, w)
     return jnp.einsum(letters, x, constrain(w, weight)), (x, w)
+
+
+def _matmul(x: Float[Array, "B L *I"], w: Float[Array, "*IO"]) -> Float[Array, "B L *O"]:
+    inputs = x.ndim - 2
+    flat = native.matmul(x.reshape(x.shape[0] * x.shape[1], -1), w.reshape(math.prod(w.shape[:inputs]), -1))
+    return flat.reshape(*x.shape[:2], *w.shape[inputs:])
 
 
 def _linear_backward(letters: str, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     (x, w), (inputs, weight, output) = saved, _words(letters)
+    if native.runs(x, w, g):
+        flat_x, flat_g = (y.reshape(y.shape[0] * y.shape[1], -1) for y in (x, g))
+        dx = native.matmul(flat_g, w.reshape(flat_x.shape[1], -1), tb=True)
+        return dx.reshape(x.shape), native.matmul(flat_x, flat_g, ta=True).reshape(w.shape)
     dx = jnp.einsum(f"{output},{weight}->{inputs}", g, constrain(w, weight))
     if x.size <= g.size:
         return dx, jnp.einsum(f"{inputs},{output}->{weight}", x, g)
