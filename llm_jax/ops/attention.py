@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from llm_jax import runtime
 from llm_jax.ops.collectives import auto_axis_size
 from llm_jax.ops.mask import Mask
 from llm_jax.ops.position import alibi_slopes
@@ -191,6 +192,7 @@ def candidates(L: int) -> list[str]:
     The last takes every case; from LONG on its memory is linear.
     """
     chosen = [name for name, least in FASTEST.get(platform(), FASTEST["cpu"]).items() if least <= L]
+    chosen = [name for name in chosen if name != "native" or runtime.NATIVE]
     return chosen if L >= LONG else [*chosen, "reference"]
 
 

@@ -73,8 +73,13 @@ def linear(letters: str, x: Float[Array, "B L *I"], w: Float[Array, "*IO"]) -> F
 
     The weight gradient transposes the smaller of its two factors. It sums over tokens, so one of them must be
     transposed, and XLA takes the first. A CPU recomputes it, element by element, and writes it across rows; a TPU makes
-    a copy. Both are expensive for the wide side of a feed-forward layer.
+    a copy. Both are expensive for the wide side of a feed-forward layer. On one CPU device `ops/native.py` transposes
+    nothing.
     """
+    if native.runs(x, w):
+        inputs, outputs = w.shape[: x.ndim - 2], w.shape[x.ndim - 2 :]
+        y = native.linear(x.reshape(-1, math.prod(inputs)), w.reshape(math.prod(inputs), -1))
+        return y.reshape(*x.shape[:2], *outputs)
     return _linear(letters, x, w)
 
 
@@ -86,23 +91,11 @@ def _linear(letters: str, x: Array, w: Array) -> Array:
 # The product is visible, not inside a call of `_linear`: rematerialization by "dots" looks for it.
 def _linear_forward(letters: str, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
     _, weight, _ = _words(letters)
-    if native.runs(x, w):
-        return _matmul(x, w), (x, w)
     return jnp.einsum(letters, x, constrain(w, weight)), (x, w)
-
-
-def _matmul(x: Float[Array, "B L *I"], w: Float[Array, "*IO"]) -> Float[Array, "B L *O"]:
-    inputs = x.ndim - 2
-    flat = native.matmul(x.reshape(x.shape[0] * x.shape[1], -1), w.reshape(math.prod(w.shape[:inputs]), -1))
-    return flat.reshape(*x.shape[:2], *w.shape[inputs:])
 
 
 def _linear_backward(letters: str, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     (x, w), (inputs, weight, output) = saved, _words(letters)
-    if native.runs(x, w, g):
-        flat_x, flat_g = (y.reshape(y.shape[0] * y.shape[1], -1) for y in (x, g))
-        dx = native.matmul(flat_g, w.reshape(flat_x.shape[1], -1), tb=True)
-        return dx.reshape(x.shape), native.matmul(flat_x, flat_g, ta=True).reshape(w.shape)
     dx = jnp.einsum(f"{output},{weight}->{inputs}", g, constrain(w, weight))
     if x.size <= g.size:
         return dx, jnp.einsum(f"{inputs},{output}->{weight}", x, g)

@@ -10,7 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <memory>
-#include <vector>
+#include <numeric>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -27,10 +27,11 @@ constexpr int LANES = 8, ROWS = 6;
 #endif
 constexpr int COLS = 2 * LANES;
 constexpr Int DEPTH = 512, TALL = 10 * ROWS, WIDE = 768;  // what is packed at a time, for an L2 cache of 2 MB
-constexpr Int QUERIES = 8 * ROWS, KEYS = 256;              // a block of scores
+constexpr Int QUERIES = 16 * ROWS, KEYS = 256;             // a block of scores; of short rows a smaller one
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef float Four __attribute__((vector_size(16), aligned(4)));
 typedef std::int32_t Integers __attribute__((vector_size(4 * LANES)));
 
 struct Matrix {  // element (i, j) is at[i * down + j * right]
@@ -46,10 +47,7 @@ struct alignas(64) Workspace {
   float most[QUERIES], sum[QUERIES];
 };
 
-Workspace& workspace() {
-  static thread_local std::unique_ptr<Workspace> mine(new Workspace);
-  return *mine;
-}
+thread_local const std::unique_ptr<Workspace> workspace(new Workspace);
 
 // Call f(0), ..., f(n - 1), on this thread and those of `pool`. Returns when all are done.
 template <typename F>
@@ -75,12 +73,25 @@ void pack(Matrix a, Int rows, Int depth, float* out) {
     if (here == SIDE && a.down == 1) {
       for (Int k = 0; k < depth; k++)
         for (int r = 0; r < SIDE; r++) out[k * SIDE + r] = from[k * a.right + r];
-    } else {
-      for (Int k = 0; k < depth; k += 8)
-        for (int r = 0; r < SIDE; r++)
-          for (Int t = k; t < std::min(k + 8, depth); t++)
-            out[t * SIDE + r] = r < here ? from[r * a.down + t * a.right] : 0.0f;
+      continue;
     }
+    Int k = 0;
+    if (here == SIDE && a.right == 1 && SIDE % 4 == 0)  // four by four, transposed in registers
+      for (; k + 4 <= depth; k += 4)
+        for (int r = 0; r < SIDE; r += 4) {
+          const float* at = from + r * a.down + k;
+          const Four w = *(const Four*)at, x = *(const Four*)(at + a.down);
+          const Four y = *(const Four*)(at + 2 * a.down), z = *(const Four*)(at + 3 * a.down);
+          const Four wx = __builtin_shufflevector(w, x, 0, 4, 1, 5), yz = __builtin_shufflevector(y, z, 0, 4, 1, 5);
+          const Four WX = __builtin_shufflevector(w, x, 2, 6, 3, 7), YZ = __builtin_shufflevector(y, z, 2, 6, 3, 7);
+          float* to = out + k * SIDE + r;
+          *(Four*)to = __builtin_shufflevector(wx, yz, 0, 1, 4, 5);
+          *(Four*)(to + SIDE) = __builtin_shufflevector(wx, yz, 2, 3, 6, 7);
+          *(Four*)(to + 2 * SIDE) = __builtin_shufflevector(WX, YZ, 0, 1, 4, 5);
+          *(Four*)(to + 3 * SIDE) = __builtin_shufflevector(WX, YZ, 2, 3, 6, 7);
+        }
+    for (; k < depth; k++)
+      for (int r = 0; r < SIDE; r++) out[k * SIDE + r] = r < here ? from[r * a.down + k * a.right] : 0.0f;
   }
 }
 
@@ -116,7 +127,7 @@ Int even(Int n, Int most) {
 
 // out[M N] = a[M K] b[K N], or += that.
 void multiply(Int M, Int N, Int K, Matrix a, Matrix b, float* out, Int stride, bool add = false) {
-  Workspace& own = workspace();
+  Workspace& own = *workspace;
   const Int deep = even(K, DEPTH), broad = even(N, WIDE);
   for (Int n = 0; n < N; n += broad)
     for (Int k = 0; k < K; k += deep) {
@@ -137,23 +148,45 @@ void multiply(Int M, Int N, Int K, Matrix a, Matrix b, float* out, Int stride, b
     }
 }
 
-// a[M K] b[K N], each stored so or transposed. Threads split the longer side, or both.
-ffi::Error Matmul(ffi::ThreadPool pool, Buffer a, Buffer b, Result out, Int M, Int N, Int K, bool ta, bool tb) {
-  const Matrix left = ta ? Matrix{a.typed_data(), 1, M} : Matrix{a.typed_data(), K, 1};
-  const Matrix right = tb ? Matrix{b.typed_data(), 1, K} : Matrix{b.typed_data(), N, 1};
-  float* to = out->typed_data();
-  const Int threads = M * N * K < 1 << 16 ? 1 : pool.num_threads();
-  Int down = 1, across = 1;  // pieces: halve the longer side until there is one for each thread
-  while (down * across < threads)
-    if (M / down >= N / across && M / down >= 2 * ROWS) down *= 2;
-    else if (N / across >= 2 * COLS) across *= 2;
-    else break;
-  const Int tall = (M + down * ROWS - 1) / (down * ROWS) * ROWS, wide = (N + across * COLS - 1) / (across * COLS) * COLS;
-  parallel(pool, down * across, [&](Int piece) {
+// A product out[M N] = a b, in pieces that threads take: the longer side is halved until there is one for each.
+struct Product {
+  Int M, N, K;
+  Matrix a, b;
+  float* out;
+  Int down, across, tall, wide;
+
+  Product(Int M, Int N, Int K, Matrix a, Matrix b, float* out, Int threads)
+      : M(M), N(N), K(K), a(a), b(b), out(out), down(1), across(1) {
+    while (pieces() < threads && M * N * K / pieces() > 1 << 16) (M / down > N / across ? down : across) *= 2;
+    tall = (M + down * ROWS - 1) / (down * ROWS) * ROWS, wide = (N + across * COLS - 1) / (across * COLS) * COLS;
+  }
+  Int pieces() const { return down * across; }
+  void operator()(Int piece) const {
     const Int m = piece / across * tall, n = piece % across * wide;
-    if (m < M && n < N)
-      multiply(std::min(tall, M - m), std::min(wide, N - n), K, left.from(m, 0), right.from(0, n), to + m * N + n, N);
-  });
+    if (m >= M || n >= N) return;
+    multiply(std::min(tall, M - m), std::min(wide, N - n), K, a.from(m, 0), b.from(0, n), out + m * N + n, N);
+  }
+};
+
+// x[M K] w[K N], or where `transposed`, x[M K] w[N K].
+ffi::Error Linear(ffi::ThreadPool pool, Buffer x, Buffer w, Result out, Int M, Int N, Int K, bool transposed) {
+  const Matrix right = transposed ? Matrix{w.typed_data(), 1, K} : Matrix{w.typed_data(), N, 1};
+  const Product product(M, N, K, {x.typed_data(), K, 1}, right, out->typed_data(), pool.num_threads());
+  parallel(pool, product.pieces(), product);
+  return ffi::Error::Success();
+}
+
+// The gradients of x and w, given that of the output, g[M N].
+ffi::Error LinearBackward(ffi::ThreadPool pool, Buffer x, Buffer w, Buffer g, Result dx, Result dw, Int M, Int N, Int K,
+                          bool transposed) {
+  const Int threads = pool.num_threads();
+  const Matrix of_x = {x.typed_data(), K, 1}, of_g = {g.typed_data(), N, 1};
+  const Matrix of_w = transposed ? Matrix{w.typed_data(), K, 1} : Matrix{w.typed_data(), 1, N};
+  const Product left(M, K, N, of_g, of_w, dx->typed_data(), threads);
+  const Product right = transposed ? Product(N, K, M, of_g.transposed(), of_x, dw->typed_data(), threads)
+                                   : Product(K, N, M, of_x.transposed(), of_g, dw->typed_data(), threads);
+  const Int first = left.pieces();
+  parallel(pool, first + right.pieces(), [&](Int piece) { piece < first ? left(piece) : right(piece - first); });
   return ffi::Error::Success();
 }
 
@@ -168,13 +201,6 @@ Vector exponential(Vector x) {
   return (Vector)((Integers)(p * (Vector)power) & ~(x <= -87.0f));  // NaN stays NaN
 }
 
-template <typename F>
-float reduce(Vector x, const F& f) {
-  float all = x[0];
-  for (int i = 1; i < LANES; i++) all = f(all, x[i]);
-  return all;
-}
-
 struct Attention {
   Int B, L, K, G, H;
   float scale;
@@ -182,6 +208,7 @@ struct Attention {
   Int window;
   const std::int32_t* segments;  // [B, L], or null
 
+  Int block() const { return L < 1024 ? QUERIES / 2 : QUERIES; }
   Matrix query(const float* q, Int b, Int i, Int head) const {
     return {q + ((b * L + i) * K * G + head) * H, K * G * H, 1};
   }
@@ -215,8 +242,8 @@ struct Attention {
   }
 
   void forward(const float* q, const float* k, const float* v, float* out, float* lse, Int b, Int head, Int i) const {
-    Workspace& own = workspace();
-    const Int rows = std::min(QUERIES, L - i);
+    Workspace& own = *workspace;
+    const Int rows = std::min(block(), L - i);
     bool begun = false;
     std::fill(own.most, own.most + rows, -1e30f);
     std::fill(own.sum, own.sum + rows, 0.0f);
@@ -225,15 +252,15 @@ struct Attention {
       for (Int r = 0; r < rows; r++) {
         float* row = own.scores + r * KEYS;
         hide(row, b, i + r, s, n);
-        Vector most = Vector{} - 1e30f, sum = {};
+        Vector most = Vector{} + own.most[r], sum = {};
         for (Int j = 0; j < n; j += LANES) {
           const Vector x = *(Vector*)(row + j) * scale;
           most = x > most ? x : most;
         }
-        const float now = std::max(own.most[r], reduce(most, [](float x, float y) { return std::max(x, y); }));
+        const float now = *std::max_element((float*)&most, (float*)&most + LANES);
         for (Int j = 0; j < n; j += LANES) sum += *(Vector*)(row + j) = exponential(*(Vector*)(row + j) * scale - now);
         const float kept = exponential(Vector{} + (own.most[r] - now))[0];
-        own.sum[r] = own.sum[r] * kept + reduce(sum, [](float x, float y) { return x + y; });
+        own.sum[r] = own.sum[r] * kept + std::accumulate((float*)&sum, (float*)&sum + LANES, 0.0f);
         own.most[r] = now;
         if (begun && kept != 1.0f)
           for (Int h = 0; h < H; h++) own.out[r * H + h] *= kept;
@@ -251,12 +278,12 @@ struct Attention {
   // The gradients of all queries that read key head (b, pair), and of its keys and values.
   void backward(const float* q, const float* k, const float* v, const float* out, const float* lse, const float* g,
                 float* dq, float* dk, float* dv, Int b, Int pair) const {
-    Workspace& own = workspace();
+    Workspace& own = *workspace;
     for (Int j = 0; j < L; j++)
       for (float* gradient : {dk, dv}) std::fill_n(const_cast<float*>(key(gradient, b, j, pair).at), H, 0.0f);
     for (Int head = pair * G; head < (pair + 1) * G; head++)
-      for (Int i = 0; i < L; i += QUERIES) {
-        const Int rows = std::min(QUERIES, L - i);
+      for (Int i = 0; i < L; i += block()) {
+        const Int rows = std::min(block(), L - i);
         const Matrix queries = query(q, b, i, head), of_out = query(g, b, i, head);
         for (Int r = 0; r < rows; r++) {
           const float *x = query(out, b, i + r, head).at, *y = of_out.from(r, 0).at;
@@ -288,25 +315,26 @@ struct Attention {
 
 using Segments = ffi::Buffer<ffi::S32>;  // [B, L], or empty
 
-Attention attention_of(const Buffer& q, const Buffer& k, const Segments& segments, float scale, bool causal, Int window) {
+Attention attention_of(const Buffer& q, const Segments& segments, float scale, bool causal, Int window) {
   const auto d = q.dimensions();
-  return {d[0], d[1], d[2], d[3], d[4], scale, causal, window, segments.element_count() ? segments.typed_data() : nullptr};
+  const auto* tags = segments.element_count() ? segments.typed_data() : nullptr;
+  return {d[0], d[1], d[2], d[3], d[4], scale, causal, window, tags};
 }
 
 ffi::Error Forward(ffi::ThreadPool pool, Buffer q, Buffer k, Buffer v, Segments segments, Result out, Result lse,
                    float scale, bool causal, Int window) {
-  const Attention a = attention_of(q, k, segments, scale, causal, window);
-  const Int heads = a.K * a.G, blocks = (a.L + QUERIES - 1) / QUERIES;
+  const Attention a = attention_of(q, segments, scale, causal, window);
+  const Int heads = a.K * a.G, blocks = (a.L + a.block() - 1) / a.block();
   parallel(pool, a.B * heads * blocks, [&](Int n) {
     a.forward(q.typed_data(), k.typed_data(), v.typed_data(), out->typed_data(), lse->typed_data(),
-              n / blocks / heads, n / blocks % heads, n % blocks * QUERIES);
+              n / blocks / heads, n / blocks % heads, n % blocks * a.block());
   });
   return ffi::Error::Success();
 }
 
 ffi::Error Backward(ffi::ThreadPool pool, Buffer q, Buffer k, Buffer v, Buffer out, Buffer lse, Buffer g,
                     Segments segments, Result dq, Result dk, Result dv, float scale, bool causal, Int window) {
-  const Attention a = attention_of(q, k, segments, scale, causal, window);
+  const Attention a = attention_of(q, segments, scale, causal, window);
   parallel(pool, a.B * a.K, [&](Int n) {
     a.backward(q.typed_data(), k.typed_data(), v.typed_data(), out.typed_data(), lse.typed_data(), g.typed_data(),
                dq->typed_data(), dk->typed_data(), dv->typed_data(), n / a.K, n % a.K);
@@ -314,20 +342,13 @@ ffi::Error Backward(ffi::ThreadPool pool, Buffer q, Buffer k, Buffer v, Buffer o
   return ffi::Error::Success();
 }
 
-#define ATTRIBUTES .Attr<float>("scale").Attr<bool>("causal").Attr<Int>("window")
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(llm_jax_matmul, Matmul,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Buffer>().Arg<Buffer>().Ret<Buffer>()
-                                  .Attr<Int>("M").Attr<Int>("N").Attr<Int>("K").Attr<bool>("ta").Attr<bool>("tb"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(llm_jax_attention, Forward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Segments>()
-                                  .Ret<Buffer>().Ret<Buffer>() ATTRIBUTES);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(llm_jax_attention_backward, Backward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
-                                  .Arg<Segments>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>() ATTRIBUTES);
+#define BIND ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+#define IN(T) .Arg<T>()
+#define OUT .Ret<Buffer>()
+#define SHAPE .Attr<Int>("M").Attr<Int>("N").Attr<Int>("K").Attr<bool>("transposed")
+#define RULES .Attr<float>("scale").Attr<bool>("causal").Attr<Int>("window")
+#define QKV IN(Buffer) IN(Buffer) IN(Buffer)
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llm_jax_linear, Linear, BIND IN(Buffer) IN(Buffer) OUT SHAPE);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llm_jax_linear_backward, LinearBackward, BIND QKV OUT OUT SHAPE);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llm_jax_attention, Forward, BIND QKV IN(Segments) OUT OUT RULES);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llm_jax_attention_backward, Backward, BIND QKV QKV IN(Segments) OUT OUT OUT RULES);

@@ -1,22 +1,20 @@
 """Matrix products and attention in C++ for a CPU, compiled where a compiler is there, and declined where none is.
 
-XLA's products of small matrices reach a half to three quarters of what a core can do, and its attention copies heads
-back and forth; `native.cc`, 330 lines, reaches 90 % on both. JAX calls it by its foreign function interface: it is an
-operation of a jitted program like any other, with a gradient of its own.
+XLA copies factors that are stored transposed, and the heads of attention, before it multiplies them; `native.cc` reads
+them where they are. JAX calls it by its foreign function interface: it is an operation of a jitted program like any
+other, with a gradient of its own. docs/performance.md says what it is worth.
 """
 
-import contextlib
 import ctypes
 import functools
 import hashlib
 import os
-import platform as machine
+import platform as system
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Generator
-from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,35 +22,22 @@ import numpy as np
 from jaxlib.version import __version__ as JAXLIB
 from jaxtyping import Array, Float, Int
 
+from llm_jax import runtime
 from llm_jax.ops.attention import Declined, Scores, platform
 from llm_jax.ops.mask import Mask
-from llm_jax.runtime import cache_folder
 
 SOURCE = Path(__file__).with_name("native.cc")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-std=c++17", "-shared", "-fPIC", "-w")
-TARGETS = ("llm_jax_matmul", "llm_jax_attention", "llm_jax_attention_backward")
+TARGETS = ("llm_jax_linear", "llm_jax_linear_backward", "llm_jax_attention", "llm_jax_attention_backward")
+FEW = 16  # rows: with fewer, memory is the limit
 WIDEST = 256  # heads: what a block of outputs in native.cc has room for
-
-_off: ContextVar[bool] = ContextVar("off", default=False)
-
-
-@contextlib.contextmanager
-def without() -> Generator[None]:
-    """Trace programs without native code within it."""
-    token = _off.set(True)
-    try:
-        yield
-    finally:
-        _off.reset(token)
 
 
 @functools.cache
 def missing() -> str | None:
     """Return why there is no native code here, None if there is: it is built at the first call, in some seconds."""
-    if os.environ.get("LLM_JAX_NATIVE") == "0":
-        return "LLM_JAX_NATIVE=0"
-    if machine.machine() != "x86_64" or os.name != "posix":
-        return f"native code is for x86-64 on Linux and macOS, and this is {machine.machine()} on {machine.system()}"
+    if system.machine() != "x86_64" or os.name != "posix":
+        return f"it is written for x86-64 on Linux and macOS, and this is {system.machine()} on {system.system()}"
     found = list(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))))
     if not found:
         return "there is no C++ compiler; install g++ (apt install g++), or set CXX"
@@ -70,7 +55,7 @@ def build(compiler: str) -> Path:
     """Return the compiled library, from the cache if source, compiler, processor and jaxlib are those of before."""
     about = subprocess.run([compiler, "-march=native", "-Q", "--help=target"], capture_output=True, text=True).stdout
     named = "\n".join([SOURCE.read_text(), compiler, about, JAXLIB, *FLAGS])
-    made = cache_folder() / "native" / f"{hashlib.sha256(named.encode()).hexdigest()[:16]}.so"
+    made = runtime.cache_folder() / "native" / f"{hashlib.sha256(named.encode()).hexdigest()[:16]}.so"
     if not made.exists():
         made.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=made.parent) as folder:  # two processes may build at once
@@ -81,18 +66,67 @@ def build(compiler: str) -> Path:
     return made
 
 
-def runs(*arrays: Array) -> bool:
-    """Return whether native code takes these arrays: float32, in a program for one CPU device, where it is built."""
-    mesh = jax.sharding.get_abstract_mesh()
-    plain = not _off.get() and all(x.dtype == jnp.float32 for x in arrays)
-    return plain and platform() == "cpu" and mesh.size <= 1 and missing() is None
+def runs(x: Array, w: Array) -> bool:
+    """Return whether native code multiplies `x` by a weight: if it can, for more rows than a few, and by default.
+
+    With few rows, memory is the limit and nothing is worth packing. LLM_JAX_NATIVE=0 in the environment leaves all to
+    XLA.
+    """
+    float32 = x.dtype == w.dtype == jnp.float32
+    return runtime.NATIVE and float32 and x.size >= FEW * x.shape[-1] and refusal() is None
 
 
-def matmul(a: Float[Array, "..."], b: Float[Array, "..."], *, ta: bool = False, tb: bool = False) -> Float[Array, "M N"]:
-    """Return `a @ b`, of matrices stored as [M K] and [K N], or `ta` and `tb`, as [K M] and [N K]."""
-    (M, K), N = a.shape[::-1] if ta else a.shape, b.shape[0 if tb else 1]
-    call = jax.ffi.ffi_call("llm_jax_matmul", jax.ShapeDtypeStruct((M, N), jnp.float32), vmap_method="sequential")
-    return call(a, b, M=np.int64(M), N=np.int64(N), K=np.int64(K), ta=ta, tb=tb)
+def used() -> bool:
+    """Return whether programs of this process use native code by default, which decides the last bits of a run."""
+    return runtime.NATIVE and jax.default_backend() == "cpu" and missing() is None
+
+
+def refusal() -> str | None:
+    """Return why the program that is traced can't use native code; None if it can."""
+    if (here := platform()) != "cpu":
+        return f"it runs on cpu, got {here}"
+    if (devices := jax.sharding.get_abstract_mesh().size) > 1:
+        return f"it runs on one device, got {devices}"
+    return missing()
+
+
+def linear(x: Float[Array, "M K"], w: Float[Array, "..."], *, transposed: bool = False) -> Float[Array, "M N"]:
+    """Return `x @ w` of a weight [K N], or `transposed`, `x @ w.T` of one that is stored as [N K]."""
+    return _linear(transposed, x, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(transposed: bool, x: Array, w: Array) -> Array:
+    return _linear_forward(transposed, x, w)[0]
+
+
+def _linear_forward(transposed: bool, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+    out = jax.ShapeDtypeStruct((len(x), w.shape[0 if transposed else 1]), x.dtype)
+    return _call("llm_jax_linear", out, x, w, **_shape(x, out, transposed)), (x, w)
+
+
+def _linear_backward(transposed: bool, saved: tuple[Array, Array], g: Float[Array, "M N"]) -> tuple[Array, Array]:
+    x, w = saved
+    dx, dw = _call("llm_jax_linear_backward", (x, w), x, w, g, **_shape(x, g, transposed))
+    return dx, dw
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+def _call(name: str, like: Any, *arrays: Array, **attributes: Any) -> Any:
+    """Call native code by its name; its results have the shapes of `like`."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
+    return jax.ffi.ffi_call(name, shapes, vmap_method="sequential")(*arrays, **attributes)
+
+
+def _shape(x: Any, y: Any, transposed: bool) -> dict[str, Any]:
+    return {"M": np.int64(len(x)), "N": np.int64(y.shape[1]), "K": np.int64(x.shape[1]), "transposed": transposed}
+
+
+def products(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    """Keep products of `linear` for the backward pass: a policy of `jax.checkpoint`."""
+    return primitive.name == "ffi_call" and parameters.get("target_name") == "llm_jax_linear"
 
 
 def native(
@@ -102,19 +136,21 @@ def native(
 
     Blocks that no query sees, for order, window or documents, are skipped. Raise `Declined` for what it can't do.
     """
-    if (reason := missing()) is not None:
+    if (reason := refusal()) is not None:
         raise Declined(f"native: {reason}")
-    if not runs(q, k, v):
-        raise Declined(f"native takes float32 on one CPU device, got {q.dtype} on {platform()}")
     if q.shape[1] != k.shape[1] or mask.kv_length is not None:
-        raise Declined("native attends to the row of its queries, not to a cache")
+        raise Declined(f"native takes as many keys as queries, and no cache, got {k.shape[1]} and {q.shape[1]}")
     if q.shape[-1] > WIDEST:
         raise Declined(f"native takes heads of at most {WIDEST}, got {q.shape[-1]}")
-    asked = {"sinks": mask.sinks, "sparse": mask.sparse, "prefix": mask.prefix is not None, "alibi": scores.alibi}
-    if beyond := [name for name, value in (asked | {"softcap": scores.softcap}).items() if value]:
-        raise Declined(f"native has no {' and no '.join(beyond)}")
+    if (scale := scores.factor(q.shape[-1])) <= 0:
+        raise Declined(f"native takes a positive scale, got {scale}")
+    asked = {"sinks": mask.sinks, "sparse": mask.sparse, "prefix": mask.prefix is not None}
+    asked |= {"softcap": scores.softcap, "alibi": scores.alibi}
+    if beyond := [name for name, value in asked.items() if value]:
+        raise Declined(f"native has no {' and no '.join(beyond)}; 'chunked' and 'reference' have")
     segments = jnp.zeros(0, jnp.int32) if mask.segments is None else mask.segments.astype(jnp.int32)
-    return _attend((scores.factor(q.shape[-1]), mask.causal, mask.window or 0), q, k, v, segments)
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
+    return _attend((scale, mask.causal, mask.window or 0), *wide, segments).astype(q.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -122,24 +158,22 @@ def _attend(rules: tuple[float, bool, int], q: Array, k: Array, v: Array, segmen
     return _forward(rules, q, k, v, segments)[0]
 
 
-def _attributes(rules: tuple[float, bool, int]) -> dict[str, object]:
+def _attributes(rules: tuple[float, bool, int]) -> dict[str, Any]:
     scale, causal, window = rules
     return {"scale": np.float32(scale), "causal": causal, "window": np.int64(window)}
 
 
 def _forward(rules: tuple[float, bool, int], q: Array, k: Array, v: Array, segments: Array) -> tuple[Array, tuple]:
     B, L, K, G, _ = q.shape
-    like = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, K, G, L), q.dtype))
-    call = jax.ffi.ffi_call("llm_jax_attention", like, vmap_method="sequential")
-    out, lse = call(q, k, v, segments, **_attributes(rules))
+    like = q, jax.ShapeDtypeStruct((B, K, G, L), q.dtype)
+    out, lse = _call("llm_jax_attention", like, q, k, v, segments, **_attributes(rules))
     return out, (q, k, v, segments, out, lse)
 
 
 def _backward(rules: tuple[float, bool, int], saved: tuple, g: Array) -> tuple[Array, Array, Array, None]:
     q, k, v, segments, out, lse = saved
-    like = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v))
-    call = jax.ffi.ffi_call("llm_jax_attention_backward", like, vmap_method="sequential")
-    return *call(q, k, v, out, lse, g, segments, **_attributes(rules)), None
+    found = _call("llm_jax_attention_backward", (q, k, v), q, k, v, out, lse, g, segments, **_attributes(rules))
+    return *found, None
 
 
 _attend.defvjp(_forward, _backward)
