@@ -73,7 +73,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-6}
 # What this machine must have for an implementation to run at all.
 NEEDS = {
     "cudnn": ("no GPU", jax.default_backend() == "gpu"),
-    "native": ("no C++ compiler", native.missing() is None),
+    "native": ("no C++ compiler", native.not_built() is None),
     "tokamax": ("no tokamax", importlib.util.find_spec("tokamax") is not None),
 }
 

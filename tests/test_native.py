@@ -17,7 +17,7 @@ from llm_jax.ops.mask import Mask
 from llm_jax.train.config import RunConfig
 from llm_jax.train.program import Program
 
-built = pytest.mark.skipif(native.missing() is not None, reason=f"native code: {native.missing()}")
+built = pytest.mark.skipif(native.not_built() is not None, reason=f"native code: {native.not_built()}")
 CONFIG = RunConfig(
     model=ModelConfig(vocab_size=40, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=48),
     data=DataConfig(seq_len=48, batch_size=4),
@@ -34,7 +34,7 @@ def numbers(*shape: int, seed: int = 0) -> jax.Array:
 def test_products_and_their_gradients_equal_float64(shape: tuple[int, int, int], transposed: bool):
     M, N, K = shape
     x, w, g = numbers(M, K), numbers(*((N, K) if transposed else (K, N)), seed=1), numbers(M, N, seed=2)
-    out, back = jax.vjp(functools.partial(native.linear, transposed=transposed), x, w)
+    out, back = jax.vjp(functools.partial(native.matmul, transposed=transposed), x, w)
     exact, weight, gradient = (np.asarray(a, np.float64) for a in (x, w, g))
     matrix, of_w = (weight.T, gradient.T @ exact) if transposed else (weight, exact.T @ gradient)
     for mine, theirs in zip((out, *back(g)), (exact @ matrix, gradient @ matrix.T, of_w), strict=True):
@@ -44,7 +44,7 @@ def test_products_and_their_gradients_equal_float64(shape: tuple[int, int, int],
 @built
 def test_bits_do_not_depend_on_who_else_computes():
     x, w = numbers(300, 200), numbers(200, 300, seed=1)
-    together = jax.jit(lambda x, w: [native.linear(x, w) for _ in range(8)])(x, w)
+    together = jax.jit(lambda x, w: [native.matmul(x, w) for _ in range(8)])(x, w)
     assert all((a == together[0]).all() for a in together)
 
 
@@ -100,7 +100,7 @@ def test_native_code_is_not_for_programs_of_several_devices(monkeypatch: pytest.
         assert "one device, got 2" in (native.refusal() or "")
 
 
-def test_the_environment_turns_native_code_off(monkeypatch: pytest.MonkeyPatch):
+def test_the_environment_switches_native_code_off(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(runtime, "NATIVE", True)
     assert candidates(64) == ["native", "reference"]
     monkeypatch.setattr(runtime, "NATIVE", False)
@@ -111,7 +111,7 @@ def test_the_environment_turns_native_code_off(monkeypatch: pytest.MonkeyPatch):
 
 def test_without_a_compiler_attention_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
-    monkeypatch.setattr(native, "missing", functools.cache(native.missing.__wrapped__))
+    monkeypatch.setattr(native, "not_built", functools.cache(native.not_built.__wrapped__))
     with pytest.raises(Declined, match="no C\\+\\+ compiler; install g\\+\\+"):
         attention(*(numbers(1, 4, 1, 1, 4), numbers(1, 4, 1, 4), numbers(1, 4, 1, 4)), Mask(), implementation="native")
 
@@ -120,6 +120,6 @@ def test_a_compiler_that_fails_is_a_reason_to_decline(monkeypatch: pytest.Monkey
     def fails(compiler: str) -> None:
         raise subprocess.CalledProcessError(1, compiler, stderr="error: no such instruction\nmore")
 
-    monkeypatch.setattr(native, "build", fails)
+    monkeypatch.setattr(native, "compile_library", fails)
     monkeypatch.setattr(native.shutil, "which", lambda name: "/usr/bin/c++")
-    assert native.missing.__wrapped__() == "/usr/bin/c++ could not build it: error: no such instruction"
+    assert native.not_built.__wrapped__() == "/usr/bin/c++ could not build it: error: no such instruction"

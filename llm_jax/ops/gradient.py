@@ -78,7 +78,7 @@ def linear(letters: str, x: Float[Array, "B L *I"], w: Float[Array, "*IO"]) -> F
     """
     if native.runs(x, w):
         inputs, outputs = w.shape[: x.ndim - 2], w.shape[x.ndim - 2 :]
-        y = native.linear(x.reshape(-1, math.prod(inputs)), w.reshape(math.prod(inputs), -1))
+        y = native.matmul(x.reshape(-1, math.prod(inputs)), w.reshape(math.prod(inputs), -1))
         return y.reshape(*x.shape[:2], *outputs)
     return _linear(letters, x, w)
 

@@ -21,7 +21,7 @@ def unembed(
 ) -> Float[Array, "*T V"]:
     """Return the float32 logits of hidden states, limited to (-softcap, softcap) by tanh if there is one."""
     if native.runs(hidden, table):
-        flat = native.linear(hidden.reshape(-1, table.shape[1]), table, transposed=True)
+        flat = native.matmul(hidden.reshape(-1, table.shape[1]), table, transposed=True)
         return soft_cap(flat.reshape(*hidden.shape[:-1], len(table)), softcap)
     return soft_cap(jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32), softcap)
 

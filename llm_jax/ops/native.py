@@ -34,7 +34,7 @@ WIDEST = 256  # heads: what a block of outputs in native.cc has room for
 
 
 @functools.cache
-def missing() -> str | None:
+def not_built() -> str | None:
     """Return why there is no native code here, None if there is: it is built at the first call, in some seconds."""
     if system.machine() != "x86_64" or os.name != "posix":
         return f"it is written for x86-64 on Linux and macOS, and this is {system.machine()} on {system.system()}"
@@ -42,7 +42,7 @@ def missing() -> str | None:
     if not found:
         return "there is no C++ compiler; install g++ (apt install g++), or set CXX"
     try:
-        library = ctypes.CDLL(str(build(found[0])))
+        library = ctypes.CDLL(str(compile_library(found[0])))
     except (OSError, subprocess.CalledProcessError) as error:
         said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
         return f"{found[0]} could not build it: {(said.strip().splitlines() or ['no reason given'])[0]}"
@@ -51,7 +51,7 @@ def missing() -> str | None:
     return None
 
 
-def build(compiler: str) -> Path:
+def compile_library(compiler: str) -> Path:
     """Return the compiled library, from the cache if source, compiler, processor and jaxlib are those of before."""
     about = subprocess.run([compiler, "-march=native", "-Q", "--help=target"], capture_output=True, text=True).stdout
     named = "\n".join([SOURCE.read_text(), compiler, about, JAXLIB, *FLAGS])
@@ -78,7 +78,7 @@ def runs(x: Array, w: Array) -> bool:
 
 def used() -> bool:
     """Return whether programs of this process use native code by default, which decides the last bits of a run."""
-    return runtime.NATIVE and jax.default_backend() == "cpu" and missing() is None
+    return runtime.NATIVE and jax.default_backend() == "cpu" and not_built() is None
 
 
 def refusal() -> str | None:
@@ -87,10 +87,10 @@ def refusal() -> str | None:
         return f"it runs on cpu, got {here}"
     if (devices := jax.sharding.get_abstract_mesh().size) > 1:
         return f"it runs on one device, got {devices}"
-    return missing()
+    return not_built()
 
 
-def linear(x: Float[Array, "M K"], w: Float[Array, "..."], *, transposed: bool = False) -> Float[Array, "M N"]:
+def matmul(x: Float[Array, "M K"], w: Float[Array, "..."], *, transposed: bool = False) -> Float[Array, "M N"]:
     """Return `x @ w` of a weight [K N], or `transposed`, `x @ w.T` of one that is stored as [N K]."""
     return _linear(transposed, x, w)
 
@@ -125,7 +125,7 @@ def _shape(x: Any, y: Any, transposed: bool) -> dict[str, Any]:
 
 
 def products(primitive: Any, *_: Any, **parameters: Any) -> bool:
-    """Keep products of `linear` for the backward pass: a policy of `jax.checkpoint`."""
+    """Keep products of `matmul` for the backward pass: a policy of `jax.checkpoint`."""
     return primitive.name == "ffi_call" and parameters.get("target_name") == "llm_jax_linear"
 
 
@@ -149,8 +149,9 @@ def native(
     if beyond := [name for name, value in asked.items() if value]:
         raise Declined(f"native has no {' and no '.join(beyond)}; 'chunked' and 'reference' have")
     segments = jnp.zeros(0, jnp.int32) if mask.segments is None else mask.segments.astype(jnp.int32)
-    wide = (x.astype(jnp.float32) for x in (q, k, v))
-    return _attend((scale, mask.causal, mask.window or 0), *wide, segments).astype(q.dtype)
+    q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
+    out: Array = _attend((scale, mask.causal, mask.window or 0), q32, k32, v32, segments)
+    return out.astype(q.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -163,14 +164,16 @@ def _attributes(rules: tuple[float, bool, int]) -> dict[str, Any]:
     return {"scale": np.float32(scale), "causal": causal, "window": np.int64(window)}
 
 
-def _forward(rules: tuple[float, bool, int], q: Array, k: Array, v: Array, segments: Array) -> tuple[Array, tuple]:
+def _forward(
+    rules: tuple[float, bool, int], q: Array, k: Array, v: Array, segments: Array
+) -> tuple[Array, tuple[Array, ...]]:
     B, L, K, G, _ = q.shape
     like = q, jax.ShapeDtypeStruct((B, K, G, L), q.dtype)
     out, lse = _call("llm_jax_attention", like, q, k, v, segments, **_attributes(rules))
     return out, (q, k, v, segments, out, lse)
 
 
-def _backward(rules: tuple[float, bool, int], saved: tuple, g: Array) -> tuple[Array, Array, Array, None]:
+def _backward(rules: tuple[float, bool, int], saved: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array, None]:
     q, k, v, segments, out, lse = saved
     found = _call("llm_jax_attention_backward", (q, k, v), q, k, v, out, lse, g, segments, **_attributes(rules))
     return *found, None
