@@ -25,6 +25,10 @@ from jaxlib.version import __version__ as JAXLIB
 FUSIONS = "--xla_cpu_experimental_ynn_fusion_type"
 
 
+# Whether a program for a CPU may use the C++ of ops/native.cc, where it can be compiled. It decides the last bits.
+NATIVE = os.environ.get("LLM_JAX_NATIVE") != "0"
+
+
 @dataclasses.dataclass(frozen=True)
 class Fault:
     """A wrong computation of YNNPACK on a CPU, in jaxlib from the version `first` up to `fixed`, excluded."""

@@ -1,37 +1,33 @@
-"""Measure training speed on this machine, against the model's PyTorch twin in the same run.
+"""Measure training speed and memory on this machine, against the model's PyTorch twin in the same run.
 
-    .venv/bin/python scripts/bench_train.py [shakespeare_char | medium | gpt2_124m] [--rounds 8] [--seconds 2]
+    .venv/bin/python scripts/bench_train.py [shakespeare_char | medium | gpt2_124m] [--rounds 8]
 
-Print tokens/s, the share of the matmul peak that JAX itself reaches here, and the ratio to PyTorch eager, round
-by round and as a median: single figures swing by 40 % on a shared machine, ratios within one run don't. Without
-PyTorch (`pip install torch`) print our own figures alone.
+The sides are ours, ours without native code (ops/native.py), the twin in eager PyTorch, and the twin compiled; both
+twins have a fused AdamW and our allocator setting. Print tokens/s, the share of the matmul peak that JAX reaches here,
+the largest resident memory of a side, and the ratio to the best of PyTorch, round by round and as a median: single
+figures swing by 40 % on a shared machine, ratios within one run don't. Sides whose package is missing are left out.
 """
 
-import argparse
 import dataclasses
-import importlib.util
 import itertools
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from typing import SupportsFloat
+from typing import Any
 
 import jax
 import numpy as np
+from bench import Bench, row, show
 
+from llm_jax import runtime
 from llm_jax.chips import measured_matmul_flops
-from llm_jax.compat.sides import STEPS
+from llm_jax.compat.sides import STEPS, peak_memory
 from llm_jax.data.loader import Batch, DataConfig
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.count import flops_per_token
 from llm_jax.runs.start import load_recipe
-from llm_jax.runtime import reuse_freed_memory
 from llm_jax.train.config import RunConfig
 from llm_jax.train.program import Program
-
-Step = Callable[[], SupportsFloat]
 
 GPT = {
     "positions": "learned",
@@ -70,66 +66,66 @@ def random_batch(config: RunConfig) -> Batch:
     return Batch(tokens=tokens[:, :-1], targets=tokens[:, 1:], segments=None, positions=None)
 
 
-SIDES = {"llm_jax": "jax", "pytorch": "eager"}
-step_here: Step | None = None  # that of the one side which this process runs
+class Training:
+    """One side: take steps on the same batch."""
+
+    def __init__(self, name: str, setting: str, seconds: float, native: bool = True) -> None:
+        runtime.reuse_freed_memory()
+        runtime.NATIVE = native
+        config = SETTINGS[setting]()
+        self._batch, self._seconds = random_batch(config), seconds
+        params = jax.device_get(Program.on(config).init().params)
+        self._step = STEPS[name](config, params, itertools.repeat(1e-3))
+        self.measure()  # compiles and warms up
+
+    def measure(self) -> dict[str, float]:
+        """Take at least eight steps, for at least so many seconds."""
+        start, count = time.perf_counter(), 0
+        while count < 8 or time.perf_counter() - start < self._seconds:
+            losses = [self._step(self._batch)[0] for _ in range(4)]
+            float(losses[-1])  # JAX runs ahead: wait for what was dispatched
+            count += 4
+        rate = count * self._batch.tokens.size / (time.perf_counter() - start)
+        return {"tokens/s": rate, "GB": peak_memory() / 1e9}
 
 
-def begin(side: str, setting: str) -> None:
-    global step_here
-    reuse_freed_memory()
-    config = SETTINGS[setting]()
-    batch, params = random_batch(config), jax.device_get(Program.on(config).init().params)
-    step = STEPS[SIDES[side]](config, params, itertools.repeat(1e-3))
-    step_here = lambda: step(batch)[0]  # noqa: E731  (JAX's loss is still on the device: the caller waits for it)
+class Peak:
+    """How fast products of large matrices are at best."""
+
+    def measure(self) -> dict[str, float]:
+        """Measure it anew."""
+        measured_matmul_flops.cache_clear()
+        return {"FLOP/s": measured_matmul_flops()}
 
 
-def steps_per_second(seconds: float) -> float:
-    """Measure over at least eight steps and `seconds`."""
-    assert step_here is not None
-    start, count = time.perf_counter(), 0
-    while True:
-        loss = step_here()
-        count += 1
-        if count % 4 == 0:
-            float(loss)  # JAX runs ahead: wait for what was dispatched
-            if count >= 8 and time.perf_counter() - start > seconds:
-                return count / (time.perf_counter() - start)
+SECONDS = 2.0
+SIDES: dict[str, Callable[[str], Any]] = {
+    "llm_jax": lambda setting: Training("jax", setting, SECONDS),
+    "llm_jax, XLA alone": lambda setting: Training("jax", setting, SECONDS, native=False),
+    "PyTorch": lambda setting: Training("eager", setting, SECONDS),
+    "PyTorch, compiled": lambda setting: Training("compiled", setting, SECONDS),
+    "peak": lambda setting: Peak(),
+}
+PEERS = ("PyTorch", "PyTorch, compiled")
+GOALS = {"shakespeare_char": "1.4 x", "medium": "1.1 x, 85 % of the peak", "gpt2_124m": "1.1 x, 85 % of the peak"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("setting", nargs="?", default="shakespeare_char", choices=SETTINGS)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=2.0, help="a round, for each side")
-    arguments = parser.parse_args()
-
-    # A process for each side: in one they would share a heap and slow each other.
-    spawn = multiprocessing.get_context("spawn")
-    names = list(SIDES) if importlib.util.find_spec("torch") else ["llm_jax"]
-    sides = {side: ProcessPoolExecutor(1, spawn, begin, (side, arguments.setting)) for side in names}
-
-    def rate(side: str) -> float:
-        return sides[side].submit(steps_per_second, arguments.seconds).result()
-
-    for side in sides:
-        rate(side)  # compiles and warms up
-    config = SETTINGS[arguments.setting]()
-    tokens, flops = random_batch(config).tokens.size, flops_per_token(config.model, config.data.seq_len)
-    rates: dict[str, list[float]] = {side: [] for side in sides}
-    peaks = []
-    for _ in range(arguments.rounds):
-        measured_matmul_flops.cache_clear()
-        peaks.append(measured_matmul_flops())
-        for side in sides:
-            rates[side].append(rate(side) * tokens)
-    print(f"{arguments.setting}: {tokens} tokens a step, {flops / 1e6:.2f} MFLOP a token")
-    print(f"matmul peak {statistics.median(peaks) / 1e9:.0f} GFLOP/s (median of {len(peaks)})")
-    for side, values in rates.items():
-        share = statistics.median(value * flops / peak for value, peak in zip(values, peaks, strict=True))
-        print(f"{side:8}  {statistics.median(values):10,.0f} tokens/s   {share:4.0%} of peak")
-    if "pytorch" in rates:
-        ratios = sorted(a / b for a, b in zip(rates["llm_jax"], rates["pytorch"], strict=True))
-        print(f"ratio     {statistics.median(ratios):.2f}  (rounds {ratios[0]:.2f} to {ratios[-1]:.2f})")
+    bench = Bench("train", __doc__ or "", SIDES, PEERS)
+    bench.parser.add_argument("setting", nargs="?", default="shakespeare_char", choices=SETTINGS)
+    setting = bench.arguments().setting
+    config, rounds = SETTINGS[setting](), bench.rounds(setting)
+    flops = flops_per_token(config.model, config.data.seq_len)
+    peaks = rounds.pop("peak")["FLOP/s"]
+    for of in rounds.values():
+        of["share"] = [rate * flops / peak for rate, peak in zip(of["tokens/s"], peaks, strict=True)]
+    facts = {side: {name: statistics.median(of[name]) for name in ("share", "GB")} for side, of in rounds.items()}
+    speed = row(setting, rounds, "tokens/s", goal=GOALS[setting], peers=PEERS, sides=facts)
+    show([speed])
+    print(f"    matmul peak {statistics.median(peaks) / 1e9:.0f} GFLOP/s, {flops / 1e6:.2f} MFLOP a token")
+    for side, numbers in facts.items():
+        print(f"    {side:24}{numbers['share']:6.0%} of the peak, {numbers['GB']:5.2f} GB")
+    bench.finish([speed])
 
 
 if __name__ == "__main__":

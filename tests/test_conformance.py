@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import pytest
 from arrays import attention_inputs, output_and_gradients
 
+from llm_jax.ops import native
 from llm_jax.ops.attention import IMPLEMENTATIONS, Declined, Scores
 from llm_jax.ops.mask import Mask, Sparse
 
@@ -72,6 +73,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-6}
 # What this machine must have for an implementation to run at all.
 NEEDS = {
     "cudnn": ("no GPU", jax.default_backend() == "gpu"),
+    "native": ("no C++ compiler", native.not_built() is None),
     "tokamax": ("no tokamax", importlib.util.find_spec("tokamax") is not None),
 }
 

@@ -46,7 +46,9 @@ KEEPABLE = tuple(
 SOFTMAX = ("global", "local", "sparse", "nope")
 MIXERS = (*SOFTMAX, "linear", "delta")
 
-ImplementationName = Literal["reference", "chunked", "flash", "splash", "cudnn", "tokamax", "ring", "zigzag", "ulysses"]
+ImplementationName = Literal[
+    "reference", "chunked", "flash", "splash", "cudnn", "tokamax", "native", "ring", "zigzag", "ulysses"
+]
 
 
 def is_own(mixer: str) -> bool:

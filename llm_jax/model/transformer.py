@@ -28,6 +28,7 @@ from llm_jax.model.linear_attention import LinearAttention
 from llm_jax.model.norm import Norm
 from llm_jax.model.stack import Index, gather, n_scanned, slot_of
 from llm_jax.model.taps import tap
+from llm_jax.ops import native
 from llm_jax.ops.collectives import all_gather_tokens, auto_axis_size
 from llm_jax.ops.gradient import embed, lookup, settle
 from llm_jax.ops.loss import unembed
@@ -307,7 +308,7 @@ def remat(config: ModelConfig) -> Any:
     offload = {"names_which_can_be_saved": [], "names_which_can_be_offloaded": list(config.kept)}
     policy = {
         "full": policies.nothing_saveable,
-        "dots": policies.dots_with_no_batch_dims_saveable,
+        "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, native.products),
         "offload": policies.save_and_offload_only_these_names(
             **offload, offload_src="device", offload_dst="pinned_host"
         ),

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from llm_jax import runtime
 from llm_jax.ops.collectives import auto_axis_size
 from llm_jax.ops.mask import Mask
 from llm_jax.ops.position import alibi_slopes
@@ -170,6 +171,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": reference,
     "chunked": imported("chunked", "chunked"),
     **{name: without_dropout("fast_attention", name) for name in ("flash", "splash", "cudnn", "tokamax")},
+    "native": without_dropout("native", "native"),
 }
 # For rows whose tokens are split over the mesh axis `context`. On a mesh without it these names mean None.
 ACROSS: dict[str, Implementation] = {name: without_dropout("ring", name) for name in ("ring", "zigzag", "ulysses")}
@@ -178,7 +180,7 @@ LONG = 1024  # from this many queries on, the L x S scores are the limit, not th
 
 # By platform: what to try, in this order, and from how many queries on; below LONG the reference comes last.
 FASTEST: dict[str, dict[str, int]] = {
-    "cpu": {"chunked": LONG},
+    "cpu": {"native": 1, "chunked": LONG},
     "tpu": {"flash": LONG, "chunked": LONG},
     "gpu": {"cudnn": 128, "chunked": LONG},
 }
@@ -190,6 +192,7 @@ def candidates(L: int) -> list[str]:
     The last takes every case; from LONG on its memory is linear.
     """
     chosen = [name for name, least in FASTEST.get(platform(), FASTEST["cpu"]).items() if least <= L]
+    chosen = [name for name in chosen if name != "native" or runtime.NATIVE]
     return chosen if L >= LONG else [*chosen, "reference"]
 
 

@@ -4,11 +4,13 @@ Forward, each computes what its name says; backward, a test compares each with a
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from llm_jax.ops import native
 from llm_jax.ops.collectives import auto_axis_size, shard_map_by_letters
 from llm_jax.sharding import ACTIVATION_AXES, constrain
 
@@ -71,8 +73,13 @@ def linear(letters: str, x: Float[Array, "B L *I"], w: Float[Array, "*IO"]) -> F
 
     The weight gradient transposes the smaller of its two factors. It sums over tokens, so one of them must be
     transposed, and XLA takes the first. A CPU recomputes it, element by element, and writes it across rows; a TPU makes
-    a copy. Both are expensive for the wide side of a feed-forward layer.
+    a copy. Both are expensive for the wide side of a feed-forward layer. On one CPU device `ops/native.py` transposes
+    nothing.
     """
+    if native.runs(x, w):
+        inputs, outputs = w.shape[: x.ndim - 2], w.shape[x.ndim - 2 :]
+        y = native.matmul(x.reshape(-1, math.prod(inputs)), w.reshape(math.prod(inputs), -1))
+        return y.reshape(*x.shape[:2], *outputs)
     return _linear(letters, x, w)
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
+from llm_jax.ops import native
 from llm_jax.ops.attention import soft_cap
 from llm_jax.ops.collectives import all_gather, shard_map_by_letters
 from llm_jax.ops.gradient import gradient_after
@@ -19,6 +20,9 @@ def unembed(
     hidden: Float[Array, "*T D"], table: Float[Array, "V D"], softcap: float | None = None
 ) -> Float[Array, "*T V"]:
     """Return the float32 logits of hidden states, limited to (-softcap, softcap) by tanh if there is one."""
+    if native.runs(hidden, table):
+        flat = native.matmul(hidden.reshape(-1, table.shape[1]), table, transposed=True)
+        return soft_cap(flat.reshape(*hidden.shape[:-1], len(table)), softcap)
     return soft_cap(jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32), softcap)
 
 

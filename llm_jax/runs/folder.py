@@ -31,6 +31,7 @@ from llm_jax.data.mixture import Mixture
 from llm_jax.data.shards import Shards
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.files import check_fields, locked, read_json, write_json, write_whole
+from llm_jax.ops import native
 from llm_jax.train.config import RunConfig
 
 ADVICE = "restore it, or start a new run"  # about a damaged file
@@ -348,14 +349,14 @@ def environment(command: str) -> dict[str, object]:
 def machine() -> dict[str, Any]:
     """Return the part of the environment that decides the last bits of a run."""
     devices = [f"{device.platform}:{device.id} {device.device_kind}" for device in jax.devices()]
-    return {"jax": jax.__version__, "devices": devices}
+    return {"jax": jax.__version__, "devices": devices, "native": native.used()}
 
 
 def first_machine(folder: Path) -> dict[str, Any]:
     """Return the machine on which the run in `folder` began. Raise `ValueError` if environment.json does not say."""
     path, fields = folder / "environment.json", {"jax": str, "devices": list}
     found = read_json(path, fields, advice=ADVICE)
-    return {name: found[name] for name in fields}
+    return {name: found[name] for name in fields} | {"native": found.get("native", False)}
 
 
 def _commit() -> str | None:

@@ -100,7 +100,7 @@ def moves(there: Seal, here: Seal) -> list[str]:
     layout = [phrase for phrase in differences(before, now) if _key(phrase).startswith(LAYOUT)]
     own = _of_a_microbatch(now["model"])
     layout = [phrase + own * (_key(phrase) == "accumulate=") for phrase in layout]
-    return layout + differences(there["machine"], here["machine"])
+    return layout + differences(*({"native": False} | found["machine"] for found in (there, here)))
 
 
 def _of_a_microbatch(model: Mapping[str, Any]) -> str:

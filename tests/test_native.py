@@ -1,0 +1,125 @@
+import dataclasses
+import functools
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax import runtime
+from llm_jax.data.config import DataConfig
+from llm_jax.data.loader import Batch
+from llm_jax.model.config import ModelConfig
+from llm_jax.ops import native
+from llm_jax.ops.attention import Declined, Scores, attention, candidates
+from llm_jax.ops.mask import Mask
+from llm_jax.train.config import RunConfig
+from llm_jax.train.program import Program
+
+built = pytest.mark.skipif(native.not_built() is not None, reason=f"native code: {native.not_built()}")
+CONFIG = RunConfig(
+    model=ModelConfig(vocab_size=40, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=48),
+    data=DataConfig(seq_len=48, batch_size=4),
+)
+
+
+def numbers(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+@built
+@pytest.mark.parametrize("shape", [(1, 1, 1), (17, 33, 5), (130, 100, 70), (50, 1600, 520), (12, 32, 1100)], ids=str)
+@pytest.mark.parametrize("transposed", [False, True], ids=["as it is", "transposed"])
+def test_products_and_their_gradients_equal_float64(shape: tuple[int, int, int], transposed: bool):
+    M, N, K = shape
+    x, w, g = numbers(M, K), numbers(*((N, K) if transposed else (K, N)), seed=1), numbers(M, N, seed=2)
+    out, back = jax.vjp(functools.partial(native.matmul, transposed=transposed), x, w)
+    exact, weight, gradient = (np.asarray(a, np.float64) for a in (x, w, g))
+    matrix, of_w = (weight.T, gradient.T @ exact) if transposed else (weight, exact.T @ gradient)
+    for mine, theirs in zip((out, *back(g)), (exact @ matrix, gradient @ matrix.T, of_w), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+@built
+def test_bits_do_not_depend_on_who_else_computes():
+    x, w = numbers(300, 200), numbers(200, 300, seed=1)
+    together = jax.jit(lambda x, w: [native.matmul(x, w) for _ in range(8)])(x, w)
+    assert all((a == together[0]).all() for a in together)
+
+
+@built
+def test_a_score_that_is_not_a_number_is_not_hidden():
+    q, k, v = numbers(1, 20, 1, 1, 8).at[0, 5].set(jnp.nan), numbers(1, 20, 1, 8), numbers(1, 20, 1, 8)
+    out = native.native(q, k, v, Mask(), Scores())
+    assert jnp.isnan(out[0, 5]).all()
+    assert jnp.isfinite(out[0, 6:]).all()
+
+
+@built
+@pytest.mark.parametrize(
+    ("mask", "scores", "why"),
+    [
+        (Mask(sinks=1, window=4), Scores(), "no sinks"),
+        (Mask(prefix=jnp.zeros((1, 16), bool)), Scores(softcap=5.0), "no prefix and no softcap"),
+        (Mask(), Scores(scale=-1.0), "a positive scale"),
+        (Mask(kv_length=jnp.array([16])), Scores(), "no cache"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_native_attention_declines_what_it_cannot_do(mask: Mask, scores: Scores, why: str):
+    with pytest.raises(Declined, match=why):
+        native.native(numbers(1, 16, 1, 1, 8), numbers(1, 16, 1, 8), numbers(1, 16, 1, 8), mask, scores)
+
+
+@built
+def test_a_train_step_with_native_code_equals_the_one_without(monkeypatch: pytest.MonkeyPatch):
+    tokens = np.random.default_rng(0).integers(0, 40, (4, 49), np.int32)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], None, None)
+
+    def gradient(remat: str) -> tuple[int, list[jax.Array]]:
+        model = dataclasses.replace(CONFIG.model, remat=remat)
+        program = Program.on_one_device(dataclasses.replace(CONFIG, model=model))
+        params = program.init().params
+        products = program._gradient.lower(params, batch).as_text().count("@llm_jax_linear(")
+        return products, jax.tree.leaves(program.gradient(params, batch))
+
+    none, theirs = gradient("none")
+    monkeypatch.setattr(runtime, "NATIVE", True)
+    found = {remat: gradient(remat) for remat in ("none", "dots", "full")}
+    assert none == 0
+    assert found["none"][0] == found["dots"][0] < found["full"][0]
+    for _, mine in found.values():
+        for a, b in zip(mine, theirs, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * float(jnp.abs(b).max()))
+
+
+def test_native_code_is_not_for_programs_of_several_devices(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runtime, "NATIVE", True)
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
+        assert "one device, got 2" in (native.refusal() or "")
+
+
+def test_the_environment_switches_native_code_off(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runtime, "NATIVE", True)
+    assert candidates(64) == ["native", "reference"]
+    monkeypatch.setattr(runtime, "NATIVE", False)
+    assert candidates(64) == ["reference"]
+    assert not native.runs(numbers(64, 8), numbers(8, 8))
+    assert not native.used()
+
+
+def test_without_a_compiler_attention_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    monkeypatch.setattr(native, "not_built", functools.cache(native.not_built.__wrapped__))
+    with pytest.raises(Declined, match="no C\\+\\+ compiler; install g\\+\\+"):
+        attention(*(numbers(1, 4, 1, 1, 4), numbers(1, 4, 1, 4), numbers(1, 4, 1, 4)), Mask(), implementation="native")
+
+
+def test_a_compiler_that_fails_is_a_reason_to_decline(monkeypatch: pytest.MonkeyPatch):
+    def fails(compiler: str) -> None:
+        raise subprocess.CalledProcessError(1, compiler, stderr="error: no such instruction\nmore")
+
+    monkeypatch.setattr(native, "compile_library", fails)
+    monkeypatch.setattr(native.shutil, "which", lambda name: "/usr/bin/c++")
+    assert native.not_built.__wrapped__() == "/usr/bin/c++ could not build it: error: no such instruction"
