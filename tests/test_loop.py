@@ -181,14 +181,14 @@ def test_an_error_in_reading_a_batch_comes_at_its_step_as_it_is(config, tmp_path
     with pytest.raises(Unreadable, match="row 65 of the table"):
         fit(config, tmp_path / "run", console=say)
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4]
-    assert steps(tmp_path / "run") == [3, 0]
+    assert steps(tmp_path / "run") == [4, 3]
     assert not readers()
 
 
-def test_a_run_that_ends_leaves_no_reader_and_says_how_long_it_waited(config, tmp_path: Path, say):
+def test_a_run_that_ends_leaves_no_reader_and_has_its_waits(config, tmp_path: Path, say):
     fit(dataclasses.replace(config, steps=3), tmp_path / "run", console=say)
     assert not readers()
-    assert all(0 <= row["data_wait"] < 60 for row in rows(tmp_path / "run"))
+    assert all(0 <= row["data_wait"] < 60 for row in log.read(tmp_path / "run"))
 
 
 def readers() -> list[threading.Thread]:

@@ -49,6 +49,12 @@ class File:
             return self.system.open(self.path, "rb")
 
     @property
+    def size(self) -> int:
+        """The number of stored bytes, as far as the store tells: 0 if it doesn't. Raise `ValueError` like `open`."""
+        with reading(self):
+            return self.system.size(self.path) or 0
+
+    @property
     def compression(self) -> str | None:
         """The suffix of its compression, such as `.gz`; None if it has none."""
         suffix = posixpath.splitext(self.path)[1].lower()
