@@ -23,6 +23,7 @@ NOT_BUILTIN = re.compile(
     r"|config-.*|_sysconfigdata.*"
 )
 HIDDEN = re.compile(r"/(\.|__pycache__/)")
+UNKNOWN = 1 << 40  # bytes, of a file without a size
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 RECORDS = (".jsonl", ".ndjson", ".parquet")  # rows and nothing else
 TABLES = (".json", ".csv", ".tsv")  # rows too, but next to prose or code they are settings, or labels
@@ -50,9 +51,10 @@ class File:
 
     @property
     def size(self) -> int:
-        """The number of stored bytes, as far as the store tells: 0 if it doesn't. Raise `ValueError` like `open`."""
+        """The number of stored bytes; `UNKNOWN` if the store doesn't tell. Raise `ValueError` like `open`."""
         with reading(self):
-            return self.system.size(self.path) or 0
+            found = self.system.size(self.path)
+        return UNKNOWN if found is None else int(found)
 
     @property
     def compression(self) -> str | None:

@@ -79,8 +79,8 @@ def encode_all(
     """Yield the documents of `uri` in their order, with their ids by the tokenizer saved in `folder`.
 
     `workers` is a number of processes (None: one a core; 1: this one alone), `ray`, or `ray://HOST:PORT`. A text of few
-    megabytes is tokenized here. Holds some megabytes a worker. Raise `ValueError` for what can't be read, and where a
-    worker dies.
+    megabytes is tokenized here. Holds some tens of megabytes a worker. Raise `ValueError` for what can't be read, and
+    where a worker dies.
     """
     files, tally = ([], Tally("")) if uri in GENERATED else open_files(uri, separator, column, report)
     sizes = {file: file.size * (COMPRESSION if file.compression else 1) for file in files}

@@ -39,7 +39,7 @@ class Meter:
         self.step, self.progress = progress.step, progress
         self._rows, self._token_shares = rows, token_shares
         self._flops, self._peak = flops_per_token(config.model, config.data.seq_len), peak_flops()
-        self._pending: Metrics | None = None
+        self._pending: Row | None = None
         self._wait = 0.0
         self._clock = deque[tuple[float, int]](maxlen=WINDOW + 1)  # when steps ended, and tokens until then
 
