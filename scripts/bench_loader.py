@@ -13,6 +13,7 @@ second of wall time, the start of the processes included, and a second of CPU ti
 """
 
 import atexit
+import functools
 import itertools
 import resource
 import shutil
@@ -146,10 +147,10 @@ class Grain(Batches):
 
 
 class Tokenizing:
-    """`prepare` with a number of processes."""
+    """`prepare` with a number of processes; the setting is the text."""
 
-    def __init__(self, setting: str) -> None:
-        self.workers, self.uri = int(setting.split(" ", 1)[0]), setting.split(" ", 1)[1]
+    def __init__(self, setting: str, workers: int) -> None:
+        self.workers, self.uri = workers, setting
         self.folder = Path(tempfile.mkdtemp(prefix="bench_loader"))
         atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
         self.tokenizer = cached(DataConfig(uri=self.uri), CACHE) / "tokenizer"
@@ -175,7 +176,11 @@ def _cpu_seconds() -> float:
 
 
 PEERS: dict[str, Callable[[str], Any]] = {"get_batch": Stacked, "DataLoader": TorchLoader, "grain": Grain}
-SIDES: dict[str, Callable[[str], Any]] = {"llm_jax": Ours, "read ahead": Ahead, **PEERS, "prepare": Tokenizing}
+PROCESSES: dict[str, Callable[[str], Any]] = {
+    "1 process": functools.partial(Tokenizing, workers=1),
+    "2 processes": functools.partial(Tokenizing, workers=2),
+}
+SIDES: dict[str, Callable[[str], Any]] = {"llm_jax": Ours, "read ahead": Ahead, **PEERS, **PROCESSES}
 
 
 def main() -> None:
@@ -195,11 +200,8 @@ def main() -> None:
             what = f"batches of {ROWS} x {LENGTH}, {kind}"
             rows.append(row(what, rounds, quantity, goal=goal, peers=tuple(PEERS), tokens=TOKENS))
     if given.only != "batches":
-        one, two = (bench.rounds(f"{number} {given.uri}", ["prepare"])["prepare"] for number in (1, 2))
-        rows += [
-            row("tokenizing", {"2 processes": two, "1 process": one}, quantity, ours="2 processes")
-            for quantity in ("MB/s", "MB/s of CPU time")
-        ]
+        rounds = bench.rounds(given.uri, list(PROCESSES))
+        rows += [row("tokenizing", rounds, quantity, ours="2 processes") for quantity in ("MB/s", "MB/s of CPU time")]
     show(rows)
     bench.finish(rows, text=given.uri)
 

@@ -1,9 +1,12 @@
 """Ray tokenizes as one process does, and says in one line what went wrong. `pip install 'llm-jax[ray]'`."""
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,17 +35,32 @@ def text(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[str]:
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a cluster of two cores, whose machines have what this one has."""
     with socket.socket() as free, socket.socket() as other:
         free.bind(("", 0)), other.bind(("", 0))
         port, client = free.getsockname()[1], other.getsockname()[1]
-    command = [sys.executable, "-m", "ray.scripts.scripts"]
     options = [f"--port={port}", f"--ray-client-server-port={client}", "--num-cpus=2", "--include-dashboard=false"]
-    there = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "capture_output": True}
-    subprocess.run([*command, "start", "--head", *options, "--disable-usage-stats"], check=True, **there)
-    yield f"ray://127.0.0.1:{client}"
-    subprocess.run([*command, "stop"], check=True, **there)
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *options]
+    there = os.environ | {"PYTHONPATH": str(ROOT), "RAY_raylet_start_wait_time_s": "300"}
+    with (tmp_path_factory.mktemp("ray") / "log").open("w") as log:
+        started = subprocess.Popen(command, env=there, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 300
+        while not answers(client):
+            assert started.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        yield f"ray://127.0.0.1:{client}"
+    finally:  # not by `ray stop`, which ends all Ray on this machine
+        os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
+
+
+def answers(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["sent", "read there"])
