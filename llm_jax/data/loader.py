@@ -150,7 +150,7 @@ class Loader:
         """Return the rows at `step`: a pure function of the config, the shards and `step`."""
         return _batch(self._store, self._config, self._task, self._spans(step), len(self._rows), self._needs)
 
-    def batches(self, start: int = 0) -> Generator[Batch]:
+    def batches(self, start: int = 0) -> Generator[Batch, None, None]:
         """Yield `batch(start)`, `batch(start + 1)` and so on, read ahead by a thread that ends when this is closed.
 
         What `batch` raises is raised here, when the batch is asked for.
