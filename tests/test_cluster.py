@@ -2,10 +2,12 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,16 +37,19 @@ def text(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def head() -> Iterator[str]:
     """The address of a cluster of two cores, whose machines have what this one has."""
     with socket.socket() as free, socket.socket() as other:
         free.bind(("", 0)), other.bind(("", 0))
         port, client = free.getsockname()[1], other.getsockname()[1]
-    options = [f"--port={port}", f"--ray-client-server-port={client}", "--num-cpus=2", "--include-dashboard=false"]
+    # A folder of its own: `ray.init()` elsewhere would look for a cluster that has gone. Sockets need short paths.
+    folder = tempfile.mkdtemp(prefix="ray")
+    options = [f"--port={port}", f"--ray-client-server-port={client}", "--num-cpus=2", f"--temp-dir={folder}"]
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *options]
     there = os.environ | {"PYTHONPATH": str(ROOT), "RAY_raylet_start_wait_time_s": "300"}
-    with (tmp_path_factory.mktemp("ray") / "log").open("w") as log:
-        started = subprocess.Popen(command, env=there, stdout=log, stderr=log, start_new_session=True)
+    started = subprocess.Popen(
+        command, env=there, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     try:
         deadline = time.monotonic() + 300
         while not answers(client):
@@ -55,6 +60,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:  # not by `ray stop`, which ends all Ray on this machine
         os.killpg(started.pid, signal.SIGKILL)
         started.wait()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def answers(port: int) -> bool:

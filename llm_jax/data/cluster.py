@@ -26,7 +26,7 @@ def check(address: str) -> Any:
 
 
 @contextlib.contextmanager
-def started(address: str, function: Callable[[Any], Any]) -> Iterator[tuple[int, Begin]]:
+def connected(address: str, function: Callable[[Any], Any]) -> Iterator[tuple[int, Begin]]:
     """Yield the number of cores of the cluster, and a function that begins `function(job)` and returns one that waits.
 
     Raise `ValueError` like `check`, where no cluster answers, and where a worker fails.

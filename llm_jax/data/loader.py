@@ -18,7 +18,7 @@ from jaxtyping import Int64
 from llm_jax.data import packing
 from llm_jax.data.config import DataConfig
 from llm_jax.data.mixture import Deal
-from llm_jax.data.packing import Layout, Packing, Spans
+from llm_jax.data.packing import Packing, RowLayout, Spans
 from llm_jax.data.shards import SPLITS, SourceSlice, TokenStore
 from llm_jax.data.task import IGNORE, Task, resolve
 from llm_jax.log import apart, quantity
@@ -328,8 +328,8 @@ def _batch(
     """
     if segmented := bool(needs) or is_segmented(config):
         spans = spans.cut(store.offsets)  # each within one document
-    layout, document = Layout(spans, n_rows, config.seq_len), store.documents_of(spans.starts)
-    read = layout.place(store.read_spans(spans))
+    layout, document = RowLayout(spans, n_rows, config.seq_len), store.documents_of(spans.starts)
+    read = layout.fill(store.read_spans(spans))
     if config.end_of_text:
         tokens, targets, of_target = np.roll(read, 1), read, layout.spread(document, IGNORE)
         begins = store.offsets[document] == spans.starts

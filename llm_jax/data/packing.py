@@ -27,12 +27,12 @@ class Spans:
     stops: Numbers
 
     @classmethod
-    def joined(cls, parts: Sequence["Spans"]) -> "Spans":
-        """Return the spans of all `parts` sorted by row; those of one row in the order of `parts`."""
-        if len(parts) == 1:
-            return parts[0]
+    def joined(cls, several: Sequence["Spans"]) -> "Spans":
+        """Return the spans of `several` sorted by row; those of one row in the order of `several`."""
+        if len(several) == 1:
+            return several[0]
         rows, starts, stops = (
-            np.concatenate([getattr(part, name) for part in parts] or [np.zeros(0, np.int64)])
+            np.concatenate([getattr(one, name) for one in several] or [np.zeros(0, np.int64)])
             for name in ("rows", "starts", "stops")
         )
         order = np.argsort(rows, kind="stable")
@@ -56,7 +56,7 @@ class Spans:
         return Spans(self.rows[of][whole], starts[whole], stops[whole])
 
 
-class Layout:
+class RowLayout:
     """Where spans lie in `n_rows` rows of `seq_len` tokens: in their rows from the left, and padding after them.
 
     The rows are one vector here, one after the other.
@@ -77,13 +77,13 @@ class Layout:
         self.last = self.first + spans.sizes - 1
         self.padding = ranges(self._begin[~self._filled], self._sizes[~self._filled])
 
-    def place(self, tokens: Int32[np.ndarray, "n_tokens"]) -> Int32[np.ndarray, "size"]:
+    def fill(self, tokens: Int32[np.ndarray, "n_tokens"]) -> Int32[np.ndarray, "size"]:
         """Return the tokens of all spans where they belong, 0 in the padding."""
         if not len(self.padding):
             return tokens
-        placed = np.zeros(len(tokens) + len(self.padding), np.int32)
-        placed[np.repeat(self._filled, self._sizes)] = tokens
-        return placed
+        filled = np.zeros(len(tokens) + len(self.padding), np.int32)
+        filled[np.repeat(self._filled, self._sizes)] = tokens
+        return filled
 
     def spread(self, values: Numbers, padding: int) -> Int32[np.ndarray, "size"]:
         """Return the value of each span at all of its tokens."""

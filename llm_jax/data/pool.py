@@ -144,7 +144,7 @@ def _started(folder: Path, reading: Reading, workers: int | str | None, total: i
     number = cores() if workers is None else workers
     if isinstance(number, str):
         saved = {file.name: file.read_bytes() for file in folder.iterdir()}
-        with cluster.started(number, functools.partial(_encode_there, llm_jax.__version__, saved, reading)) as found:
+        with cluster.connected(number, functools.partial(_encode_there, llm_jax.__version__, saved, reading)) as found:
             yield found
     elif number == 1 or (workers is None and total < ALONE_BYTES):
         tokenizer = load_tokenizer(folder)
@@ -177,7 +177,7 @@ def workers_of(asked: int | str | None) -> int | str | None:
 
 def cores() -> int:
     """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return getattr(os, "process_cpu_count", os.cpu_count)() or 1  # since Python 3.13
 
 
 def encode(tokenizer: Tokenizer, reading: Reading, job: Job) -> Encoded:
