@@ -236,10 +236,10 @@ def test_the_reader_stops_a_few_batches_ahead_and_ends_when_it_is_closed(stores,
     batches = ours.batches()
     next(batches)
     deadline = time.monotonic() + 10
-    while len(asked) < loader.AHEAD and time.monotonic() < deadline:
+    while len(asked) <= loader.AHEAD and time.monotonic() < deadline:
         time.sleep(0.001)
     time.sleep(0.01)
-    assert asked == list(range(loader.AHEAD))
+    assert asked == list(range(loader.AHEAD + 1))
     assert len(readers()) == 1
     batches.close()
     assert not readers()

@@ -160,8 +160,10 @@ class Loader:
             try:
                 ahead = deque(thread.submit(self.batch, step) for step in itertools.islice(steps, AHEAD))
                 while True:
-                    yield ahead.popleft().result()
+                    batch = ahead.popleft().result()
+                    # Now, not at the next call: the thread gets Python's lock once the step that follows is dispatched.
                     ahead.append(thread.submit(self.batch, next(steps)))
+                    yield batch
             finally:
                 thread.shutdown(cancel_futures=True)
 
