@@ -2,15 +2,20 @@
 
 import collections
 import itertools
+import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+import recorded_batches
 
 from llm_jax.data import loader, shards
 from llm_jax.data.loader import IGNORE, Batch, DataConfig, Loader, heldout_rows
+from llm_jax.data.packing import ranges
 from llm_jax.data.prepare import prepare
 from llm_jax.ops import loss
 
@@ -57,6 +62,11 @@ def row_keys(batches: list[Batch]) -> list[bytes]:
     ]
 
 
+def test_every_kind_of_batch_is_bit_for_bit_what_it_was_when_recorded():
+    recorded = json.loads(recorded_batches.RECORD.read_text())
+    assert {kind: recorded_batches.digests(of) for kind, of in recorded_batches.recorded()} == recorded
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_is_the_same_whenever_it_is_asked_for(kind: str, stores):
     first, second = Loader(stores[kind], config(kind)), Loader(stores[kind], config(kind))
@@ -72,9 +82,9 @@ def test_in_tokens_of_ours_an_input_is_what_stands_before_its_target(kind: str, 
     """The end of another document before each one, as on a ring."""
     store, ours = stores[kind], Loader(stores[kind], config(kind))
     for step in range(ours.steps_per_epoch):
-        index, tokens = ours._index(step), ours.batch(step).tokens
-        there = index != loader.PADDING
-        assert (tokens[there] == store.take((index[there] - 1) % store.n_tokens)).all()
+        spans, batch = ours._spans(step), ours.batch(step)
+        read = store.take((ranges(spans.starts, spans.sizes) - 1) % store.n_tokens)
+        assert batch.tokens[batch.segments > 0].tolist() == read.tolist()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -120,17 +130,11 @@ def test_windows_shift_from_epoch_to_epoch_and_never_overlap(stores):
     ours = Loader(store, config("stream", batch_size=1, seq_len=seq_len))
     steps, shifts = ours.steps_per_epoch, set()
     for epoch in range(8):
-        starts = sorted(start for step in range(steps) for start, _ in spans(ours, epoch * steps + step))
+        starts = sorted(ours._spans(epoch * steps + step).starts.item() for step in range(steps))
         assert set(np.diff(starts).tolist()) == {seq_len}
         assert starts[-1] + seq_len < store.n_tokens
         shifts.add(starts[0])
     assert len(shifts) > 3
-
-
-def spans(ours: Loader, step: int) -> list[tuple[int, int]]:
-    epoch, row = divmod(step, ours.steps_per_epoch)
-    order, shift = ours._sources[0].order(epoch)
-    return ours._sources[0].packing.spans(int(order[row]), shift)
 
 
 def test_a_seed_in_its_second_epoch_is_not_the_next_seed_in_its_first(stores):
@@ -205,15 +209,40 @@ def test_reading_ahead_gives_the_same_batches_from_any_step(kind: str, stores):
         assert all(equal(batch, ours.batch(start + i)) for i, batch in enumerate(ahead))
 
 
-def test_an_error_in_reading_ahead_is_raised(stores, monkeypatch):
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+
+
+def test_an_error_in_reading_ahead_is_raised_at_its_step_as_it_is(stores, monkeypatch):
     ours = Loader(stores["stream"], config("stream"))
+    read = ours.batch
 
-    def fail(index: np.ndarray):
-        raise OSError("the disk is gone")
+    def fail(step: int) -> Batch:
+        if step == 7:
+            raise OSError("the disk is gone")
+        return read(step)
 
-    monkeypatch.setattr(ours._store, "take", fail)
+    monkeypatch.setattr(ours, "batch", fail)
+    batches = ours.batches(5)
+    assert all(equal(next(batches), read(step)) for step in (5, 6))
     with pytest.raises(OSError, match="the disk is gone"):
-        next(ours.batches())
+        next(batches)
+    assert not readers()
+
+
+def test_the_reader_stops_a_few_batches_ahead_and_ends_when_it_is_closed(stores, monkeypatch):
+    ours, asked = Loader(stores["stream"], config("stream")), []
+    monkeypatch.setattr(ours, "batch", asked.append)
+    batches = ours.batches()
+    next(batches)
+    deadline = time.monotonic() + 10
+    while len(asked) <= loader.AHEAD and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.01)
+    assert asked == list(range(loader.AHEAD + 1))
+    assert len(readers()) == 1
+    batches.close()
+    assert not readers()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -21,6 +22,7 @@ from rich.console import Console
 from tiny_run import console, last_checkpoint, rows, said, write_corpus
 
 from llm_jax import log, tree
+from llm_jax.data.loader import Batch, Loader
 from llm_jax.runs import folder as run_folder
 from llm_jax.runs import loop, pause, session
 from llm_jax.runs.checkpoint import Checkpoints, Progress
@@ -159,6 +161,38 @@ def test_init_from_a_run_of_another_tokenizer_is_refused_with_its_name(finished,
     data = dataclasses.replace(config.data, tokenizer="char")
     with pytest.raises(ValueError, match=f"knows the tokens of byte.* set data.tokenizer={finished}/tokenizer"):
         fit(dataclasses.replace(config, data=data, init_from=str(finished)), tmp_path / "run", console=say)
+
+
+# Reading ahead.
+
+
+def test_an_error_in_reading_a_batch_comes_at_its_step_as_it_is(config, tmp_path: Path, say, monkeypatch):
+    class Unreadable(Exception):
+        pass
+
+    original = Loader.batch
+
+    def batch(self: Loader, step: int) -> Batch:
+        if step == 4:
+            raise Unreadable("row 65 of the table")
+        return original(self, step)
+
+    monkeypatch.setattr(Loader, "batch", batch)
+    with pytest.raises(Unreadable, match="row 65 of the table"):
+        fit(config, tmp_path / "run", console=say)
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4]
+    assert steps(tmp_path / "run") == [4, 3]
+    assert not readers()
+
+
+def test_a_run_that_ends_leaves_no_reader_and_has_its_waits(config, tmp_path: Path, say):
+    fit(dataclasses.replace(config, steps=3), tmp_path / "run", console=say)
+    assert not readers()
+    assert all(0 <= row["data_wait"] < 60 for row in log.read(tmp_path / "run"))
+
+
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
 
 
 # Resuming.

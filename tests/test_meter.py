@@ -1,6 +1,6 @@
 """The meter: counts that are right, and speeds that count training alone."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,21 @@ def test_a_pause_is_in_no_speed(clock: Clock):
     assert [rows.written[step]["tokens_per_second"] for step in (2, 3)] == [100, 100]
     assert all(rows.written[step]["tokens_per_second"] >= 100 for step in (5, 6, 7, 8))
     assert rows.written[8]["tokens_per_second"] == 200
+
+
+def test_a_row_says_how_long_its_own_step_waited_for_its_batch(clock: Clock):
+    def slowly(waits: list[float]) -> Iterator[Any]:
+        for wait in waits:
+            clock.now += wait
+            yield None, wait
+
+    meter, rows = meter_of()
+    waits = [3.0, 0.0, 0.5]
+    for _ in meter.timed(pair for pair in slowly(waits)):
+        clock.now += 10  # the step itself
+        meter.push(metrics())
+    meter.write(meter.read())
+    assert [rows.written[step]["data_wait"] for step in (1, 2, 3)] == waits
 
 
 def test_the_share_of_the_peak_is_the_models_work_over_the_machines_best(clock: Clock, monkeypatch):

@@ -33,10 +33,10 @@ WEIGHTS = ("0.5", "0.2", "0.3")
 @given(SHARES, st.sampled_from([0, 1, 977, 10**6, 10**18]))
 def test_every_row_is_dealt_to_one_source_and_counts_follow_the_shares(shares: tuple[Fraction, ...], first: int):
     deal = Deal(shares)
-    for row in range(first, first + 30):
+    dealt = deal.source(np.arange(first, first + 30))
+    for row, source, number in zip(range(first, first + 30), *(x.tolist() for x in dealt), strict=True):
         before, after = deal.before(row), deal.before(row + 1)
         assert sum(before) == row
-        source, number = deal.source(row)
         assert (before[source], after[source]) == (number, number + 1)
         assert sum(after) - sum(before) == 1
         for place, (count, share) in enumerate(zip(before, shares, strict=True), start=1):
@@ -99,7 +99,12 @@ def test_an_epoch_of_a_source_has_each_of_its_rows_once(folder: Path, opened):
     """Whatever the batches: the rows of a source, in the order of their numbers."""
     loader = Loader(opened["documents"].split("train"), config(folder))
     for source in loader._sources:
-        epochs = [[tuple(source.spans(e * source.n_rows + r)) for r in range(source.n_rows)] for e in range(2)]
+        every = np.arange(2 * source.n_rows)
+        spans = source.spans(every, every)
+        rows: list[tuple[tuple[int, int], ...]] = [()] * len(every)
+        for row, start, stop in zip(*(x.tolist() for x in (spans.rows, spans.starts, spans.stops)), strict=True):
+            rows[row] += ((start, stop),)
+        epochs = [rows[: source.n_rows], rows[source.n_rows :]]
         assert len(set(epochs[0])) == source.n_rows
         assert set(epochs[0]) == set(epochs[1])
         assert epochs[0] != epochs[1]

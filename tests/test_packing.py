@@ -1,19 +1,24 @@
 """Rows hold every token once: packed one after the other, or in windows."""
 
 import bisect
+import itertools
 
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 
-from llm_jax.data.packing import Packing, pack, windows
+from llm_jax.data.packing import Packing, Spans, pack, windows
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=60)
 SEQ_LENS = st.integers(1, 20)
 
 
-def rows(packing: Packing) -> list[list[tuple[int, int]]]:
-    return [packing.spans(row) for row in range(packing.n_rows)]
+def rows(packing: Packing, shift: int = 0) -> list[list[tuple[int, int]]]:
+    found: list[list[tuple[int, int]]] = [[] for _ in range(packing.n_rows)]
+    spans = packing.spans(np.arange(packing.n_rows), shift)
+    for row, start, stop in zip(*(x.tolist() for x in (spans.rows, spans.starts, spans.stops)), strict=True):
+        found[row].append((start, stop))
+    return found
 
 
 def best_fit(lengths: list[int], seq_len: int) -> list[list[int]]:
@@ -67,5 +72,21 @@ def test_windows_shifted_by_all_their_slack_end_with_the_last_target(n_targets: 
     packing = windows(n_targets, seq_len)
     assert 0 <= packing.slack < seq_len
     if packing.n_rows:
-        ((_, stop),) = packing.spans(packing.n_rows - 1, packing.slack)
+        ((_, stop),) = rows(packing, packing.slack)[-1]
         assert stop == n_targets
+
+
+EDGES = st.lists(st.integers(0, 30), max_size=8).map(lambda inside: np.array(sorted([0, *inside, 30]), np.int64))
+
+
+@hypothesis.given(EDGES, st.lists(st.tuples(st.integers(0, 29), st.integers(1, 30)), max_size=6))
+def test_spans_are_cut_at_every_edge_inside_and_nowhere_else(edges: np.ndarray, given: list[tuple[int, int]]):
+    """An edge that comes twice, as where a document is empty, cuts once."""
+    starts = np.array([start for start, _ in given], np.int64)
+    stops = np.minimum(starts + [size for _, size in given], 30).astype(np.int64)
+    cut = Spans(np.arange(len(given)), starts, stops).cut(edges)
+    expected = []
+    for row, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
+        bounds = [start, *sorted({edge for edge in edges.tolist() if start < edge < stop}), stop]
+        expected += [(row, *pair) for pair in itertools.pairwise(bounds)]
+    assert list(zip(cut.rows.tolist(), cut.starts.tolist(), cut.stops.tolist(), strict=True)) == expected

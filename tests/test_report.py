@@ -135,9 +135,11 @@ def test_the_headline_says_what_came_out_and_what_it_took(tmp_path: Path):
     }
 
 
-def test_skipped_steps_and_the_share_of_peak_are_named_where_there_are_any(tmp_path: Path):
+def test_skipped_steps_share_of_peak_and_waits_are_named_if_there_are_any(tmp_path: Path):
     shown = headline(run(tmp_path, [(1, row(1) | {"skipped": 3, "peak_fraction": 0.614})]))
     assert shown["skipped steps"][0] == "3"
+    rows = [(step, row(step) | {"data_wait": 0.02 if step > 1 else 9.0}) for step in range(1, 101)]
+    assert headline(run(tmp_path, rows))["time"] == ("0:10", "in training steps, 20% waiting for data")
     assert shown["tokens a second"][1] == "61% of peak"
 
 

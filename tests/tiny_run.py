@@ -28,7 +28,7 @@ from llm_jax.train.optimizer import OptimizerConfig
 from llm_jax.train.program import Program
 from llm_jax.train.step import TrainState
 
-TIMES = {"tokens_per_second", "step_seconds", "peak_fraction"}  # what no two runs have in common
+TIMES = {"tokens_per_second", "step_seconds", "peak_fraction", "data_wait"}  # what no two runs have in common
 
 
 def write_corpus(folder: Path, documents: int = 40, seed: int = 0) -> Path:

@@ -189,6 +189,7 @@ SYNTAX: dict[Callable[[Namespace], int | None], tuple[Argument, ...]] = {
         arg("--heldout", type=float, default=0.05, metavar="SHARE", help="of the documents; default: 0.05"),
         arg("--heldout-by", choices=("hash", "tail"), default="hash", help="chosen by content, or the last"),
         arg("--special", action="store_true", help="read <|endoftext|> and the like as special tokens"),
+        arg("--workers", metavar="N", help="processes, ray, or ray://HOST:PORT; default: one a core"),
         JSON,
     ),
     using.generate: (

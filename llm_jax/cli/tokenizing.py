@@ -18,11 +18,12 @@ def prepare(args: Namespace) -> None:
 
       llm-jax prepare builtin:python --out data/python --tokenizer train:8192
       llm-jax train quickstart data.uri=data/python data.tokenizer=train:8192 model.vocab_size=8192
+      llm-jax prepare s3://bucket/web --out data/web --tokenizer gpt2 --workers ray://head:10001
     """
     from llm_jax.data import prepare as preparing
 
     options = {name: vars(args)[name] for name in preparing.SETTINGS}
-    manifest = preparing.prepare(args.uri, args.out, **options, report=say)
+    manifest = preparing.prepare(args.uri, args.out, **options, workers=args.workers, report=say)
     if args.json:
         print_json(dataclasses.asdict(manifest))
     else:

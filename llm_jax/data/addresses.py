@@ -23,6 +23,7 @@ NOT_BUILTIN = re.compile(
     r"|config-.*|_sysconfigdata.*"
 )
 HIDDEN = re.compile(r"/(\.|__pycache__/)")
+UNKNOWN = 1 << 40  # bytes, of a file without a size
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 RECORDS = (".jsonl", ".ndjson", ".parquet")  # rows and nothing else
 TABLES = (".json", ".csv", ".tsv")  # rows too, but next to prose or code they are settings, or labels
@@ -47,6 +48,13 @@ class File:
         """Open the stored bytes. Raise `ValueError` if they can't be read."""
         with reading(self):
             return self.system.open(self.path, "rb")
+
+    @property
+    def size(self) -> int:
+        """The number of stored bytes; `UNKNOWN` if the store doesn't tell. Raise `ValueError` like `open`."""
+        with reading(self):
+            found = self.system.size(self.path)
+        return UNKNOWN if found is None else int(found)
 
     @property
     def compression(self) -> str | None:

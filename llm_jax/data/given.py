@@ -19,7 +19,7 @@ from jaxtyping import Int
 from llm_jax.data.config import DataConfig
 from llm_jax.data.prepare import GIVEN, SETTINGS, SplitWriter, by_hash, by_tail, check_sides, learns
 from llm_jax.data.shards import FORMAT, SPLITS, Manifest, is_prepared
-from llm_jax.data.sources import Document
+from llm_jax.data.sources import hash_of
 from llm_jax.data.tokenizer import Tokenizer, build
 from llm_jax.files import scratch_number, whole_folder, write_json, written
 from llm_jax.log import Report
@@ -121,7 +121,7 @@ def _store_ids(documents: Iterable[np.ndarray], config: DataConfig, cache: Path,
         tokenizer.save(scratch / "tokenizer")
         writers = {name: SplitWriter(scratch, name, tokenizer, config.end_of_text, report, name) for name in SPLITS}
         for number, (ids, size) in enumerate(zip(every, sizes, strict=True)):
-            writers[side[number]].add(Document("", f"document {number} of those given"), size, ids)
+            writers[side[number]].add(f"document {number} of those given", size, ids)
         manifest = Manifest(
             format=FORMAT,
             source=f"{len(every)} documents of token ids",
@@ -148,8 +148,6 @@ def _checked(number: int, ids: np.ndarray, tokenizer: Tokenizer) -> Int[np.ndarr
 
 def _sides(documents: Sequence[np.ndarray], sizes: Sequence[int], config: DataConfig) -> list[str]:
     """Return the split of each document, chosen by the hash of its ids or from the tail, as for text."""
-    if config.heldout_by == "hash":
-        side = by_hash(config.heldout)
-        return [side(ids.astype(np.uint32).tobytes()) for ids in documents]
-    side = by_tail(config.heldout, sum(sizes))
-    return [side(bytes(size)) for size in sizes]
+    side = by_hash(config.heldout) if config.heldout_by == "hash" else by_tail(config.heldout, sum(sizes))
+    hashes = [hash_of(ids.astype(np.uint32).tobytes()) for ids in documents]
+    return list(map(side, hashes, sizes))

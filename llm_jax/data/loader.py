@@ -4,28 +4,29 @@ import bisect
 import dataclasses
 import functools
 import hashlib
+import itertools
 import operator
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import flax.struct
-import grain
 import numpy as np
 from jaxtyping import Int64
 
 from llm_jax.data import packing
 from llm_jax.data.config import DataConfig
 from llm_jax.data.mixture import Deal
-from llm_jax.data.packing import Packing
+from llm_jax.data.packing import Packing, RowLayout, Spans
 from llm_jax.data.shards import SPLITS, SourceSlice, TokenStore
 from llm_jax.data.task import IGNORE, Task, resolve
 from llm_jax.log import apart, quantity
 
 __all__ = ["IGNORE", "Batch", "DataConfig", "Loader", "heldout_rows"]
 
-PADDING = -1  # the index in the stream of a position without a token
 CHECKED = 10_000  # documents in memory at once
-LAST_STEP = np.iinfo(np.int64).max
+AHEAD = 4  # batches read before they are asked for
 
 Rows = Any  # int32 [B, L] of NumPy or JAX; in a mapped tree whatever replaces them, such as a sharding
 
@@ -85,7 +86,7 @@ class Loader:
         self._needs = needs
         self._sources = [_Rows(store, source, config, number) for number, source in enumerate(store.sources)]
         self._deal = Deal(tuple(source.share for source in store.sources))
-        self._rows = range(config.batch_size) if rows is None else rows
+        self._rows = np.arange(config.batch_size) if rows is None else np.asarray(rows)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -147,33 +148,45 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """Return the rows at `step`: a pure function of the config, the shards and `step`."""
-        batch = _batch(self._store, self._config, self._task, self._index(step), segmented=bool(self._needs))
-        return select_fields(batch, self._config, self._needs)
+        return _batch(self._store, self._config, self._task, self._spans(step), len(self._rows), self._needs)
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
-        """Iterate over `batch(start)`, `batch(start + 1)` and so on, read ahead by a thread."""
-        steps = grain.MapDataset.range(start, LAST_STEP).map(self.batch)
-        return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+    def batches(self, start: int = 0) -> Generator[Batch, None, None]:
+        """Yield `batch(start)`, `batch(start + 1)` and so on, read ahead by a thread that ends when this is closed.
+
+        What `batch` raises is raised here, when the batch is asked for.
+        """
+        steps = itertools.count(start)
+        with ThreadPoolExecutor(1, "loader") as thread:
+            try:
+                ahead = deque(thread.submit(self.batch, step) for step in itertools.islice(steps, AHEAD))
+                while True:
+                    batch = ahead.popleft().result()
+                    # Now, not at the next call: the thread gets Python's lock once the step that follows is dispatched.
+                    ahead.append(thread.submit(self.batch, next(steps)))
+                    yield batch
+            finally:
+                thread.shutdown(cancel_futures=True)
 
     def documents(self, step: int) -> list[int]:
         """Return which documents of the store are in the rows at `step`."""
-        index = self._index(step)
-        return np.unique(self._store.documents_of(index[index != PADDING])).tolist()
+        spans = self._spans(step).cut(self._store.offsets)
+        return np.unique(self._store.documents_of(spans.starts)).tolist()
 
     def _seen(self, step: int) -> list[int]:
         """Return how many rows of each source lie before `step`."""
         return self._deal.before(step * self._config.batch_size)
 
-    def _index(self, step: int) -> Int64[np.ndarray, "B L"]:
-        """Return the index in the store of every token at `step`.
+    def _spans(self, step: int) -> Spans:
+        """Return the spans of the store in the rows at `step`.
 
         Epochs follow each other without a gap: rows left over from one begin the first batch of the next.
         """
-        first, order = step * self._config.batch_size, self._order(step)
-        dealt = (self._deal.source(first + order[row]) for row in self._rows)
-        return _index(self._config, [self._sources[source].spans(number) for source, number in dealt])
+        dealt = step * self._config.batch_size + self._order(step)[self._rows]
+        sources, numbers = self._deal.source(dealt)
+        grouped = _grouped(sources)
+        return Spans.joined([self._sources[source].spans(numbers[here], here) for source, here in grouped])
 
-    def _order(self, step: int) -> Sequence[int]:
+    def _order(self, step: int) -> Int64[np.ndarray, "batch_size"]:
         """Return which of the rows dealt to `step` each row of its batch is.
 
         Sources alternate, and so do microbatches. Drawing a new order at every step gives every row of the batch each
@@ -182,8 +195,8 @@ class Loader:
         """
         size = self._config.batch_size
         if len(self._sources) == 1:
-            return range(size)
-        return np.argsort(_bits(f"{self._config.seed} mixture {step}").random_raw(size), kind="stable").tolist()
+            return np.arange(size)
+        return np.argsort(_bits(f"{self._config.seed} mixture {step}").random_raw(size), kind="stable")
 
 
 class _Rows:
@@ -212,11 +225,14 @@ class _Rows:
         """The number of tokens in an epoch."""
         return int(self.packing.sizes.sum())
 
-    def spans(self, number: int) -> list[tuple[int, int]]:
-        """Return the spans in the store of row `number`, counted over all epochs."""
-        epoch, row = divmod(number, self.n_rows)
-        order, shift = self.order(epoch)
-        return self.packing.spans(int(order[row]), self._start + shift)
+    def spans(self, numbers: Int64[np.ndarray, "n"], into: Int64[np.ndarray, "n"]) -> Spans:
+        """Return the spans in the store of the rows `numbers`, counted over all epochs, as rows `into` of a batch."""
+        epochs, rows = np.divmod(numbers, self.n_rows)
+        shifts = np.zeros_like(rows)
+        for epoch, here in _grouped(epochs):
+            order, shift = self.order(epoch)
+            rows[here], shifts[here] = order[rows[here]], self._start + shift
+        return self.packing.spans(rows, shifts, into)
 
     def tokens(self, number: int) -> int:
         """Return how many tokens the rows before `number` hold."""
@@ -262,11 +278,17 @@ def heldout_rows(store: TokenStore, config: DataConfig) -> Iterator[Batch]:
     due = [(np.arange(len(order)) + 0.5) / float(source.share) for order, source in zip(orders, sources, strict=True)]
     number_of = np.repeat(np.arange(len(packings)), [packing.n_rows for packing in packings])
     by_due = np.argsort(np.concatenate(due), kind="stable")
-    dealt = np.stack([number_of, np.concatenate(orders)], axis=1)[by_due]
-    for first in range(0, len(dealt), config.batch_size):
-        rows = dealt[first : first + config.batch_size].tolist()
-        spans = [packings[number].spans(row, sources[number].tokens.start) for number, row in rows]
-        yield _batch(store, config, task, _index(config, spans + [[]] * (config.batch_size - len(rows))))
+    number_of, row_of = number_of[by_due], np.concatenate(orders)[by_due]
+    for first in range(0, len(by_due), config.batch_size):
+        chosen = slice(first, first + config.batch_size)
+        row, grouped = row_of[chosen], _grouped(number_of[chosen])
+        spans = [packings[number].spans(row[here], sources[number].tokens.start, here) for number, here in grouped]
+        yield _batch(store, config, task, Spans.joined(spans), config.batch_size, needs=("documents",))
+
+
+def _grouped(numbers: Int64[np.ndarray, " n"]) -> list[tuple[int, Int64[np.ndarray, " _"]]]:
+    """Return each number that occurs, and where."""
+    return [(number, np.flatnonzero(numbers == number)) for number in sorted(set(numbers.tolist()))]
 
 
 @functools.lru_cache(maxsize=len(SPLITS))  # every evaluation calls it
@@ -294,50 +316,39 @@ def _packing(store: TokenStore, source: SourceSlice, config: DataConfig, *, part
     return packing.windows(n_targets, config.seq_len, partial=partial)
 
 
-def _index(config: DataConfig, rows: Sequence[list[tuple[int, int]]]) -> Int64[np.ndarray, "B L"]:
-    """Return the index in the stream of each token of a batch: the spans of its row in order, then padding."""
-    index = np.full((len(rows), config.seq_len), PADDING)
-    for row, spans in zip(index, rows, strict=True):
-        filled = 0
-        for start, stop in spans:
-            row[filled : filled + stop - start] = np.arange(start, stop)
-            filled += stop - start
-    return index
-
-
 def _batch(
-    store: TokenStore, config: DataConfig, task: Task | None, index: Int64[np.ndarray, "B L"], segmented: bool = False
+    store: TokenStore, config: DataConfig, task: Task | None, spans: Spans, n_rows: int, needs: Collection[str] = ()
 ) -> Batch:
-    """Return the batch of the tokens at `index`; targets are one token after the inputs.
+    """Return the batch of `spans` in `n_rows` rows; targets are one token after the inputs.
 
-    With end-of-text tokens `index` is that of the targets, and the input before a document is the tokenizer's
+    With end-of-text tokens `spans` are those of the targets, and the input before a document is the tokenizer's
     begin-of-text, for our own tokenizers the end of another text: every token of a document is a target. Without them
-    `index` is that of the inputs, and the last token of a document has no target. A task keeps some of the targets.
+    `spans` are those of the inputs, and the last token of a packed document has no target. A task keeps some of the
+    targets.
+
+    No line here is run for each token, or each row: a number of a span is repeated over its tokens.
     """
-    filled, document = index != PADDING, store.documents_of(index)
-    inputs = index - 1 if config.end_of_text else index
-    targets = index if config.end_of_text else index + 1
-    whole = config.packing == "documents"
-    tokens = store.take(inputs)
+    if segmented := bool(needs) or is_segmented(config):
+        spans = spans.cut(store.offsets)  # each within one document
+    layout, document = RowLayout(spans, n_rows, config.seq_len), store.documents_of(spans.starts)
+    read = layout.fill(store.read_spans(spans))
     if config.end_of_text:
-        tokens = np.where(store.offsets[document] == index, store.tokenizer.begin_of_text, tokens)
-    counted = filled & (store.documents_of(targets) == document) if whole else filled
-    batch = Batch(
-        tokens=np.where(filled, tokens, 0).astype(np.int32),
-        targets=np.where(counted, store.take(targets), IGNORE).astype(np.int32),
-        documents=np.where(counted, store.documents_of(targets), IGNORE).astype(np.int32),
-    )
-    if not (segmented or is_segmented(config)):
-        return batch
-    position = np.broadcast_to(np.arange(config.seq_len), index.shape)  # in the row
-    first = np.diff(document, axis=1, prepend=-2) != 0
-    start = np.maximum.accumulate(np.where(first, position, 0), axis=1)
-    batch = dataclasses.replace(
-        batch,
-        segments=np.where(filled, np.cumsum(first, axis=1), 0).astype(np.int32),
-        positions=(position - start).astype(np.int32),
-    )
-    if task is None:
-        return batch
-    selected = task.select(batch.tokens, batch.targets, batch.segments)
-    return dataclasses.replace(batch, targets=selected.targets, prefix=selected.prefix)
+        tokens, targets, of_target = np.roll(read, 1), read, layout.spread(document, IGNORE)
+        begins = store.offsets[document] == spans.starts
+        tokens[layout.first] = np.where(begins, store.tokenizer.begin_of_text, store.take(spans.starts - 1))
+    else:
+        tokens, targets, of_target = read, np.roll(read, -1), layout.spread(document, IGNORE)
+        after = store.documents_of(spans.stops)
+        ends = (after != document) & (config.packing == "documents")
+        targets[layout.last] = np.where(ends, IGNORE, store.take(spans.stops))
+        of_target[layout.last] = np.where(ends, IGNORE, after)
+    tokens[layout.padding], targets[layout.padding] = 0, IGNORE
+    fields = {"tokens": tokens, "targets": targets, "documents": of_target}
+    if segmented:
+        number = np.arange(len(document)) - np.searchsorted(spans.rows, spans.rows)  # of each span in its row
+        fields |= {"segments": layout.spread(number + 1, 0), "positions": layout.positions()}
+    batch = Batch(**{name: values.reshape(n_rows, config.seq_len) for name, values in fields.items()})
+    if task is not None:
+        selected = task.select(batch.tokens, batch.targets, batch.segments)
+        batch = dataclasses.replace(batch, targets=selected.targets, prefix=selected.prefix)
+    return select_fields(batch, config, needs)

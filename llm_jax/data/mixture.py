@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Int64
 
 from llm_jax.data.config import DataConfig, Source
 from llm_jax.data.shards import SPLITS, Shards, TokenStore, open_shards
@@ -81,16 +84,18 @@ class Deal:
             row -= counts[-1]
         return counts
 
-    def source(self, row: int) -> tuple[int, int]:
-        """Return the source of `row`, and its index among the rows of that source."""
+    def source(self, rows: Int64[np.ndarray, "n"]) -> tuple[Int64[np.ndarray, "n"], Int64[np.ndarray, "n"]]:
+        """Return the source of each of `rows`, and its index among the rows of that source."""
+        sources, numbers = np.full(len(rows), -1), np.zeros(len(rows), np.int64)
+        left = rows.astype(object)  # Python's integers, which no product overflows
         for source, ratio in enumerate(self._ratios):
-            count = _rounded(ratio, row)
-            if _rounded(ratio, row + 1) > count:
-                return source, count
-            row -= count
-        raise AssertionError("the last source takes every row that is left")
+            counts = _rounded(ratio, left)
+            here = (sources < 0) & (_rounded(ratio, left + 1) > counts)
+            sources[here], numbers[here] = source, counts[here]
+            left = left - counts
+        return sources, numbers
 
 
-def _rounded(ratio: Fraction, row: int) -> int:
-    """Return `ratio * row` rounded to the nearest whole number, halves up."""
+def _rounded(ratio: Fraction, row: Any) -> Any:
+    """Return `ratio * row` rounded to the nearest whole number, halves up; `row` may be an array of integers."""
     return (2 * row * ratio.numerator + ratio.denominator) // (2 * ratio.denominator)

@@ -5,10 +5,102 @@ the documents of a split one after the other.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int32, Int64
+
+PADDING = -1  # the start of a span without tokens
+Numbers = Int64[np.ndarray, "n"]
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Spans of the token stream that fill rows: span i, the tokens [starts[i], stops[i]), is in row `rows[i]`.
+
+    They are sorted by row, and in a row they follow each other. None is empty.
+    """
+
+    rows: Numbers
+    starts: Numbers
+    stops: Numbers
+
+    @classmethod
+    def joined(cls, several: Sequence["Spans"]) -> "Spans":
+        """Return the spans of `several` sorted by row; those of one row in the order of `several`."""
+        if len(several) == 1:
+            return several[0]
+        rows, starts, stops = (
+            np.concatenate([getattr(one, name) for one in several] or [np.zeros(0, np.int64)])
+            for name in ("rows", "starts", "stops")
+        )
+        order = np.argsort(rows, kind="stable")
+        return cls(rows[order], starts[order], stops[order])
+
+    @property
+    def sizes(self) -> Numbers:
+        """The number of tokens in each span."""
+        return self.stops - self.starts
+
+    def cut(self, edges: Int64[np.ndarray, "n_edges"]) -> "Spans":
+        """Return the spans cut wherever one of `edges` lies inside one; they ascend from 0 to the end of the stream."""
+        first = np.searchsorted(edges, self.starts, side="right")
+        inside = np.searchsorted(edges, self.stops) - first
+        if not inside.any():
+            return self
+        of, pieces = np.repeat(np.arange(len(inside)), inside + 1), ranges(first - 1, inside + 1)
+        starts = np.maximum(self.starts[of], edges[pieces])
+        stops = np.minimum(self.stops[of], edges[pieces + 1])
+        whole = starts < stops  # of equal edges, which are those of an empty document
+        return Spans(self.rows[of][whole], starts[whole], stops[whole])
+
+
+class RowLayout:
+    """Where spans lie in `n_rows` rows of `seq_len` tokens: in their rows from the left, and padding after them.
+
+    The rows are one vector here, one after the other.
+
+    Attributes:
+      first: the index of the first token of each span.
+      last: the index of the last.
+      padding: the index of every position without a token.
+    """
+
+    def __init__(self, spans: Spans, n_rows: int, seq_len: int) -> None:
+        room = seq_len - np.bincount(spans.rows, spans.sizes, n_rows).astype(np.int64)
+        gaps = Spans(np.arange(n_rows), np.full(n_rows, PADDING), PADDING + room)  # one at the end of each row
+        both = Spans.joined([spans, gaps])
+        self._sizes, self._filled = both.sizes, both.starts != PADDING
+        self._begin = np.cumsum(self._sizes) - self._sizes
+        self.first = self._begin[self._filled]
+        self.last = self.first + spans.sizes - 1
+        self.padding = ranges(self._begin[~self._filled], self._sizes[~self._filled])
+
+    def fill(self, tokens: Int32[np.ndarray, "n_tokens"]) -> Int32[np.ndarray, "size"]:
+        """Return the tokens of all spans where they belong, 0 in the padding."""
+        if not len(self.padding):
+            return tokens
+        filled = np.zeros(len(tokens) + len(self.padding), np.int32)
+        filled[np.repeat(self._filled, self._sizes)] = tokens
+        return filled
+
+    def spread(self, values: Numbers, padding: int) -> Int32[np.ndarray, "size"]:
+        """Return the value of each span at all of its tokens."""
+        found = np.full(len(self._filled), padding, np.int32)
+        found[self._filled] = values
+        return np.repeat(found, self._sizes)
+
+    def positions(self) -> Int32[np.ndarray, "size"]:
+        """Return the distance of each token from the first of its span; padding counts from its own start."""
+        begin = np.repeat(self._begin.astype(np.int32), self._sizes)
+        return np.arange(len(begin), dtype=np.int32) - begin
+
+
+def ranges(starts: Numbers, sizes: Numbers) -> Int64[np.ndarray, "total"]:
+    """Return `sizes[i]` numbers that count up from `starts[i]`, for one i after the other."""
+    before = np.cumsum(sizes) - sizes
+    return np.repeat(starts - before, sizes) + np.arange(sizes.sum())
 
 
 @dataclass(frozen=True)
@@ -38,11 +130,12 @@ class Packing:
         before = np.append(0, np.cumsum(self.stops - self.starts))
         return np.diff(before[self.rows])
 
-    def spans(self, row: int, shift: int = 0) -> list[tuple[int, int]]:
-        """Return the (start, stop) of every span in `row`, shifted by `shift` tokens."""
-        spans = slice(self.rows[row], self.rows[row + 1])
-        starts, stops = self.starts[spans] + shift, self.stops[spans] + shift
-        return list(zip(starts.tolist(), stops.tolist(), strict=True))
+    def spans(self, rows: Numbers, shifts: Numbers | int = 0, into: Numbers | None = None) -> Spans:
+        """Return the spans of `rows`, shifted right by `shifts` tokens, as the rows `into` (by default 0, 1, ...)."""
+        first, count = self.rows[rows], self.rows[rows + 1] - self.rows[rows]
+        number = np.repeat(np.arange(len(rows)), count)
+        spans, shift = ranges(first, count), np.broadcast_to(shifts, rows.shape)[number]
+        return Spans(number if into is None else into[number], self.starts[spans] + shift, self.stops[spans] + shift)
 
 
 def windows(n_targets: int, seq_len: int, *, partial: bool = False) -> Packing:

@@ -6,7 +6,6 @@ import errno
 import functools
 import hashlib
 import io
-import itertools
 import json
 import re
 import shutil
@@ -20,7 +19,7 @@ import numpy as np
 from llm_jax.data import sources
 from llm_jax.data.config import DataConfig, check_heldout, parse_uri
 from llm_jax.data.generated import GENERATED
-from llm_jax.data.pool import encode_all, reporting_special_tokens
+from llm_jax.data.pool import Encoded, encode_all, workers_of
 from llm_jax.data.shards import FORMAT, SPLITS, Manifest, Split, is_prepared, names_a_column, read_manifest
 from llm_jax.data.sources import Document
 from llm_jax.data.tokenizer import Tokenizer, build, load_tokenizer
@@ -33,6 +32,7 @@ SHARD_TOKENS = 1 << 25
 READER = 2  # the version of how text is read; raise it when the documents of a source change
 
 Cuts = dict[str, str | None]
+SplitOf = Callable[[int, int], str]  # of a document, given the hash (`sources.hash_of`) and the number of its bytes
 
 
 def prepare(
@@ -46,6 +46,7 @@ def prepare(
     heldout: float = 0.05,
     heldout_by: Literal["hash", "tail"] = "hash",
     special: bool = False,
+    workers: int | str | None = None,
     report: Report = no_report,
 ) -> Manifest:
     """Tokenize the documents of `uri` into the folder `out`, which appears whole or not at all.
@@ -59,11 +60,14 @@ def prepare(
       heldout_by: "hash" chooses them by content, so that a document keeps its side as the corpus grows, and shares it
         with its copies; "tail" takes the last ones.
       special: whether text that spells a special token becomes it; if not, `report` names the first such document.
+      workers: how many processes tokenize (None: one a core), `ray` for a Ray cluster of this machine, or the address
+        of one, `ray://HOST:PORT`; the shards are the same.
 
     Raise `ValueError` if `out` exists, a split stays empty, the disk is full or the text changes, and for a mixture.
     """
     check_heldout(heldout, heldout_by)
     _check_one_source(uri)
+    workers = workers_of(workers)
     report = functools.cache(report)  # the source is read several times, and its lines are reported once
     read = functools.partial(sources.documents, uri, separator, column, report)
     content = sources.fingerprint(uri)
@@ -74,7 +78,16 @@ def prepare(
         split_of = _split_of(read, heldout, heldout_by)
         labels = dict(zip(SPLITS, SPLITS if heldout else ("tokenized", ""), strict=True))
         writers = {name: SplitWriter(folder, name, encoder, end_of_text, report, labels[name]) for name in SPLITS}
-        splits = _write(_tokenized(read(), encoder, folder / "tokenizer", special, report), split_of, writers)
+        encoded = encode_all(
+            folder / "tokenizer",
+            uri,
+            separator=separator,
+            column=column,
+            special=special,
+            workers=workers,
+            report=report,
+        )
+        splits = _write(encoded, split_of, writers)
         manifest = Manifest(
             format=FORMAT,
             source=uri,
@@ -104,32 +117,20 @@ def _check_one_source(uri: str) -> None:
         )
 
 
-def _tokenized(
-    documents: Iterable[Document], encoder: Tokenizer, saved: Path, special: bool, report: Report
-) -> Iterator[tuple[Document, np.ndarray]]:
-    """Yield each document with its ids, encoded by the tokenizer in the folder `saved`."""
-    documents, again = itertools.tee(documents)
-    again = again if special else reporting_special_tokens(again, encoder, report)
-    encoded = encode_all(saved, (document.text for document in again), special=special)
-    return zip(documents, encoded, strict=True)
-
-
-def _split_of(read: Callable[[], Iterable[Document]], heldout: float, heldout_by: str) -> Callable[[bytes], str]:
-    """Return the split of each document, given its bytes; the last documents are counted before they are asked for."""
+def _split_of(read: Callable[[], Iterable[Document]], heldout: float, heldout_by: str) -> SplitOf:
+    """Return the split of each document; for the last ones all bytes are counted before."""
     if heldout_by == "hash":
         return by_hash(heldout)
     return by_tail(heldout, sum(len(document.text.encode()) for document in read()))
 
 
-def _write(
-    documents: Iterable[tuple[Document, np.ndarray]],
-    split_of: Callable[[bytes], str],
-    writers: Mapping[str, "SplitWriter"],
-) -> dict[str, Split]:
+def _write(encoded: Iterable[Encoded], split_of: SplitOf, writers: Mapping[str, "SplitWriter"]) -> dict[str, Split]:
     """Write each document, with its ids, into its split; return the splits."""
-    for document, tokens in documents:
-        data = document.text.encode()
-        writers[split_of(data)].add(document, len(data), tokens)
+    for job in encoded:
+        ids = np.split(job.ids, np.cumsum(job.sizes)[:-1]) if len(job.sizes) else []
+        facts = zip(job.origins, job.bytes.tolist(), job.hashes.tolist(), ids, strict=True)
+        for origin, n_bytes, hashed, tokens in facts:
+            writers[split_of(hashed, n_bytes)].add(origin, n_bytes, tokens)
     return {name: writer.close() for name, writer in writers.items()}
 
 
@@ -286,10 +287,10 @@ class SplitWriter:
         self._flushed = 0
         self._files: dict[str, str] = {}
 
-    def add(self, document: Document, n_bytes: int, tokens: np.ndarray) -> None:
+    def add(self, origin: str, n_bytes: int, tokens: np.ndarray) -> None:
         """Add the tokens of a document of `n_bytes` bytes; write a shard whenever there are enough."""
-        self._tokens += [tokens.astype(self._dtype), self._end]
-        self._origins.append(" ".join(document.origin.splitlines()))
+        self._tokens += [tokens.astype(self._dtype, copy=False), self._end]
+        self._origins.append(" ".join(origin.splitlines()))
         self._offsets.append(self._offsets[-1] + len(tokens) + len(self._end))
         self._bytes.append(n_bytes)
         if self._offsets[-1] - self._flushed >= SHARD_TOKENS:
@@ -340,23 +341,18 @@ def _new_folder(out: Path) -> Iterator[Path]:
         ) from error
 
 
-def by_hash(heldout: float) -> Callable[[bytes], str]:
+def by_hash(heldout: float) -> SplitOf:
     """Return the split of a document by the hash of its bytes."""
-
-    def side(document: bytes) -> str:
-        digest = hashlib.sha256(document).digest()
-        return "heldout" if int.from_bytes(digest[:8], "big") < heldout * 2**64 else "train"
-
-    return side
+    return lambda hashed, n_bytes: "heldout" if hashed < heldout * 2**64 else "train"
 
 
-def by_tail(heldout: float, total: int) -> Callable[[bytes], str]:
+def by_tail(heldout: float, total: int) -> SplitOf:
     """Return the split of each document that comes, of `total` bytes in all: the last ones are held out."""
     first, seen = (1 - heldout) * total, 0
 
-    def side(document: bytes) -> str:
+    def side(hashed: int, n_bytes: int) -> str:
         nonlocal seen
-        start, seen = seen, seen + len(document)
+        start, seen = seen, seen + n_bytes
         return "heldout" if start >= first else "train"
 
     return side

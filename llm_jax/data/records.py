@@ -41,6 +41,13 @@ class Tally:
         self.without += rows
         self.first = self.first or (f"{file.name}, {where}" if rows else "")
 
+    def add(self, other: "Tally") -> None:
+        """Add what was counted in the files after these."""
+        self.rows += other.rows
+        self.without += other.without
+        self.first = self.first or other.first
+        self.bare += other.bare
+
     def line(self, uri: str, files: int) -> str:
         """Return how many rows of `uri`, which has `files` files, lack text, as a line for the user."""
         first = self.first if files > 1 else self.first.rpartition(", ")[2]

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from llm_jax.data.config import Source
+from llm_jax.data.packing import Spans, ranges
 from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llm_jax.files import Types, check_fields, read_json, sha256_of
 
@@ -113,7 +114,26 @@ class TokenStore:
 
     def read(self, start: int, stop: int) -> Int32[np.ndarray, "n"]:
         """Return the tokens from `start` up to `stop`, or up to the end of the stream."""
-        return self.take(np.arange(start, min(stop, self.n_tokens)))
+        found = [shard[max(start - first, 0) : max(stop - first, 0)] for first, shard in self._located(start, stop)]
+        return np.concatenate([np.zeros(0, np.uint16), *found]).astype(np.int32)
+
+    def _located(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the shards that hold tokens from `start` up to `stop`, each after the index of its first token."""
+        first = max(int(np.searchsorted(self._starts, start, side="right")) - 1, 0)
+        for begin, shard in zip(self._starts[first:].tolist(), self._shards[first:], strict=False):
+            if begin >= stop:
+                return
+            yield begin, shard
+
+    def read_spans(self, spans: Spans) -> Int32[np.ndarray, "n"]:
+        """Return the tokens of `spans`, one span after the other."""
+        if len(self._shards) == 1:  # one gather, however many and short they are
+            return self._shards[0][ranges(spans.starts, spans.sizes)].astype(np.int32)
+        spans = spans.cut(self._starts)
+        shard_of = np.searchsorted(self._starts, spans.starts, side="right") - 1
+        edges = [(edge - self._starts[shard_of]).tolist() for edge in (spans.starts, spans.stops)]
+        found = [self._shards[n][start:stop] for n, start, stop in zip(shard_of.tolist(), *edges, strict=True)]
+        return np.concatenate(found).astype(np.int32)
 
     def read_document(self, document: int) -> Iterator[Int32[np.ndarray, "n"]]:
         """Yield the tokens of `document`, some millions at a time."""
@@ -124,7 +144,7 @@ class TokenStore:
         """Return the tokens at `index` of the stream, 0 outside of it."""
         tokens = np.zeros(index.shape, np.int32)
         shard_of = np.searchsorted(self._starts, index, side="right") - 1
-        for number in np.intersect1d(shard_of, np.arange(len(self._shards))):
+        for number in set(shard_of.ravel().tolist()).intersection(range(len(self._shards))):
             here = shard_of == number
             tokens[here] = self._shards[number][index[here] - self._starts[number]]
         return tokens

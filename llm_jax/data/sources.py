@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from fsspec.implementations.local import LocalFileSystem
@@ -55,26 +55,38 @@ def documents(
 
     Raise `ValueError` for what is missing, empty, damaged, or not text.
     """
-    if separator == "":
-        raise ValueError(r"separator='' cuts nowhere; use $'\n\n' to cut at blank lines, or leave it out")
     if uri in GENERATED:
         for name, value in (("separator", separator), ("column", column)):
             if value is not None:
                 raise ValueError(f"{name}={value!r} cuts text, and {uri} comes as documents; leave it out")
         yield from (Document(text, f"{uri}#{number}") for number, text in enumerate(GENERATED[uri]()))
         return
-    files = files_at(uri, report)
-    tally = _tally(uri, files, column, report)
+    files, tally = open_files(uri, separator, column, report)
     empty = True
     for file in files:
-        found = (text for text in _texts(file, separator, tally) if text)
-        for number, text in enumerate(found):
+        for document in documents_of(file, separator, tally):
             empty = False
-            yield Document(text, f"{file.name}#{number}")
+            yield document
     if empty:
-        raise ValueError(f"{brief(uri)} has no text in it: expected at least one document; name another source")
+        raise no_text(uri)
     if tally.without:
         report(tally.line(uri, len(files)))
+
+
+def documents_of(file: File, separator: str | None, tally: Tally) -> Iterator[Document]:
+    """Yield the documents of one file of a source. Raise like `documents`, and count rows in `tally`."""
+    found = (text for text in _texts(file, separator, tally) if text)
+    return (Document(text, f"{file.name}#{number}") for number, text in enumerate(found))
+
+
+def no_text(uri: str) -> ValueError:
+    """Return the error of a source without documents."""
+    return ValueError(f"{brief(uri)} has no text in it: expected at least one document; name another source")
+
+
+def hash_of(document: bytes) -> int:
+    """Return the first 64 bits of the sha256 of a document."""
+    return int.from_bytes(hashlib.sha256(document).digest()[:8], "big")
 
 
 def fingerprint(uri: str) -> str:
@@ -124,15 +136,23 @@ def names_rows(uri: str) -> bool:
         return False
 
 
-def _tally(uri: str, files: Sequence[File], column: str | None, report: Callable[[str], object]) -> Tally:
-    """Return an empty tally of the rows in `files`, for the column that is their text."""
+def open_files(
+    uri: str, separator: str | None, column: str | None, report: Callable[[str], object]
+) -> tuple[list[File], Tally]:
+    """Return the files of `uri`, and an empty tally of their rows for the column that is their text.
+
+    Raise like `documents`.
+    """
+    if separator == "":
+        raise ValueError(r"separator='' cuts nowhere; use $'\n\n' to cut at blank lines, or leave it out")
+    files = files_at(uri, report)
     records = [file for file in files if file.holds_records]
     if column is not None and not records:
         raise ValueError(f"column={column!r} names one of rows, and {brief(uri)} is text without any; leave it out")
     tally = Tally(text_column(uri, records, column) if records else "")
     if records:
         report(f"{brief(uri)}: the text is the column {tally.column!r}")
-    return tally
+    return files, tally
 
 
 def _texts(file: File, separator: str | None, tally: Tally) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """The training loop, from top to bottom: a step, what is due after it, and the reasons to stop."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,11 +32,12 @@ def loop(session: Session, state: TrainState, progress: Progress, moved: Moved) 
     """
     c, checkpoints, stopped = session.config, session.checkpoints, False
     measured = session.last_heldout(progress)
-    with stop_signals() as stopping, checkpoints, metrics_log(session, progress) as rows:
+    batches = contextlib.closing(session.loader.batches(progress.step))
+    with stop_signals() as stopping, checkpoints, metrics_log(session, progress) as rows, batches as ahead:
         meter = Meter(c, rows, progress, session.loader.token_shares)
         if not checkpoints.steps():  # what a run began from, it need not find again
             save(session, state, progress)
-        for batch in session.loader.batches(progress.step):
+        for batch in meter.timed(ahead):
             state, metrics = session.program.train_step(state, batch)
             if meter.step == progress.step:  # the first step has been traced
                 for note in session.program.attention_notes:

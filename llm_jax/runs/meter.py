@@ -2,12 +2,13 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 
 from llm_jax.chips import peak_flops
+from llm_jax.data.loader import Batch
 from llm_jax.log import MetricsLog
 from llm_jax.model.count import flops_per_token
 from llm_jax.runs.checkpoint import Progress
@@ -38,14 +39,26 @@ class Meter:
         self.step, self.progress = progress.step, progress
         self._rows, self._token_shares = rows, token_shares
         self._flops, self._peak = flops_per_token(config.model, config.data.seq_len), peak_flops()
-        self._pending: Metrics | None = None
+        self._pending: Row | None = None
+        self._wait = 0.0
         self._clock = deque[tuple[float, int]](maxlen=WINDOW + 1)  # when steps ended, and tokens until then
+
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield `batches`. How long a step waited for its own is `data_wait` in its row, in seconds."""
+        reader = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            batch = next(reader, None)
+            self._wait = time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
 
     def push(self, metrics: Metrics) -> None:
         """Take the metrics of a step just dispatched, and write the row of the step before."""
         if self._pending is not None:
             self.write(self.read())
-        self._pending = metrics
+        self._pending = {**metrics, "data_wait": self._wait}
         self.step += 1
 
     def read(self) -> Row:

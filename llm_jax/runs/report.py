@@ -25,7 +25,7 @@ NUMBERS = (
     "tokens",
     "tokens_per_second",
 )
-NUMBERS += ("peak_fraction", "step_seconds", "skipped")
+NUMBERS += ("peak_fraction", "step_seconds", "data_wait", "skipped")
 # For each source of a mixture: the metric that a row has as `share/NAME`, its column head, its format.
 OF_SOURCES = {
     "share": ("share of tokens", "{:.1%}"),
@@ -230,7 +230,9 @@ def _facts(numbers: Curves) -> Iterator[tuple[str, str, str]]:
         note = f"{np.median(peak):.0%} of peak" if len(peak) else "median"
         yield "tokens a second", log.quantity(float(np.median(rate))), note
     if len(seconds := finite["step_seconds"]):
-        yield "time", log.duration(seconds.sum()), "in training steps"
+        waited = finite["data_wait"][1:].sum() / seconds.sum()  # without the first, which the reader begins with
+        note = f", {waited:.0%} waiting for data" if waited > 0.01 else ""
+        yield "time", log.duration(seconds.sum()), f"in training steps{note}"
     if (skipped := finite["skipped"]).any():
         yield "skipped steps", f"{skipped[-1]:,.0f}", "loss, gradient or update not finite"
 

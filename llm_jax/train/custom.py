@@ -23,7 +23,8 @@ from llm_jax.train.step import LossFn, Metrics
 BATCH_FIELDS = ("documents",)  # what a batch has only on request
 # What a row of metrics.jsonl has already: of the step, and of what is measured between steps.
 RESERVED = ("loss", "grad_norm", "learning_rate", "tokens", "skipped", "step", "samples")
-RESERVED += ("heldout_loss", "bits_per_byte", "heldout_accuracy", "tokens_per_second", "step_seconds", "peak_fraction")
+RESERVED += ("heldout_loss", "bits_per_byte", "heldout_accuracy")
+RESERVED += ("tokens_per_second", "step_seconds", "peak_fraction", "data_wait")
 
 # A caller's own loss: `(model, params, batch, key)` -> sums over the counted targets, of the loss and of each metric.
 # They are sums, not means: the step divides them by the number of targets, over all microbatches and devices. So rows
