@@ -20,7 +20,7 @@ PAGE = PACKAGE.parent / "docs" / "architecture.md"
 
 # (modules or folders below llm_jax, floor, what lives there): the first row that matches names the floor. This is the
 # only table of the floors: `python tests/test_architecture.py` writes the table of docs/architecture.md.
-GROUND = "config|keys|tree|files|log|notebook|recipes|sharding|processes|runtime|chips"
+GROUND = "config|keys|axes|paths|tree|files|log|notebook|recipes|sharding|processes|runtime|chips"
 FLOORS = [
     (r"__init__|__main__", 8, "`import llm_jax`, the front door, which starts no JAX by itself; `python -m llm_jax`"),
     (r"cli", 7, "the command line: grammar and errors, what each verb does, what is written to a terminal"),

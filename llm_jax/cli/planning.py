@@ -10,6 +10,7 @@ from llm_jax.cli.shared import config_of, config_or_run_of, print_json, say, wid
 from llm_jax.recipes import recipe_docstring, recipes
 
 if TYPE_CHECKING:
+    from llm_jax.plan.memory import Memory
     from llm_jax.train.config import RunConfig
 
 
@@ -53,26 +54,33 @@ def _print_keys(config: "RunConfig", *, json: bool) -> None:
 def show(args: Namespace) -> None:
     """Show the shape of every activation of a config, its parameters, FLOPs and memory.
 
-    Nothing is computed or allocated: it takes a moment for a model of any size. A recipe is Python, and is
-    run: read that of a stranger first (docs/cli.md).
+    Nothing is computed or allocated: it takes a moment for a model of any size. Memory comes last, as it needs JAX.
+    A recipe is Python, and is run: read that of a stranger first (docs/cli.md).
 
       llm-jax show shapes                                    look at this one first
       llm-jax show llama_1b data.batch_size=64 accumulate=8
       llm-jax show quickstart --config                       every key: value, default, meaning
     """
-    from llm_jax import runtime
     from llm_jax.plan import describe as pages
 
     config = config_or_run_of(args)
     if args.keys:
         _print_keys(config, json=args.json)
         return
-    runtime.start()
-    description = pages.describe(config)
+    description, console = pages.describe(config), wide_console()
     if args.json:
-        print_json(dataclasses.asdict(description))
+        print_json(dataclasses.asdict(description) | {"memory": dataclasses.asdict(_memory(config))})
     else:
-        wide_console().print(description)
+        console.print(description)
+        console.print(_memory(config))  # after all that needs no JAX
+
+
+def _memory(config: "RunConfig") -> "Memory":
+    from llm_jax import runtime
+    from llm_jax.plan.memory import memory
+
+    runtime.start()
+    return memory(config)
 
 
 def plan(args: Namespace) -> None:

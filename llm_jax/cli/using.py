@@ -20,11 +20,7 @@ def generate(args: Namespace) -> None:
       llm-jax generate runs/quickstart --prompt 'def read_lines(path):' --samples 3
       llm-jax generate runs/quickstart --temperature 0 --stop $'\n\n' < prompts.txt
     """
-    from llm_jax import runtime
-    from llm_jax.cli import terminal
-    from llm_jax.infer.generate import row_by_row
-    from llm_jax.ops.sampling import Sampling
-    from llm_jax.runs.run import Run
+    from llm_jax.runs import folder as run_folder
 
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed {args.seed} must lie between 0 and {2**32 - 1}")
@@ -34,6 +30,18 @@ def generate(args: Namespace) -> None:
         raise ValueError(
             f"--samples {args.samples} do not fit in memory together; use 10000 or less, and another --seed"
         )
+    run_folder.check_run(args.run)
+    _generate(args)
+
+
+def _generate(args: Namespace) -> None:
+    """Generate, once there is a run to do it: what is imported here takes seconds, which no refusal waits for."""
+    from llm_jax import runtime
+    from llm_jax.cli import terminal
+    from llm_jax.infer.generate import row_by_row
+    from llm_jax.ops.sampling import Sampling
+    from llm_jax.runs.run import Run
+
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     run = Run.open(args.run, args.checkpoint, report=say)
     reading = {"begin": args.begin, "special": args.special}
@@ -71,13 +79,20 @@ def evaluate(args: Namespace) -> None:
       llm-jax evaluate runs/quickstart
       llm-jax evaluate runs/quickstart --data essays/ --json
     """
-    from llm_jax import runtime
-    from llm_jax.runs.run import Run
+    from llm_jax.runs import folder as run_folder
 
     if args.column is not None and args.data is None:
         raise ValueError(f"--column {args.column} is for text of your own; add --data URI, or leave it out")
     if args.begin is not None and args.data is None:
         raise ValueError("--begin and --no-begin are for text of your own; add --data URI, or leave them out")
+    run_folder.check_run(args.run)
+    _evaluate(args)
+
+
+def _evaluate(args: Namespace) -> None:
+    from llm_jax import runtime
+    from llm_jax.runs.run import Run
+
     runtime.start()
     run = Run.open(args.run, args.checkpoint, report=say)
     result = run.evaluate(args.data, column=args.column, begin=args.begin)

@@ -26,7 +26,8 @@ from llm_jax.model.feedforward import FeedForward, MixtureOfExperts, Utilisation
 from llm_jax.model.init import normal
 from llm_jax.model.linear_attention import LinearAttention
 from llm_jax.model.norm import Norm
-from llm_jax.model.stack import Index, gather, n_scanned, slot_of
+from llm_jax.model.pattern import n_scanned
+from llm_jax.model.stack import Index, gather, slot_of
 from llm_jax.model.taps import tap
 from llm_jax.ops.collectives import all_gather_tokens, auto_axis_size
 from llm_jax.ops.gradient import embed, lookup, settle

@@ -10,6 +10,7 @@ import optax
 from rich.console import Console
 
 from llm_jax import log, processes, runtime
+from llm_jax.axes import mesh_sizes
 from llm_jax.config import replace
 from llm_jax.runs import folder as run_folder
 from llm_jax.runs.checkpoint import Progress
@@ -20,7 +21,6 @@ from llm_jax.runs.pause import update_report
 from llm_jax.runs.refusals import check_config, check_layout, disk_failed, moved_away
 from llm_jax.runs.run import Run
 from llm_jax.runs.session import Callback, Session, on
-from llm_jax.sharding import mesh_sizes
 from llm_jax.train.config import RunConfig
 from llm_jax.train.custom import Custom, Loss, takes
 from llm_jax.train.optimizer import make_schedule

@@ -18,11 +18,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from llm_jax import runtime
+from llm_jax.axes import MeshConfig
 from llm_jax.data.loader import Batch, select_fields
 from llm_jax.model.config import own_layers
 from llm_jax.model.transformer import Transformer
 from llm_jax.ops.attention import heard
-from llm_jax.sharding import MeshConfig, batch_sharding, make_mesh, rows_here, shardings
+from llm_jax.sharding import batch_sharding, make_mesh, rows_here, shardings
 from llm_jax.train.balance import rebalance
 from llm_jax.train.batch import check_batch
 from llm_jax.train.config import RunConfig
