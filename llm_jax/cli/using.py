@@ -3,7 +3,7 @@
 import dataclasses
 from argparse import Namespace
 
-from llm_jax.cli.shared import print_json, say, warn_of_special
+from llm_jax.cli.shared import error_console, print_json, say, warn_of_special
 
 
 def generate(args: Namespace) -> None:
@@ -40,6 +40,7 @@ def _generate(args: Namespace) -> None:
     from llm_jax.cli import terminal
     from llm_jax.infer.generate import row_by_row
     from llm_jax.ops.sampling import Sampling
+    from llm_jax.runs.compiling import told
     from llm_jax.runs.run import Run
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
@@ -49,21 +50,22 @@ def _generate(args: Namespace) -> None:
     runtime.start()
     classifies, texts = run.config.model.n_classes is not None, []
     sampler = None if classifies else run.new_sampler(**reading)
-    for number, given in enumerate([args.prompt] if args.prompt else terminal.read_prompts(run.config.prompts)):
-        if spelled:
-            warn_of_special(run.tokenizer, given)
-        if sampler is None:
-            answers = run.classify(given, **reading)
-            texts += map(dataclasses.asdict, answers)
-            if not args.json:
-                terminal.write("".join(f"{a.prompt}  {a.answer}  {a.probability:.2%}\n" for a in answers))
-            continue
-        prompts = [run.config.data.ask(prompt) for prompt in given for _ in range(args.samples)]
-        options = {"max_tokens": args.max_tokens, "stop": args.stop, "seed": args.seed + number}
-        if args.json:
-            texts += map(dataclasses.asdict, sampler.texts(prompts, sampling, **options))
-        else:
-            terminal.write_rows(prompts, row_by_row(sampler.stream(prompts, sampling, **options)))
+    with told(error_console()):
+        for number, given in enumerate([args.prompt] if args.prompt else terminal.read_prompts(run.config.prompts)):
+            if spelled:
+                warn_of_special(run.tokenizer, given)
+            if sampler is None:
+                answers = run.classify(given, **reading)
+                texts += map(dataclasses.asdict, answers)
+                if not args.json:
+                    terminal.write("".join(f"{a.prompt}  {a.answer}  {a.probability:.2%}\n" for a in answers))
+                continue
+            prompts = [run.config.data.ask(prompt) for prompt in given for _ in range(args.samples)]
+            options = {"max_tokens": args.max_tokens, "stop": args.stop, "seed": args.seed + number}
+            if args.json:
+                texts += map(dataclasses.asdict, sampler.texts(prompts, sampling, **options))
+            else:
+                terminal.write_rows(prompts, row_by_row(sampler.stream(prompts, sampling, **options)))
     if args.json:
         print_json({"run": args.run, "step": run.step, "texts": texts})
 
@@ -91,11 +93,13 @@ def evaluate(args: Namespace) -> None:
 
 def _evaluate(args: Namespace) -> None:
     from llm_jax import runtime
+    from llm_jax.runs.compiling import told
     from llm_jax.runs.run import Run
 
     runtime.start()
     run = Run.open(args.run, args.checkpoint, report=say)
-    result = run.evaluate(args.data, column=args.column, begin=args.begin)
+    with told(error_console()):
+        result = run.evaluate(args.data, column=args.column, begin=args.begin)
     if not args.json:
         print(result)
         return
