@@ -95,18 +95,21 @@ def plan(args: Namespace) -> None:
       llm-jax plan llama2_7b --topology v5p:2x2x1 data.batch_size=8 --price 4.2
       llm-jax plan llama2_7b --topology v5e:4x4 data.batch_size=256 --search --compiles 6
     """
+    if args.compiles is not None and (not args.search or args.compiles < 1):
+        raise ValueError(f"--compiles {args.compiles} limits those of --search; add --search, and at least 1")
+    if args.price is not None and not 0 <= args.price < math.inf:
+        raise ValueError(f"--price {args.price} must be 0 or more, for one chip and hour; try --price 1.2")
+    _plan(args, config_or_run_of(args))
+
+
+def _plan(args: Namespace, config: "RunConfig") -> None:
     from llm_jax import runtime
     from llm_jax.plan import plan as plans
     from llm_jax.plan import search
     from llm_jax.plan.topology import parse_topology
 
-    if args.compiles is not None and (not args.search or args.compiles < 1):
-        raise ValueError(f"--compiles {args.compiles} limits those of --search; add --search, and at least 1")
-    if args.price is not None and not 0 <= args.price < math.inf:
-        raise ValueError(f"--price {args.price} must be 0 or more, for one chip and hour; try --price 1.2")
-    topology = parse_topology(args.topology, args.slices)
+    topology, console = parse_topology(args.topology, args.slices), wide_console()
     runtime.start(topology=topology)
-    config, console = config_or_run_of(args), wide_console()
     searched = search.search(config, topology, args.compiles or 6, args.price, report=say) if args.search else None
     found = plans.plan(config, topology, args.price) if searched is None else searched.tried[0].plan
     if args.json:
