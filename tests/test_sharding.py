@@ -13,7 +13,8 @@ from grid import GRID, TINY, shapes, tiny
 from jax.sharding import Mesh, PartitionSpec
 
 from llm_jax.model.config import ModelConfig
-from llm_jax.model.stack import layers_at, unstack
+from llm_jax.model.pattern import layers_at
+from llm_jax.model.stack import unstack
 from llm_jax.model.transformer import Transformer
 from llm_jax.ops.experts import Experts
 from llm_jax.sharding import (
