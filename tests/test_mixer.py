@@ -17,8 +17,9 @@ from llm_jax.compat import compare, weights
 from llm_jax.compat.huggingface import choose
 from llm_jax.data.tokenizer import ByteTokenizer
 from llm_jax.infer.generate import begin_rows, next_token
-from llm_jax.model.count import active_parameters, flops_per_token, parameter_counts, shapes
+from llm_jax.model.count import active_parameters, flops_per_token, parameter_counts
 from llm_jax.model.mixer import check_decoding, check_mixer
+from llm_jax.model.shapes import shapes
 from llm_jax.plan import describe
 from llm_jax.plan.liveness import by_module
 from llm_jax.runs import folder as run_folder
