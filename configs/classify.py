@@ -8,11 +8,10 @@ JAX 0.10.2): of 2,964 held-out texts 96.5 % right, 95 % interval 95.9 to 97.1, b
 chance.
 """
 
-from llm_jax.data.loader import DataConfig
+from llm_jax.data.config import DataConfig
 from llm_jax.data.task import TaskConfig
 from llm_jax.model.config import ModelConfig
-from llm_jax.train.config import RunConfig
-from llm_jax.train.optimizer import OptimizerConfig
+from llm_jax.train.config import OptimizerConfig, RunConfig
 
 config = RunConfig(
     model=ModelConfig(vocab_size=16, d_model=64, n_layers=3, n_heads=4, max_seq_len=64, n_classes=2, unroll=3),

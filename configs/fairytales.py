@@ -9,10 +9,9 @@ TinyStories, from the hub (pip install -e '.[hf]'; not run here, without a netwo
     llm-jax train fairytales data.uri=hf://datasets/roneneldan/TinyStories/data steps=5000
 """
 
-from llm_jax.data.loader import DataConfig
+from llm_jax.data.config import DataConfig
 from llm_jax.model.config import ModelConfig
-from llm_jax.train.config import RunConfig
-from llm_jax.train.optimizer import OptimizerConfig
+from llm_jax.train.config import OptimizerConfig, RunConfig
 
 config = RunConfig(
     model=ModelConfig(vocab_size=1024, d_model=128, n_layers=4, n_heads=4, max_seq_len=256, dropout=0.1, unroll=4),

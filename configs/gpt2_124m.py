@@ -8,10 +8,9 @@ Needs accelerators: half a million tokens a step, 600,000 steps. Not trained her
 (124,475,904 with the vocabulary padded to 50304) and the step on a shrunk batch (`scripts/bench_train.py`) are checked.
 """
 
-from llm_jax.data.loader import DataConfig
+from llm_jax.data.config import DataConfig
 from llm_jax.model.config import ModelConfig
-from llm_jax.train.config import RunConfig
-from llm_jax.train.optimizer import OptimizerConfig
+from llm_jax.train.config import OptimizerConfig, RunConfig
 
 config = RunConfig(
     model=ModelConfig(

@@ -6,12 +6,10 @@ fits: 8.03 of 16.9 GB, 38.8 GB sent, 1,294 Mcycles (libtpu 0.0.52, JAX 0.10.2, c
 compiles it, and docs/plan.md reads the result.
 """
 
-from llm_jax.data.loader import DataConfig
+from llm_jax.axes import MeshConfig
+from llm_jax.data.config import DataConfig
 from llm_jax.model.config import ModelConfig
-from llm_jax.sharding import MeshConfig
-from llm_jax.train.config import RunConfig
-from llm_jax.train.optimizer import OptimizerConfig
-from llm_jax.train.step import LossConfig
+from llm_jax.train.config import LossConfig, OptimizerConfig, RunConfig
 
 config = RunConfig(
     model=ModelConfig(

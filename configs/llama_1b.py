@@ -7,13 +7,11 @@
 Not trained here: weights, gradients and moments take 18 GB. `show` and the abstract state are checked.
 """
 
-from llm_jax.data.loader import DataConfig
+from llm_jax.axes import MeshConfig
+from llm_jax.data.config import DataConfig
 from llm_jax.model.config import ModelConfig
-from llm_jax.ops.position import Rotary
-from llm_jax.sharding import MeshConfig
-from llm_jax.train.config import RunConfig
-from llm_jax.train.optimizer import OptimizerConfig
-from llm_jax.train.step import LossConfig
+from llm_jax.ops.config import Rotary
+from llm_jax.train.config import LossConfig, OptimizerConfig, RunConfig
 
 config = RunConfig(
     model=ModelConfig(

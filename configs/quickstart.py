@@ -8,10 +8,9 @@ library): 1.769 bits per byte held out, 95 % interval 1.597 to 1.921, by `llm-ja
 Of 50 held-out functions completed, 10 parse at temperature 0.7 and 18 at 0.5 (`scripts/python_parses.py`, 3.11).
 """
 
-from llm_jax.data.loader import DataConfig
+from llm_jax.data.config import DataConfig
 from llm_jax.model.config import ModelConfig
-from llm_jax.train.config import RunConfig
-from llm_jax.train.optimizer import OptimizerConfig
+from llm_jax.train.config import OptimizerConfig, RunConfig
 
 config = RunConfig(
     model=ModelConfig(vocab_size=1024, d_model=128, n_layers=4, n_heads=4, max_seq_len=256, unroll=4),

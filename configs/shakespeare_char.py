@@ -9,10 +9,9 @@ Gave, on two cores that had other work too (commit 5f9f801, 157 s, Python 3.11, 
 the last tenth, 95 % interval 1.879 to 1.904.
 """
 
-from llm_jax.data.loader import DataConfig
+from llm_jax.data.config import DataConfig
 from llm_jax.model.config import ModelConfig
-from llm_jax.train.config import RunConfig
-from llm_jax.train.optimizer import OptimizerConfig
+from llm_jax.train.config import OptimizerConfig, RunConfig
 
 config = RunConfig(
     model=ModelConfig(

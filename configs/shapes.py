@@ -5,7 +5,7 @@
 It is for `show` only: no tokenizer here has so few tokens.
 """
 
-from llm_jax.data.loader import DataConfig
+from llm_jax.data.config import DataConfig
 from llm_jax.model.config import ModelConfig
 from llm_jax.train.config import RunConfig
 

@@ -8,11 +8,10 @@ JAX 0.10.2): of 1,035 held-out numbers below ten thousand 98.9 % right, 95 % int
 `llm-jax evaluate`. Weakest on short numbers, of which there are few to learn from.
 """
 
-from llm_jax.data.loader import DataConfig
+from llm_jax.data.config import DataConfig
 from llm_jax.data.task import TaskConfig
 from llm_jax.model.config import ModelConfig
-from llm_jax.train.config import RunConfig
-from llm_jax.train.optimizer import OptimizerConfig
+from llm_jax.train.config import OptimizerConfig, RunConfig
 
 config = RunConfig(
     model=ModelConfig(vocab_size=32, d_model=96, n_layers=3, n_heads=4, max_seq_len=256, unroll=3),

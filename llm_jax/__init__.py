@@ -19,6 +19,7 @@ __version__ = "0.2.0"
 guard()  # before JAX starts: a compiler with known faults does not run unguarded
 
 if TYPE_CHECKING:
+    from llm_jax.axes import MeshConfig as MeshConfig
     from llm_jax.compat.huggingface import export_hf as export_hf
     from llm_jax.compat.huggingface import import_hf as import_hf
     from llm_jax.config import replace as replace
@@ -35,12 +36,12 @@ if TYPE_CHECKING:
     from llm_jax.model.transformer import Transformer as Transformer
     from llm_jax.model.transformer import forward as forward
     from llm_jax.ops.attention import attention as attention
-    from llm_jax.ops.experts import Experts as Experts
+    from llm_jax.ops.config import Experts as Experts
+    from llm_jax.ops.config import Rotary as Rotary
+    from llm_jax.ops.config import Sparse as Sparse
     from llm_jax.ops.loss import IGNORE as IGNORE
     from llm_jax.ops.loss import cross_entropy as cross_entropy
     from llm_jax.ops.mask import Mask as Mask
-    from llm_jax.ops.mask import Sparse as Sparse
-    from llm_jax.ops.position import Rotary as Rotary
     from llm_jax.ops.sampling import Sampling as Sampling
     from llm_jax.runs.evaluate import Evaluation as Evaluation
     from llm_jax.runs.fit import fit as fit
@@ -50,14 +51,13 @@ if TYPE_CHECKING:
     from llm_jax.runs.signals import Stop as Stop
     from llm_jax.runs.start import config_from as config_from
     from llm_jax.runs.start import recipe as recipe
-    from llm_jax.sharding import MeshConfig as MeshConfig
     from llm_jax.train.balance import expert_loss as expert_loss
+    from llm_jax.train.config import LossConfig as LossConfig
+    from llm_jax.train.config import OptimizerConfig as OptimizerConfig
+    from llm_jax.train.config import PipelineConfig as PipelineConfig
     from llm_jax.train.config import RunConfig as RunConfig
-    from llm_jax.train.optimizer import OptimizerConfig as OptimizerConfig
-    from llm_jax.train.step import LossConfig as LossConfig
     from llm_jax.train.step import TrainState as TrainState
     from llm_jax.train.step import forward_batch as forward_batch
-    from llm_jax.train.timetable import PipelineConfig as PipelineConfig
 
 # Where each public name lives, as `module:name`; the imports above say the same to editors and type checkers.
 _HOMES = {
@@ -75,15 +75,15 @@ _HOMES = {
     "RunConfig": "train.config:RunConfig",
     "ModelConfig": "model.config:ModelConfig",
     "AttentionConfig": "model.config:AttentionConfig",
-    "Sparse": "ops.mask:Sparse",
-    "Rotary": "ops.position:Rotary",
-    "Experts": "ops.experts:Experts",
+    "Sparse": "ops.config:Sparse",
+    "Rotary": "ops.config:Rotary",
+    "Experts": "ops.config:Experts",
     "DataConfig": "data.config:DataConfig",
     "TaskConfig": "data.task:TaskConfig",
-    "OptimizerConfig": "train.optimizer:OptimizerConfig",
-    "LossConfig": "train.step:LossConfig",
-    "MeshConfig": "sharding:MeshConfig",
-    "PipelineConfig": "train.timetable:PipelineConfig",
+    "OptimizerConfig": "train.config:OptimizerConfig",
+    "LossConfig": "train.config:LossConfig",
+    "MeshConfig": "axes:MeshConfig",
+    "PipelineConfig": "train.config:PipelineConfig",
     # the model, as functions
     "Transformer": "model.transformer:Transformer",
     "forward": "model.transformer:forward",

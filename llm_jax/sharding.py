@@ -5,7 +5,6 @@ same rows shard a whole train state. Activations are sharded by letters too: `co
 collective of its own is in `ops/collectives.py`.
 """
 
-import dataclasses
 import functools
 import math
 import re
@@ -17,7 +16,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llm_jax import tree as trees
-from llm_jax.config import check_types
+from llm_jax.axes import MeshConfig, mesh_sizes
+from llm_jax.paths import first_match
 
 Axes = str | tuple[str, ...] | None
 
@@ -93,47 +93,6 @@ ACTIVATION_AXES: Mapping[str, Axes] = {
     "K": "tensor",
     "F": "tensor",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each mesh axis, the axis with the least communication first; one may be -1: all that are left.
-
-    Attributes:
-      pipeline: devices that hold consecutive layers, and send activations to the next.
-      data: devices that hold all weights, and rows of their own.
-      fsdp: devices that each hold a shard of the weights, and rows of their own.
-      expert: devices that each hold some of the experts, and rows of their own.
-      context: devices that each hold some tokens of every row.
-      tensor: devices that each compute a shard of every matrix product.
-
-    Raise `ValueError` for a size below 1 other than -1, and for more than one -1.
-    """
-
-    pipeline: int = 1
-    data: int = -1
-    fsdp: int = 1
-    expert: int = 1
-    context: int = 1
-    tensor: int = 1
-
-    def __post_init__(self) -> None:
-        check_types(self, "mesh.")
-        sizes = dataclasses.astuple(self)
-        if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-            raise ValueError(f"mesh sizes are positive, and at most one is -1 (what is left); got {self}")
-
-
-def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
-    """Return the devices along each mesh axis, in order. Raise `ValueError` if their product is not `devices`."""
-    sizes = dataclasses.asdict(config)
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    if devices % fixed or (-1 not in sizes.values() and devices != fixed):
-        raise ValueError(
-            f"mesh {sizes} takes {'a multiple of ' * (-1 in sizes.values())}{fixed} devices, but there are "
-            f"{devices}; choose sizes whose product divides {devices}, and -1 for what is left"
-        )
-    return {axis: devices // fixed if size == -1 else size for axis, size in sizes.items()}
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
@@ -218,8 +177,8 @@ def letters_of(path: str, shape: tuple[int, ...]) -> str:
     """
     if (own := own_letters(path, shape)) is not None:
         return own
-    letters = "" if math.prod(shape) == 1 else trees.first_match(LETTERS, path)
-    matrix = trees.first_match((*TABLES, *MATRICES), path) if letters else None
+    letters = "" if math.prod(shape) == 1 else first_match(LETTERS, path)
+    matrix = first_match((*TABLES, *MATRICES), path) if letters else None
     if matrix is not None:
         inputs, outputs = matrix
         for folder, averaged in (("v_row", outputs), ("v_col", inputs)):

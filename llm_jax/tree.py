@@ -1,7 +1,6 @@
 """Pytrees by path. A leaf's path, such as `layers/attention/w_q`, is the public name of a parameter."""
 
 import hashlib
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -24,14 +23,6 @@ def leaves(tree: Any) -> dict[str, Any]:
 def map_with_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
     """Return the tree of `function(path, leaf)` for every leaf."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: function(path_name(path), leaf), tree)
-
-
-def first_match(rows: Sequence[tuple[str, Value]], path: str) -> Value:
-    """Return the value of the first `(regex, value)` row that matches `path`. Raise `ValueError` if none does."""
-    for pattern, value in rows:
-        if re.search(pattern, path):
-            return value
-    raise ValueError(f"no row matches {path!r}; add one to the table of {len(rows)} rows: {[row[0] for row in rows]}")
 
 
 def count(tree: Any) -> int:

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from llm_jax.ops.attention import LONG, attention
 from llm_jax.ops.chunked import BLOCK
-from llm_jax.ops.mask import Mask, Sparse
+from llm_jax.ops.config import Sparse
+from llm_jax.ops.mask import Mask
 from llm_jax.runtime import reuse_freed_memory
 
 HEADS, SIZE = 12, 64

@@ -22,7 +22,8 @@ from bench import Bench, row, show
 from llm_jax import runtime
 from llm_jax.chips import measured_matmul_flops
 from llm_jax.compat.sides import STEPS, peak_memory
-from llm_jax.data.loader import Batch, DataConfig
+from llm_jax.data.config import DataConfig
+from llm_jax.data.loader import Batch
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.count import flops_per_token
 from llm_jax.runs.start import load_recipe

@@ -23,9 +23,11 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from llm_jax.ops.attention import Scores, attention
+from llm_jax.axes import MeshConfig
+from llm_jax.ops.attention import attention
+from llm_jax.ops.config import Scores
 from llm_jax.ops.mask import Mask
-from llm_jax.sharding import ACTIVATION_AXES, MeshConfig, make_mesh, spec
+from llm_jax.sharding import ACTIVATION_AXES, make_mesh, spec
 
 B, L, K, G, H = 2, 8192, 8, 4, 128  # over a mesh of 2 x 2: a device has one row and 4 key/value heads
 

@@ -20,7 +20,7 @@ PAGE = PACKAGE.parent / "docs" / "architecture.md"
 
 # (modules or folders below llm_jax, floor, what lives there): the first row that matches names the floor. This is the
 # only table of the floors: `python tests/test_architecture.py` writes the table of docs/architecture.md.
-GROUND = "config|keys|tree|files|log|notebook|recipes|sharding|processes|runtime|chips"
+GROUND = "config|keys|axes|paths|tree|files|log|notebook|recipes|sharding|processes|runtime|chips"
 FLOORS = [
     (r"__init__|__main__", 8, "`import llm_jax`, the front door, which starts no JAX by itself; `python -m llm_jax`"),
     (r"cli", 7, "the command line: grammar and errors, what each verb does, what is written to a terminal"),
@@ -140,6 +140,37 @@ def test_text_becomes_token_shards_without_starting_jax():
     modules = [module(path) for path in PACKAGE.glob("data/*.py") if path.name != "loader.py"]
     program = f"import sys, {', '.join(modules)}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent).returncode == 0
+
+
+# What is answered before JAX starts; with the exit status.
+WITHOUT_JAX = {
+    "show llama2_7b --config --json": 0,
+    "configs quickstart --json": 0,
+    "train quickstart model.d_model=7": 2,
+    "train quickstart model.n_heds=2": 2,
+    "train nowhere": 2,
+    "plan llama2_7b --topology v5e:4x4 mesh.fsdp=0": 2,
+    "resume nowhere": 2,
+    "generate nowhere --prompt x": 2,
+    "evaluate nowhere": 2,
+}
+
+
+def test_refusals_and_counts_start_no_jax():
+    program = f"""
+import sys
+from llm_jax.cli.main import main
+for words, status in {WITHOUT_JAX!r}.items():
+    assert main(words.split()) == status, words
+    assert 'jax' not in sys.modules, words
+from llm_jax.plan.describe import describe
+from llm_jax.recipes import recipes
+from llm_jax.runs.start import load_recipe
+assert all(sum(describe(load_recipe(name)).parameters.values()) for name in recipes())
+assert 'jax' not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_file_or_folder_has_a_name_that_says_nothing():

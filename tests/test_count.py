@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from jaxprs import equations, product_flops
 
 from llm_jax.model.config import AttentionConfig, ModelConfig
-from llm_jax.model.count import active_parameters, flops_per_token, parameter_counts
+from llm_jax.model.count import active_parameters, flops_per_token, parameter_counts, parameter_shapes
 from llm_jax.model.transformer import Transformer
 from llm_jax.ops.experts import Experts
-from llm_jax.tree import count
+from llm_jax.recipes import recipes
+from llm_jax.runs.start import load_recipe
+from llm_jax.tree import count, leaves
 
 
 def test_parameters_are_counted_by_what_they_are_for():
@@ -38,8 +40,12 @@ def test_parameters_are_counted_by_what_they_are_for():
     assert sum(parameter_counts(config).values()) - active_parameters(config) == 3 * 3 * 24 * 10
 
 
-@pytest.mark.parametrize("config", GRID, ids=range(len(GRID)))
-def test_every_parameter_is_counted(config: ModelConfig):
+RECIPES = [load_recipe(name).model for name in recipes()]
+
+
+@pytest.mark.parametrize("config", [*GRID, *RECIPES], ids=[*range(len(GRID)), *recipes()])
+def test_shapes_by_arithmetic_are_those_of_the_tree_that_init_makes(config: ModelConfig):
+    assert parameter_shapes(config) == {path: leaf.shape for path, leaf in leaves(shapes(config)).items()}
     assert sum(parameter_counts(config).values()) == count(shapes(config))
 
 

@@ -22,7 +22,7 @@ from test_huggingface import byte_level, save_model
 from tiny_run import write_corpus
 
 from llm_jax.cli.main import main
-from llm_jax.compat import safetensors, weights
+from llm_jax.compat import safetensors
 from llm_jax.compat.families import FAMILIES
 from llm_jax.compat.family import Family
 from llm_jax.compat.huggingface import IDS, choose, config_json_of, export_run, family_of, import_run
@@ -164,13 +164,13 @@ def test_a_llama_is_the_same_to_mlx(scaling: str):
 )
 def test_a_model_goes_out_as_a_family_that_transformers_loads(changes: dict[str, Any], name: str):
     config = tiny(**changes)
-    assert choose(config, weights.shapes_of(count.shapes(config)), None).name == name
+    assert choose(config, count.parameter_shapes(config), None).name == name
 
 
 def test_no_family_loads_partial_rotary_with_a_scaling():
     config = tiny(rotary=dataclasses.replace(SCALED["yarn"], fraction=0.5))
     with pytest.raises(ValueError, match=r"no family can express this model; .*rotary.fraction|rope_type="):
-        choose(config, weights.shapes_of(count.shapes(config)), None)
+        choose(config, count.parameter_shapes(config), None)
 
 
 EXPORTS = {
@@ -191,7 +191,7 @@ def test_transformers_loads_every_export(name: str):
     """The config as it goes out makes a model with just our tensors, and with our frequencies."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     model = EXPORTS[name]
-    shapes = weights.shapes_of(count.shapes(model))
+    shapes = count.parameter_shapes(model)
     family = choose(model, shapes, None)
     theirs = json.loads(json.dumps(config_json_of(family, model, ByteTokenizer(), "float32", {})))
     config = transformers.AutoConfig.for_model(**theirs)

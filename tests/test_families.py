@@ -18,7 +18,6 @@ from architectures import CASES, PAGE, config_json, lacking_table, record, table
 from arrays import quiet
 from jaxtyping import PyTree
 
-from llm_jax.compat import weights
 from llm_jax.compat.families import FAMILIES
 from llm_jax.compat.family import Family
 from llm_jax.compat.huggingface import export_run, family_of, import_run
@@ -116,7 +115,7 @@ def model_of(case: str) -> tuple[Family, ModelConfig]:
 def random_file(case: str, path: Path, without: str = "", **more: tuple[int, ...]) -> None:
     """A safetensors file of the case's tensors, all numbers different; without one tensor, and with others."""
     family, config = model_of(case)
-    shapes = weights.shapes_of(count.shapes(config))
+    shapes = count.parameter_shapes(config)
     tensors = {tensor.name: tensor.format.shape for tensor in family.tensors_of(config, shapes)} | more
     tensors.pop(without, None)
     rng = np.random.default_rng(0)

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 from grid import tiny
 
-from llm_jax.compat import weights
 from llm_jax.compat.family import Shapes
 from llm_jax.compat.huggingface import choose
 from llm_jax.model import count
@@ -15,7 +14,7 @@ from llm_jax.ops.position import Rotary
 
 
 def shapes_of(config: ModelConfig) -> Shapes:
-    return weights.shapes_of(count.shapes(config))
+    return count.parameter_shapes(config)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def save_model(folder: Path, theirs: Mapping[str, Any], dtype: str = "float32", 
 
     family = family_of(theirs)
     config = family.read(theirs)
-    shapes = weights.shapes_of(count.shapes(config))
+    shapes = count.parameter_shapes(config)
     tensors = {tensor.name: tensor.format.shape for tensor in family.tensors_of(config, shapes)}
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
@@ -108,7 +108,7 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path):
 import sys; from pathlib import Path
 from llm_jax.compat import weights
 from llm_jax.compat.huggingface import family_of, read_model_json
-from llm_jax.model.count import shapes
+from llm_jax.model.shapes import shapes
 
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))

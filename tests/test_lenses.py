@@ -6,7 +6,6 @@ import pytest
 from architectures import CASES, LLAMA3, LONGROPE, SIZES, YARN, config_json
 from test_families import model_of
 
-from llm_jax.compat import weights
 from llm_jax.compat.families import FAMILIES
 from llm_jax.compat.huggingface import family_of
 from llm_jax.compat.lenses import canonical
@@ -18,7 +17,7 @@ from llm_jax.ops.position import Rotary
 def test_a_config_comes_back_as_the_same_model(case: str):
     family, config = model_of(case)
     assert canonical(family.read(family.write(config))) == canonical(config)
-    assert family.misfits(config, weights.shapes_of(count.shapes(config))) == []
+    assert family.misfits(config, count.parameter_shapes(config)) == []
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,6 @@ def test_words_that_make_no_sense_are_named(words: str, says: str, capsys: pytes
         ("show {recipe} --config steps=0", "steps=0 must be at least 1"),
         ("configs quickstrat", "did you mean 'quickstart'"),
         ("generate {nowhere} --prompt x --samples 0", "--samples 0 generates nothing"),
-        ("generate {nowhere} --prompt x --top-p 3", "top_p=3.0 is not a probability"),
         ("evaluate {nowhere}", "holds no run"),
         ("tokenize x --tokenizer gtp2", "unknown tokenizer 'gtp2'.*did you mean 'gpt2'"),
         ("tokenize --decode 300 --tokenizer byte", "300 is not an id of byte"),

@@ -83,15 +83,6 @@ def test_sparse_patterns_are_those_of_the_papers(sparse: Sparse, expected: list[
     assert literal(Mask(sparse=sparse), 6) == expected
 
 
-def test_random_blocks_are_as_many_as_asked_for_and_do_not_move():
-    """Rows of a longer text begin as those of a shorter one, or a cache would change what was seen."""
-    sparse = Sparse("bigbird", local=1, first=0, random=3)
-    view = sparse.view(64)
-    assert (view[:40, :40] == sparse.view(40)).all()
-    assert (view[4:].sum(1) == 4).all()
-    assert not np.triu(view, 1).any()
-
-
 def seen(mask: Mask, L: int, S: int, row: int, query: int, key: int) -> bool:
     """May `query` see `key`? One rule a line."""
     position = query if mask.kv_length is None else int(mask.kv_length[row]) - L + query

@@ -17,8 +17,10 @@ from llm_jax.compat import compare, weights
 from llm_jax.compat.huggingface import choose
 from llm_jax.data.tokenizer import ByteTokenizer
 from llm_jax.infer.generate import begin_rows, next_token
-from llm_jax.model.count import active_parameters, flops_per_token, parameter_counts, shapes
+from llm_jax.model.count import active_parameters, flops_per_token, parameter_counts
 from llm_jax.model.mixer import check_decoding, check_mixer
+from llm_jax.model.shapes import shapes
+from llm_jax.paths import first_match
 from llm_jax.plan import describe
 from llm_jax.plan.liveness import by_module
 from llm_jax.runs import folder as run_folder
@@ -27,7 +29,7 @@ from llm_jax.sharding import abstract_mesh, letters_of, shardings
 from llm_jax.train.mesh import check_mesh
 from llm_jax.train.optimizer import make_optimizer
 from llm_jax.train.step import rows_independent
-from llm_jax.tree import first_match, leaves
+from llm_jax.tree import leaves
 
 AVERAGE = "averaging:Average"
 

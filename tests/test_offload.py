@@ -19,7 +19,7 @@ from llm_jax import runtime, tree
 from llm_jax.config import override
 from llm_jax.data.loader import Batch
 from llm_jax.ops.experts import Experts
-from llm_jax.plan.describe import describe
+from llm_jax.plan.memory import memory
 from llm_jax.plan.plan import bytes_here, plan
 from llm_jax.plan.topology import parse_topology
 from llm_jax.runs.checkpoint import Checkpoints, Progress
@@ -182,7 +182,7 @@ def test_block_inputs_on_the_host_leave_gradients_as_they_were(config: RunConfig
         np.testing.assert_allclose(tree.leaves(gradients[1])[path], x, rtol=1e-5, atol=1e-6, err_msg=path)
     c = config.model
     streams = 4 * c.n_layers * config.data.batch_size * config.data.seq_len * c.d_model
-    assert describe(full).memory.kept - describe(away).memory.kept == streams
+    assert memory(full).kept - memory(away).kept == streams
 
 
 @pytest.mark.slow

@@ -14,9 +14,10 @@ from grid import GRID, TINY, shapes, tiny, weights
 
 from llm_jax.model.config import ModelConfig
 from llm_jax.ops.experts import Experts
+from llm_jax.paths import first_match
 from llm_jax.sharding import MATRICES, letters_of
 from llm_jax.train.optimizer import OptimizerConfig, decay_mask, make_optimizer, make_schedule
-from llm_jax.tree import first_match, leaves, map_with_path
+from llm_jax.tree import leaves, map_with_path
 
 NAMES = ("adamw", "lion", "adafactor", "muon")
 STEPS = 50

@@ -140,35 +140,6 @@ def test_yarn_scales_queries_and_keys_up():
     np.testing.assert_allclose(fixed, X * 2, rtol=1e-6)
 
 
-def test_local_layers_have_a_theta_of_their_own_and_no_scaling():
-    config = Rotary(theta=1e6, scaling="linear", factor=FACTOR, fraction=0.5, local_theta=100.0)
-    assert config.local == Rotary(theta=100.0, fraction=0.5)
-    assert PLAIN.local == PLAIN
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"scaling": "yarn", "factor": 4.0}, "model.rotary.scaling=yarn needs model.rotary.original_len"),
-        ({"fraction": 0.0}, r"model.rotary.fraction=0.0 must lie in \(0, 1\]"),
-        ({"theta": -1.0}, "model.rotary.theta=-1.0 must be positive"),
-        ({"scaling": "dynamic", "factor": 4.0}, "model.rotary.scaling=dynamic needs model.rotary.original_len"),
-        ({"scaling": "longrope", "original_len": 8}, "model.rotary.short_factors has 0 numbers .* give both lists"),
-        ({"long_factors": (1.0, 2.0)}, "model.rotary.long_factors has 2 numbers where model.rotary.scaling=none"),
-        (
-            {"scaling": "longrope", "original_len": 8, "short_factors": (1.0, 0.0), "long_factors": (1.0, 2.0)},
-            "model.rotary.short_factors=0.0 must be positive",
-        ),
-        ({"scaling": "yarn", "original_len": 1}, "model.rotary.original_len=1 must be at least 2"),
-        ({"low_turns": 4.0, "high_turns": 4.0}, "model.rotary.high_turns=4.0 must exceed model.rotary.low_turns=4.0"),
-    ],
-    ids=str,
-)
-def test_settings_that_make_no_sense_are_refused(changes: dict, message: str):
-    with pytest.raises(ValueError, match=message):
-        Rotary(**changes)
-
-
 def test_alibi_slopes_are_those_of_the_paper():
     np.testing.assert_allclose(alibi_slopes(8), [2.0**-i for i in range(1, 9)])
     np.testing.assert_allclose(alibi_slopes(12)[:8], alibi_slopes(8))

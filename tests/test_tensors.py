@@ -5,8 +5,8 @@ import re
 import pytest
 
 from llm_jax.compat.families import FAMILIES
+from llm_jax.paths import first_match
 from llm_jax.sharding import LETTERS
-from llm_jax.tree import first_match
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

@@ -2,10 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-import pytest
 from flax import struct
 
-from llm_jax.tree import count, fingerprint, first_match, leaves, map_with_path
+from llm_jax.tree import count, fingerprint, leaves, map_with_path
 
 
 @struct.dataclass
@@ -32,17 +31,6 @@ def test_mapping_with_paths_keeps_the_structure():
     paths = map_with_path(lambda path, leaf: f"{path}:{leaf.ndim}", state())
     assert jax.tree.structure(paths) == jax.tree.structure(state())
     assert paths.params["layers"]["w_q"] == "params/layers/w_q:2"
-
-
-def test_the_first_row_that_matches_wins():
-    rows = [(r"b_\w+$", 1), (r"layers", 2), (r"", 3)]
-    found = [first_match(rows, path) for path in ("layers/b_q", "layers/w_q", "b_q/table")]
-    assert found == [1, 2, 3]
-
-
-def test_a_path_without_a_row_raises_and_is_named():
-    with pytest.raises(ValueError, match="no row matches 'layers/new'; add one to the table of 1 rows"):
-        first_match([("w_q", 1)], "layers/new")
 
 
 def test_counting_needs_shapes_only():

@@ -31,8 +31,8 @@ GLOSSARY = {
 }
 # Where a word of the left is the right one: file, the words around it, why.
 EXCEPTIONS = [
-    ("position.py", "turns over `original_len`", "a turn is a unit of angle, as in the keys low_turns and high_turns"),
-    ("position.py", "or by turns", "the same"),
+    ("config.py", "turns over `original_len`", "a turn is a unit of angle, as in the keys low_turns and high_turns"),
+    ("config.py", "or by turns", "the same"),
     ("position.py", "whole turns", "the same"),
     ("records.py", "a list of turns", "a chat has turns"),
 ]

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import errno
 import functools
+import gc
 import importlib.metadata
 import logging
 import os
@@ -323,6 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(words or ["--help"], Namespace(command=shlex.join(["llm-jax", *words])))
+    gc.set_threshold(100_000)  # imports and tracing make many objects and little garbage: a tenth less time to begin
     if not args.debug:
         _quiet()
     if "" not in sys.path:

@@ -10,6 +10,7 @@ from llm_jax.cli.shared import config_of, config_or_run_of, print_json, say, wid
 from llm_jax.recipes import recipe_docstring, recipes
 
 if TYPE_CHECKING:
+    from llm_jax.plan.memory import Memory
     from llm_jax.train.config import RunConfig
 
 
@@ -53,26 +54,33 @@ def _print_keys(config: "RunConfig", *, json: bool) -> None:
 def show(args: Namespace) -> None:
     """Show the shape of every activation of a config, its parameters, FLOPs and memory.
 
-    Nothing is computed or allocated: it takes a moment for a model of any size. A recipe is Python, and is
-    run: read that of a stranger first (docs/cli.md).
+    Nothing is computed or allocated: it takes a moment for a model of any size. Memory comes last, as it needs JAX.
+    A recipe is Python, and is run: read that of a stranger first (docs/cli.md).
 
       llm-jax show shapes                                    look at this one first
       llm-jax show llama_1b data.batch_size=64 accumulate=8
       llm-jax show quickstart --config                       every key: value, default, meaning
     """
-    from llm_jax import runtime
     from llm_jax.plan import describe as pages
 
     config = config_or_run_of(args)
     if args.keys:
         _print_keys(config, json=args.json)
         return
-    runtime.start()
-    description = pages.describe(config)
+    description, console = pages.describe(config), wide_console()
     if args.json:
-        print_json(dataclasses.asdict(description))
+        print_json(dataclasses.asdict(description) | {"memory": dataclasses.asdict(_memory(config))})
     else:
-        wide_console().print(description)
+        console.print(description)
+        console.print(_memory(config))  # after all that needs no JAX
+
+
+def _memory(config: "RunConfig") -> "Memory":
+    from llm_jax import runtime
+    from llm_jax.plan.memory import memory
+
+    runtime.start()
+    return memory(config)
 
 
 def plan(args: Namespace) -> None:
@@ -87,18 +95,21 @@ def plan(args: Namespace) -> None:
       llm-jax plan llama2_7b --topology v5p:2x2x1 data.batch_size=8 --price 4.2
       llm-jax plan llama2_7b --topology v5e:4x4 data.batch_size=256 --search --compiles 6
     """
+    if args.compiles is not None and (not args.search or args.compiles < 1):
+        raise ValueError(f"--compiles {args.compiles} limits those of --search; add --search, and at least 1")
+    if args.price is not None and not 0 <= args.price < math.inf:
+        raise ValueError(f"--price {args.price} must be 0 or more, for one chip and hour; try --price 1.2")
+    _plan(args, config_or_run_of(args))
+
+
+def _plan(args: Namespace, config: "RunConfig") -> None:
     from llm_jax import runtime
     from llm_jax.plan import plan as plans
     from llm_jax.plan import search
     from llm_jax.plan.topology import parse_topology
 
-    if args.compiles is not None and (not args.search or args.compiles < 1):
-        raise ValueError(f"--compiles {args.compiles} limits those of --search; add --search, and at least 1")
-    if args.price is not None and not 0 <= args.price < math.inf:
-        raise ValueError(f"--price {args.price} must be 0 or more, for one chip and hour; try --price 1.2")
-    topology = parse_topology(args.topology, args.slices)
+    topology, console = parse_topology(args.topology, args.slices), wide_console()
     runtime.start(topology=topology)
-    config, console = config_or_run_of(args), wide_console()
     searched = search.search(config, topology, args.compiles or 6, args.price, report=say) if args.search else None
     found = plans.plan(config, topology, args.price) if searched is None else searched.tried[0].plan
     if args.json:

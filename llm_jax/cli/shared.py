@@ -57,6 +57,13 @@ def wide_console() -> "Console":
     return Console(width=None if sys.stdout.isatty() else 120)
 
 
+def error_console() -> "Console":
+    """Return a console on standard error, for lines of progress."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
 def say(line: str) -> None:
     """Print a line of progress on standard error; standard output is for the result."""
     print(line, file=sys.stderr)

@@ -3,7 +3,7 @@
 import functools
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llm_jax.cli.shared import config_of, print_json, say
 from llm_jax.config import override
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llm_jax.runs.run import Run
+    from llm_jax.train.config import RunConfig
 
 
 def train(args: Namespace) -> int:
@@ -26,11 +27,15 @@ def train(args: Namespace) -> int:
       llm-jax train quickstart model.n_layers=8 optimizer.learning_rate=3e-4 --run runs/deeper
       llm-jax train quickstart --from runs/deeper --run runs/again        its model, tokenizer and weights
     """
+    return _train(args, None if args.resume else config_of(args))
+
+
+def _train(args: Namespace, config: "RunConfig | None") -> int:
+    """Train, once the config is known to be one: what is imported here takes seconds, which no refusal waits for."""
     from llm_jax import processes, runtime
     from llm_jax.runs import fit
     from llm_jax.runs import folder as run_folder
 
-    config = None if args.resume else config_of(args)
     folder = Path(args.run or f"runs/{Path(args.config).stem}")
     runtime.start()
     with processes.joined(args.coordinator, args.processes, args.process):
@@ -73,15 +78,19 @@ def resume(args: Namespace) -> int:
       llm-jax resume runs/quickstart --steps 4000
       llm-jax resume runs/quickstart mesh.fsdp=4              on other devices, in another layout
     """
+    from llm_jax.runs import folder as run_folder
+
+    old, keys = run_folder.load_config(args.run), [word.partition("=")[0] for word in args.assignments]
+    changed = override(old, args.assignments)
+    return _resume(args, {key: functools.reduce(getattr, key.split("."), changed) for key in keys})
+
+
+def _resume(args: Namespace, layout: dict[str, Any]) -> int:
     from llm_jax import processes, runtime
     from llm_jax.runs import fit
-    from llm_jax.runs import folder as run_folder
 
     runtime.start()
     with processes.joined(args.coordinator, args.processes, args.process):
-        old, keys = run_folder.load_config(args.run), [word.partition("=")[0] for word in args.assignments]
-        changed = override(old, args.assignments)
-        layout = {key: functools.reduce(getattr, key.split("."), changed) for key in keys}
         run = fit.resume(args.run, steps=args.steps, layout=layout, console=_console(args))
         return _report(args, args.run, _steps_done(run), run.config.steps)
 

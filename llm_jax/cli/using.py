@@ -3,7 +3,7 @@
 import dataclasses
 from argparse import Namespace
 
-from llm_jax.cli.shared import print_json, say, warn_of_special
+from llm_jax.cli.shared import error_console, print_json, say, warn_of_special
 
 
 def generate(args: Namespace) -> None:
@@ -20,11 +20,7 @@ def generate(args: Namespace) -> None:
       llm-jax generate runs/quickstart --prompt 'def read_lines(path):' --samples 3
       llm-jax generate runs/quickstart --temperature 0 --stop $'\n\n' < prompts.txt
     """
-    from llm_jax import runtime
-    from llm_jax.cli import terminal
-    from llm_jax.infer.generate import row_by_row
-    from llm_jax.ops.sampling import Sampling
-    from llm_jax.runs.run import Run
+    from llm_jax.runs import folder as run_folder
 
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed {args.seed} must lie between 0 and {2**32 - 1}")
@@ -34,6 +30,19 @@ def generate(args: Namespace) -> None:
         raise ValueError(
             f"--samples {args.samples} do not fit in memory together; use 10000 or less, and another --seed"
         )
+    run_folder.check_run(args.run)
+    _generate(args)
+
+
+def _generate(args: Namespace) -> None:
+    """Generate, once there is a run to do it: what is imported here takes seconds, which no refusal waits for."""
+    from llm_jax import runtime
+    from llm_jax.cli import terminal
+    from llm_jax.infer.generate import row_by_row
+    from llm_jax.ops.sampling import Sampling
+    from llm_jax.runs.compiling import told
+    from llm_jax.runs.run import Run
+
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     run = Run.open(args.run, args.checkpoint, report=say)
     reading = {"begin": args.begin, "special": args.special}
@@ -41,21 +50,22 @@ def generate(args: Namespace) -> None:
     runtime.start()
     classifies, texts = run.config.model.n_classes is not None, []
     sampler = None if classifies else run.new_sampler(**reading)
-    for number, given in enumerate([args.prompt] if args.prompt else terminal.read_prompts(run.config.prompts)):
-        if spelled:
-            warn_of_special(run.tokenizer, given)
-        if sampler is None:
-            answers = run.classify(given, **reading)
-            texts += map(dataclasses.asdict, answers)
-            if not args.json:
-                terminal.write("".join(f"{a.prompt}  {a.answer}  {a.probability:.2%}\n" for a in answers))
-            continue
-        prompts = [run.config.data.ask(prompt) for prompt in given for _ in range(args.samples)]
-        options = {"max_tokens": args.max_tokens, "stop": args.stop, "seed": args.seed + number}
-        if args.json:
-            texts += map(dataclasses.asdict, sampler.texts(prompts, sampling, **options))
-        else:
-            terminal.write_rows(prompts, row_by_row(sampler.stream(prompts, sampling, **options)))
+    with told(error_console()):
+        for number, given in enumerate([args.prompt] if args.prompt else terminal.read_prompts(run.config.prompts)):
+            if spelled:
+                warn_of_special(run.tokenizer, given)
+            if sampler is None:
+                answers = run.classify(given, **reading)
+                texts += map(dataclasses.asdict, answers)
+                if not args.json:
+                    terminal.write("".join(f"{a.prompt}  {a.answer}  {a.probability:.2%}\n" for a in answers))
+                continue
+            prompts = [run.config.data.ask(prompt) for prompt in given for _ in range(args.samples)]
+            options = {"max_tokens": args.max_tokens, "stop": args.stop, "seed": args.seed + number}
+            if args.json:
+                texts += map(dataclasses.asdict, sampler.texts(prompts, sampling, **options))
+            else:
+                terminal.write_rows(prompts, row_by_row(sampler.stream(prompts, sampling, **options)))
     if args.json:
         print_json({"run": args.run, "step": run.step, "texts": texts})
 
@@ -71,16 +81,25 @@ def evaluate(args: Namespace) -> None:
       llm-jax evaluate runs/quickstart
       llm-jax evaluate runs/quickstart --data essays/ --json
     """
-    from llm_jax import runtime
-    from llm_jax.runs.run import Run
+    from llm_jax.runs import folder as run_folder
 
     if args.column is not None and args.data is None:
         raise ValueError(f"--column {args.column} is for text of your own; add --data URI, or leave it out")
     if args.begin is not None and args.data is None:
         raise ValueError("--begin and --no-begin are for text of your own; add --data URI, or leave them out")
+    run_folder.check_run(args.run)
+    _evaluate(args)
+
+
+def _evaluate(args: Namespace) -> None:
+    from llm_jax import runtime
+    from llm_jax.runs.compiling import told
+    from llm_jax.runs.run import Run
+
     runtime.start()
     run = Run.open(args.run, args.checkpoint, report=say)
-    result = run.evaluate(args.data, column=args.column, begin=args.begin)
+    with told(error_console()):
+        result = run.evaluate(args.data, column=args.column, begin=args.begin)
     if not args.json:
         print(result)
         return

@@ -12,9 +12,9 @@ from llm_jax.compat.lenses import Lens, Theirs, canonical
 from llm_jax.compat.tensor_format import TensorFormat
 from llm_jax.config import from_dict, to_dict
 from llm_jax.model.config import ModelConfig
-from llm_jax.model.stack import locate
+from llm_jax.model.pattern import locate
+from llm_jax.paths import first_match
 from llm_jax.sharding import LETTERS
-from llm_jax.tree import first_match
 
 Shapes = Mapping[str, tuple[int, ...]]  # of our parameters, by path
 Row = tuple[str, str, tuple[str, ...]]

@@ -7,9 +7,8 @@ from typing import Any
 
 from llm_jax.compat.config_json import short
 from llm_jax.model.config import ModelConfig
-from llm_jax.model.stack import kinds_of
-from llm_jax.ops.experts import Experts
-from llm_jax.ops.position import Rotary
+from llm_jax.model.pattern import kinds_of
+from llm_jax.ops.config import Experts, Rotary
 
 Theirs = Mapping[str, Any]  # a config.json
 Fields = dict[str, Any]  # of `ModelConfig`, by path: `attention.window`

@@ -5,7 +5,7 @@ from typing import Any
 
 from llm_jax.compat.lenses import KINDS, Fields, Lens, Theirs, known
 from llm_jax.model.config import ModelConfig
-from llm_jax.ops.position import Rotary
+from llm_jax.ops.config import Rotary
 
 ORIGINAL = "original_max_position_embeddings"  # before scaling
 

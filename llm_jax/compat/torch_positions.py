@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_jax.ops.position import Rotary
+from llm_jax.ops.config import Rotary
 
 
 def rotate(

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from llm_jax.compat.torch_twin import Twin, load_parameters, parameters
 from llm_jax.data.loader import IGNORE, Batch
+from llm_jax.paths import first_match
 from llm_jax.train.config import RunConfig
 from llm_jax.train.optimizer import DECAYED
-from llm_jax.tree import first_match
 
 
 class TorchStep:

@@ -32,7 +32,8 @@ from llm_jax.compat.torch_layers import (
 )
 from llm_jax.compat.torch_positions import alibi_slopes, rotations, sinusoidal
 from llm_jax.model.config import SOFTMAX, Layer, ModelConfig, own_layers
-from llm_jax.model.stack import locate, unstack
+from llm_jax.model.pattern import locate
+from llm_jax.model.stack import unstack
 from llm_jax.tree import leaves
 
 MIXERS = {**dict.fromkeys(SOFTMAX, SoftmaxAttention), "linear": LinearAttention, "delta": DeltaRule}

@@ -17,7 +17,7 @@ from llm_jax.compat import safetensors
 from llm_jax.compat.family import Family, Shapes, Tensor
 from llm_jax.compat.safetensors import Stored
 from llm_jax.model.config import ModelConfig
-from llm_jax.model.count import shapes
+from llm_jax.model.shapes import shapes
 
 # Old files contain buffers, which follow from the config.
 BUFFERS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)(attn|attention)\.(masked_)?bias$")

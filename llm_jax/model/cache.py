@@ -8,7 +8,8 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from llm_jax.model.config import ModelConfig, own_mixer
-from llm_jax.model.stack import Index, n_remembering
+from llm_jax.model.pattern import n_remembering
+from llm_jax.model.stack import Index
 from llm_jax.ops.linear_attention import State
 
 

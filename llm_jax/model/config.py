@@ -4,10 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 from llm_jax.config import check_ranges, check_types, import_object, nearest
-from llm_jax.ops.attention import Scores
-from llm_jax.ops.experts import Experts
-from llm_jax.ops.mask import Sparse
-from llm_jax.ops.position import Rotary
+from llm_jax.ops.config import Experts, Rotary, Scores, Sparse
 
 # The named activations in the order of the forward pass, and the path of each in the module tree; `model/taps.py`
 # captures and edits them.

@@ -17,7 +17,8 @@ from jaxtyping import Array
 
 from llm_jax.config import nearest
 from llm_jax.model.config import TAPS
-from llm_jax.model.stack import gather, rows_by_path
+from llm_jax.model.pattern import rows_by_path
+from llm_jax.model.stack import gather
 from llm_jax.tree import leaves
 
 

@@ -26,7 +26,8 @@ from llm_jax.model.feedforward import FeedForward, MixtureOfExperts, Utilisation
 from llm_jax.model.init import normal
 from llm_jax.model.linear_attention import LinearAttention
 from llm_jax.model.norm import Norm
-from llm_jax.model.stack import Index, gather, n_scanned, slot_of
+from llm_jax.model.pattern import n_scanned
+from llm_jax.model.stack import Index, gather, slot_of
 from llm_jax.model.taps import tap
 from llm_jax.ops import native
 from llm_jax.ops.collectives import all_gather_tokens, auto_axis_size
@@ -239,6 +240,8 @@ class Transformer(nn.Module):
                 in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  (annotated as an int, takes a tree)
                 length=scanned // period,
                 unroll=c.unroll,
+                # This check traces the layers once more, and so moves random numbers: it stays where any are drawn.
+                check_constancy_invariants=self.is_initializing() or draws(c),
             )
             carry, found = scan(c, name="layers")(carry, start + jnp.arange(0, scanned, period), context)
             uses = [(use, range(i, scanned, period)) for i, use in enumerate(found if period > 1 else [found])]
@@ -295,6 +298,11 @@ def dropout(module: nn.Module, x: Array, context: Context, layer: Index = 0) -> 
     if module.config.attention.implementation == "zigzag" and (devices := auto_axis_size("context")) > 1:
         keep = keep[:, zigzag_order(x.shape[1], devices)]
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+
+
+def draws(c: ModelConfig) -> bool:
+    """Return whether layers may draw random numbers in training."""
+    return bool(c.dropout or c.attention.dropout or own_layers(c))
 
 
 def remat(config: ModelConfig) -> Any:

@@ -5,7 +5,6 @@ values and gradients faster or in less memory, and decline, with the reason, wha
 """
 
 import contextlib
-import dataclasses
 import functools
 import importlib
 from collections.abc import Callable, Generator
@@ -19,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from llm_jax import runtime
 from llm_jax.ops.collectives import auto_axis_size
+from llm_jax.ops.config import Scores
 from llm_jax.ops.mask import Mask
 from llm_jax.ops.position import alibi_slopes
 
@@ -30,25 +30,6 @@ Tap = Callable[[str, jax.Array], jax.Array]
 
 class Declined(ValueError):
     """An implementation can't do this case; its message says why."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    """How a query and a key make a score.
-
-    Attributes:
-      scale: factor on their product; None: `H**-0.5`.
-      softcap: scores are limited to (-softcap, softcap) by tanh (Gemma 2, arXiv:2408.00118).
-      alibi: each head takes off its slope times the distance, in both directions (`ops/position.py`).
-    """
-
-    scale: float | None = None
-    softcap: float | None = None
-    alibi: bool = False
-
-    def factor(self, H: int) -> float:
-        """Return the factor on products of heads of size H."""
-        return H**-0.5 if self.scale is None else self.scale
 
 
 @struct.dataclass

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from llm_jax.ops.attention import Dropout, Scores, attend
+from llm_jax.ops.attention import Dropout, attend
+from llm_jax.ops.config import Scores
 from llm_jax.ops.mask import Mask
 
 BLOCK = 128  # queries whose scores exist at one time

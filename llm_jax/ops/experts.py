@@ -7,64 +7,15 @@ what a token gets back. Every shape is static and no expert has a capacity, so n
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from llm_jax.config import check_types
 from llm_jax.ops.collectives import shard_map_by_letters
-
-
-@dataclass(frozen=True)
-class Experts:
-    """A feed-forward of many experts, of which a token uses few (Shazeer et al. 2017, arXiv:1701.06538).
-
-    Attributes:
-      number: experts that tokens are routed to, E.
-      active: experts that each token goes to, k.
-      d_ff: width of one expert. None: the model's.
-      shared: experts that serve every token, as one feed-forward `shared * d_ff` wide (DeepSeekMoE, arXiv:2401.06066).
-      renormalise: the weights of a token's experts sum to 1.
-      balance: what balances the load: `loss`, an auxiliary loss; `bias`, a bias on the choice that follows the load.
-      balance_weight: weight of the auxiliary loss.
-      bias_rate: how far the bias of an expert moves in a step.
-      router_z_loss: weight of the squared log-partition of the router; 1e-3 if its logits drift.
-
-    Raise `ValueError` for a number out of its range.
-    """
-
-    number: int = 8
-    active: int = 2
-    d_ff: int | None = None
-    shared: int = 0
-    renormalise: bool = True
-    balance: Literal["loss", "bias", "none"] = "loss"
-    balance_weight: float = 0.01
-    bias_rate: float = 1e-3
-    router_z_loss: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_types(self, "model.experts.")
-        if self.number < 2:
-            raise ValueError(
-                f"model.experts.number={self.number} must be at least 2; for one expert set model.experts=none"
-            )
-        if not 1 <= self.active <= self.number:
-            raise ValueError(f"model.experts.active={self.active} must lie in [1, model.experts.number={self.number}]")
-        if self.active == 1 and self.renormalise:
-            raise ValueError(
-                "model.experts.active=1 renormalised is always weighted 1, from which the router learns nothing; "
-                "set model.experts.renormalise=false"
-            )
-        if self.d_ff is not None and self.d_ff < 1:
-            raise ValueError(f"model.experts.d_ff={self.d_ff} must be at least 1; none is the model's")
-        for name in ("shared", "balance_weight", "bias_rate", "router_z_loss"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"model.experts.{name}={getattr(self, name)} must not be negative; 0 is off")
+from llm_jax.ops.config import Experts
 
 
 @struct.dataclass

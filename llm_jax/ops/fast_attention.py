@@ -15,8 +15,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from llm_jax.ops import kernels
-from llm_jax.ops.attention import Declined, Scores, platform
+from llm_jax.ops.attention import Declined, platform
 from llm_jax.ops.collectives import shard_map_by_letters
+from llm_jax.ops.config import Scores
 from llm_jax.ops.mask import Mask
 from llm_jax.ops.position import alibi_slopes
 

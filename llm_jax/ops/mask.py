@@ -3,68 +3,13 @@
 `reference` materialises it as booleans. Others skip whole blocks that no query sees, which `Mask.view` says in NumPy.
 """
 
-import dataclasses
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Int
 
-from llm_jax.config import check_types
-
-
-@dataclasses.dataclass(frozen=True)
-class Sparse:
-    """A pattern of blocks of `block` positions, looking back: blocks it leaves out are never computed.
-
-    `strided` sees the last `local` blocks and every `stride`-th before them; `fixed` sees its own group of `stride`
-    blocks and the last block of every earlier group (Child et al. 2019, arXiv:1904.10509); `bigbird` sees the last
-    `local` blocks, the first `first`, and `random` others, drawn once for each block and the same in every layer and
-    head (Zaheer et al. 2020, arXiv:2007.14062).
-
-    Attributes:
-      pattern: how blocks are chosen.
-      block: positions in a block.
-      local: last blocks that `strided` and `bigbird` see.
-      stride: blocks in a group of `fixed`; the step between the earlier blocks that `strided` sees.
-      first: first blocks of a row that `bigbird` sees.
-      random: other blocks that `bigbird` sees.
-
-    Raise `ValueError` for a number out of its range.
-    """
-
-    pattern: Literal["strided", "fixed", "bigbird"] = "strided"
-    block: int = 128
-    local: int = 2
-    stride: int = 8
-    first: int = 1
-    random: int = 2
-
-    def __post_init__(self) -> None:
-        check_types(self, "model.attention.sparse.")
-        for name in ("block", "local", "stride"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.attention.sparse.{name}={getattr(self, name)} must be at least 1")
-        for name in ("first", "random"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"model.attention.sparse.{name}={getattr(self, name)} must not be negative")
-
-    def view(self, blocks: int) -> Bool[np.ndarray, "blocks blocks"]:
-        """Return which block of queries sees which block of keys. More blocks only add rows and columns."""
-        query, key = np.arange(blocks)[:, None], np.arange(blocks)[None]
-        distance = query - key
-        if self.pattern == "strided":
-            seen = (distance < self.local) | (distance % self.stride == 0)
-        elif self.pattern == "fixed":
-            seen = (query // self.stride == key // self.stride) | (key % self.stride == self.stride - 1)
-        else:
-            seen = (distance < self.local) | (key < self.first)
-            for row in range(1, blocks):
-                others = np.flatnonzero(~seen[row, :row])
-                seen[row, np.random.default_rng((self.random, row)).permutation(others)[: self.random]] = True
-        return seen & (distance >= 0)
+from llm_jax.ops.config import Sparse
 
 
 @struct.dataclass

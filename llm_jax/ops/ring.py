@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from llm_jax.ops.attention import MASKED, Declined, Scores, attention, attention_scores
+from llm_jax.ops.attention import MASKED, Declined, attention, attention_scores
 from llm_jax.ops.collectives import auto_axis_size, shard_map_by_letters
+from llm_jax.ops.config import Scores
 from llm_jax.ops.mask import Mask
 from llm_jax.ops.position import alibi_slopes
 

@@ -16,18 +16,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.model.stack import n_scanned
-from llm_jax.ops.attention import Scores, attention
+from llm_jax.axes import MeshConfig
+from llm_jax.model.pattern import n_scanned
+from llm_jax.ops.attention import attention
+from llm_jax.ops.config import Scores
 from llm_jax.ops.gradient import linear, lookup
 from llm_jax.ops.loss import IGNORE, cross_entropy
 from llm_jax.ops.mask import Mask
 from llm_jax.ops.norm import layer_norm, rms_norm
 from llm_jax.plan.verify import GAPS, bounds_of, outcome, shrunk
 from llm_jax.runtime import JAXLIB, known_faults, open_faults
-from llm_jax.sharding import MeshConfig, make_mesh
-from llm_jax.train.config import RunConfig
+from llm_jax.sharding import make_mesh
+from llm_jax.train.config import PipelineConfig, RunConfig
 from llm_jax.train.program import Program
-from llm_jax.train.timetable import PipelineConfig
 
 STEPS = 2
 ROWS = 40_001  # this number has no useful divisor, and a known fault is past the 32,768th row

@@ -1,35 +1,25 @@
-"""What a config amounts to, before anything of it exists: every shape, parameters, FLOPs, memory.
+"""What a config amounts to, before anything of it exists: every shape, parameters, FLOPs.
 
-`describe` returns plain data, which a console of `rich` prints. All of it comes from the functions that train,
-evaluated abstractly by `jax.eval_shape`: it takes about a second for a model of any size, and allocates nothing.
+`describe` returns plain data, which a console of `rich` prints. It is arithmetic on the config, without JAX, and takes
+no time for a model of any size. Tests hold it to the functions that train. The memory of a step is in `memory.py`.
 """
 
 import dataclasses
-import functools
 import itertools
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Key, PyTree
 from rich.columns import Columns
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from llm_jax.config import plain, replace
-from llm_jax.data.loader import Batch, select_fields
+from llm_jax.config import plain
 from llm_jax.keys import REQUIRED, keys, value_at
 from llm_jax.model.config import TAPS, ModelConfig, is_own
 from llm_jax.model.count import active_parameters, flops_per_token, parameter_counts
-from llm_jax.model.stack import kinds_of, locate
-from llm_jax.model.taps import capture
-from llm_jax.model.transformer import Transformer
+from llm_jax.model.pattern import kinds_of, locate
 from llm_jax.train.config import RunConfig
-from llm_jax.train.offload import on_host
-from llm_jax.train.optimizer import make_optimizer
-from llm_jax.train.step import TrainState, cast, init_state, make_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,28 +39,6 @@ class Activation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes in use on all devices together, during one microbatch of a training step.
-
-    Attributes:
-      weights: the parameters, in float32.
-      gradients: one number for each weight.
-      optimizer: the state of the optimizer.
-      cast: the copy of the weights in the dtype of the computation, if that is not float32.
-      kept: what the backward pass needs of the forward pass: all residuals of `jax.vjp` of the loss under the
-        rematerialization of the config, except weights. The compiler may keep less, or need scratch space.
-      recomputed: what rematerialization recomputes for one layer in the backward pass.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    cast: int
-    kept: int
-    recomputed: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Description:
     """What `llm-jax show` prints.
 
@@ -84,7 +52,6 @@ class Description:
     active_parameters: int
     flops_per_token: int
     tokens_per_step: int
-    memory: Memory
 
     def __rich__(self) -> Group:
         """Show the walk through the shapes, then what they cost, on a `rich` console."""
@@ -92,20 +59,17 @@ class Description:
 
 
 def describe(config: RunConfig) -> Description:
-    """Return all that follows from `config` without running it."""
+    """Return what follows from `config` without running it."""
     c, data = config.model, config.data
-    optimizer = make_optimizer(config.optimizer)
-    state = jax.eval_shape(functools.partial(init_state, Transformer(c), optimizer), jax.random.key(0))
-    computed = jax.eval_shape(functools.partial(cast, dtype=c.dtype), state.params)
-    tokens = jax.ShapeDtypeStruct((data.batch_size // config.accumulate, data.seq_len), jnp.int32)
+    sizes = dict(zip("BLS", (data.batch_size // config.accumulate, data.seq_len, data.seq_len), strict=True))
+    sizes |= sizes_of(c)
     return Description(
-        sizes=dict(zip("BLS", (*tokens.shape, data.seq_len), strict=True)) | sizes_of(c),
-        activations=list(activations(c, computed, tokens)),
+        sizes=sizes,
+        activations=list(activations(c, sizes)),
         parameters=parameter_counts(c),
         active_parameters=active_parameters(c),
         flops_per_token=flops_per_token(c, data.seq_len),
         tokens_per_step=data.batch_size * data.seq_len,
-        memory=memory(config, state, computed, tokens),
     )
 
 
@@ -117,9 +81,8 @@ def sizes_of(c: ModelConfig) -> dict[str, int]:
     return dict(zip("NDKGHFV", sizes, strict=True)) | some
 
 
-def activations(c: ModelConfig, params: PyTree, tokens: jax.ShapeDtypeStruct) -> Iterator[Activation]:
+def activations(c: ModelConfig, sizes: Mapping[str, int]) -> Iterator[Activation]:
     """Yield the tokens, and every tap in the order of the forward pass; those inside layers once per kind of layer."""
-    found = jax.eval_shape(functools.partial(capture, Transformer(c)), params, tokens) | {"tokens": tokens}
     inside = {name for name, path in TAPS.items() if path.startswith("layers/")}
     by_kind: dict[str, list[int]] = {}
     for layer, kind in enumerate(kinds_of(c)):
@@ -137,43 +100,8 @@ def activations(c: ModelConfig, params: PyTree, tokens: jax.ShapeDtypeStruct) ->
                 if kind and not locate(c, layers[0]).kind.has(name):
                     continue
                 letters, meaning = activation_meanings(c, kind)[name]
-                x = found[name]
-                yield Activation(name, letters, x.shape[bool(kind) :], x.dtype.name, kind, tuple(layers), meaning)
-
-
-def memory(config: RunConfig, state: TrainState, computed: PyTree, tokens: jax.ShapeDtypeStruct) -> Memory:
-    """Return the bytes of a training step; `computed` are the weights in the dtype that the model computes with."""
-    c = config.model
-    kept = everything = residual_bytes(config, computed, tokens)
-    if c.remat != "none":
-        everything = residual_bytes(replace(config, **{"model.remat": "none"}), computed, tokens)
-    return Memory(
-        weights=nbytes(state.params),
-        gradients=nbytes(state.params),
-        optimizer=nbytes(state.opt_state),
-        cast=nbytes(computed) if c.dtype != "float32" else 0,
-        kept=kept,
-        recomputed=(everything - kept) // c.n_layers,
-    )
-
-
-def residual_bytes(config: RunConfig, params: PyTree, tokens: jax.ShapeDtypeStruct) -> int:
-    """Return the bytes that the backward pass of one microbatch keeps in device memory, besides `params`."""
-    loss = make_loss(Transformer(config.model), config.loss)
-    seen = jax.ShapeDtypeStruct(tokens.shape, bool)
-    batch = select_fields(Batch(tokens, tokens, segments=tokens, positions=tokens, prefix=seen), config.data)
-
-    def residuals(params: PyTree, batch: Batch, key: Key[Array, ""]) -> PyTree:
-        _, backward, _ = jax.vjp(lambda p: loss(p, batch, key), params, has_aux=True)
-        given = {id(x) for x in jax.tree.leaves(params)}
-        return [x for x in jax.tree.leaves(backward) if id(x) not in given and not on_host(x)]
-
-    return nbytes(jax.eval_shape(residuals, params, batch, jax.random.key(0)))
-
-
-def nbytes(tree: PyTree) -> int:
-    """Return the bytes of all leaves, arrays or shapes."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+                shape = tuple(sizes[letter] for letter in letters.split())
+                yield Activation(name, letters, shape, DTYPES.get(name, c.dtype), kind, tuple(layers), meaning)
 
 
 def activation_meanings(c: ModelConfig, kind: str = "") -> dict[str, tuple[str, str]]:
@@ -237,6 +165,8 @@ LETTERS = {
     "C": "classes",
     "E": "experts",
 }
+# What is not in the dtype of the computation.
+DTYPES = {"tokens": "int32"} | dict.fromkeys(("attn_scores", "pattern", "router", "logits"), "float32")
 WALKED = 3  # up to so many layers are shown one by one
 
 
@@ -258,9 +188,6 @@ def _page(d: Description) -> Group:
         shares(d.parameters, "{:,}".format),
         title("Compute"),
         compute,
-        title("Memory of all devices together"),
-        shares(memory_in_words(d.memory), functools.partial(metric, unit="B")),
-        Text("kept: all residuals of jax.vjp of the loss; the compiler may do better or worse", style="dim"),
     )
 
 
@@ -296,18 +223,6 @@ def shares(amounts: dict[str, int], shown: Callable[[int], str]) -> Table:
         if amount:
             table.add_row(name, shown(amount), f"{amount / total:.1%}")
     return table
-
-
-def memory_in_words(m: Memory) -> dict[str, int]:
-    """Return the bytes of each use of memory, in the words of the page."""
-    return {
-        "weights": m.weights,
-        "gradients": m.gradients,
-        "optimizer": m.optimizer,
-        "weights, cast to compute": m.cast,
-        "kept for the backward pass": m.kept,
-        "one layer recomputed": m.recomputed,
-    }
 
 
 def metric(n: int | float, unit: str) -> str:

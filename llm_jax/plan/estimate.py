@@ -15,16 +15,18 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from llm_jax import tree as trees
+from llm_jax.axes import MeshConfig
 from llm_jax.model.config import ModelConfig
-from llm_jax.model.count import flops_per_token, shapes
+from llm_jax.model.count import flops_per_token
+from llm_jax.model.shapes import shapes
 from llm_jax.ops.exchange import ROOM
-from llm_jax.plan.describe import residual_bytes
+from llm_jax.plan.memory import residual_bytes
 from llm_jax.plan.topology import Topology
-from llm_jax.sharding import PARAMETER_AXES, TOKENS, MeshConfig, letters_of, spec
-from llm_jax.train.config import RunConfig
+from llm_jax.sharding import PARAMETER_AXES, TOKENS, letters_of, spec
+from llm_jax.train.config import PipelineConfig, RunConfig
 from llm_jax.train.offload import STACK
 from llm_jax.train.step import cast, rows_independent
-from llm_jax.train.timetable import PipelineConfig, Timetable
+from llm_jax.train.timetable import Timetable
 
 
 def predicted(config: RunConfig, mesh: Mapping[str, int], topology: Topology) -> tuple[float, float]:

@@ -13,13 +13,14 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
+from llm_jax.axes import MeshConfig, mesh_sizes
 from llm_jax.config import plain
-from llm_jax.model.count import shapes
+from llm_jax.model.shapes import shapes
 from llm_jax.plan.describe import bare_table, metric, title
 from llm_jax.plan.estimate import predicted
 from llm_jax.plan.plan import Plan, check_host, plan
 from llm_jax.plan.topology import Topology
-from llm_jax.sharding import ROWS, MeshConfig, abstract_mesh, mesh_sizes, shardings
+from llm_jax.sharding import ROWS, abstract_mesh, shardings
 from llm_jax.train.config import RunConfig
 from llm_jax.train.mesh import check_mesh
 from llm_jax.train.program import Program

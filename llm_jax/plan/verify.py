@@ -15,17 +15,16 @@ import jax
 import numpy as np
 from jaxtyping import Float, PyTree
 
+from llm_jax.axes import MeshConfig
 from llm_jax.config import replace
 from llm_jax.data.loader import IGNORE, Batch, select_fields
 from llm_jax.model.config import ModelConfig
-from llm_jax.model.stack import n_scanned
+from llm_jax.model.pattern import n_scanned
 from llm_jax.ops.attention import ACROSS
-from llm_jax.ops.position import Rotary
-from llm_jax.sharding import MeshConfig
-from llm_jax.train.config import RunConfig
+from llm_jax.ops.config import Rotary
+from llm_jax.train.config import PipelineConfig, RunConfig
 from llm_jax.train.program import Program
 from llm_jax.train.step import TrainState
-from llm_jax.train.timetable import PipelineConfig
 from llm_jax.tree import leaves
 
 DEVICES, STEPS = 8, 20

@@ -12,9 +12,10 @@ from jaxtyping import Array, Bool, PyTree
 from llm_jax import tree as trees
 from llm_jax.data.loader import IGNORE, Batch
 from llm_jax.model.config import TAPS
-from llm_jax.model.stack import layers_at, layers_with
+from llm_jax.model.pattern import layers_at, layers_with
 from llm_jax.model.taps import capture
 from llm_jax.model.transformer import Transformer
+from llm_jax.paths import first_match
 from llm_jax.sharding import batch_sharding, row_shards
 from llm_jax.train.program import Program
 from llm_jax.train.step import cast
@@ -84,7 +85,7 @@ def _in_backward_pass(program: Program, params: PyTree, batch: Batch, step: int,
     with jax.set_mesh(program.mesh):
         sizes, after, norm = jax.device_get(largest(params, opt_state, program.put(program.share(batch))))
     non_finite = [
-        (-layer, trees.first_match(BACKWARD, path), path)
+        (-layer, first_match(BACKWARD, path), path)
         for path, size in sizes.items()
         for layer in _layers(path, np.asarray(~np.isfinite(size)), layers_at(c.model, path), n)
     ]

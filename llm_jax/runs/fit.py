@@ -10,17 +10,18 @@ import optax
 from rich.console import Console
 
 from llm_jax import log, processes, runtime
+from llm_jax.axes import mesh_sizes
 from llm_jax.config import replace
 from llm_jax.runs import folder as run_folder
 from llm_jax.runs.checkpoint import Progress
 from llm_jax.runs.code import found_again
+from llm_jax.runs.compiling import told
 from llm_jax.runs.data import check_given, given_data, open_data, open_run_data
 from llm_jax.runs.loop import loop
 from llm_jax.runs.pause import update_report
 from llm_jax.runs.refusals import check_config, check_layout, disk_failed, moved_away
 from llm_jax.runs.run import Run
 from llm_jax.runs.session import Callback, Session, on
-from llm_jax.sharding import mesh_sizes
 from llm_jax.train.config import RunConfig
 from llm_jax.train.custom import Custom, Loss, takes
 from llm_jax.train.optimizer import make_schedule
@@ -66,7 +67,7 @@ def fit(
         config = replace(config, **{"data.column": None, "data.separator": None})
         config = replace(config, **{"data.uri": given_data(data, config, on(console))})
     session = Session.open(config, folder, console, open_data(config, on(console)), custom, callbacks)
-    with processes.watched(_way_on(folder)):
+    with told(console), processes.watched(_way_on(folder)):
         state = session.begin()
         existed = folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +121,7 @@ def resume(
     with run_folder.owned(folder):
         shards = open_run_data(folder, old, on(console))
         session = Session.open(config, folder, console, shards, custom, callbacks)
-        with processes.watched(_way_on(folder)):
+        with told(console), processes.watched(_way_on(folder)):
             state, progress = session.restore(old)
             if processes.is_first():
                 if lost := log.missing(folder, progress.step):

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import glob
 import hashlib
+import importlib.metadata
 import itertools
 import json
 import os
@@ -20,10 +21,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import flax
-import jax
-
-from llm_jax import processes
 from llm_jax.config import differences, from_dict, to_dict
 from llm_jax.data import tokenizer
 from llm_jax.data.config import format_uri
@@ -31,7 +28,6 @@ from llm_jax.data.mixture import Mixture
 from llm_jax.data.shards import Shards
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.files import check_fields, locked, read_json, write_json, write_whole
-from llm_jax.ops import native
 from llm_jax.train.config import RunConfig
 
 ADVICE = "restore it, or start a new run"  # about a damaged file
@@ -220,6 +216,8 @@ def owned(folder: Path) -> Iterator[None]:
 
     If a run has several processes, the first holds the lock for all.
     """
+    from llm_jax import processes  # which imports JAX, as there is an array by now
+
     if not processes.is_first():
         yield
         return
@@ -341,13 +339,17 @@ def environment(command: str) -> dict[str, object]:
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "flax": flax.__version__,
+        "flax": importlib.metadata.version("flax"),
         **machine(),
     }
 
 
 def machine() -> dict[str, Any]:
     """Return the part of the environment that decides the last bits of a run."""
+    import jax  # which the rest of this file does without, so that refusals need not wait for it
+
+    from llm_jax.ops import native
+
     devices = [f"{device.platform}:{device.id} {device.device_kind}" for device in jax.devices()]
     return {"jax": jax.__version__, "devices": devices, "native": native.used()}
 

@@ -9,9 +9,10 @@ from llm_jax import tree as trees
 from llm_jax.data.loader import IGNORE, Batch
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.feedforward import Utilisation
-from llm_jax.model.stack import rows_by_path
+from llm_jax.model.pattern import rows_by_path
 from llm_jax.model.transformer import Output, Transformer
-from llm_jax.ops.experts import Experts, rebalanced
+from llm_jax.ops.config import Experts
+from llm_jax.ops.experts import rebalanced
 
 LOAD = "expert_load"  # the sum from `expert_sums` of which the train step makes metrics
 

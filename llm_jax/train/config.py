@@ -1,16 +1,114 @@
 """`RunConfig`: everything that decides a run, with the checks across its fields."""
 
 import dataclasses
+import math
 from typing import Literal
 
+import numpy as np
+
+from llm_jax.axes import MeshConfig
 from llm_jax.config import check_ranges, check_types
 from llm_jax.data.config import DataConfig
 from llm_jax.model.config import ModelConfig
 from llm_jax.notebook import html_table
-from llm_jax.sharding import MeshConfig
-from llm_jax.train.optimizer import OptimizerConfig
-from llm_jax.train.step import LossConfig
-from llm_jax.train.timetable import PipelineConfig
+
+SMALLEST, LARGEST = (float(number) for number in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The update rule and its schedule, in optimizer steps.
+
+    Raise `ValueError` for values with which a finite gradient gives weights that are not finite in float32: b1 or b2 of
+    1 divides by 0, and so does an eps of 0.
+
+    Attributes:
+      name: the update rule.
+      learning_rate: the peak learning rate of the schedule.
+      schedule: after a linear warm-up of `warmup_steps`, `cosine` and `linear` fall to `final_fraction` of the peak at
+        the last step, `constant` stays, and `wsd` stays until the last `decay_fraction` of the run, then falls
+        linearly.
+      warmup_steps: steps over which the rate rises to the peak; fewer than `steps`.
+      final_fraction: the rate at the last step, as a fraction of the peak.
+      decay_fraction: the fraction of the run in which `wsd` falls.
+      clip: the largest global norm of the gradient; None: no clipping.
+      b1: decay of the mean of gradients, for AdamW and Lion. Adafactor has none, Muon's matrices a momentum of 0.95.
+      b2: decay of the mean of squared gradients for AdamW, of the momentum for Lion.
+      eps: added by AdamW to the root of the mean square, so that nothing divides by 0.
+      weight_decay: how fast matrices and token tables shrink: by `learning_rate * weight_decay` of themselves a step.
+    """
+
+    name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
+    learning_rate: float = 1e-3
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup_steps: int = 100
+    final_fraction: float = 0.1
+    decay_fraction: float = 0.2
+    clip: float | None = 1.0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_types(self, "optimizer.")
+        for name in ("learning_rate", "eps", "clip"):
+            value, otherwise = getattr(self, name), "; None (none) is no clipping" * (name == "clip")
+            if value is not None and not SMALLEST <= value <= LARGEST:
+                raise ValueError(f"optimizer.{name}={value} must be a positive number of float32{otherwise}")
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            if not (value >= 0 and np.float32(value) < 1):
+                raise ValueError(f"optimizer.{name}={value} must be at least 0, and less than 1 in float32; try 0.9")
+        for name in ("final_fraction", "decay_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must lie between 0 and 1")
+        if not 0 <= self.weight_decay <= LARGEST:
+            raise ValueError(f"optimizer.weight_decay={self.weight_decay} must be 0, which is none, or positive")
+        if self.warmup_steps < 0:
+            raise ValueError(f"optimizer.warmup_steps={self.warmup_steps} is negative; 0 is no warm-up")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """What is added to cross-entropy, and how much of it is computed at once. Raise `ValueError` for a bad number.
+
+    Attributes:
+      z_loss: weight of the squared log-partition function; 1e-4 where logits drift.
+      label_smoothing: share of the target distribution that is uniform.
+      chunk: tokens of a row whose logits are in memory at once; None: all of them.
+    """
+
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self, "loss.")
+        if not 0 <= self.z_loss < math.inf or not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"loss.z_loss must not be negative and loss.label_smoothing lie in [0, 1), got {self}")
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"loss.chunk={self.chunk} must be at least 1; None (none) is no chunks")
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig:
+    """How microbatches are scheduled on the stages of `mesh.pipeline`. Raise `ValueError` for `chunks` below 1.
+
+    Attributes:
+      schedule: `gpipe` runs all microbatches forward before the first goes backward, and holds them all (Huang et al.
+        2019, arXiv:1811.06965); `1f1b` begins backward at once, and holds a few however many there are (Narayanan et
+        al. 2021, arXiv:2104.04473).
+      chunks: pieces of the model on a stage. More of them shrink the bubble and add messages.
+    """
+
+    schedule: Literal["gpipe", "1f1b"] = "1f1b"
+    chunks: int = 1
+
+    def __post_init__(self) -> None:
+        check_types(self, "pipeline.")
+        if self.chunks < 1:
+            raise ValueError(f"pipeline.chunks={self.chunks} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

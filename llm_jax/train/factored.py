@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from llm_jax import tree as trees
+from llm_jax.paths import first_match
 from llm_jax.sharding import MATRICES, TABLES, letters_of, own_letters
 
 LEAST = 128  # a matrix with fewer inputs or outputs is kept whole: there is little to save
@@ -43,7 +44,7 @@ def sides(path: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int
     Of a layer of the user's own nobody knows them, whatever its parameters are called.
     Raise `ValueError` for a rank other than the number of its letters.
     """
-    pair = trees.first_match((*TABLES, *MATRICES), path)
+    pair = first_match((*TABLES, *MATRICES), path)
     if pair is None or own_letters(path, shape) is not None:
         return None
     letters = letters_of(path, shape)

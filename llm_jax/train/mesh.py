@@ -16,9 +16,9 @@ from llm_jax.ops.attention import Dropout, attention
 from llm_jax.ops.mask import Mask
 from llm_jax.ops.ring import zigzag_order
 from llm_jax.sharding import ROWS, row_shards
-from llm_jax.train.config import RunConfig
+from llm_jax.train.config import PipelineConfig, RunConfig
 from llm_jax.train.pipeline import Pipeline
-from llm_jax.train.timetable import PipelineConfig, Timetable
+from llm_jax.train.timetable import Timetable
 
 
 @functools.cache

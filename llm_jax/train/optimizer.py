@@ -1,18 +1,17 @@
 """Update rules and schedules: an optax chain that clips, updates and decays, and the learning rate that scales it."""
 
-import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
 from llm_jax import tree as trees
-from llm_jax.config import check_types
+from llm_jax.paths import first_match
 from llm_jax.sharding import MATRICES, own_letters
+from llm_jax.train.config import OptimizerConfig
 from llm_jax.train.factored import scale_by_factored_rms, sides
 
 # (path regex, whether weight decay applies). First match wins; no match raises.
@@ -26,62 +25,6 @@ DECAYED: tuple[tuple[str, bool], ...] = (
 
 # Muon's Newton-Schulz iteration: NS_STEPS steps of the polynomial a X + b (X X') X + c (X X')^2 X (Jordan et al. 2024).
 NS_STEPS, NS_COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
-
-SMALLEST, LARGEST = (float(number) for number in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """The update rule and its schedule, in optimizer steps.
-
-    Raise `ValueError` for values with which a finite gradient gives weights that are not finite in float32: b1 or b2 of
-    1 divides by 0, and so does an eps of 0.
-
-    Attributes:
-      name: the update rule.
-      learning_rate: the peak learning rate of the schedule.
-      schedule: after a linear warm-up of `warmup_steps`, `cosine` and `linear` fall to `final_fraction` of the peak at
-        the last step, `constant` stays, and `wsd` stays until the last `decay_fraction` of the run, then falls
-        linearly.
-      warmup_steps: steps over which the rate rises to the peak; fewer than `steps`.
-      final_fraction: the rate at the last step, as a fraction of the peak.
-      decay_fraction: the fraction of the run in which `wsd` falls.
-      clip: the largest global norm of the gradient; None: no clipping.
-      b1: decay of the mean of gradients, for AdamW and Lion. Adafactor has none, Muon's matrices a momentum of 0.95.
-      b2: decay of the mean of squared gradients for AdamW, of the momentum for Lion.
-      eps: added by AdamW to the root of the mean square, so that nothing divides by 0.
-      weight_decay: how fast matrices and token tables shrink: by `learning_rate * weight_decay` of themselves a step.
-    """
-
-    name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
-    learning_rate: float = 1e-3
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    warmup_steps: int = 100
-    final_fraction: float = 0.1
-    decay_fraction: float = 0.2
-    clip: float | None = 1.0
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_types(self, "optimizer.")
-        for name in ("learning_rate", "eps", "clip"):
-            value, otherwise = getattr(self, name), "; None (none) is no clipping" * (name == "clip")
-            if value is not None and not SMALLEST <= value <= LARGEST:
-                raise ValueError(f"optimizer.{name}={value} must be a positive number of float32{otherwise}")
-        for name in ("b1", "b2"):
-            value = getattr(self, name)
-            if not (value >= 0 and np.float32(value) < 1):
-                raise ValueError(f"optimizer.{name}={value} must be at least 0, and less than 1 in float32; try 0.9")
-        for name in ("final_fraction", "decay_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"optimizer.{name}={getattr(self, name)} must lie between 0 and 1")
-        if not 0 <= self.weight_decay <= LARGEST:
-            raise ValueError(f"optimizer.weight_decay={self.weight_decay} must be 0, which is none, or positive")
-        if self.warmup_steps < 0:
-            raise ValueError(f"optimizer.warmup_steps={self.warmup_steps} is negative; 0 is no warm-up")
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -121,7 +64,7 @@ def decay_mask(params: PyTree) -> PyTree:
         if (letters := own_letters(path, leaf.shape)) is not None:
             return len(letters.removeprefix("N")) > 1
         try:
-            return trees.first_match(DECAYED, path)
+            return first_match(DECAYED, path)
         except ValueError:
             raise ValueError(
                 f"the name of {path!r} does not say whether weight decay applies; end it in w_..., b_..., scale, bias "
@@ -182,7 +125,7 @@ def _muon(c: OptimizerConfig) -> optax.GradientTransformation:
 
     def role(path: str, leaf: jnp.ndarray) -> str:
         own = own_letters(path, leaf.shape) is not None
-        return "rest" if own or trees.first_match(MATRICES, path) is None else "matrices"
+        return "rest" if own or first_match(MATRICES, path) is None else "matrices"
 
     def axes(path: str, leaf: jnp.ndarray) -> optax.contrib.MuonDimensionNumbers:
         pair = sides(path, leaf.shape)

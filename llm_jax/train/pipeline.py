@@ -26,7 +26,8 @@ from llm_jax.ops.gradient import after
 from llm_jax.ops.loss import IGNORE
 from llm_jax.ops.mask import Mask
 from llm_jax.train.balance import LOAD, expert_sums
-from llm_jax.train.step import LossConfig, Metrics, Scored, cast, losses_of, scored, split_microbatches
+from llm_jax.train.config import LossConfig
+from llm_jax.train.step import Metrics, Scored, cast, losses_of, scored, split_microbatches
 from llm_jax.train.timetable import Timetable, Work
 
 AXIS = "pipeline"

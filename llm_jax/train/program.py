@@ -18,11 +18,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from llm_jax import runtime
+from llm_jax.axes import MeshConfig
 from llm_jax.data.loader import Batch, select_fields
 from llm_jax.model.config import own_layers
 from llm_jax.model.transformer import Transformer
 from llm_jax.ops.attention import heard
-from llm_jax.sharding import MeshConfig, batch_sharding, make_mesh, rows_here, shardings
+from llm_jax.sharding import batch_sharding, make_mesh, rows_here, shardings
 from llm_jax.train.balance import rebalance
 from llm_jax.train.batch import check_batch
 from llm_jax.train.config import RunConfig
@@ -98,7 +99,7 @@ class Program:
 
         Raise `ValueError` for what does not divide over the mesh, and for an optimizer with a random key in its state.
         """
-        shapes = jax.eval_shape(functools.partial(init_state, self.model, self._optimizer), jax.random.key(0))
+        shapes = jax.eval_shape(self._fresh, jax.random.key(0))
         if self.custom.optimizer is None:
             found = shardings(shapes, self.mesh)
         elif (path := key_leaf(shapes.opt_state)) is not None:
@@ -242,10 +243,14 @@ class Program:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
 
     @functools.cached_property
+    def _fresh(self) -> Any:
+        """`init_state`, which is traced once for the shapes of a state and for the program that makes one."""
+        return jax.jit(functools.partial(init_state, self.model, self._optimizer), inline=True)
+
+    @functools.cached_property
     def _init(self) -> Any:
         options = runtime.for_one_call(self.mesh.devices.flat[0].platform)
-        make = functools.partial(init_state, self.model, self._optimizer)
-        return jax.jit(make, out_shardings=self._shardings, compiler_options=options)
+        return jax.jit(self._fresh, out_shardings=self._shardings, compiler_options=options)
 
     @functools.cached_property
     def _gradient(self) -> Any:

@@ -1,6 +1,5 @@
 """The training step: a pure function `(state, batch) -> (state, metrics)`, and the loss that it minimizes."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -14,7 +13,6 @@ from flax import struct
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from llm_jax.config import check_types
 from llm_jax.data.loader import Batch
 from llm_jax.model.config import ModelConfig, own_layers
 from llm_jax.model.feedforward import Utilisation
@@ -22,6 +20,7 @@ from llm_jax.model.precision import in_dtype
 from llm_jax.model.transformer import Output, Transformer, forward, head_table
 from llm_jax.ops.loss import IGNORE, chunked_cross_entropy, cross_entropy, likeliest
 from llm_jax.train.balance import LOAD, expert_sums, utilisation
+from llm_jax.train.config import LossConfig
 from llm_jax.train.offload import map_layers, sum_layers, update_layers
 
 Metrics = dict[str, jax.Array]
@@ -39,28 +38,6 @@ class TrainState:
     step: Int[Array, ""]
     params: PyTree
     opt_state: PyTree
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-    """What is added to cross-entropy, and how much of it is computed at once. Raise `ValueError` for a bad number.
-
-    Attributes:
-      z_loss: weight of the squared log-partition function; 1e-4 where logits drift.
-      label_smoothing: share of the target distribution that is uniform.
-      chunk: tokens of a row whose logits are in memory at once; None: all of them.
-    """
-
-    z_loss: float = 0.0
-    label_smoothing: float = 0.0
-    chunk: int | None = None
-
-    def __post_init__(self) -> None:
-        check_types(self, "loss.")
-        if not 0 <= self.z_loss < math.inf or not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"loss.z_loss must not be negative and loss.label_smoothing lie in [0, 1), got {self}")
-        if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"loss.chunk={self.chunk} must be at least 1; None (none) is no chunks")
 
 
 def cast(params: PyTree, dtype: Any) -> PyTree:

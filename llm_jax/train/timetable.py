@@ -7,35 +7,14 @@ and one backward; what it sends, its neighbour reads in the next tick.
 
 import dataclasses
 import functools
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from llm_jax.config import check_types
+from llm_jax.train.config import PipelineConfig
 
 # The cost of a piece in forward passes: backward is twice the work, and recomputes the forward pass first.
 FORWARD, BACKWARD = 1, 3
-
-
-@dataclasses.dataclass(frozen=True)
-class PipelineConfig:
-    """How microbatches are scheduled on the stages of `mesh.pipeline`. Raise `ValueError` for `chunks` below 1.
-
-    Attributes:
-      schedule: `gpipe` runs all microbatches forward before the first goes backward, and holds them all (Huang et al.
-        2019, arXiv:1811.06965); `1f1b` begins backward at once, and holds a few however many there are (Narayanan et
-        al. 2021, arXiv:2104.04473).
-      chunks: pieces of the model on a stage. More of them shrink the bubble and add messages.
-    """
-
-    schedule: Literal["gpipe", "1f1b"] = "1f1b"
-    chunks: int = 1
-
-    def __post_init__(self) -> None:
-        check_types(self, "pipeline.")
-        if self.chunks < 1:
-            raise ValueError(f"pipeline.chunks={self.chunks} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
