@@ -63,7 +63,8 @@ class Ours:
         dtype = "float32" if weights == "int8" else weights
         self.config = recipe("gpt2_124m", {"model.dtype": dtype, "model.remat": "none"}).model
         draw = np.random.default_rng(0)
-        params = jax.tree.map(lambda s: jnp.asarray(0.02 * draw.standard_normal(s.shape, np.float32)), shapes(self.config))
+        random = lambda leaf: jnp.asarray(0.02 * draw.standard_normal(leaf.shape, np.float32))  # noqa: E731
+        params = jax.tree.map(random, shapes(self.config))
         self.weights = decode.prepare(self.config, params, "int8" if weights == "int8" else None)
         tables = (self.weights.params[name]["table"] for name in ("embedding", "positions"))  # a token reads one row
         self.bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.weights)) - sum(table.nbytes for table in tables)
@@ -130,9 +131,8 @@ def main() -> None:
         what, float32, int8 = f"GPT-2 124M, batch {batch}, {NEW} new tokens", *list(NAMES)[::2]
         rows.append(row(what, found, "tokens/s", ours=float32, peers=["Hugging Face"], **goal))
         only = {name: found[name] for name in NAMES if name in found}
-        rows.append(
-            row(f"{what}: int8 over float32", only, "tokens/s", ours=int8, peers=[float32], goal="2.5" if batch == 1 else "")
-        )
+        least = "2.5" if batch == 1 else ""
+        rows.append(row(f"{what}: int8 over float32", only, "tokens/s", ours=int8, peers=[float32], goal=least))
         for quantity, least in (("share of reading the weights once", "0.85"), ("GB/s of memory", "")):
             rows.append(row(what, only, quantity, ours=float32, peers=[], goal=least if batch == 1 else ""))
         if batch == 1:

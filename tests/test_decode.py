@@ -16,7 +16,7 @@ from llm_jax.ops.experts import Experts
 from llm_jax.ops.int8 import Quantized
 from llm_jax.tree import leaves
 
-TOKENS = np.random.default_rng(0).integers(0, 264, (2, 12), np.int32)
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 264, (2, 12), np.int32))
 
 
 def logits(how: str | None) -> jax.Array:
@@ -58,7 +58,7 @@ def test_int8_is_refused_for_experts_and_other_names_for_all():
     with pytest.raises(ValueError, match="weights=int8 takes no experts"):
         Sampler(moe, weights(moe), TEXT, weights="int8")
     with pytest.raises(ValueError, match="weights='int4' is no way to hold weights; use 'int8'"):
-        Sampler(CONFIG, weights(), TEXT, weights="int4")  # pyright: ignore[reportArgumentType]
+        Sampler(CONFIG, weights(), TEXT, weights="int4")
 
 
 def test_int8_generates_whole_texts():

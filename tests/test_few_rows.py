@@ -37,15 +37,17 @@ def test_a_product_of_few_rows_is_the_matrix_product(how: str, rows: int):
 
 def test_a_layer_of_few_rows_sums_over_all_axes_but_the_first_two():
     rng = np.random.default_rng(0)
-    z, w = jnp.asarray(rng.normal(size=(1, 1, 2, 2, 4)), jnp.float32), jnp.asarray(rng.normal(size=(2, 2, 4, 6)))
-    w = w.astype(jnp.float32)
+    z = jnp.asarray(rng.normal(size=(1, 1, 2, 2, 4)), jnp.float32)
+    w = jnp.asarray(rng.normal(size=(2, 2, 4, 6)), jnp.float32)
     expected = np.einsum("BLKGH,KGHD->BLD", z, w)
     np.testing.assert_allclose(linear("BLKGH,KGHD->BLD", z, w), expected, rtol=1e-5)
     np.testing.assert_allclose(linear_of_few(z, w), expected, rtol=1e-5)
     x = jnp.asarray(rng.normal(size=(3, 5, 6)), jnp.float32)
     v = quantize(jnp.asarray(rng.normal(size=(6, 2, 4)), jnp.float32), 1)
     found = linear("BLD,DKH->BLKH", x, v)
-    np.testing.assert_allclose(found, np.einsum("BLD,DKH->BLKH", x, np.asarray(v.values) * np.asarray(v.scale)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        found, np.einsum("BLD,DKH->BLKH", x, np.asarray(v.values) * np.asarray(v.scale)), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_other_platforms_and_meshes_keep_their_products(monkeypatch: pytest.MonkeyPatch):

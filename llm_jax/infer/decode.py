@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ class Decoding:
     ended: Bool[Array, " B"]
 
 
-def prepare(config: ModelConfig, params: PyTree, weights: Literal["int8"] | None = None) -> Weights:
+def prepare(config: ModelConfig, params: PyTree, weights: str | None = None) -> Weights:
     """Cast, unstack and lay out the weights of `Transformer(config)`, once a model.
 
     With `int8` the matrices of dense layers and the head are quantized by output channel; the embedding, of which a

@@ -4,7 +4,7 @@ import codecs
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,10 @@ BATCH = 32  # rows decoded together; further prompts wait
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """New text of one row. `finish`, in a row's last piece, says why it ends; `drafted` and `kept` are of this piece."""
+    """New text of one row, of which a draft proposed `drafted` tokens and the model `kept` some.
+
+    `finish`, in a row's last piece, says why it ends.
+    """
 
     row: int
     text: str
@@ -133,7 +136,7 @@ class Sampler:
         begin: bool = True,
         special: bool = False,
         task: TaskConfig | None = None,
-        weights: Literal["int8"] | None = None,
+        weights: str | None = None,
     ) -> None:
         _check_model(config, params)
         tokenizer = open_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
@@ -154,7 +157,7 @@ class Sampler:
         max_tokens: int = 200,
         stop: str | Sequence[str] = (),
         seed: int = 0,
-        draft: Union["Sampler", Literal["lookup"], None] = None,
+        draft: "Sampler | str | None" = None,
         **fields: Any,
     ) -> Iterator[Piece]:
         """Yield the continuation of each prompt, or of the only one, in pieces: whole characters, each once certain.
@@ -227,8 +230,8 @@ class Sampler:
             raise ValueError("a draft proposes tokens, and these have another tokenizer; use a model with the same one")
         if draft.config.max_seq_len < self.config.max_seq_len:
             raise ValueError(
-                f"the draft reads {draft.config.max_seq_len} tokens and the model {self.config.max_seq_len}; use a draft "
-                "whose max_seq_len is no smaller"
+                f"the draft reads {draft.config.max_seq_len} tokens and the model {self.config.max_seq_len}; use a "
+                "draft whose max_seq_len is no smaller"
             )
         return Draft(draft.config, draft._weights)
 

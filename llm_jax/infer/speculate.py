@@ -95,7 +95,7 @@ def round_of(
 ) -> tuple[Decoding, Drafting, Int[Array, "B T"], Int[Array, " B"]]:
     """Draft tokens, read them, keep some, and sample one more: 1 to DRAFTED + 1 tokens of each row, and how many."""
     rows, length = jnp.arange(len(state.token)), state.cache.length
-    at = jnp.arange(DRAFTED + 1)
+    at = jnp.arange(DRAFTED + 1)  # of the tokens that are read, from the newest
     keys = jax.vmap(lambda key, n: jax.vmap(functools.partial(jax.random.fold_in, key))(n + 1 + at))(state.keys, length)
     if draft_config is None:
         assert drafting.text is not None
@@ -110,7 +110,8 @@ def round_of(
     hidden, cache = read(config, weights, state.cache, inputs)
     logits = logits_of(config, vocab_size, weights, hidden.reshape(-1, hidden.shape[-1]))
     logits = logits.reshape(*inputs.shape, -1)
-    p = jnp.stack([distribution(logits[:, t], _seen(state.seen, inputs[:, : t + 1]), by) for t in at.tolist()], axis=1)
+    read_so_far = (_seen(state.seen, inputs[:, : t + 1]) for t in range(DRAFTED + 1))
+    p = jnp.stack([distribution(logits[:, t], seen, by) for t, seen in enumerate(read_so_far)], axis=1)
     verdict = verify(p, q, drafted, keys)
     token = jnp.where(jax.vmap(finite)(logits)[rows, verdict.kept], verdict.token, NO_TOKEN)
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -163,7 +163,7 @@ class Run:
         return self.new_sampler()
 
     def new_sampler(
-        self, *, begin: bool | None = None, special: bool | None = None, weights: Literal["int8"] | None = None
+        self, *, begin: bool | None = None, special: bool | None = None, weights: str | None = None
     ) -> Sampler:
         """Return a sampler for prompts that begin, or whose special tokens are read, otherwise than in training.
 
@@ -188,7 +188,7 @@ class Run:
         max_tokens: int = 200,
         stop: str | Sequence[str] = (),
         seed: int = 0,
-        draft: Sampler | Literal["lookup"] | None = None,
+        draft: Sampler | str | None = None,
         **fields: Any,
     ) -> list[str]:
         """Return the continuation of each prompt, or of the only one.
