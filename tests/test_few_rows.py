@@ -9,11 +9,11 @@ from llm_jax.ops.few_rows import few_rows, linear_of_few, suits
 from llm_jax.ops.gradient import linear
 from llm_jax.ops.int8 import quantize
 
-I, O = 48, 6
+INPUTS, OUTPUTS = 48, 6
 
 
 def matrices(rows: int) -> tuple[jax.Array, jax.Array]:
-    x, w = (np.random.default_rng(rows).normal(size=shape) for shape in ((rows, I), (I, O)))
+    x, w = (np.random.default_rng(rows).normal(size=shape) for shape in ((rows, INPUTS), (INPUTS, OUTPUTS)))
     return jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32)
 
 
@@ -51,7 +51,7 @@ def test_a_layer_of_few_rows_sums_over_all_axes_but_the_first_two():
 
 
 def test_other_platforms_and_meshes_keep_their_products(monkeypatch: pytest.MonkeyPatch):
-    w = jnp.zeros((I, O), jnp.bfloat16)
+    w = jnp.zeros((INPUTS, OUTPUTS), jnp.bfloat16)
     assert suits(1, w)
     assert not suits(9, w)
     assert not suits(2, w.astype(jnp.float32))

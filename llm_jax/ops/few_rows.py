@@ -49,9 +49,9 @@ def tile(w: Array) -> int:
 
 def _by_tiles(x: Float[Array, "M I"], w: Shaped[Array, "I O"]) -> Float[Array, "M O"]:
     """Sum the products of each tile in a tree, and then the sums of all tiles."""
-    (M, I), O, T = x.shape, w.shape[1], tile(w)
-    tiles = x.reshape(M, I // T, T).transpose(1, 0, 2)[..., None]
-    weights = _bits(w).reshape(I // T, 1, T, O)
+    T, number = tile(w), len(w) // tile(w)
+    tiles = x.reshape(-1, number, T).transpose(1, 0, 2)[..., None]
+    weights = _bits(w).reshape(number, 1, T, -1)
     terms = [tiles[:, :, t] * _widen(weights[:, :, t]) for t in range(T)]
     while len(terms) > 1:
         terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=True)]
