@@ -106,7 +106,7 @@ class HuggingFace:
 
         torch.manual_seed(0)
         config = transformers.GPT2Config(vocab_size=50304, eos_token_id=None, bos_token_id=None)
-        self.model = transformers.GPT2LMHeadModel(config).eval()
+        self.model: Any = transformers.GPT2LMHeadModel(config).eval()
         self.ids, self.no_grad = torch.from_numpy(prompts(int(setting), PROMPT).astype(np.int64)), torch.no_grad
         self.text()
 
@@ -127,9 +127,8 @@ def main() -> None:
     rows = []
     for batch in bench.arguments().batch:
         found = bench.rounds(str(batch))
-        goal = {"goal": GOALS.get(batch, "")}
         what, float32, int8 = f"GPT-2 124M, batch {batch}, {NEW} new tokens", *list(NAMES)[::2]
-        rows.append(row(what, found, "tokens/s", ours=float32, peers=["Hugging Face"], **goal))
+        rows.append(row(what, found, "tokens/s", ours=float32, peers=["Hugging Face"], goal=GOALS.get(batch, "")))
         only = {name: found[name] for name in NAMES if name in found}
         least = "2.5" if batch == 1 else ""
         rows.append(row(f"{what}: int8 over float32", only, "tokens/s", ours=int8, peers=[float32], goal=least))
