@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from llm_jax.ops.speculative import acceptance, lookup, remainder, verify
+from llm_jax.ops.speculative import acceptance, look_up, remainder, verify
 
 V, G = 3, 2
 
@@ -79,7 +79,7 @@ def test_a_draft_that_is_the_model_is_always_kept():
 def followed(text: list[int], number: int = 4) -> list[int]:
     row = np.zeros((1, 12), np.int32)
     row[0, : len(text)] = text
-    return np.asarray(jax.jit(lookup, static_argnums=2)(row, np.array([len(text)]), number))[0].tolist()
+    return np.asarray(jax.jit(look_up, static_argnums=2)(row, np.array([len(text)]), number))[0].tolist()
 
 
 def test_lookup_drafts_what_followed_the_latest_of_the_longest_matches():
@@ -87,4 +87,4 @@ def test_lookup_drafts_what_followed_the_latest_of_the_longest_matches():
     assert followed([7, 2, 8, 9, 2, 5, 6, 2])[:2] == [5, 6]  # the latest 2
     assert followed([7, 2, 8, 9, 2, 5, 7, 2])[:2] == [8, 9]  # 7 2 is longer than 2
     assert followed([0, 0, 0, 4]) == followed([0, 0, 0, 4])  # no match: anything
-    assert followed([5, 1, 2, 1, 2]) == [1, 2, 1, 2]  # it goes on repeating itself
+    assert followed([5, 1, 2, 1, 2]) == [1, 2, 1, 2]  # it repeats itself

@@ -15,7 +15,7 @@ from llm_jax.model.cache import Cache
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.stack import n_remembering
 from llm_jax.ops.sampling import NO_TOKEN, Filters, filtered, finite
-from llm_jax.ops.speculative import lookup, verify
+from llm_jax.ops.speculative import look_up, verify
 
 DRAFTED = 4  # tokens that a draft proposes at a time
 
@@ -99,7 +99,7 @@ def round_of(
     keys = jax.vmap(lambda key, n: jax.vmap(functools.partial(jax.random.fold_in, key))(n + 1 + at))(state.keys, length)
     if draft_config is None:
         assert drafting.text is not None
-        drafted = lookup(drafting.text, length + 1, DRAFTED)
+        drafted = look_up(drafting.text, length + 1, DRAFTED)
         q = jax.nn.one_hot(drafted, vocab_size)
     else:
         assert draft_weights is not None

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
-NGRAM = 3  # tokens at the end of a text whose earlier occurrence `lookup` looks for, at most
+NGRAM = 3  # tokens at the end of a text whose earlier occurrence `look_up` looks for, at most
 
 
 @struct.dataclass
-class Verdict:
+class Verified:
     """How many of its drafted tokens each row keeps, and the token that follows these."""
 
     kept: Int[Array, " B"]
@@ -43,7 +43,7 @@ def verify(
     q: Float[Array, "B G V"],
     drafted: Int[Array, "B G"],
     keys: Key[Array, "B T"],
-) -> Verdict:
+) -> Verified:
     """Decide on G drafted tokens of each row, where p is known after each of them and before the first: T = G + 1.
 
     A row's `keys` belong to the indices of its tokens in the text, so that it draws the same in any batch.
@@ -54,10 +54,10 @@ def verify(
     kept = jnp.cumprod(keeps, axis=1).sum(1)
     after = jnp.concatenate([remainder(p[:, :G], q), p[:, G:]], axis=1)[rows, kept]
     draw = jax.vmap(lambda key, weights: jax.random.categorical(jax.random.fold_in(key, 1), jnp.log(weights)))
-    return Verdict(kept, draw(keys[rows, kept], after))
+    return Verified(kept, draw(keys[rows, kept], after))
 
 
-def lookup(text: Int[Array, "B S"], length: Int[Array, " B"], number: int) -> Int[Array, "B G"]:
+def look_up(text: Int[Array, "B S"], length: Int[Array, " B"], number: int) -> Int[Array, "B G"]:
     """Draft `number` tokens: what followed the latest of the longest matches of the end of each text, up to NGRAM long.
 
     A text is the first `length` tokens of its row. A match near the end is continued as if the text repeated itself
