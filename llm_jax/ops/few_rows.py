@@ -52,6 +52,8 @@ def _by_tiles(x: Float[Array, "M I"], w: Shaped[Array, "I O"]) -> Float[Array, "
     T, number = tile(w), len(w) // tile(w)
     tiles = x.reshape(-1, number, T).transpose(1, 0, 2)[..., None]
     weights = _bits(w).reshape(number, 1, T, -1)
+    # Else weights, which no token changes, are widened before the loop over tokens, in memory.
+    tiles, weights = jax.lax.optimization_barrier((tiles, weights))
     terms = [tiles[:, :, t] * _widen(weights[:, :, t]) for t in range(T)]
     while len(terms) > 1:
         terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=True)]
