@@ -113,7 +113,7 @@ def test_a_prefix_sees_itself_both_ways_and_what_comes_after_it_the_past():
 def test_what_the_padding_wrote_is_never_seen():
     """Whatever stands after `length` in the cache, the logits are the same bit for bit."""
     run, cache = runner(TINY), init_cache(TINY, B, L).replace(length=LENGTHS)
-    padding = (jnp.arange(L)[None] >= LENGTHS[:, None])[None, :, :, None, None]
+    padding = (jnp.arange(L)[None] >= LENGTHS[:, None])[None, :, None, :, None]
     dirty = cache.replace(k=jnp.where(padding, 100.0, cache.k), v=jnp.where(padding, 100.0, cache.v))
     assert (run(TOKENS[:, :1], dirty).logits == run(TOKENS[:, :1], cache).logits).all()
 
@@ -142,7 +142,7 @@ def test_tokens_beyond_the_end_of_the_cache_are_dropped():
 
 def test_a_cache_holds_the_dtype_of_the_computation():
     cache: Cache = jax.eval_shape(lambda: init_cache(tiny(dtype="bfloat16"), 2, 7))
-    assert cache.k.shape == cache.v.shape == (TINY.n_layers, 2, 7, TINY.K, TINY.H)
+    assert cache.k.shape == cache.v.shape == (TINY.n_layers, 2, TINY.K, 7, TINY.H)
     assert cache.k.dtype == jnp.bfloat16
     assert cache.length.shape == (2,)
 

@@ -22,15 +22,14 @@ from llm_jax.compat.families import FAMILIES
 from llm_jax.compat.family import Family
 from llm_jax.compat.huggingface import export_run, family_of, import_run
 from llm_jax.compat.safetensors import open_file, write_file
-from llm_jax.infer.generate import begin_rows, next_token
+from llm_jax.infer.decode import Request, continuations, prepare
 from llm_jax.model import count
 from llm_jax.model.config import ModelConfig
-from llm_jax.model.stack import unstack
 from llm_jax.model.taps import capture
 from llm_jax.model.transformer import Transformer
 from llm_jax.ops.experts import Experts
 from llm_jax.ops.position import Rotary
-from llm_jax.ops.sampling import Sampling
+from llm_jax.ops.sampling import Sampling, filters
 from llm_jax.runs import restore
 
 WRITTEN = 12  # tokens, greedily
@@ -83,16 +82,10 @@ def compare(case: str, folder: Path) -> float:
 
 
 def greedy(config: ModelConfig, params: PyTree, prompts: np.ndarray) -> np.ndarray:
-    """The next WRITTEN tokens of each row, with a cache, token by token: a single program to compile."""
-    rows, length = prompts.shape
-    tree, ones = unstack(config, params), np.ones(rows, np.int32)
-    state = begin_rows(config, length + WRITTEN, config.vocab_size, jax.random.split(jax.random.key(0), rows))
-    tokens = prompts.astype(np.int32)
-    for t in range(length + WRITTEN - 1):
-        state, token = next_token(config, Sampling(temperature=0.0), tree, state, tokens[:, t : t + 1], ones)
-        if t + 1 >= length:
-            tokens = np.concatenate([tokens, np.asarray(token)[:, None]], axis=1)
-    return tokens[:, length:]
+    """The next WRITTEN tokens of each row."""
+    keys = jax.random.split(jax.random.key(0), len(prompts))
+    request = Request(list(prompts), keys, filters(Sampling(temperature=0)), WRITTEN, config.vocab_size)
+    return np.concatenate([np.array(new) for new in continuations(config, prepare(config, params), request)], axis=1)
 
 
 def distance(ours: np.ndarray, theirs: np.ndarray) -> float:

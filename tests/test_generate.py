@@ -16,8 +16,10 @@ from jaxtyping import PyTree
 from tiny_run import generate, sampler
 
 from llm_jax.data.tokenizer import ByteTokenizer
+from llm_jax.infer import decode as decode_module
 from llm_jax.infer import generate as module
-from llm_jax.infer.generate import Piece, Row, Sampler, begin_rows, continuations, next_token, row_by_row
+from llm_jax.infer.decode import Request, continuations, decode, prefill, prepare
+from llm_jax.infer.generate import Piece, Row, Sampler, row_by_row
 from llm_jax.model.cache import init_cache
 from llm_jax.model.config import AttentionConfig, ModelConfig
 from llm_jax.model.stack import unstack
@@ -25,7 +27,7 @@ from llm_jax.model.transformer import Transformer
 from llm_jax.ops.experts import Experts
 from llm_jax.ops.mask import Sparse
 from llm_jax.ops.position import Rotary
-from llm_jax.ops.sampling import Sampling
+from llm_jax.ops.sampling import Sampling, filters
 
 # More ids than the tokenizer has, as in a vocabulary padded to a round number.
 CONFIG = ModelConfig(vocab_size=272, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=48)
@@ -40,6 +42,11 @@ def weights(config: ModelConfig = CONFIG) -> PyTree:
     start = jax.jit(Transformer(config).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     random = np.random.default_rng(1)
     return jax.tree.map(lambda x: x + 0.3 * random.standard_normal(x.shape, np.float32), start)
+
+
+def written_by(config: ModelConfig, params: PyTree, request: Request) -> np.ndarray:
+    """All new tokens of each row."""
+    return np.concatenate([np.array(new) for new in continuations(config, prepare(config, params), request)], axis=1)
 
 
 @functools.cache
@@ -112,8 +119,7 @@ def test_angles_go_by_the_length_a_row_may_reach_whatever_its_neighbours():
     config = dataclasses.replace(CONFIG, n_layers=1, rotary=long)
     params, keys = weights(config), jax.random.split(jax.random.key(0), 2)
     prompts = [np.arange(5, 8, dtype=np.int32), np.arange(20, 27, dtype=np.int32)]
-    settings = {"vocab_size": 272, "sampling": GREEDY, "max_tokens": 4}
-    written = np.stack(list(continuations(config, unstack(config, params), prompts, keys, **settings)))
+    written = written_by(config, params, Request(prompts, keys, filters(GREEDY), 4, 272)).T
     for row, (prompt, factors) in enumerate(zip(prompts, lists.values(), strict=True)):
         always = dataclasses.replace(long, short_factors=factors, long_factors=factors)
         model = Transformer(dataclasses.replace(config, rotary=always))
@@ -183,8 +189,7 @@ def test_each_row_may_fill_the_context_whatever_the_others_have_used():
 def test_a_token_that_ends_a_text_ends_its_row_and_no_other():
     ids = [TEXT.encode(prompt) for prompt in PROMPTS[:3]]
     keys = jax.random.split(jax.random.key(0), 3)
-    options = {"vocab_size": TEXT.vocab_size, "sampling": GREEDY, "max_tokens": 8}
-    written = np.stack([*continuations(CONFIG, unstack(CONFIG, weights()), ids, keys, **options)], axis=1)
+    written = written_by(CONFIG, weights(), Request(ids, keys, filters(GREEDY), 8, TEXT.vocab_size))
     ender = ByteTokenizer()
     ender.end_ids = (TEXT.end_of_text, int(written[0, 2]))  # what the first row writes third
     texts = generate(CONFIG, weights(), ender, PROMPTS[:3], sampling=GREEDY, max_tokens=8, begin=False)
@@ -194,14 +199,14 @@ def test_a_token_that_ends_a_text_ends_its_row_and_no_other():
 
 
 def test_a_repetition_penalty_counts_all_but_what_begins_a_text():
-    params, end = unstack(CONFIG, weights()), TEXT.end_of_text
-    tokens = np.zeros((2, 16), np.int32)
-    tokens[0, :4], tokens[1, :3] = [end, 5, 6, 6], [end, end, 7]
-    state = begin_rows(CONFIG, 16, TEXT.vocab_size, jax.random.split(jax.random.key(0), 2))
-    state, token = next_token(CONFIG, GREEDY, params, state, tokens, np.array([4, 3], np.int32), None, 1)
+    end, by = TEXT.end_of_text, filters(Sampling(temperature=0, repetition_penalty=2))
+    prompts, keys = [np.array([end, 5, 6, 6]), np.array([end, end, 7])], jax.random.split(jax.random.key(0), 2)
+    request, weights_ = Request(prompts, keys, by, 2, TEXT.vocab_size, uncounted=1), prepare(CONFIG, weights())
+    state = request.begin(CONFIG, weights_)
     assert [np.flatnonzero(row).tolist() for row in state.seen] == [[5, 6], [7, end]]
-    state, _ = next_token(CONFIG, GREEDY, params, state, token[:, None], np.array([1, 1], np.int32))
-    assert state.seen[np.arange(2), token].all()
+    first = np.asarray(state.token)
+    state, *_ = decode(CONFIG, TEXT.vocab_size, weights_, by, state, request.end_ids, np.int32(1))
+    assert state.seen[np.arange(2), first].all()
 
 
 def test_weights_that_give_no_numbers_are_named_and_not_written_from():
@@ -213,9 +218,9 @@ def test_weights_that_give_no_numbers_are_named_and_not_written_from():
 
 @pytest.mark.parametrize("token", [-1, 272, 2**31 - 1])
 def test_a_prompt_with_an_id_that_the_model_lacks_is_refused(token: int):
-    options = {"vocab_size": TEXT.vocab_size, "sampling": GREEDY, "max_tokens": 2}
+    request = Request([np.array([1, token])], jax.random.split(jax.random.key(0), 1), filters(GREEDY), 2, 264)
     with pytest.raises(ValueError, match=rf"token {token} of a prompt is not an id of the model, which has 0 to 271"):
-        next(continuations(CONFIG, {}, [np.array([1, token])], jax.random.split(jax.random.key(0), 1), **options))
+        request.begin(CONFIG, prepare(CONFIG, weights()))
 
 
 def test_ids_that_the_tokenizer_lacks_are_never_drawn():
@@ -229,11 +234,22 @@ def test_a_row_draws_anew_at_every_position():
     assert len(set(generate(CONFIG, indifferent, TEXT, ["a"], max_tokens=12)[0])) > 6
 
 
-def test_prompts_and_texts_of_many_lengths_share_two_programs():
-    before = next_token._cache_size()
-    for length, n in ((1, 2), (5, 9), (9, 3), (14, 12)):
-        generate(CONFIG, weights(), TEXT, ["y" * length, "z"], sampling=Sampling(top_k=3), max_tokens=n)
-    assert next_token._cache_size() == before + 2
+def test_prompts_texts_and_temperatures_of_many_sizes_share_two_programs():
+    before = prefill._cache_size(), decode._cache_size()
+    for length, n, temperature in ((1, 2, 0.5), (5, 9, 1.0), (9, 3, 0.7), (14, 12, 1.5)):
+        generate(CONFIG, weights(), TEXT, ["y" * length, "z"], sampling=Sampling(temperature, n), max_tokens=n)
+    assert (prefill._cache_size(), decode._cache_size()) == (before[0] + 1, before[1] + 1)
+
+
+@pytest.mark.parametrize("size", [1, 3, 32])
+def test_text_does_not_depend_on_how_many_tokens_a_dispatch_decodes(size: int, monkeypatch: pytest.MonkeyPatch):
+    """Nor where a row ends within one: what is decoded after its end is not shown."""
+    expected = generate(CONFIG, weights(), TEXT, PROMPTS, max_tokens=30, stop=["never"])  # which looks at each token
+    monkeypatch.setattr(decode_module, "LIVE", 1e9 if size > 1 else 0)
+    monkeypatch.setattr(decode_module, "BLOCK", size)
+    decode.clear_cache()
+    assert generate(CONFIG, weights(), TEXT, PROMPTS, max_tokens=30) == expected
+    decode.clear_cache()
 
 
 def test_generation_leaves_the_weights_as_they_were():

@@ -16,10 +16,11 @@ import llm_jax as lj
 from llm_jax.compat import compare, weights
 from llm_jax.compat.huggingface import choose
 from llm_jax.data.tokenizer import ByteTokenizer
-from llm_jax.infer.generate import begin_rows, next_token
+from llm_jax.infer.decode import Request, decode, prefill, prepare
 from llm_jax.model.count import active_parameters, flops_per_token, parameter_counts
 from llm_jax.model.mixer import check_decoding, check_mixer
 from llm_jax.model.shapes import shapes
+from llm_jax.ops.sampling import filters
 from llm_jax.paths import first_match
 from llm_jax.plan import describe
 from llm_jax.plan.liveness import by_module
@@ -264,13 +265,14 @@ def test_a_mixer_may_read_what_its_document_has_had_so_far(model):
 
 
 def test_a_sampler_meets_no_layer_that_was_traced_before_it_changed():
-    begin_rows(TINY, 8, TINY.vocab_size, jax.random.split(jax.random.key(0), 1))
-    assert begin_rows._cache_size()
+    request = Request([np.array([1])], jax.random.split(jax.random.key(0), 1), filters(lj.Sampling()), 2, 8)
+    request.begin(TINY, prepare(TINY, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes(TINY))))
+    assert prefill._cache_size()
     config = lj.replace(TINY, {"layers": ("averaging:Average",)})
     abstract = jax.eval_shape(lambda: lj.Transformer(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract["params"])
     lj.Sampler(config, params, "byte")
-    assert (begin_rows._cache_size(), next_token._cache_size()) == (0, 0)
+    assert (prefill._cache_size(), decode._cache_size()) == (0, 0)
 
 
 class Last(lj.Mixer):

@@ -13,11 +13,11 @@ from hypothesis.extra.numpy import arrays
 
 from llm_jax.config import override
 from llm_jax.ops import sampling as ops
-from llm_jax.ops.sampling import NO_TOKEN, Sampling
+from llm_jax.ops.sampling import NO_TOKEN, Sampling, filters
 
 top_k, top_p, min_p = (jax.jit(keep, static_argnums=1) for keep in (ops.top_k, ops.top_p, ops.min_p))
 repetition_penalty = jax.jit(ops.repetition_penalty, static_argnums=2)
-sample = jax.jit(ops.sample, static_argnums=3)
+compiled = jax.jit(ops.sample)
 
 B, V = 3, 17
 NONE_SEEN = jnp.zeros((B, V), bool)
@@ -25,6 +25,10 @@ NONE_SEEN = jnp.zeros((B, V), bool)
 # Steps of 1/8: sums and ties are exact, and no two logits differ by less than rounding does.
 logits = arrays(np.float32, (B, V), elements=st.integers(-64, 64).map(lambda n: n / 8))
 share = st.sampled_from([0.01, 0.2, 0.5, 0.9, 0.999, 1.0])
+
+
+def sample(x, keys, seen, sampling: Sampling):
+    return compiled(x, keys, seen, filters(sampling))
 
 
 def keys(seed: int) -> jax.Array:
@@ -85,6 +89,13 @@ def test_temperature_zero_and_near_zero_and_top_k_one_take_the_largest(x: np.nda
     x = 1000 * (x + np.arange(V, dtype=np.float32) / 256)  # no ties
     for sampling in (Sampling(temperature=0), Sampling(top_k=1), Sampling(temperature=1e-37)):
         np.testing.assert_array_equal(sample(jnp.asarray(x), keys(seed), NONE_SEEN, sampling), x.argmax(-1))
+
+
+def test_other_numbers_of_the_same_filters_need_no_other_program():
+    x, before = jnp.zeros((B, V)), compiled._cache_size()
+    for number in (0.2, 0.5, 0.9):
+        sample(x, keys(0), NONE_SEEN, Sampling(number, int(10 * number), number, number, 1 + number))
+    assert compiled._cache_size() == before + 1
 
 
 @given(logits, st.integers(0, 99))

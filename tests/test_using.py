@@ -115,6 +115,22 @@ def test_samples_differ_and_json_holds_what_is_printed(output: Any):
     assert output("generate", "runs/tiny", *options) == "\n".join(f"{a}{b}\n" for a, b in texts)
 
 
+def test_a_draft_leaves_greedy_text_as_it_is_and_says_what_it_kept(capsys: pytest.CaptureFixture[str], output: Any):
+    words = ("generate", "runs/tiny", "--prompt", "the words", "--temperature", "0", "--max-tokens", "16")
+    alone = output(*words)
+    for draft in ("lookup", "runs/tiny"):
+        assert main([*words, "--draft", draft]) == 0
+        out, err = capsys.readouterr()
+        assert out == alone
+        assert re.search(r"^draft: \d+ of \d+ tokens kept, \d+%$", err, re.MULTILINE)
+    text = json.loads(output(*words, "--draft", "runs/tiny", "--json"))["texts"][0]
+    assert text["kept"] == text["drafted"] > 0
+
+
+def test_int8_weights_generate(output: Any):
+    assert output("generate", "runs/tiny", "--prompt", "the", "--weights", "int8", "--max-tokens", "4")
+
+
 @pytest.mark.parametrize(("piped", "prompts"), [("the\na\n", ["the", "a"]), ("", ["a little"])])
 def test_prompts_come_from_a_pipe_or_else_from_the_run(
     piped: str, prompts: list[str], output: Any, monkeypatch: pytest.MonkeyPatch

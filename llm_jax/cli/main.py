@@ -205,6 +205,10 @@ SYNTAX: dict[Callable[[Namespace], int | None], tuple[Argument, ...]] = {
         arg("--stop", action="append", default=[], metavar="TEXT", help="end before it; again for more"),
         arg("--seed", type=int, default=0, metavar="N", help="another number, another text"),
         arg("--samples", type=int, default=1, metavar="N", help="texts from each prompt"),
+        arg("--weights", choices=["int8"], help="hold matrices in a quarter of the memory; default: as model.dtype"),
+        arg(
+            "--draft", metavar="RUN", help="a smaller run, or the word lookup, proposes tokens: the same texts, sooner"
+        ),
         BEGIN_OF_TEXT,
         arg("--special", action=BooleanOptionalAction, help="read special tokens in prompts; default: as in training"),
         CHECKPOINT,

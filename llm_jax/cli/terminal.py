@@ -33,15 +33,20 @@ def write(text: str, style: str = "") -> None:
         print(text, end="", flush=True)
 
 
-def write_rows(prompts: Sequence[str], pieces: Iterable[Piece]) -> None:
-    """Print each prompt and the text after it, with an empty line between two. `pieces` come row by row."""
-    row = -1
+def write_rows(prompts: Sequence[str], pieces: Iterable[Piece]) -> tuple[int, int]:
+    """Print each prompt and the text after it, with an empty line between two. `pieces` come row by row.
+
+    Return how many tokens a draft proposed, and how many of them were kept.
+    """
+    row, drafted, kept = -1, 0, 0
     for piece in pieces:
+        drafted, kept = drafted + piece.drafted, kept + piece.kept
         if piece.row != row:
             row = piece.row
             write("\n" if row else "")
             write(prompts[row], style="bold")
         write(piece.text + ("\n" if piece.finish else ""))
+    return drafted, kept
 
 
 def read_prompts(default: Sequence[str]) -> Iterator[Sequence[str]]:

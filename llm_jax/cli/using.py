@@ -14,10 +14,12 @@ def generate(args: Namespace) -> None:
     the answer to each prompt, and a classifier the likeliest class with its probability.
 
     A prompt begins like the documents that the run was trained on; for an imported run, as its tokenizer begins a text,
-    so that greedy text equals that of transformers. --begin and --no-begin override this. Raise an error (exit status
-    2) for a number of samples or a seed out of its range.
+    so that greedy text equals that of transformers. --begin and --no-begin override this. With --draft another run, or
+    what followed in the text before (lookup), proposes tokens, and a line says how many were kept. Raise an error (exit
+    status 2) for a number of samples or a seed out of its range, and for a draft that does not fit.
 
       llm-jax generate runs/quickstart --prompt 'def read_lines(path):' --samples 3
+      llm-jax generate runs/quickstart --weights int8 --draft lookup --prompt 'def read_lines(path):'
       llm-jax generate runs/quickstart --temperature 0 --stop $'\n\n' < prompts.txt
     """
     from llm_jax.runs import folder as run_folder
@@ -49,7 +51,8 @@ def _generate(args: Namespace) -> None:
     spelled = not (run.config.data.special if args.special is None else args.special)
     runtime.start()
     classifies, texts = run.config.model.n_classes is not None, []
-    sampler = None if classifies else run.new_sampler(**reading)
+    sampler = None if classifies else run.new_sampler(**reading, weights=args.weights)
+    draft = args.draft if args.draft in (None, "lookup") else Run.open(args.draft, report=say).new_sampler()
     with told(error_console()):
         for number, given in enumerate([args.prompt] if args.prompt else terminal.read_prompts(run.config.prompts)):
             if spelled:
@@ -61,11 +64,13 @@ def _generate(args: Namespace) -> None:
                     terminal.write("".join(f"{a.prompt}  {a.answer}  {a.probability:.2%}\n" for a in answers))
                 continue
             prompts = [run.config.data.ask(prompt) for prompt in given for _ in range(args.samples)]
-            options = {"max_tokens": args.max_tokens, "stop": args.stop, "seed": args.seed + number}
+            options = {"max_tokens": args.max_tokens, "stop": args.stop, "seed": args.seed + number, "draft": draft}
             if args.json:
                 texts += map(dataclasses.asdict, sampler.texts(prompts, sampling, **options))
             else:
-                terminal.write_rows(prompts, row_by_row(sampler.stream(prompts, sampling, **options)))
+                drafted, kept = terminal.write_rows(prompts, row_by_row(sampler.stream(prompts, sampling, **options)))
+                if drafted:
+                    say(f"draft: {kept} of {drafted} tokens kept, {kept / drafted:.0%}")
     if args.json:
         print_json({"run": args.run, "step": run.step, "texts": texts})
 

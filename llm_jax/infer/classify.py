@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Int, PyTree
 from llm_jax.config import replace
 from llm_jax.data.task import TaskConfig, resolve
 from llm_jax.data.tokenizer import Tokenizer
-from llm_jax.infer.generate import BATCH, as_texts, forget, padded, prompt_ids
+from llm_jax.infer.decode import forget, padded
+from llm_jax.infer.generate import BATCH, as_texts, prompt_ids
 from llm_jax.model.config import ModelConfig, own_layers
 from llm_jax.model.transformer import Transformer, forward, head_table
 from llm_jax.ops.loss import unembed

@@ -1,8 +1,7 @@
-"""Generate text: prefill the prompts in one forward pass, then decode one token a row a step."""
+"""Generate text: from prompts to tokens, and from tokens to whole characters, each as soon as it is certain."""
 
 import codecs
 import dataclasses
-import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,138 +9,33 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
-from jaxtyping import Array, Bool, Int, Key, PyTree
+from jaxtyping import Int, PyTree
 
 from llm_jax.config import nearest, replace
-from llm_jax.data.task import Task, TaskConfig, resolve
+from llm_jax.data.task import TaskConfig, resolve
 from llm_jax.data.tokenizer import Tokenizer, open_tokenizer
+from llm_jax.infer import decode
+from llm_jax.infer.speculate import DRAFTED, Draft, check_rewindable, round_of, speculations
 from llm_jax.keys import options_meant
-from llm_jax.model.cache import Cache, init_cache
 from llm_jax.model.config import ModelConfig, own_layers
-from llm_jax.model.precision import in_dtype
-from llm_jax.model.stack import unstack
-from llm_jax.model.transformer import Transformer, forward, head_table
-from llm_jax.ops.loss import unembed
-from llm_jax.ops.sampling import NO_TOKEN, Sampling, sample
+from llm_jax.ops.sampling import NO_TOKEN, Sampling, filters
 
 Finish = Literal["end_of_text", "stop", "length"]
 BATCH = 32  # rows decoded together; further prompts wait
 
 
-@struct.dataclass
-class Decoding:
-    """The state between tokens: the cache, which tokens each row has seen, and a key a row."""
-
-    cache: Cache
-    seen: Bool[Array, "B V"]
-    keys: Key[Array, " B"]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def begin_rows(config: ModelConfig, size: int, vocab_size: int, keys: Key[Array, " B"]) -> Decoding:
-    """Return rows that have read nothing, with room for `size` tokens each."""
-    rows = keys.shape[0]
-    return Decoding(init_cache(config, rows, size), jnp.zeros((rows, vocab_size), bool), keys)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def next_token(
-    config: ModelConfig,
-    sampling: Sampling,
-    params: PyTree,
-    state: Decoding,
-    tokens: Int[Array, "B L"],
-    lengths: Int[Array, " B"],
-    prefix: Bool[Array, "B L"] | None = None,
-    uncounted: Int[Array, ""] | int = 0,
-) -> tuple[Decoding, Int[Array, " B"]]:
-    """Read the first `lengths` tokens of each row, all of which see the `prefix`, and sample the next one.
-
-    A repetition penalty ignores the first `uncounted` tokens of a row. Whole prompts, padded on the right, and single
-    tokens take the same code path. Padding fills cache slots after the row's end, which are masked, and overwritten as
-    the row grows.
-    """
-    model = Transformer(config, stacked=False)
-    out = forward(model, params, tokens, prefix=prefix, lengths=lengths, cache=state.cache, logits=False)
-    assert out.cache is not None
-    rows = jnp.arange(tokens.shape[0])
-    index = jnp.arange(tokens.shape[1])[None]
-    read = (index >= uncounted) & (index < lengths[:, None])
-    seen = state.seen.at[rows[:, None], tokens].max(read)
-
-    head = head_table(config, params)[: seen.shape[-1]]
-    last = out.hidden[rows, lengths - 1]
-    logits = unembed(last, head.astype(last.dtype), config.logit_softcap)
-    keys = jax.vmap(jax.random.fold_in)(state.keys, out.cache.length)
-    return Decoding(out.cache, seen, state.keys), sample(logits, keys, seen, sampling)
-
-
-def continuations(
-    config: ModelConfig,
-    params: PyTree,
-    prompts: Sequence[Int[np.ndarray, " _"]],
-    keys: Key[Array, " B"],
-    *,
-    vocab_size: int,
-    sampling: Sampling,
-    max_tokens: int,
-    task: Task | None = None,
-    uncounted: int = 0,
-) -> Iterator[Int[np.ndarray, " B"]]:
-    """Yield one new token a row, `max_tokens` times. Beyond `max_seq_len` a row's tokens mean nothing.
-
-    `params` are `unstack`ed; ids from `vocab_size` on are never sampled. A row depends on its own prompt and key only.
-    The question of a `task` is read as its prefix; what follows it is causal. A repetition penalty ignores the first
-    `uncounted` tokens of a prompt. A row whose logits are not finite gets `NO_TOKEN`. Raise `ValueError` for a prompt
-    with an id outside the vocabulary: the forward pass would take the nearest one.
-    """
-    for prompt in prompts:
-        if len(wrong := prompt[(prompt < 0) | (prompt >= config.vocab_size)]):
-            raise ValueError(
-                f"token {wrong[0]} of a prompt is not an id of the model, which has 0 to {config.vocab_size - 1}; "
-                "encode the prompt with the run's own tokenizer"
-            )
-    tokens, lengths = padded(prompts, config.max_seq_len)
-    size = _step_up(tokens.shape[1] + max_tokens, config.max_seq_len)
-    there = (np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.int32)
-    prefix = None if task is None else task.question(tokens, there)
-    state, ones = begin_rows(config, size, vocab_size, keys), np.ones_like(lengths)
-    if state.cache.reach is not None:  # of each row, independent of padding and of other rows
-        reach = jnp.asarray(np.minimum(lengths + max_tokens, config.max_seq_len))
-        state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, reach=reach))
-    state, token = next_token(config, sampling, params, state, tokens, lengths, prefix, uncounted)
-    for _ in range(max_tokens - 1):
-        newest = token
-        state, token = next_token(config, sampling, params, state, newest[:, None], ones)
-        yield np.asarray(newest)  # read while the device computes the next one
-    yield np.asarray(token)
-
-
-def padded(prompts: Sequence[Int[np.ndarray, " _"]], most: int) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, " B"]]:
-    """Return the prompts as rows, padded on the right, and their lengths.
-
-    Widths are powers of two, at most `most`, so that other prompts seldom need another compile.
-    """
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), _step_up(int(lengths.max()), most)), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return tokens, lengths
-
-
-def _step_up(length: int, most: int) -> int:
-    """Return the next power of two, at least 16 and at most `most`."""
-    return min(max(16, 1 << (length - 1).bit_length()), most)
-
-
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """New text of one row. `finish`, in a row's last piece, says why it ends."""
+    """New text of one row, of which a draft proposed `drafted` tokens and the model `kept` some.
+
+    `finish`, in a row's last piece, says why it ends.
+    """
 
     row: int
     text: str
     finish: Finish | None
+    drafted: int = 0
+    kept: int = 0
 
 
 def prompt_ids(
@@ -170,11 +64,13 @@ def prompt_ids(
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A prompt, its continuation, and why that ends."""
+    """A prompt, its continuation, and why that ends; how many tokens a draft proposed, and how many were kept."""
 
     prompt: str
     text: str
     finish: Finish | None
+    drafted: int = 0
+    kept: int = 0
 
 
 def as_texts(given: str | Iterable[str], what: str) -> list[str]:
@@ -193,15 +89,10 @@ def as_texts(given: str | Iterable[str], what: str) -> list[str]:
     return texts
 
 
-OPTIONS = (*(field.name for field in dataclasses.fields(Sampling)), "max_tokens", "stop", "seed")
+OPTIONS = (*(field.name for field in dataclasses.fields(Sampling)), "max_tokens", "stop", "seed", "draft")
 
 
-def forget(jitted: Any) -> None:
-    """Trace a jitted function anew when it is called next."""
-    jitted.clear_cache()
-
-
-def chosen_sampling(sampling: Sampling | None, filters: Mapping[str, Any]) -> Sampling:
+def chosen_sampling(sampling: Sampling | None, fields: Mapping[str, Any]) -> Sampling:
     """Return how to sample, given as a whole or by the fields of `Sampling`; the model's own distribution if neither.
 
     Raise `ValueError` for both, and for a name that no option has, with the nearest that one has.
@@ -210,7 +101,7 @@ def chosen_sampling(sampling: Sampling | None, filters: Mapping[str, Any]) -> Sa
         raise ValueError(
             f"sampling= takes a Sampling, got {sampling!r}; write temperature={sampling!r}, or such a field"
         )
-    for name in [name for name in filters if name not in OPTIONS]:
+    for name in [name for name in fields if name not in OPTIONS]:
         shell = [
             f"--{known.replace('_', '-')}" for known in OPTIONS
         ]  # synonyms are listed as the command line has them
@@ -218,13 +109,13 @@ def chosen_sampling(sampling: Sampling | None, filters: Mapping[str, Any]) -> Sa
         meant = [word.removeprefix("--").replace(" ", "=").replace("-", "_") for word in words]
         say = f"did you mean {' or '.join(meant)}?" if meant else nearest(name, OPTIONS)
         raise ValueError(f"{name}= is no way to sample; {say}")
-    if sampling is not None and filters:
-        raise ValueError(f"sampling= and {', '.join(filters)}= both say how to sample; give one of them")
-    return sampling or Sampling(**filters)
+    if sampling is not None and fields:
+        raise ValueError(f"sampling= and {', '.join(fields)}= both say how to sample; give one of them")
+    return sampling or Sampling(**fields)
 
 
 class Sampler:
-    """A model ready to generate text: its weights cast to `config.dtype` and unstacked, once.
+    """A model ready to generate text: its weights cast to `config.dtype`, unstacked and laid out, once.
 
         sampler = Sampler(config, params, tokenizer)
         sampler.generate(["def f("], temperature=0.5)
@@ -232,7 +123,8 @@ class Sampler:
     `params` are those of `Transformer(config)`. `tokenizer` is one of ours, or its name, such as `byte`. `begin` puts
     the begin-of-text token before each prompt, as a document began in training; for an imported model the right value
     is its tokenizer's `begins`. `special` reads special tokens in prompts. With a `task`, prompts are its questions,
-    with its separator or without. Raise `ValueError` for a classifier, and for what is no model or its parameters.
+    with its separator or without. `weights="int8"` holds matrices in a quarter of the memory (docs/generation.md).
+    Raise `ValueError` for a classifier, for what is no model or its parameters, and for int8 weights of experts.
     """
 
     def __init__(
@@ -244,18 +136,18 @@ class Sampler:
         begin: bool = True,
         special: bool = False,
         task: TaskConfig | None = None,
+        weights: str | None = None,
     ) -> None:
         _check_model(config, params)
         tokenizer = open_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
         self.tokenizer, self.begin, self.special = tokenizer, begin, special
         # An implementation chosen for rows of training length may decline a single query.
         self.config = replace(config, **{"attention.implementation": None})
-        self._params = unstack(config, in_dtype(params, config.dtype))
+        self._weights = decode.prepare(config, params, weights)
         self._task = None if task is None else resolve(task, tokenizer, special=special)
         self._ask = (lambda prompt: prompt) if task is None else task.ask
         if own_layers(config):  # which may have changed under its name since these were traced
-            forget(begin_rows)
-            forget(next_token)
+            decode.forget(decode.prefill, decode.decode, round_of)
 
     def stream(
         self,
@@ -265,48 +157,83 @@ class Sampler:
         max_tokens: int = 200,
         stop: str | Sequence[str] = (),
         seed: int = 0,
-        **filters: Any,
+        draft: "Sampler | str | None" = None,
+        **fields: Any,
     ) -> Iterator[Piece]:
         """Yield the continuation of each prompt, or of the only one, in pieces: whole characters, each once certain.
 
-        How to sample is said by a `sampling`, or by `filters`: the fields of `Sampling`, such as `temperature=0.5`.
-        A row ends with one of the tokenizer's `end_ids`, before the first `stop` text, after `max_tokens`, or where
-        prompt and text fill `max_seq_len`. A row depends on its prompt, its index among `prompts` and `seed`; at
-        temperature 0, on its prompt alone, unless positions are scaled by the length that a text may reach (`dynamic`,
-        `longrope`): then on `max_tokens` too, once prompt and text may exceed `rotary.original_len`. A repetition
-        penalty ignores the begin-of-text token. Raise `ValueError` for a prompt that is empty or too long, for an
-        unknown option, and where the logits are not finite.
+        How to sample is said by a `sampling`, or by `fields` of one, such as `temperature=0.5`. A row ends with one of
+        the tokenizer's `end_ids`, before the first `stop` text, after `max_tokens`, or where prompt and text fill
+        `max_seq_len`. A row depends on its prompt, its index among `prompts` and `seed`; at temperature 0, on its
+        prompt alone, unless positions are scaled by the length that a text may reach (`dynamic`, `longrope`): then on
+        `max_tokens` too, once prompt and text may exceed `rotary.original_len`. A repetition penalty ignores the
+        begin-of-text token.
+
+        A `draft` proposes tokens, of which the model reads several in one pass: a `Sampler` of a smaller model with the
+        same tokenizer, or `"lookup"`, for texts that repeat themselves. The distribution of the texts stays the same
+        (`ops/speculative.py`), at temperature 0 the texts do; other draws follow from a seed.
+
+        Raise `ValueError` for a prompt that is empty or too long, for an unknown option, for a draft that does not fit,
+        and where the logits are not finite.
         """
-        sampling, stop = chosen_sampling(sampling, filters), as_texts(stop, "stop=")
+        sampling, stop = chosen_sampling(sampling, fields), as_texts(stop, "stop=")
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int | np.integer) or max_tokens < 1:
             raise ValueError(f"max_tokens={max_tokens!r} generates nothing; use a whole number, 1 or more")
         if "" in stop:
             raise ValueError("an empty stop text would end every text before it begins; leave it out")
         if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
             raise ValueError(f"seed={seed!r} must lie between 0 and {2**32 - 1}, a whole number")
+        drafter = self._drafter(draft)
         questions = list(map(self._ask, as_texts(prompts, "prompts=")))
         ids = prompt_ids(self.config, self.tokenizer, questions, self.begin, self.special)
         rooms = [min(max_tokens, self.config.max_seq_len - len(tokens)) for tokens in ids]
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(ids)))
         for first in range(0, len(ids), BATCH):
             batch = slice(first, first + BATCH)
-            rows = [Row(self.tokenizer, stop, room) for room in rooms[batch]]
-            for tokens in continuations(
-                self.config,
-                self._params,
+            request = decode.Request(
                 ids[batch],
                 keys[batch],
-                vocab_size=self.tokenizer.vocab_size,
-                sampling=sampling,
-                max_tokens=max(rooms[batch]),
+                filters(sampling),
+                max(rooms[batch]),
+                self.tokenizer.vocab_size,
+                ends=self.tokenizer.end_ids,
                 task=self._task,
                 uncounted=int(self.begin),
-            ):
-                for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True), start=first):
-                    if row.finish is None and ((text := row.add(token)) or row.finish):
-                        yield Piece(i, text, row.finish)
+                look=bool(stop),
+            )
+            rows = [Row(self.tokenizer, stop, room) for room in rooms[batch]]
+            drafted = 0  # the first token follows the prompt
+            for new in self._tokens(request, draft, drafter):
+                for i, (row, tokens) in enumerate(zip(rows, new, strict=True), start=first):
+                    if row.finish is None and ((text := row.add_all(tokens)) or row.finish or drafted):
+                        yield Piece(i, text, row.finish, drafted, len(tokens) - 1 if drafted else 0)
                 if all(row.finish for row in rows):
                     break
+                drafted = 0 if draft is None else DRAFTED
+
+    def _tokens(self, request: decode.Request, draft: object, drafter: Draft | None) -> Iterator[decode.Tokens]:
+        if draft is None:
+            return decode.continuations(self.config, self._weights, request)
+        return speculations(self.config, self._weights, request, drafter)
+
+    def _drafter(self, draft: object) -> Draft | None:
+        """Return the model that drafts, if one does. Raise `ValueError` for a draft that does not fit."""
+        if draft is None:
+            return None
+        if draft != "lookup" and not isinstance(draft, Sampler):
+            raise ValueError(f"draft={draft!r} is neither a Sampler nor 'lookup'; give one of them")
+        check_rewindable(self.config, "the model")
+        if not isinstance(draft, Sampler):
+            return None
+        check_rewindable(draft.config, "the draft")
+        if draft.tokenizer.fingerprint != self.tokenizer.fingerprint:
+            raise ValueError("a draft proposes tokens, and these have another tokenizer; use a model with the same one")
+        if draft.config.max_seq_len < self.config.max_seq_len:
+            raise ValueError(
+                f"the draft reads {draft.config.max_seq_len} tokens and the model {self.config.max_seq_len}; use a "
+                "draft whose max_seq_len is no smaller"
+            )
+        return Draft(draft.config, draft._weights)
 
     def texts(self, prompts: str | Sequence[str], sampling: Sampling | None = None, **options: Any) -> list[Text]:
         """Return each prompt with its continuation and why that ends; `options` as for `stream`."""
@@ -314,7 +241,8 @@ class Sampler:
         texts = [Text(prompt, "", None) for prompt in prompts]
         for piece in self.stream(prompts, sampling, **options):
             so_far = texts[piece.row]
-            texts[piece.row] = Text(so_far.prompt, so_far.text + piece.text, piece.finish)
+            drafted, kept = so_far.drafted + piece.drafted, so_far.kept + piece.kept
+            texts[piece.row] = Text(so_far.prompt, so_far.text + piece.text, piece.finish, drafted, kept)
         return texts
 
     def generate(self, prompts: str | Sequence[str], sampling: Sampling | None = None, **options: Any) -> list[str]:
@@ -358,6 +286,14 @@ class Row:
         self._tokenizer, self._stop, self._room = tokenizer, stop, room
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""  # what may be the start of a stop text
+
+    def add_all(self, tokens: Iterable[int]) -> str:
+        """Return the text that `tokens` make certain, up to the one that ends the row."""
+        text = ""
+        for token in tokens:
+            if self.finish is None:
+                text += self.add(token)
+        return text
 
     def add(self, token: int) -> str:
         """Return the text that `token` makes certain: characters of several tokens come whole, stop texts never.

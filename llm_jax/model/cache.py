@@ -17,14 +17,15 @@ from llm_jax.ops.linear_attention import State
 class Cache:
     """What layers remember of the tokens so far; row b holds `length[b]` of them, left-aligned.
 
-    The N layers of softmax attention keep keys and values, the M layers of linear attention a state of fixed size and
-    the last inputs of their short convolution. Layers of a user's own keep what they like, in `own` by import path.
+    The N layers of softmax attention keep keys and values, head by head, as attention multiplies them. The M layers of
+    linear attention keep a state of fixed size and the last inputs of their short convolution. Layers of a user's own
+    keep what they like, in `own` by import path.
     Where rotary angles depend on the length of a text, `reach` is the length of each row when it is done, so that its
     first keys are rotated as its last queries are; `init_cache` sets it to the size of the cache.
     """
 
-    k: Float[Array, "N B S K H"]
-    v: Float[Array, "N B S K H"]
+    k: Float[Array, "N B K S H"]
+    v: Float[Array, "N B K S H"]
     state: State
     recent: Float[Array, "M B W K G2 H"]
     length: Int[Array, " B"]
@@ -35,13 +36,14 @@ class Cache:
         """Write keys and values of L new tokens after those in a slot; `advance` adds them to `length`."""
 
         def put(buffer: Array, new: Array) -> Array:
-            return buffer.at[slot, *self._indices(new.shape[1])].set(new.astype(buffer.dtype), mode="drop")
+            rows, columns = self._indices(new.shape[1])
+            return buffer.at[slot, rows, :, columns].set(new.astype(buffer.dtype), mode="drop")
 
         return dataclasses.replace(self, k=put(self.k, k), v=put(self.v, v))
 
     def keys_values(self, slot: Index) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         """Return all keys and values in a slot, valid up to `length` plus the tokens just written."""
-        return _take(self.k, slot), _take(self.v, slot)
+        return jnp.swapaxes(_take(self.k, slot), 1, 2), jnp.swapaxes(_take(self.v, slot), 1, 2)
 
     def remember(self, slot: Index, state: State, recent: Float[Array, "B W K G2 H"] | None) -> "Cache":
         """Replace the state of a linear layer, and unless it is None the last inputs of its convolution."""
@@ -69,12 +71,21 @@ class Cache:
 
     def spread(self, flags: Bool[Array, "B L"]) -> Bool[Array, "B S"]:
         """Return flags of L new tokens at the indices where their keys are written, and False elsewhere."""
-        nothing = jnp.zeros((self.k.shape[1], self.k.shape[2]), bool)
+        nothing = jnp.zeros((self.k.shape[1], self.k.shape[3]), bool)
         return nothing.at[self._indices(flags.shape[1])].set(flags, mode="drop")
 
     def advance(self, tokens: int | Int[Array, " B"]) -> "Cache":
         """Return the cache with `tokens` more counted in every row, which `write` has written."""
         return dataclasses.replace(self, length=self.length + tokens)
+
+    def resized(self, size: int) -> "Cache":
+        """Return the cache with room for keys and values of `size` tokens a row; those past it are dropped."""
+
+        def fit(buffer: Array) -> Array:
+            kept = buffer[:, :, :, :size]
+            return jnp.pad(kept, ((0, 0), (0, 0), (0, 0), (0, size - kept.shape[3]), (0, 0)))
+
+        return dataclasses.replace(self, k=fit(self.k), v=fit(self.v))
 
     def _indices(self, L: int) -> tuple[Int[Array, "B 1"], Int[Array, "B L"]]:
         """Return the rows and columns of L new tokens."""
@@ -89,7 +100,7 @@ def init_cache(config: ModelConfig, batch: int, max_len: int) -> Cache:
     """Return an empty cache for `batch` rows of up to `max_len` tokens: `config.dtype`, but states are float32."""
     c, layers = config, n_remembering(config)
     N, M, width = layers.pop("keys", 0), layers.pop("state", 0), c.attention.convolution - 1
-    empty = jnp.zeros((N, batch, max_len, c.K, c.H), c.dtype)
+    empty = jnp.zeros((N, batch, c.K, max_len, c.H), c.dtype)
     state = State(jnp.zeros((M, batch, c.K, c.H, c.H)), jnp.zeros((M, batch, c.K, c.H)))
     recent = jnp.zeros((M, batch, width, c.K, c.G + 2, c.H), c.dtype)
     reach = jnp.full(batch, max_len, jnp.int32) if c.positions == "rotary" and c.rotary.by_length else None

@@ -12,6 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from llm_jax.ops import native
 from llm_jax.ops.collectives import auto_axis_size, shard_map_by_letters
+from llm_jax.ops.few_rows import linear_of_few, suits
+from llm_jax.ops.int8 import Quantized
 from llm_jax.sharding import ACTIVATION_AXES, constrain
 
 
@@ -65,7 +67,7 @@ def over_tokens(x: Float[Array, "B L *O"]) -> Float[Array, "*O"]:
     return jnp.tensordot(jnp.ones(x.shape[:2], x.dtype), x, axes=2, preferred_element_type=jnp.float32)
 
 
-def linear(letters: str, x: Float[Array, "B L *I"], w: Float[Array, "*IO"]) -> Float[Array, "B L *O"]:
+def linear(letters: str, x: Float[Array, "B L *I"], w: Float[Array, "*IO"] | Quantized) -> Float[Array, "B L *O"]:
     """Return `einsum(letters, x, w)`, with the weight gathered first, and a weight gradient of its own.
 
     If `w` is split over `fsdp`, XLA's compiler for TPU would rather split the product, and send shards of `w` from
@@ -75,7 +77,11 @@ def linear(letters: str, x: Float[Array, "B L *I"], w: Float[Array, "*IO"]) -> F
     transposed, and XLA takes the first. A CPU recomputes it, element by element, and writes it across rows; a TPU makes
     a copy. Both are expensive for the wide side of a feed-forward layer. On one CPU device `ops/native.py` transposes
     nothing.
+
+    The few rows of a decoder, and quantized weights, are multiplied by `ops/few_rows.py` instead.
     """
+    if isinstance(w, Quantized) or suits(x.shape[0] * x.shape[1], w):
+        return linear_of_few(x, w)
     if native.runs(x, w):
         inputs, outputs = w.shape[: x.ndim - 2], w.shape[x.ndim - 2 :]
         y = native.matmul(x.reshape(-1, math.prod(inputs)), w.reshape(math.prod(inputs), -1))

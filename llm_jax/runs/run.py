@@ -162,10 +162,15 @@ class Run:
         """The model ready to generate. Made once a run; prompts begin as the documents did that it was trained on."""
         return self.new_sampler()
 
-    def new_sampler(self, *, begin: bool | None = None, special: bool | None = None) -> Sampler:
-        """Return a sampler for prompts that begin, or whose special tokens are read, otherwise than in training."""
-        options = self._reading(begin, special)
-        return Sampler(self.config.model, self.params, self.tokenizer, task=self.config.data.task, **options)
+    def new_sampler(
+        self, *, begin: bool | None = None, special: bool | None = None, weights: str | None = None
+    ) -> Sampler:
+        """Return a sampler for prompts that begin, or whose special tokens are read, otherwise than in training.
+
+        `weights="int8"` holds matrices in a quarter of the memory.
+        """
+        reading, task = self._reading(begin, special), self.config.data.task
+        return Sampler(self.config.model, self.params, self.tokenizer, task=task, weights=weights, **reading)
 
     def _reading(self, begin: bool | None, special: bool | None) -> dict[str, bool]:
         """Return how prompts are read: where the caller does not say, as documents were in training."""
@@ -183,15 +188,17 @@ class Run:
         max_tokens: int = 200,
         stop: str | Sequence[str] = (),
         seed: int = 0,
-        **filters: Any,
+        draft: Sampler | str | None = None,
+        **fields: Any,
     ) -> list[str]:
         """Return the continuation of each prompt, or of the only one.
 
-        `filters` are the fields of `Sampling`, such as `temperature=0.5`, in the place of a `sampling`; without any the
-        model's own distribution is sampled, temperature 1. Raise `ValueError` as `Sampler.stream` does.
+        `fields` are those of `Sampling`, such as `temperature=0.5`, in the place of a `sampling`; without any the
+        model's own distribution is sampled, temperature 1. A `draft` proposes tokens: the `sampler` of a smaller run,
+        or `"lookup"`. Raise `ValueError` as `Sampler.stream` does.
         """
-        sampling = chosen_sampling(sampling, filters)  # before the weights are restored
-        return self.sampler.generate(prompts, sampling, max_tokens=max_tokens, stop=stop, seed=seed)
+        sampling = chosen_sampling(sampling, fields)  # before the weights are restored
+        return self.sampler.generate(prompts, sampling, max_tokens=max_tokens, stop=stop, seed=seed, draft=draft)
 
     def classify(
         self, prompts: str | Sequence[str], *, begin: bool | None = None, special: bool | None = None
