@@ -24,7 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results.jsonl"
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy", "grain", "ray")
 
 Rounds = dict[str, dict[str, list[float]]]  # side: quantity: the number of each round
 
@@ -58,16 +58,17 @@ class Bench:
 
         A side whose package is missing, or which fails, is left out with a line that says why.
         """
-        names, number = list(names or self.sides), number or self.given.rounds
+        names, times = list(names or self.sides), self.given.rounds if number is None else number
         found: Rounds = {}
         for group in [[name] for name in names] if self.given.apart else [names]:
             running = {name: self._start(name, setting) for name in group}
-            for _ in range(number):
+            for _ in range(times):
                 for name, side in list(running.items()):
                     numbers = side.ask()
                     if numbers is None:
                         print(f"{name}: left out; {side.reason()}", file=sys.stderr)
-                        running.pop(name), found.pop(name, None)
+                        del running[name]
+                        found.pop(name, None)
                         continue
                     for quantity, value in numbers.items():
                         found.setdefault(name, {}).setdefault(quantity, []).append(value)

@@ -53,7 +53,7 @@ class Ours:
 
         from llm_jax import runtime
         from llm_jax.infer import decode
-        from llm_jax.model.count import shapes
+        from llm_jax.model.shapes import shapes
         from llm_jax.model.transformer import Transformer, forward
         from llm_jax.ops.sampling import Sampling, filters
         from llm_jax.runs.start import recipe

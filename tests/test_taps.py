@@ -13,7 +13,8 @@ from jaxprs import equations
 
 from llm_jax.model.cache import init_cache
 from llm_jax.model.config import TAPS, AttentionConfig, ModelConfig
-from llm_jax.model.stack import locate, unstack
+from llm_jax.model.pattern import locate
+from llm_jax.model.stack import unstack
 from llm_jax.model.taps import capture, edit
 from llm_jax.model.transformer import Transformer
 from llm_jax.ops.experts import Experts

@@ -23,7 +23,8 @@ from llm_jax.ops.few_rows import few_rows
 from llm_jax.ops.int8 import Quantized, quantize
 from llm_jax.ops.loss import unembed
 from llm_jax.ops.sampling import NO_TOKEN, Filters, sample
-from llm_jax.tree import first_match, map_with_path
+from llm_jax.paths import first_match
+from llm_jax.tree import map_with_path
 
 Tokens = list[list[int]]  # the new tokens of each row
 

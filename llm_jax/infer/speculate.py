@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from llm_jax.infer.decode import Decoding, Request, Tokens, Weights, logits_of, read
 from llm_jax.model.cache import Cache
 from llm_jax.model.config import ModelConfig
-from llm_jax.model.stack import n_remembering
+from llm_jax.model.pattern import n_remembering
 from llm_jax.ops.sampling import NO_TOKEN, Filters, filtered, finite
 from llm_jax.ops.speculative import look_up, verify
 

@@ -7,7 +7,6 @@ starts; whether the cache had it; and when it is compiled.
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 from jax import monitoring
 from rich.console import Console
@@ -45,15 +44,15 @@ class _Watch(threading.local):
         self._traced: dict[str, float] = {}
         self._timer: threading.Timer | None = None
 
-    def event(self, name: str, **_: Any) -> None:
-        self._cached |= name == HIT
+    def event(self, event: str, **_: str | int) -> None:
+        self._cached |= event == HIT
 
-    def duration(self, event: str, seconds: float, fun_name: str = "", **_: Any) -> None:
-        name = fun_name.removeprefix("jit(").removesuffix(")")
+    def duration(self, event: str, duration_secs: float, **about: str | int) -> None:
+        name = str(about.get("fun_name", "")).removeprefix("jit(").removesuffix(")")
         if event == TRACED:
-            self._traced[name] = seconds
+            self._traced[name] = duration_secs
         elif event == LOWERED:
-            self._seconds, self._cached = seconds + self._traced.pop(name, 0.0), False
+            self._seconds, self._cached = duration_secs + self._traced.pop(name, 0.0), False
             if self._console.is_terminal or self._console.is_jupyter:
                 left = max(0.0, PATIENCE - self._seconds)
                 self._timer = threading.Timer(left, self._print, [f"compiling {name} ..."])
@@ -62,7 +61,7 @@ class _Watch(threading.local):
         elif event == COMPILED:
             self.close()
             self._traced.clear()
-            if (total := self._seconds + seconds) >= PATIENCE:
+            if (total := self._seconds + duration_secs) >= PATIENCE:
                 self._print(f"compiled {name} in {total:.1f} s, {'from the cache' if self._cached else 'anew'}")
 
     def close(self) -> None:
