@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_jax.runtime import guard
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 guard()  # before JAX starts: a compiler with known faults does not run unguarded
 
