@@ -203,12 +203,17 @@ def about_this_run() -> dict[str, Any]:
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
     return {
-        "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *map(shown, sys.argv[1:])]),
         "date": datetime.date.today().isoformat(),
         "commit": commit + "+" * bool(changed),
         "machine": machine(),
         "versions": versions(),
     }
+
+
+def shown(argument: str) -> str:
+    """Return an argument as others may type it: a path of this machine by its last name."""
+    return Path(argument).name if argument.startswith("/") else argument
 
 
 def machine() -> str:
