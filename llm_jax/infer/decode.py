@@ -259,8 +259,9 @@ def continuations(config: ModelConfig, weights: Weights, request: Request) -> It
     tokens mean nothing. A row whose logits are not finite gets `NO_TOKEN`.
     """
     state = request.begin(config, weights)
-    yield np.asarray(state.token)[:, None].tolist()
-    made, number, running, begun = 1, 1, None, time.perf_counter()
+    # The next tokens are asked for before the first is given, so that nothing compiles in the middle of a text.
+    running: Any = np.asarray(state.token)[:, None], 1
+    made, number, begun = 1, 1, time.perf_counter()
     while made < request.max_tokens or running is not None:
         following = None
         if made < request.max_tokens:
