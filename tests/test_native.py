@@ -57,6 +57,27 @@ def test_a_score_that_is_not_a_number_is_not_hidden():
 
 
 @built
+@pytest.mark.parametrize("mask", [Mask(causal=False), Mask(window=300)], ids=["both ways", "window"])
+def test_rows_of_several_blocks_are_attended_to_as_a_whole(mask: Mask):
+    L = 530  # blocks of 96 queries and 256 keys
+    q, k, v, g = (
+        numbers(1, L, 1, 2, 8),
+        numbers(1, L, 1, 8, seed=1),
+        numbers(1, L, 1, 8, seed=2),
+        numbers(1, L, 1, 2, 8),
+    )
+    mask = dataclasses.replace(mask, segments=jnp.arange(L)[None] // 400)
+
+    def found(implementation: str) -> list[jax.Array]:
+        run = functools.partial(attention, mask=mask, implementation=implementation)
+        out, back = jax.vjp(run, q, k, v)
+        return [out, *back(g)]
+
+    for mine, theirs in zip(found("native"), found("reference"), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5 * float(jnp.abs(theirs).max()))
+
+
+@built
 @pytest.mark.parametrize(
     ("mask", "scores", "why"),
     [
