@@ -25,7 +25,7 @@ from jaxlib.version import __version__ as JAXLIB
 FUSIONS = "--xla_cpu_experimental_ynn_fusion_type"
 
 
-# Whether a program for a CPU may use the C++ of ops/native.cc, where it can be compiled. It decides the last bits.
+# Whether a program for a CPU may use the C++ of ops/native, where it can be compiled. It decides the last bits.
 NATIVE = os.environ.get("LLM_JAX_NATIVE") != "0"
 
 

@@ -2,7 +2,7 @@
 
     .venv/bin/python scripts/bench_train.py [shakespeare_char | medium | gpt2_124m] [--rounds 8]
 
-The sides are ours, ours without native code (ops/native.py), the twin in eager PyTorch, and the twin compiled; both
+The sides are ours, ours without native code (ops/native), the twin in eager PyTorch, and the twin compiled; both
 twins have a fused AdamW and our allocator setting. Print tokens/s, the share of the matmul peak that JAX reaches here,
 the largest resident memory of a side, and the ratio to the best of PyTorch, round by round and as a median: single
 figures swing by 40 % on a shared machine, ratios within one run don't. Sides whose package is missing are left out.

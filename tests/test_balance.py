@@ -26,6 +26,7 @@ from llm_jax.train.step import (
     split_microbatches,
     token_losses,
 )
+from llm_jax.train.update import make_update
 from llm_jax.tree import leaves
 
 TOKENS = tokens(4, 8)
@@ -76,7 +77,7 @@ def test_a_bias_without_a_gradient_evens_out_the_load():
     assert not leaves(gradient)["layers_2/experts/router_bias"].any()
     step = make_train_step(
         make_gradient(make_loss(model, LossConfig()), accumulate=2),
-        rule,
+        make_update(rule),
         optax.constant_schedule(1e-4),
         rebalance=lambda params, load: rebalance(config, params, load),
     )

@@ -21,6 +21,7 @@ from llm_jax.model.transformer import Transformer
 from llm_jax.ops.loss import IGNORE
 from llm_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from llm_jax.train.step import LossConfig, init_state, make_gradient, make_loss, make_train_step
+from llm_jax.train.update import make_update
 
 FOLDER = Path(__file__).parent / "golden"
 STEPS, B, L, V = 20, 8, 16, 24
@@ -67,7 +68,7 @@ def curve(name: str) -> dict[str, list[float]]:
     model, optimizer, loss = RUNS[name]
     rule = make_optimizer(optimizer)
     gradient = make_gradient(make_loss(Transformer(model), loss), accumulate=2)
-    step = make_train_step(gradient, rule, make_schedule(optimizer, STEPS), seed=1)
+    step = make_train_step(gradient, make_update(rule), make_schedule(optimizer, STEPS), seed=1)
     state = jax.jit(lambda: init_state(Transformer(model), rule, jax.random.key(0)))()
     _, metrics = jax.jit(lambda state, batches: jax.lax.scan(step, state, batches))(state, batches())
     return {name: [float(f"{x:.7g}") for x in metrics[name].tolist()] for name in ("loss", "grad_norm")}

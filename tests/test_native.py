@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import subprocess
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,16 @@ from llm_jax.data.config import DataConfig
 from llm_jax.data.loader import Batch
 from llm_jax.model.config import ModelConfig
 from llm_jax.ops import native
+from llm_jax.ops.activation import ACTIVATIONS
 from llm_jax.ops.attention import Declined, Scores, attention, candidates
+from llm_jax.ops.loss import cross_entropy
 from llm_jax.ops.mask import Mask
-from llm_jax.train.config import RunConfig
+from llm_jax.ops.native import build
+from llm_jax.ops.norm import layer_norm, rms_norm
+from llm_jax.train.config import OptimizerConfig, RunConfig
+from llm_jax.train.optimizer import make_optimizer
 from llm_jax.train.program import Program
+from llm_jax.train.update import Slope, make_update, native_adamw
 
 built = pytest.mark.skipif(native.not_built() is not None, reason=f"native code: {native.not_built()}")
 CONFIG = RunConfig(
@@ -26,6 +33,10 @@ CONFIG = RunConfig(
 
 def numbers(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def wide(x: jax.Array) -> np.ndarray:
+    return np.asarray(x, np.float64)
 
 
 @built
@@ -39,6 +50,95 @@ def test_products_and_their_gradients_equal_float64(shape: tuple[int, int, int],
     matrix, of_w = (weight.T, gradient.T @ exact) if transposed else (weight, exact.T @ gradient)
     for mine, theirs in zip((out, *back(g)), (exact @ matrix, gradient @ matrix.T, of_w), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+@built
+@pytest.mark.parametrize("biased", [True, False], ids=["biased", "without a bias"])
+def test_products_of_one_input_add_up_its_gradient(biased: bool):
+    x, weights, gs = numbers(37, 20), [numbers(20, 70), numbers(20, 33)], [numbers(37, 70), numbers(37, 33)]
+    biases = [numbers(70, seed=3), numbers(33, seed=4)] if biased else [None, None]
+    outs, back = jax.vjp(lambda x, *rest: native.matmuls(x, *rest), x, weights, biases)
+    dx, dws, dbs = back(gs)
+    exact = sum(wide(g) @ wide(w).T for g, w in zip(gs, weights, strict=True))
+    np.testing.assert_allclose(dx, exact, rtol=0, atol=1e-4)
+    for w, b, g, out, dw, db in zip(weights, biases, gs, outs, dws, dbs, strict=True):
+        np.testing.assert_allclose(out, wide(x) @ wide(w) + (0 if b is None else wide(b)), rtol=0, atol=1e-4)
+        np.testing.assert_allclose(dw, wide(x).T @ wide(g), rtol=0, atol=1e-4)
+        assert db is None if b is None else np.allclose(db, wide(g).sum(0), rtol=0, atol=1e-4)
+
+
+PLAIN = {  # name: (operation, shapes of its arguments)
+    "layer norm": (lambda x, a, b: layer_norm(x, a, b, 1e-5), [(2, 40, 33), (33,), (33,)]),
+    "norm of heads": (lambda x, a: rms_norm(x, a, 1e-5), [(2, 20, 3, 33), (33,)]),
+    "gelu": (ACTIVATIONS["gelu"], [(2, 40, 33)]),
+    "silu": (ACTIVATIONS["silu"], [(2, 40, 33)]),
+    "cross-entropy": (lambda x: cross_entropy(x, TARGETS, z_loss=0.1, label_smoothing=0.1), [(40, 33)]),
+}
+TARGETS = jnp.arange(40).at[:3].set(jnp.array([-1, -100, 32])) % 34 - 1  # some are none of the 33
+
+
+@built
+@pytest.mark.parametrize("name", PLAIN)
+def test_native_operations_and_their_gradients_equal_the_plain_ones(name: str, monkeypatch: pytest.MonkeyPatch):
+    operation, shapes = PLAIN[name]
+    given = [3 * numbers(*shape, seed=i) for i, shape in enumerate(shapes)]
+
+    def found() -> tuple[int, list[jax.Array]]:
+        out, back = jax.vjp(operation, *given)
+        calls = jax.jit(operation).lower(*given).as_text().count("@llm_jax_")
+        return calls, jax.tree.leaves((out, back(jax.tree.map(jnp.cos, out))))
+
+    none, plain = found()
+    monkeypatch.setattr(runtime, "NATIVE", True)
+    jax.clear_caches()
+    some, mine = found()
+    assert (none, some > 0) == (0, True)
+    for a, b in zip(mine, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1, float(jnp.abs(b).max())))
+
+
+@built
+@pytest.mark.parametrize("clip", [None, 0.5], ids=["not clipped", "clipped"])
+def test_native_adamw_takes_the_steps_of_optax(clip: float | None, monkeypatch: pytest.MonkeyPatch):
+    config = OptimizerConfig(clip=clip, weight_decay=0.3, b2=0.9)
+    params = {"layers": {"attention": {"w_q": numbers(3, 40, 70), "b_q": numbers(3, 70, seed=1)}}}
+    rule = make_optimizer(config)
+    update = jax.jit(native_adamw(config, make_update(rule)))
+
+    def run() -> list[Any]:
+        given, found = (params, rule.init(params)), []
+        for i in range(4):
+            gradients = jax.tree.map(lambda x, i=i: jnp.sin(x + i), params)
+            new = update(*given, Slope(gradients, jnp.float32(0.01), jnp.float32(1), jnp.float32(0.1)))
+            given = new.params, new.opt_state
+            found.append(jax.device_get(new))
+        return found
+
+    theirs = run()
+    monkeypatch.setattr(runtime, "NATIVE", True)
+    jax.clear_caches()
+    mine = run()
+    assert jax.tree.structure(mine) == jax.tree.structure(theirs)
+    for a, b in zip(*map(jax.tree.leaves, (mine, theirs)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
+
+
+@built
+@pytest.mark.parametrize(("slope", "rate"), [(np.nan, 0.1), (1.0, 1e25)], ids=["gradient", "update"])
+def test_native_adamw_leaves_all_as_it_was_after_numbers_that_are_not_finite(
+    slope: float, rate: float, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(runtime, "NATIVE", True)
+    config = OptimizerConfig()
+    params = {"layers": {"attention": {"w_q": numbers(2, 40, 20)}}}
+    state = make_optimizer(config).init(params)
+    gradients = jax.tree.map(lambda x: x.at[0, 0, 0].set(slope), params)
+    update = native_adamw(config, make_update(make_optimizer(config)))
+    given = Slope(gradients, jnp.float32(1), jnp.float32(1), jnp.float32(rate))
+    new = jax.jit(update)(params, state, given)
+    assert not new.finite
+    for a, b in zip(*map(jax.tree.leaves, ((new.params, new.opt_state), (params, state))), strict=True):
+        assert (a == b).all()
 
 
 @built
@@ -126,13 +226,13 @@ def test_the_environment_switches_native_code_off(monkeypatch: pytest.MonkeyPatc
     assert candidates(64) == ["native", "reference"]
     monkeypatch.setattr(runtime, "NATIVE", False)
     assert candidates(64) == ["reference"]
-    assert not native.runs(numbers(64, 8), numbers(8, 8))
+    assert not native.takes(numbers(64, 8), numbers(8, 8))
     assert not native.used()
 
 
 def test_without_a_compiler_attention_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
-    monkeypatch.setattr(native, "not_built", functools.cache(native.not_built.__wrapped__))
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    monkeypatch.setattr(build, "not_built", functools.cache(native.not_built.__wrapped__))
     with pytest.raises(Declined, match="no C\\+\\+ compiler; install g\\+\\+"):
         attention(*(numbers(1, 4, 1, 1, 4), numbers(1, 4, 1, 4), numbers(1, 4, 1, 4)), Mask(), implementation="native")
 
@@ -141,6 +241,6 @@ def test_a_compiler_that_fails_is_a_reason_to_decline(monkeypatch: pytest.Monkey
     def fails(compiler: str) -> None:
         raise subprocess.CalledProcessError(1, compiler, stderr="error: no such instruction\nmore")
 
-    monkeypatch.setattr(native, "compile_library", fails)
-    monkeypatch.setattr(native.shutil, "which", lambda name: "/usr/bin/c++")
+    monkeypatch.setattr(build, "compile_library", fails)
+    monkeypatch.setattr(build.shutil, "which", lambda name: "/usr/bin/c++")
     assert native.not_built.__wrapped__() == "/usr/bin/c++ could not build it: error: no such instruction"

@@ -29,6 +29,7 @@ from llm_jax.train.offload import HOST, host_shardings, update_layers
 from llm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from llm_jax.train.program import Program
 from llm_jax.train.step import TrainState, make_train_step
+from llm_jax.train.update import make_update
 
 MESH = MeshConfig(data=1, fsdp=2)
 
@@ -144,7 +145,9 @@ def test_a_layer_whose_update_overflows_keeps_all_others_as_they_were():
     wanted = jax.tree.map(lambda _: here, state)
     wanted = wanted.replace(params=host_shardings(wanted.params), opt_state=host_shardings(wanted.opt_state))
     state = jax.device_put(state, wanted)
-    step = jax.jit(make_train_step(slopes, rule, optax.constant_schedule(0.1)), out_shardings=(wanted, None))
+    step = jax.jit(
+        make_train_step(slopes, make_update(rule), optax.constant_schedule(0.1)), out_shardings=(wanted, None)
+    )
     for number, skipped in ((1, 0), (1000, 1)):
         after, metrics = step(state, Batch(ids * number, ids))
         assert on_host(after) == on_host(state) == {"params/layers/w_x", "opt_state/0/trace/layers/w_x"}

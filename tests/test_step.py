@@ -19,6 +19,7 @@ from llm_jax.ops.experts import Experts
 from llm_jax.ops.loss import IGNORE
 from llm_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from llm_jax.train.step import LossConfig, TrainState, cast, init_state, make_gradient, make_loss, make_train_step
+from llm_jax.train.update import make_update
 from llm_jax.tree import fingerprint, leaves
 
 B, L = 4, 8
@@ -44,7 +45,7 @@ def state(params: Any, rule: optax.GradientTransformation = ADAMW) -> TrainState
 def step(accumulate: int) -> tuple[TrainState, dict[str, jax.Array]]:
     """The state after one step of a transformer, and its metrics."""
     loss_fn = make_loss(Transformer(TINY), LossConfig())
-    run = jax.jit(make_train_step(make_gradient(loss_fn, accumulate), SGD, SCHEDULE))
+    run = jax.jit(make_train_step(make_gradient(loss_fn, accumulate), make_update(SGD), SCHEDULE))
     return run(state(weights(TINY), SGD), BATCH)
 
 
@@ -126,7 +127,7 @@ def toy(bad: float = 0.0, token: int = 0, batch: Any = BATCH, accumulate: int = 
 
     before = state(PARAMS).replace(step=jnp.array(at, jnp.int32))
     batch = batch.replace(tokens=jnp.zeros_like(TOKENS).at[1, 0].set(token))
-    run = jax.jit(make_train_step(make_gradient(loss_fn, accumulate), ADAMW, SCHEDULE, seed=seed))
+    run = jax.jit(make_train_step(make_gradient(loss_fn, accumulate), make_update(ADAMW), SCHEDULE, seed=seed))
     return before, *run(before, batch)
 
 
@@ -146,7 +147,7 @@ def test_a_skipped_step_moves_the_learning_rate_on():
     def loss_fn(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         return params["layers"]["attention"]["w_x"].sum() * jnp.where(batch.tokens[0, 0] == 13, jnp.nan, 1.0), {}
 
-    run = jax.jit(make_train_step(make_gradient(loss_fn), lion, SCHEDULE))
+    run = jax.jit(make_train_step(make_gradient(loss_fn), make_update(lion), SCHEDULE))
     start = state(PARAMS, lion)
     skipped, _ = run(start, BATCH.replace(tokens=TOKENS.at[0, 0].set(13)))
     after, metrics = run(skipped, BATCH.replace(tokens=TOKENS.at[0, 0].set(1)))
@@ -168,7 +169,7 @@ def test_a_gradient_that_is_not_finite_is_enough():
         return jnp.sqrt(params["layers"]["attention"]["w_x"]).sum(), {}
 
     before = state({"layers": {"attention": {"w_x": jnp.zeros(2)}}})
-    after, metrics = jax.jit(make_train_step(make_gradient(loss_fn), ADAMW, SCHEDULE))(before, BATCH)
+    after, metrics = jax.jit(make_train_step(make_gradient(loss_fn), make_update(ADAMW), SCHEDULE))(before, BATCH)
     assert metrics["loss"] == 0
     assert int(metrics["skipped"]) == 1
     assert fingerprint(after.params) == fingerprint(before.params)
@@ -182,7 +183,7 @@ def test_an_update_that_is_not_finite_changes_no_bit_and_is_counted():
     def loss_fn(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         return sum(jnp.square(x).sum() for x in jax.tree.leaves(params)), {}
 
-    run = jax.jit(make_train_step(make_gradient(loss_fn), rule, SCHEDULE))
+    run = jax.jit(make_train_step(make_gradient(loss_fn), make_update(rule), SCHEDULE))
     for other, skipped in ((0.5, 0), (8.0, 1)):
         before = state(PARAMS | {"w_z": jnp.array([0.5, other])}, rule)
         before = before.replace(params=jax.tree.map(lambda x: x * 0.5, before.params))
@@ -205,7 +206,7 @@ def test_the_iteration_of_muon_runs_once_a_step_and_is_guarded():
     def products(function: Any, *given: Any) -> int:
         return jax.jit(function).lower(*given).as_text().count("dot_general")
 
-    step = make_train_step(make_gradient(loss_fn), rule, SCHEDULE, hold=True)
+    step = make_train_step(make_gradient(loss_fn), make_update(rule, hold=True), SCHEDULE)
     alone = products(rule.update, params, rule.init(params), params)
     assert alone > 0
     assert products(step, state(params, rule), BATCH) == alone
@@ -268,7 +269,7 @@ def test_a_loss_is_divided_by_the_targets_that_it_says_it_counted(counted: dict[
 
     state = TrainState(step=jnp.zeros((), jnp.int32), params={"w": jnp.zeros(2)}, opt_state=optax.sgd(1.0).init({}))
     rows = Batch(*(jnp.ones((2, 4), jnp.int32) for _ in range(4)))
-    new, metrics = make_train_step(gradient, optax.sgd(1.0), None)(state, rows)
+    new, metrics = make_train_step(gradient, make_update(optax.sgd(1.0)), None)(state, rows)
     assert float(metrics["loss"]) == loss
     np.testing.assert_allclose(new.params["w"], -loss)
     assert "targets" not in metrics

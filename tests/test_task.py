@@ -41,6 +41,7 @@ from llm_jax.runs.start import load_recipe
 from llm_jax.train.config import RunConfig
 from llm_jax.train.optimizer import OptimizerConfig
 from llm_jax.train.step import LossConfig, TrainState, make_gradient, make_loss, make_train_step, score
+from llm_jax.train.update import make_update
 
 TRANSLATE, CLASSIFY = TaskConfig("translate"), TaskConfig("classify", answers=("yes", "no"))
 SEPARATOR, END, PADDING = 0, 9, 0  # the separator is what padding is filled with, as in an alphabet with a tab
@@ -252,7 +253,7 @@ def test_metrics_count_all_tokens_read_and_the_loss_the_targets_kept():
     batch = documents(["abc\tcba", "de\ted"], TRANSLATE)
     state = TrainState(jnp.zeros((), jnp.int32), weights(MODEL), optax.sgd(0.0).init(weights(MODEL)))
     loss, schedule = make_loss(Transformer(MODEL), LossConfig()), lambda step: jnp.zeros(())
-    metrics = jax.jit(make_train_step(make_gradient(loss), optax.sgd(0.0), schedule))(state, batch)[1]
+    metrics = jax.jit(make_train_step(make_gradient(loss), make_update(optax.sgd(0.0)), schedule))(state, batch)[1]
     asked = batch.targets[0] != IGNORE
     told = jax.nn.log_softmax(logits(MODEL, batch)[0, asked])
     assert (metrics["tokens"], asked.sum()) == (8 + 6, 4 + 3)

@@ -1,6 +1,7 @@
 """The attention layer: project, rotate, attend, project back."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -14,8 +15,7 @@ from llm_jax.model.norm import Norm
 from llm_jax.model.stack import Index
 from llm_jax.model.taps import scores_are_tapped, tap
 from llm_jax.ops.attention import Dropout, attention
-from llm_jax.ops.collectives import reduce_scatter_tokens
-from llm_jax.ops.gradient import add_bias, linear
+from llm_jax.ops.gradient import linear, linears
 from llm_jax.ops.mask import Mask
 from llm_jax.ops.position import rotary
 from llm_jax.sharding import constrain
@@ -52,28 +52,30 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
         c = self.config
         D, K, G, H = c.d_model, c.K, c.G, c.H
-        q = constrain(self._project("q", x, (K, G, H)), "BLKGH")
-        k = constrain(self._project("k", x, (K, H)), "BLKH")
-        v = constrain(self._project("v", x, (K, H)), "BLKH")
+        q, k, v = self._project(x, {"q": (K, G, H), "k": (K, H), "v": (K, H)})
+        q, k, v = constrain(q, "BLKGH"), constrain(k, "BLKH"), constrain(v, "BLKH")
         q, k = self._rotate("q", q, context), self._rotate("k", k, context)
         q, k, v = tap(self, "q", q, c.kept), tap(self, "k", k, c.kept), tap(self, "v", v, c.kept)
         z, cache = self._attend(x, q, k, v, context, slot, cache)
         z = tap(self, "z", constrain(z, "BLKGH"), c.kept)
 
         w_o = self.param("w_o", normal(c, "residual", K * G * H), (K, G, H, D)).astype(x.dtype)
-        out = reduce_scatter_tokens(linear("BLKGH,KGHD->BLD", z, w_o))
-        if c.bias in ("attention", "all"):
-            out = add_bias(out, self.param("b_o", nn.initializers.zeros, (D,)).astype(x.dtype))
-        return out, cache
+        b_o = self._bias("o", (D,), x) if c.bias in ("attention", "all") else None
+        return linear("BLKGH,KGHD->BLD", z, w_o, b_o), cache
 
-    def _project(self, name: str, x: Float[Array, "B L D"], heads: tuple[int, ...]) -> Array:
-        """Return `x` times `w_{name}`, with heads as its last axes."""
-        letters = "KGH" if len(heads) == 3 else "KH"
-        w = self.param(f"w_{name}", normal(self.config, "hidden", x.shape[-1]), (x.shape[-1], *heads)).astype(x.dtype)
-        y = linear(f"BLD,D{letters}->BL{letters}", x, w)
-        if self.config.bias != "none":
-            y = add_bias(y, self.param(f"b_{name}", nn.initializers.zeros, heads).astype(x.dtype))
-        return y
+    def _project(self, x: Float[Array, "B L D"], heads: Mapping[str, tuple[int, ...]]) -> list[Array]:
+        """Return `x` times `w_{name}` for each name, with heads as the last axes of the result."""
+        letters, weights, biases = [], [], []
+        for name, shape in heads.items():
+            each = "KGH" if len(shape) == 3 else "KH"
+            letters.append(f"BLD,D{each}->BL{each}")
+            init = normal(self.config, "hidden", x.shape[-1])
+            weights.append(self.param(f"w_{name}", init, (x.shape[-1], *shape)).astype(x.dtype))
+            biases.append(self._bias(name, shape, x) if self.config.bias != "none" else None)
+        return linears(letters, x, weights, biases)
+
+    def _bias(self, name: str, shape: tuple[int, ...], x: Array) -> Array:
+        return self.param(f"b_{name}", nn.initializers.zeros, shape).astype(x.dtype)
 
     def _rotate(self, name: str, y: Array, context: Context) -> Array:
         """Norm queries or keys, and rotate them by their positions, if the config asks for it."""

@@ -3,7 +3,6 @@
 import functools
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float
@@ -11,19 +10,12 @@ from jaxtyping import Array, Bool, Float
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.init import normal
 from llm_jax.model.taps import tap
-from llm_jax.ops.collectives import reduce_scatter_tokens, shard_map_by_letters
+from llm_jax.ops.activation import ACTIVATIONS
+from llm_jax.ops.collectives import shard_map_by_letters
 from llm_jax.ops.exchange import serve
 from llm_jax.ops.experts import route
-from llm_jax.ops.gradient import add_bias, linear, settle
+from llm_jax.ops.gradient import linears, settle
 from llm_jax.sharding import constrain
-
-ACTIVATIONS = {
-    "relu": jax.nn.relu,
-    "gelu": jax.nn.gelu,  # the tanh form, as GPT-2 has it
-    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
-    "silu": jax.nn.silu,
-    "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, arXiv:2109.08668
-}
 
 
 class FeedForward(nn.Module):
@@ -35,20 +27,20 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         c, F = self.config, self.width or self.config.F
-        pre = settle(self._linear("gate" if c.gated else "up", "hidden", x, c.d_model, F))
+        pre, *up = map(settle, self._linears(["gate", "up"] if c.gated else ["up"], "hidden", x, F))
         h = ACTIVATIONS[c.activation](tap(self, "mlp_pre", pre, c.kept))
-        if c.gated:
-            h = h * settle(self._linear("up", "hidden", x, c.d_model, F))
+        h = h * up[0] if c.gated else h
         h = tap(self, "mlp_post", constrain(settle(h), "BLF"), c.kept)
-        return self._linear("down", "residual", h, F, c.d_model)
+        return self._linears(["down"], "residual", h, c.d_model)[0]
 
-    def _linear(self, name: str, role: str, x: Array, fan_in: int, fan_out: int) -> Array:
-        w = self.param(f"w_{name}", normal(self.config, role, fan_in), (fan_in, fan_out)).astype(x.dtype)
-        y = linear("BLF,FD->BLD" if role == "residual" else "BLD,DF->BLF", x, w)
-        y = reduce_scatter_tokens(y) if role == "residual" else y
-        if self.config.bias == "all":
-            y = add_bias(y, self.param(f"b_{name}", nn.initializers.zeros, (fan_out,)).astype(x.dtype))
-        return y
+    def _linears(self, names: list[str], role: str, x: Array, width: int) -> list[Array]:
+        """Return `x` times `w_{name}` for each name."""
+        weights, biases = [], []
+        for name in names:
+            w = self.param(f"w_{name}", normal(self.config, role, x.shape[-1]), (x.shape[-1], width))
+            b = self.param(f"b_{name}", nn.initializers.zeros, (width,)) if self.config.bias == "all" else None
+            weights.append(w.astype(x.dtype)), biases.append(b if b is None else b.astype(x.dtype))
+        return linears(["BLF,FD->BLD" if role == "residual" else "BLD,DF->BLF"] * len(names), x, weights, biases)
 
 
 @struct.dataclass

@@ -44,7 +44,8 @@ class LinearAttention(Attention):
         z, state = gated_delta_rule(q, k, v, log_decay, beta, state, **where)
 
         z = rms_norm(z, self.param("z_scale", nn.initializers.ones, (H,)).astype(x.dtype), self.config.norm_eps)
-        z = z * jax.nn.silu(self._project("gate", x, (K, G, H)))
+        [gate] = self._project(x, {"gate": (K, G, H)})
+        z = z * jax.nn.silu(gate)
         return z, None if cache is None else cache.remember(slot, state, recent)
 
     def _gate(self, name: str, x: Float[Array, "B L D"]) -> Float[Array, "B L K"]:

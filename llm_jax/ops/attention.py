@@ -152,7 +152,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": reference,
     "chunked": imported("chunked", "chunked"),
     **{name: without_dropout("fast_attention", name) for name in ("flash", "splash", "cudnn", "tokamax")},
-    "native": without_dropout("native", "native"),
+    "native": without_dropout("native.attention", "native"),
 }
 # For rows whose tokens are split over the mesh axis `context`. On a mesh without it these names mean None.
 ACROSS: dict[str, Implementation] = {name: without_dropout("ring", name) for name in ("ring", "zigzag", "ulysses")}

@@ -5,13 +5,14 @@ Forward, each computes what its name says; backward, a test compares each with a
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llm_jax.ops import native
-from llm_jax.ops.collectives import auto_axis_size, shard_map_by_letters
+from llm_jax.ops.collectives import auto_axis_size, reduce_scatter_tokens, shard_map_by_letters
 from llm_jax.ops.few_rows import linear_of_few, suits
 from llm_jax.ops.int8 import Quantized
 from llm_jax.sharding import ACTIVATION_AXES, constrain
@@ -67,26 +68,49 @@ def over_tokens(x: Float[Array, "B L *O"]) -> Float[Array, "*O"]:
     return jnp.tensordot(jnp.ones(x.shape[:2], x.dtype), x, axes=2, preferred_element_type=jnp.float32)
 
 
-def linear(letters: str, x: Float[Array, "B L *I"], w: Float[Array, "*IO"] | Quantized) -> Float[Array, "B L *O"]:
-    """Return `einsum(letters, x, w)`, with the weight gathered first, and a weight gradient of its own.
+def linear(
+    letters: str,
+    x: Float[Array, "B L *I"],
+    w: Float[Array, "*IO"] | Quantized,
+    bias: Float[Array, "*O"] | None = None,
+) -> Float[Array, "B L *O"]:
+    """Return `einsum(letters, x, w) + bias`, with the weight gathered first, and a weight gradient of its own.
 
     If `w` is split over `fsdp`, XLA's compiler for TPU would rather split the product, and send shards of `w` from
     device to device meanwhile: products with a shard are narrow, and slow.
 
     The weight gradient transposes the smaller of its two factors. It sums over tokens, so one of them must be
     transposed, and XLA takes the first. A CPU recomputes it, element by element, and writes it across rows; a TPU makes
-    a copy. Both are expensive for the wide side of a feed-forward layer. On one CPU device `ops/native.py` transposes
+    a copy. Both are expensive for the wide side of a feed-forward layer. On one CPU device `ops/native` transposes
     nothing.
 
-    The few rows of a decoder, and quantized weights, are multiplied by `ops/few_rows.py` instead.
+    The few rows of a decoder, and quantized weights, are multiplied by `ops/few_rows.py` instead. What goes to the
+    residual stream, BLD, is summed over `tensor` before the bias is added.
     """
-    if isinstance(w, Quantized) or suits(x.shape[0] * x.shape[1], w):
-        return linear_of_few(x, w)
-    if native.runs(x, w):
-        inputs, outputs = w.shape[: x.ndim - 2], w.shape[x.ndim - 2 :]
-        y = native.matmul(x.reshape(-1, math.prod(inputs)), w.reshape(math.prod(inputs), -1))
-        return y.reshape(*x.shape[:2], *outputs)
-    return _linear(letters, x, w)
+    return linears([letters], x, [w], [bias])[0]
+
+
+def linears(
+    letters: Sequence[str],
+    x: Float[Array, "B L *I"],
+    weights: Sequence[Float[Array, "..."] | Quantized],
+    biases: Sequence[Float[Array, "..."] | None],
+) -> list[Float[Array, "B L ..."]]:
+    """Return `linear` of one `x` by each weight: native code multiplies by all at once."""
+    rows, inputs = x.shape[0] * x.shape[1], math.prod(x.shape[2:])
+    dense = [w for w in weights if not isinstance(w, Quantized) and not suits(rows, w)]
+    if len(dense) == len(weights) and native.takes(x, *dense):
+        flat = [None if b is None else b.reshape(-1) for b in biases]
+        found = native.matmuls(x.reshape(rows, inputs), [w.reshape(inputs, -1) for w in dense], flat)
+        return [y.reshape(*x.shape[:2], *w.shape[x.ndim - 2 :]) for y, w in zip(found, dense, strict=True)]
+    return [_product(*given, x) for given in zip(letters, weights, biases, strict=True)]
+
+
+def _product(letters: str, w: Array | Quantized, bias: Array | None, x: Array) -> Array:
+    few = isinstance(w, Quantized) or suits(x.shape[0] * x.shape[1], w)
+    y: Array = linear_of_few(x, w) if few else _linear(letters, x, w)
+    y = reduce_scatter_tokens(y) if letters.endswith("->BLD") else y
+    return y if bias is None else add_bias(y, bias)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -47,6 +47,7 @@ from llm_jax.train.step import (
     split_microbatches,
 )
 from llm_jax.train.timetable import Timetable
+from llm_jax.train.update import Update, make_update, native_adamw
 
 ON_HOST = {"none": (), "optimizer": ("opt_state",), "state": ("params", "opt_state")}  # by `RunConfig.offload`
 
@@ -233,6 +234,18 @@ class Program:
         return self.custom.optimizer or make_optimizer(self.config.optimizer)
 
     @property
+    def _update(self) -> Update:
+        """The update by the optimizer.
+
+        Muon's iteration is expensive, and it has one moment less; an own optimizer may cost anything. With `offload`
+        there is no room to hold what they computed.
+        """
+        c, near = self.config, self.config.offload == "none"
+        own = self.custom.optimizer is not None
+        update = make_update(self._optimizer, hold=near and (own or c.optimizer.name == "muon"))
+        return native_adamw(c.optimizer, update) if near and not own and c.optimizer.name == "adamw" else update
+
+    @property
     def _schedule(self) -> optax.Schedule | None:
         """The schedule; None: a caller's own optimizer has one inside."""
         c = self.config
@@ -267,13 +280,10 @@ class Program:
         follow = experts is not None and experts.balance == "bias"
         step = make_train_step(
             self.traced_gradient,
-            self._optimizer,
+            self._update,
             self._schedule,
             seed=c.seed,
             rebalance=functools.partial(rebalance, c.model) if follow else None,
-            # Muon's iteration is expensive, and it has one moment less; an own optimizer may cost anything. With
-            # `offload` there is no room to hold.
-            hold=(c.optimizer.name == "muon" or self.custom.optimizer is not None) and c.offload == "none",
         )
         replicated = NamedSharding(self.mesh, PartitionSpec())
         chex.clear_trace_counter()  # it counts by name, and every program of this process has a step with this name

@@ -21,7 +21,8 @@ from llm_jax.model.transformer import Output, Transformer, forward, head_table
 from llm_jax.ops.loss import IGNORE, chunked_cross_entropy, cross_entropy, likeliest
 from llm_jax.train.balance import LOAD, expert_sums, utilisation
 from llm_jax.train.config import LossConfig
-from llm_jax.train.offload import map_layers, sum_layers, update_layers
+from llm_jax.train.offload import map_layers
+from llm_jax.train.update import Slope, Update
 
 Metrics = dict[str, jax.Array]
 # (params, batch, key) -> (sum of the loss over counted tokens, {name: sum over counted tokens}).
@@ -161,25 +162,20 @@ TARGETS = "targets"
 
 def make_train_step(
     gradient: Gradient,
-    optimizer: optax.GradientTransformation,
+    update: Update,
     schedule: optax.Schedule | None,
     *,
     seed: int = 0,
     rebalance: Callable[[PyTree, Float[Array, "N E"]], PyTree] | None = None,
-    hold: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Return one optimizer step over a batch. `gradient` comes from `make_gradient`, or from a pipeline.
 
-    The `schedule` scales the updates of the optimizer; None: a caller's own optimizer has its learning rate inside.
+    The `schedule` gives the learning rate of the `update`; None: a caller's own optimizer has it inside.
 
     If the loss, the gradient or the norm of the updated parameters is not finite, parameters and optimizer state stay;
     the step still counts, so that data and learning rate advance, and `metrics["skipped"]` is 1. `rebalance` changes
     the new parameters by the load of the experts.
-
-    Whether they are finite is known only after the last parameter. Until then no new parameters are kept in memory, and
-    the update is computed a second time; with `hold` they are kept, for an update rule where compute is the bottleneck.
     """
-    optimizer = optax.with_extra_args_support(optimizer)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -188,40 +184,17 @@ def make_train_step(
         seen = jnp.maximum((batch.targets != IGNORE).sum(), 1)
         targets = seen if TARGETS not in sums else _or_one(sums.pop(TARGETS))
         each = 1 / targets.astype(jnp.float32)  # a product is computed where it is read, a quotient kept
-        mean = functools.partial(jax.tree.map, lambda x: x * each.astype(x.dtype))
-        loss, sums, norm = mean(loss), mean(sums), optax.tree.norm(mean(gradients))
+        loss, sums = jax.tree.map(lambda x: x * each.astype(x.dtype), (loss, sums))
         tokens = seen if batch.segments is None else (batch.segments != 0).sum()  # read, with a target or not
         rate = None if schedule is None else schedule(state.step)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-
-        def new(params: PyTree, opt_state: PyTree, gradients: PyTree) -> tuple[PyTree, PyTree]:
-            updates, opt_state = optimizer.update(mean(gradients), opt_state, params, norm=norm, value=loss)
-            updates = updates if rate is None else optax.tree.scale(rate, updates)
-            return optax.apply_updates(params, updates), opt_state
-
-        given = state.params, state.opt_state, gradients
-        held = new(*given)[0] if hold else None
-
-        def square(params: PyTree, opt_state: PyTree, gradients: PyTree) -> Float[Array, ""]:
-            return optax.tree.norm(new(params, opt_state, gradients)[0] if held is None else held, squared=True)
-
-        finite &= jnp.isfinite(sum_layers(square, *given))
-
-        def update(params: PyTree, opt_state: PyTree, gradients: PyTree) -> tuple[PyTree, PyTree]:
-            # Recomputed where it is stored: otherwise all new parameters would stay in memory until the norm is known.
-            old = jax.lax.optimization_barrier((params, opt_state))
-            fresh, moments = new(old[0], old[1], gradients)
-            fresh = fresh if held is None else held
-            # A select, not a `cond`: before that all float32 gradients would have to be in memory.
-            return jax.tree.map(functools.partial(jnp.where, finite), (fresh, moments), old)
-
-        params, opt_state = update_layers(update, *given)
+        new = update(state.params, state.opt_state, Slope(gradients, each, loss, rate))
+        params = new.params
         if rebalance is not None and load is not None:
-            params = rebalance(params, jnp.where(finite, load, 0))  # an even load moves nothing
-        metrics: Metrics = {"loss": loss, **sums, "grad_norm": norm}
+            params = rebalance(params, jnp.where(new.finite, load, 0))  # an even load moves nothing
+        metrics: Metrics = {"loss": loss, **sums, "grad_norm": new.norm}
         metrics |= {} if rate is None else {"learning_rate": jnp.asarray(rate)}
-        metrics |= {"tokens": tokens, "skipped": ~finite} | ({} if load is None else utilisation(load))
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        metrics |= {"tokens": tokens, "skipped": ~new.finite} | ({} if load is None else utilisation(load))
+        return TrainState(step=state.step + 1, params=params, opt_state=new.opt_state), metrics
 
     return train_step
 
