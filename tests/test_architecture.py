@@ -185,6 +185,10 @@ TESTED_IN = {
     "compat/families_gpt.py": ("test_families.py", "a table of families, of which each is tested there as all others"),
     "compat/families_moe.py": ("test_families.py", "the same"),
     "model/attention.py": ("test_transformer.py", "a sublayer: who gets a gradient from whom is seen in a whole model"),
+    **{
+        f"ops/native/{name}.py": ("test_native.py", "one test holds all native operations to the plain ones")
+        for name in ("activation", "adamw", "attention", "build", "norm", "product", "softmax")
+    },
     "model/linear_attention.py": ("test_cache.py", "a sublayer: its state is seen where a model decodes with it"),
 }
 

@@ -12,7 +12,7 @@ from llm_jax.ops import native
 
 def _smooth(name: str, plain: Callable[[Array], Array]) -> Callable[[Array], Array]:
     """Return `plain`, in native code where that runs."""
-    return lambda x: native.activate(name, x) if native.takes(x) else plain(x)
+    return lambda x: native.activate(name, x) if native.covers(x) else plain(x)
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

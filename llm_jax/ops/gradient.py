@@ -99,7 +99,7 @@ def linears(
     """Return `linear` of one `x` by each weight: native code multiplies by all at once."""
     rows, inputs = x.shape[0] * x.shape[1], math.prod(x.shape[2:])
     dense = [w for w in weights if not isinstance(w, Quantized) and not suits(rows, w)]
-    if len(dense) == len(weights) and native.takes(x, *dense):
+    if len(dense) == len(weights) and native.covers(x, *dense):
         flat = [None if b is None else b.reshape(-1) for b in biases]
         found = native.matmuls(x.reshape(rows, inputs), [w.reshape(inputs, -1) for w in dense], flat)
         return [y.reshape(*x.shape[:2], *w.shape[x.ndim - 2 :]) for y, w in zip(found, dense, strict=True)]

@@ -20,7 +20,7 @@ def unembed(
     hidden: Float[Array, "*T D"], table: Float[Array, "V D"], softcap: float | None = None
 ) -> Float[Array, "*T V"]:
     """Return the float32 logits of hidden states, limited to (-softcap, softcap) by tanh if there is one."""
-    if native.takes(hidden, table):
+    if native.covers(hidden, table):
         flat = native.matmul(hidden.reshape(-1, table.shape[1]), table, transposed=True)
         return soft_cap(flat.reshape(*hidden.shape[:-1], len(table)), softcap)
     return soft_cap(jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32), softcap)
@@ -44,11 +44,11 @@ def likeliest(
     return whole_rows(jax.lax.map(lambda x: unembed(x, table, softcap).argmax(-1), chunks))
 
 
-def log_z_and_picked(
+def _log_z_and_picked(
     logits: Float[Array, "*T V"], targets: Int[Array, "*T"]
 ) -> tuple[Float[Array, "*T"], Float[Array, "*T"]]:
     """Return logsumexp of each row of logits, and the logit of its target; 0 for a target that is none of the V."""
-    if native.takes(logits):
+    if native.covers(logits):
         return native.log_z_and_picked(logits, targets)
     # A sum with one term: a gather would bring together the logits of a V that is split over devices.
     chosen = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
@@ -73,7 +73,7 @@ def cross_entropy(
     """
     logits = logits.astype(jnp.float32)
     counted = targets != IGNORE
-    log_z, picked = log_z_and_picked(logits, targets)
+    log_z, picked = _log_z_and_picked(logits, targets)
     nll = log_z - picked
     loss = nll
     if label_smoothing:

@@ -19,8 +19,8 @@ def rms_norm(x: Float[Array, "B L *heads D"], scale: Float[Array, " D"], eps: fl
 
     Statistics are float32; the product with `scale` is in the dtype of `scale`, the result in that of `x`.
     """
-    if native.takes(x, scale):
-        return native.norm(x, scale, jnp.zeros_like(scale), eps, False)
+    if native.covers(x, scale):
+        return native.norm_rows(x, scale, jnp.zeros_like(scale), eps, False)
     return _norm(x, scale, eps, False)
 
 
@@ -31,8 +31,8 @@ def layer_norm(
 
     Statistics are float32.
     """
-    if native.takes(x, scale, bias):
-        return native.norm(x, scale, bias, eps, True)
+    if native.covers(x, scale, bias):
+        return native.norm_rows(x, scale, bias, eps, True)
     return add_bias(_norm(x, scale, eps, True), jnp.broadcast_to(bias, x.shape[2:]))
 
 

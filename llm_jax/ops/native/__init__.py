@@ -9,8 +9,8 @@ any other, with a gradient of its own. docs/performance.md says what it is worth
 from llm_jax.ops.native.activation import CURVES, activate
 from llm_jax.ops.native.adamw import Moments, adamw, global_norm
 from llm_jax.ops.native.attention import native
-from llm_jax.ops.native.build import not_built, refusal, runs, takes, used
-from llm_jax.ops.native.norm import norm
+from llm_jax.ops.native.build import covers, not_built, refusal, runs, used
+from llm_jax.ops.native.norm import norm_rows
 from llm_jax.ops.native.product import matmul, matmuls, products
 from llm_jax.ops.native.softmax import log_z_and_picked
 
@@ -19,16 +19,16 @@ __all__ = [
     "Moments",
     "activate",
     "adamw",
+    "covers",
     "global_norm",
     "log_z_and_picked",
     "matmul",
     "matmuls",
     "native",
-    "norm",
+    "norm_rows",
     "not_built",
     "products",
     "refusal",
     "runs",
-    "takes",
     "used",
 ]

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "common.h"
+#include "vectors.h"
 
 // u(x) is x for SiLU. For GELU it is 2 sqrt(2 / pi) (x + 0.044715 x^3), as (1 + tanh(u / 2)) / 2 = sigmoid(u).
 struct Activation {

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "common.h"
+#include "vectors.h"
 
 struct Parameter {  // one array, with its two moments and its gradient
   float *p, *m, *v;

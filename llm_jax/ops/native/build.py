@@ -65,7 +65,7 @@ def compile_library(compiler: str) -> Path:
     return made
 
 
-def takes(x: Array, *others: Array) -> bool:
+def covers(x: Array, *others: Array) -> bool:
     """Return whether native code computes with `x`: where it `runs`, for more rows than a few.
 
     With few rows, as a decoder has, memory is the limit, and there is nothing that threads could share.

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "common.h"
+#include "vectors.h"
 
 struct Norm {
   Int rows, D;

@@ -11,7 +11,7 @@ from llm_jax.ops.native.build import call
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def norm(
+def norm_rows(
     x: Float[Array, "*rows D"], scale: Float[Array, " D"], bias: Float[Array, " D"], eps: float, center: bool
 ) -> Float[Array, "*rows D"]:
     """Return what `ops/norm.layer_norm` does; without `center` the mean is taken as 0, as `rms_norm` does."""
@@ -30,4 +30,4 @@ def _backward(eps: float, center: bool, saved: tuple[Array, ...], g: Array) -> t
     return dx, of_scale, of_bias
 
 
-norm.defvjp(_forward, _backward)
+norm_rows.defvjp(_forward, _backward)

@@ -5,7 +5,7 @@
 
 #pragma once
 
-#include "common.h"
+#include "vectors.h"
 
 // Registers hold a block of ROWS x COLS of the output: 24 of 32 with AVX-512, 12 of 16 with AVX2.
 constexpr int ROWS = LANES == 16 ? 12 : 6, COLS = 2 * LANES;

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "common.h"
+#include "vectors.h"
 
 // log(sum(exp(x))) of x[V].
 inline float log_sum_exp(const float* x, Int V) {
