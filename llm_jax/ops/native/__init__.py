@@ -6,7 +6,7 @@ often than it must. JAX calls native code by its foreign function interface: it 
 any other, with a gradient of its own. docs/performance.md says what it is worth.
 """
 
-from llm_jax.ops.native.activation import CURVES, activate
+from llm_jax.ops.native.activation import activate
 from llm_jax.ops.native.adamw import Moments, adamw, global_norm
 from llm_jax.ops.native.attention import native
 from llm_jax.ops.native.build import covers, not_built, refusal, runs, used
@@ -15,7 +15,6 @@ from llm_jax.ops.native.product import matmul, matmuls, products
 from llm_jax.ops.native.softmax import log_z_and_picked
 
 __all__ = [
-    "CURVES",
     "Moments",
     "activate",
     "adamw",

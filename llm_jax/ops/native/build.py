@@ -21,12 +21,8 @@ from llm_jax import runtime
 from llm_jax.ops.attention import platform
 
 FOLDER = Path(__file__).parent
-FLAGS = [
-    *["-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp-simd"],
-    "-std=c++17",
-    "-shared",
-    "-fPIC",
-]
+FAST = "-O3 -march=native -ffp-contract=fast -fno-math-errno -fopenmp-simd -fno-semantic-interposition"
+FLAGS = (*FAST.split(), "-std=c++17", "-shared", "-fPIC", "-w")
 FEW = 16  # rows
 TARGETS = re.findall(r"DEFINE_HANDLER_SYMBOL\((\w+)", (FOLDER / "native.cc").read_text())
 
@@ -59,7 +55,7 @@ def compile_library(compiler: str) -> Path:
         made.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=made.parent) as folder:  # two processes may build at once
             out = Path(folder, made.name)
-            command = [compiler, *FLAGS, "-w", "-I", jax.ffi.include_dir(), str(FOLDER / "native.cc"), "-o", str(out)]
+            command = [compiler, *FLAGS, "-I", jax.ffi.include_dir(), str(FOLDER / "native.cc"), "-o", str(out)]
             subprocess.run(command, check=True, capture_output=True, text=True)
             out.replace(made)
     return made

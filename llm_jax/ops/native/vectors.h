@@ -45,7 +45,7 @@ void parallel(ffi::ThreadPool& pool, Int n, const F& f) {
 }
 
 // e^x, to 2 units in the last place; 0 below -87.
-Vector exponential(Vector x) {
+inline Vector exponential(Vector x) {
   const Vector shift = Vector{} + 12582912.0f;  // 1.5 * 2^23: the sum with it is rounded to an integer
   const Vector rounded = x * 1.44269504f + shift, n = rounded - shift;
   const Vector r = x - n * 0.693145752f - n * 1.42860677e-6f;
