@@ -20,15 +20,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxlib.version import __version__ as JAXLIB
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from llm_jax import runtime
 from llm_jax.ops.attention import Declined, Scores, platform
 from llm_jax.ops.mask import Mask
 
-SOURCE = Path(__file__).with_name("native.cc")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cc", "native_few_rows.cc"))
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-std=c++17", "-shared", "-fPIC", "-w")
-TARGETS = ("llm_jax_linear", "llm_jax_linear_backward", "llm_jax_attention", "llm_jax_attention_backward")
+TARGETS = (
+    "llm_jax_linear",
+    "llm_jax_linear_backward",
+    "llm_jax_attention",
+    "llm_jax_attention_backward",
+    "llm_jax_few_rows",
+)
 FEW = 16  # rows: with fewer, memory is the limit
 WIDEST = 256  # heads: what a block of outputs in native.cc has room for
 
@@ -54,13 +60,13 @@ def not_built() -> str | None:
 def compile_library(compiler: str) -> Path:
     """Return the compiled library, from the cache if source, compiler, processor and jaxlib are those of before."""
     about = subprocess.run([compiler, "-march=native", "-Q", "--help=target"], capture_output=True, text=True).stdout
-    named = "\n".join([SOURCE.read_text(), compiler, about, JAXLIB, *FLAGS])
+    named = "\n".join([*(source.read_text() for source in SOURCES), compiler, about, JAXLIB, *FLAGS])
     made = runtime.cache_folder() / "native" / f"{hashlib.sha256(named.encode()).hexdigest()[:16]}.so"
     if not made.exists():
         made.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=made.parent) as folder:  # two processes may build at once
             out = Path(folder, made.name)
-            command = [compiler, *FLAGS, "-I", jax.ffi.include_dir(), str(SOURCE), "-o", str(out)]
+            command = [compiler, *FLAGS, "-I", jax.ffi.include_dir(), *map(str, SOURCES), "-o", str(out)]
             subprocess.run(command, check=True, capture_output=True, text=True)
             out.replace(made)
     return made
@@ -69,7 +75,7 @@ def compile_library(compiler: str) -> Path:
 def runs(x: Array, w: Array) -> bool:
     """Return whether native code multiplies `x` by a weight: if it can, for more rows than a few, and by default.
 
-    With few rows, memory is the limit and nothing is worth packing. LLM_JAX_NATIVE=0 in the environment leaves all to
+    With few rows, memory is the limit and nothing is worth packing: see `ops/few_rows.py`. LLM_JAX_NATIVE=0 in the environment leaves all to
     XLA.
     """
     float32 = x.dtype == w.dtype == jnp.float32
@@ -112,6 +118,20 @@ def _linear_backward(transposed: bool, saved: tuple[Array, Array], g: Float[Arra
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
+
+
+@jax.custom_vjp
+def few_rows(x: Float[Array, "M I"], w: Shaped[Array, "I O"]) -> Float[Array, "M O"]:
+    """Return `x @ w` in float32, where `x` is float32, and `w` float32, bfloat16 or int8 (`native_few_rows.cc`)."""
+    return _call("llm_jax_few_rows", jax.ShapeDtypeStruct((len(x), w.shape[1]), jnp.float32), x, w)
+
+
+def _few_rows_backward(saved: tuple[Array, Array], g: Float[Array, "M O"]) -> tuple[Array, Array | None]:
+    x, w = saved
+    return g @ w.T.astype(g.dtype), (x.T @ g).astype(w.dtype) if jnp.issubdtype(w.dtype, jnp.floating) else None
+
+
+few_rows.defvjp(lambda x, w: (few_rows(x, w), (x, w)), _few_rows_backward)
 
 
 def _call(name: str, like: Any, *arrays: Array, **attributes: Any) -> Any:
