@@ -2,9 +2,9 @@
 
 A decoder multiplies each weight by one number for each row of its batch, so reading the weights is the work. XLA gives
 a product to one thread if it has a single row, and one thread can't use all of the memory's bandwidth; weights that are
-not float32 it first writes out as float32. `native_few_rows.cc` shares the matrix among threads, fetches it before it is
-needed, and widens weights in registers. Where there is no native code, a sum of a few products that are spelled out is
-one loop, which XLA splits over threads, and in which weights widen in registers too.
+not float32 it first writes out as float32. `native_few_rows.cc` shares the matrix among threads, fetches it before it
+is needed, and widens weights in registers. Where there is no native code, a sum of a few products that are spelled out
+is one loop, which XLA splits over threads, and in which weights widen in registers too.
 """
 
 import math

@@ -75,8 +75,8 @@ def compile_library(compiler: str) -> Path:
 def runs(x: Array, w: Array) -> bool:
     """Return whether native code multiplies `x` by a weight: if it can, for more rows than a few, and by default.
 
-    With few rows, memory is the limit and nothing is worth packing: see `ops/few_rows.py`. LLM_JAX_NATIVE=0 in the environment leaves all to
-    XLA.
+    With few rows, memory is the limit and nothing is worth packing: `ops/few_rows.py` is for those. LLM_JAX_NATIVE=0 in
+    the environment leaves all to XLA.
     """
     float32 = x.dtype == w.dtype == jnp.float32
     return runtime.NATIVE and float32 and x.size >= FEW * x.shape[-1] and refusal() is None
