@@ -1,6 +1,7 @@
 """The cache: an argument and a result of the forward pass, like every other state."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from llm_jax.model.config import ModelConfig, own_mixer
 from llm_jax.model.pattern import n_remembering
 from llm_jax.model.stack import Index
+from llm_jax.ops.attention import platform
 from llm_jax.ops.linear_attention import State
 
 
@@ -37,7 +39,8 @@ class Cache:
 
         def put(buffer: Array, new: Array) -> Array:
             rows, columns = self._indices(new.shape[1])
-            return buffer.at[slot, rows, :, columns].set(new.astype(buffer.dtype), mode="drop")
+            bits = as_bits(buffer).at[slot, rows, :, columns].set(as_bits(new.astype(buffer.dtype)), mode="drop")
+            return as_numbers(bits, buffer.dtype)
 
         return dataclasses.replace(self, k=put(self.k, k), v=put(self.v, v))
 
@@ -92,8 +95,19 @@ class Cache:
         return jnp.arange(len(self.length))[:, None], self.length[:, None] + jnp.arange(L)[None]
 
 
+def as_bits(x: Array) -> Array:
+    """Return the bits of bfloat16 numbers on a CPU, where XLA widens a whole buffer to write or read some of it."""
+    short = x.dtype == jnp.bfloat16 and platform() == "cpu"
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if short else x
+
+
+def as_numbers(bits: Array, dtype: Any) -> Array:
+    """Return what `as_bits` was given."""
+    return bits if bits.dtype == dtype else jax.lax.bitcast_convert_type(bits, dtype)
+
+
 def _take(buffer: Array, slot: Index) -> Array:
-    return jax.lax.dynamic_index_in_dim(buffer, slot, keepdims=False)
+    return as_numbers(jax.lax.dynamic_index_in_dim(as_bits(buffer), slot, keepdims=False), buffer.dtype)
 
 
 def init_cache(config: ModelConfig, batch: int, max_len: int) -> Cache:
