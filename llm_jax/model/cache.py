@@ -1,7 +1,6 @@
 """The cache: an argument and a result of the forward pass, like every other state."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from llm_jax.model.config import ModelConfig, own_mixer
 from llm_jax.model.pattern import n_remembering
 from llm_jax.model.stack import Index
-from llm_jax.ops.attention import platform
+from llm_jax.ops.bits import as_bits, as_numbers
 from llm_jax.ops.linear_attention import State
 
 
@@ -93,17 +92,6 @@ class Cache:
     def _indices(self, L: int) -> tuple[Int[Array, "B 1"], Int[Array, "B L"]]:
         """Return the rows and columns of L new tokens."""
         return jnp.arange(len(self.length))[:, None], self.length[:, None] + jnp.arange(L)[None]
-
-
-def as_bits(x: Array) -> Array:
-    """Return the bits of bfloat16 numbers on a CPU, where XLA widens a whole buffer to write or read some of it."""
-    short = x.dtype == jnp.bfloat16 and platform() == "cpu"
-    return jax.lax.bitcast_convert_type(x, jnp.uint16) if short else x
-
-
-def as_numbers(bits: Array, dtype: Any) -> Array:
-    """Return what `as_bits` was given."""
-    return bits if bits.dtype == dtype else jax.lax.bitcast_convert_type(bits, dtype)
 
 
 def _take(buffer: Array, slot: Index) -> Array:
