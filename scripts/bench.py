@@ -18,6 +18,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class Bench:
 
     def __init__(self, name: str, about: str, sides: Mapping[str, Callable[[str], Any]], peers: Sequence[str] = ()):
         self.name, self.sides, self.peers = name, sides, peers
+        self.versions: dict[str, dict[str, str]] = {}
         self.parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.parser.add_argument("--rounds", type=int, default=8, help="in each, every side is measured once")
         self.parser.add_argument("--peer-python", default=sys.executable, help="the Python that has the peers")
@@ -62,14 +64,16 @@ class Bench:
         found: Rounds = {}
         for group in [[name] for name in names] if self.given.apart else [names]:
             running = {name: self._start(name, setting) for name in group}
-            for _ in range(times):
+            for one in range(times):
                 for name, side in list(running.items()):
-                    numbers = side.ask()
+                    begun, numbers = time.perf_counter(), side.ask()
                     if numbers is None:
                         print(f"{name}: left out; {side.reason()}", file=sys.stderr)
                         del running[name]
                         found.pop(name, None)
                         continue
+                    took = f"{time.perf_counter() - begun:.1f} s"
+                    print(f"{setting}: round {one + 1} of {times}, {name}: {took}", file=sys.stderr, flush=True)
                     for quantity, value in numbers.items():
                         found.setdefault(name, {}).setdefault(quantity, []).append(value)
             for side in running.values():
@@ -78,11 +82,15 @@ class Bench:
 
     def _start(self, name: str, setting: str) -> "Side":
         python = self.given.peer_python if name in self.peers else sys.executable
-        return Side([python, sys.argv[0], "--side", name, setting])
+        begun, side = time.perf_counter(), Side([python, sys.argv[0], "--side", name, setting])
+        self.versions[name] = side.versions
+        print(f"{setting}: {name} is ready after {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
+        return side
 
     def finish(self, rows: Sequence[Mapping[str, Any]], **facts: Any) -> None:
         """Print the JSON object of this run, with `rows` made by `row`, and append it to the results."""
-        record = {"benchmark": self.name, **about_this_run(), **facts, "rows": list(rows)}
+        peers = {name: found for name in self.peers if (found := self.versions.get(name))}
+        record = {"benchmark": self.name, **about_this_run(), "peers": peers, **facts, "rows": list(rows)}
         if not self.given.dry:
             RESULTS.parent.mkdir(exist_ok=True)
             with RESULTS.open("a", encoding="utf-8") as file:
@@ -103,7 +111,7 @@ class Side:
             text=True,
             env=os.environ | {"PYTHONPATH": path},
         )
-        self.versions = self._read() or {}
+        self.versions: dict[str, str] = self._read() or {}
 
     def _read(self) -> dict[str, Any] | None:
         assert self._process.stdout is not None
@@ -156,7 +164,7 @@ def row(
     Above 1 is better, whether more is better or (`lower`) less. `facts` are added as they are.
     """
     medians = {side: statistics.median(of[quantity]) for side, of in rounds.items() if quantity in of}
-    others = [side for side in (peers or medians) if side != ours and side in medians]
+    others = [side for side in (medians if peers is None else peers) if side != ours and side in medians]
     found = {
         "what": what,
         "quantity": quantity,

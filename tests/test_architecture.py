@@ -187,7 +187,7 @@ TESTED_IN = {
     "model/attention.py": ("test_transformer.py", "a sublayer: who gets a gradient from whom is seen in a whole model"),
     **{
         f"ops/native/{name}.py": ("test_native.py", "one test holds all native operations to the plain ones")
-        for name in ("activation", "adamw", "attention", "build", "norm", "product", "softmax")
+        for name in ("activation", "adamw", "attention", "build", "few_rows", "norm", "product", "softmax")
     },
     "model/linear_attention.py": ("test_cache.py", "a sublayer: its state is seen where a model decodes with it"),
 }

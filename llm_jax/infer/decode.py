@@ -89,6 +89,8 @@ def prepare(config: ModelConfig, params: PyTree, weights: str | None = None) -> 
         flat = map_with_path(lambda path, w: quantize(w, n) if (n := first_match(MATRICES, path)) else w, flat)
     elif platform() == "cpu":
         head = head_table(config, flat).T  # XLA packs a transposed factor anew for every product with it
+    if platform() == "cpu":  # where XLA widens a whole table of bfloat16 to read one row
+        flat |= {name: in_dtype(flat[name], jnp.float32) for name in ("embedding", "positions") if name in flat}
     return Weights(flat, head)
 
 

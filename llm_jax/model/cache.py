@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from llm_jax.model.config import ModelConfig, own_mixer
 from llm_jax.model.pattern import n_remembering
 from llm_jax.model.stack import Index
+from llm_jax.ops.bits import as_bits, as_numbers
 from llm_jax.ops.linear_attention import State
 
 
@@ -37,7 +38,8 @@ class Cache:
 
         def put(buffer: Array, new: Array) -> Array:
             rows, columns = self._indices(new.shape[1])
-            return buffer.at[slot, rows, :, columns].set(new.astype(buffer.dtype), mode="drop")
+            bits = as_bits(buffer).at[slot, rows, :, columns].set(as_bits(new.astype(buffer.dtype)), mode="drop")
+            return as_numbers(bits, buffer.dtype)
 
         return dataclasses.replace(self, k=put(self.k, k), v=put(self.v, v))
 
@@ -93,7 +95,7 @@ class Cache:
 
 
 def _take(buffer: Array, slot: Index) -> Array:
-    return jax.lax.dynamic_index_in_dim(buffer, slot, keepdims=False)
+    return as_numbers(jax.lax.dynamic_index_in_dim(as_bits(buffer), slot, keepdims=False), buffer.dtype)
 
 
 def init_cache(config: ModelConfig, batch: int, max_len: int) -> Cache:

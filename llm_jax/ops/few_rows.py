@@ -2,8 +2,9 @@
 
 A decoder multiplies each weight by one number for each row of its batch, so reading the weights is the work. XLA gives
 a product to one thread if it has a single row, and one thread can't use all of the memory's bandwidth; weights that are
-not float32 it first writes out as float32. A sum of a few products that are spelled out is one loop instead, which XLA
-splits over threads, and in which weights widen in registers.
+not float32 it first writes out as float32. `native/few_rows.h` shares the matrix among threads, fetches it before it
+is needed, and widens weights in registers. Where there is no native code, a sum of a few products that are spelled out
+is one loop, which XLA splits over threads, and in which weights widen in registers too.
 """
 
 import math
@@ -12,17 +13,30 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from llm_jax import runtime
+from llm_jax.ops import native
 from llm_jax.ops.attention import platform
 from llm_jax.ops.int8 import Quantized
 
 FEW = 8  # rows; more are limited by arithmetic
+WEIGHTS = (jnp.float32, jnp.bfloat16, jnp.int8)  # that native code reads
 
 
 def suits(rows: int, w: Float[Array, "*IO"] | Quantized) -> bool:
-    """Return whether `few_rows` is the faster way here; from two rows on XLA's own product of float32 is as fast."""
+    """Return whether `few_rows` is the faster way here.
+
+    Without native code, from two rows on XLA's own product of float32 is as fast.
+    """
     if platform() != "cpu" or not jax.sharding.get_abstract_mesh().empty:
         return False
+    if by_native():
+        return rows <= FEW
     return rows <= FEW if isinstance(w, Quantized) or w.dtype != jnp.float32 else rows == 1
+
+
+def by_native() -> bool:
+    """Return whether native code computes these products; LLM_JAX_NATIVE=0 in the environment leaves them to XLA."""
+    return runtime.NATIVE and native.refusal() is None
 
 
 def linear_of_few(x: Float[Array, "B L *I"], w: Float[Array, "*IO"] | Quantized) -> Float[Array, "B L *O"]:
@@ -33,9 +47,12 @@ def linear_of_few(x: Float[Array, "B L *I"], w: Float[Array, "*IO"] | Quantized)
 
 
 def few_rows(x: Float[Array, "M I"], w: Float[Array, "I O"] | Quantized) -> Float[Array, "M O"]:
-    """Return `x @ w` in float32, by tiles if that `suits`."""
+    """Return `x @ w` in float32: by native code or by tiles if that `suits`, else by XLA's own product."""
     values = w.values if isinstance(w, Quantized) else w
-    if suits(len(x), w) and len(values) % tile(values) == 0:
+    fast = suits(len(x), w)
+    if fast and by_native() and values.dtype in WEIGHTS:
+        y = native.multiply_few(x.astype(jnp.float32), values)
+    elif fast and len(values) % tile(values) == 0:
         y = _by_tiles(x.astype(jnp.float32), values)
     else:
         y = jnp.matmul(x, values.astype(x.dtype), preferred_element_type=jnp.float32)

@@ -10,6 +10,7 @@ from llm_jax.ops.native.activation import activate
 from llm_jax.ops.native.adamw import Moments, adamw, global_norm
 from llm_jax.ops.native.attention import native
 from llm_jax.ops.native.build import covers, not_built, refusal, runs, used
+from llm_jax.ops.native.few_rows import multiply_few
 from llm_jax.ops.native.norm import norm_rows
 from llm_jax.ops.native.product import matmul, matmuls, products
 from llm_jax.ops.native.softmax import log_z_and_picked
@@ -23,6 +24,7 @@ __all__ = [
     "log_z_and_picked",
     "matmul",
     "matmuls",
+    "multiply_few",
     "native",
     "norm_rows",
     "not_built",

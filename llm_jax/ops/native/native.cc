@@ -3,6 +3,7 @@
 #include "activation.h"
 #include "adamw.h"
 #include "attention.h"
+#include "few_rows.h"
 #include "norm.h"
 #include "softmax.h"
 
@@ -60,6 +61,23 @@ ffi::Error LinearBackward(Pool pool, Buffer x, ffi::RemainingArgs given, Result 
   }
   multiply_by_pieces(tasks, M, K, summed, dx->typed_data(), NOTHING, threads);
   run(pool, tasks);
+  return ffi::Error::Success();
+}
+
+// x[M I] w[I O], where w is float32, bfloat16 or int8.
+ffi::Error Few(Pool pool, Buffer x, ffi::AnyBuffer w, Result y) {
+  const Int M = x.dimensions()[0], I = w.dimensions()[0], O = w.dimensions()[1];
+  const float* left = x.typed_data();
+  float* out = y->typed_data();
+  if (I == 0) std::fill_n(out, M * O, 0.0f);
+  switch (w.element_type()) {
+    case ffi::F32: multiply_few(pool, FewRows<float>{M, I, O, left, (const float*)w.untyped_data(), out}); break;
+    case ffi::BF16:
+      multiply_few(pool, FewRows<std::uint16_t>{M, I, O, left, (const std::uint16_t*)w.untyped_data(), out});
+      break;
+    case ffi::S8: multiply_few(pool, FewRows<std::int8_t>{M, I, O, left, (const std::int8_t*)w.untyped_data(), out}); break;
+    default: return ffi::Error::InvalidArgument("weights are float32, bfloat16 or int8");
+  }
   return ffi::Error::Success();
 }
 
@@ -242,3 +260,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(llm_jax_adamw, Update,
                                   .Attr<float>("eps").Attr<ffi::Span<const float>>("decay"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llm_jax_log_z, LogZ, BIND IN(Buffer) IN(Integers32) OUT OUT);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llm_jax_log_z_backward, LogZBackward, BIND IN(Buffer) IN(Integers32) XYZ OUT);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llm_jax_few_rows, Few, BIND IN(Buffer) IN(ffi::AnyBuffer) OUT);
