@@ -1,0 +1,46 @@
+"""A character-level model of Shakespeare that is good within seconds: a loss of 1.88 on a CPU.
+
+    llm-jax train shakespeare_fast data.uri=tinyshakespeare.txt
+"""
+
+from llm_jax.data.config import DataConfig
+from llm_jax.model.config import AttentionConfig, ModelConfig
+from llm_jax.train.config import OptimizerConfig, RunConfig
+
+config = RunConfig(
+    model=ModelConfig(
+        vocab_size=66,
+        d_model=128,
+        n_layers=2,
+        n_heads=4,
+        max_seq_len=64,
+        layers=("llm_jax.model.convolution:ShortConvolution", "global"),
+        attention=AttentionConfig(qk_norm="head"),
+        activation="relu2",
+        gated=False,
+        embedding_scale=20.0,
+        tied=False,
+        unroll=2,
+    ),
+    data=DataConfig(
+        uri="tinyshakespeare.txt",
+        tokenizer="char",
+        separator="\n\n",
+        end_of_text=False,
+        heldout=0.1,
+        heldout_by="tail",
+        packing="windows",
+        seq_len=64,
+        batch_size=12,
+    ),
+    optimizer=OptimizerConfig(
+        name="muon",
+        learning_rate=1e-2,
+        schedule="linear",
+        warmup_steps=5,
+        final_fraction=0.0,
+        weight_decay=0.0,
+    ),
+    steps=250,
+    prompts=("\n",),
+)
