@@ -13,7 +13,7 @@ from llm_jax.model.mixer import Mixer
 from llm_jax.ops.gradient import linear
 from llm_jax.ops.linear_attention import short_convolution
 
-State = Float[Array, "B W-1 D"]  # what the last tokens gave to the convolution
+State = Float[Array, "B _ D"]  # what the last W - 1 tokens gave to the convolution
 
 
 class ShortConvolution(Mixer):
