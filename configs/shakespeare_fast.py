@@ -1,6 +1,6 @@
 """A character-level model of Shakespeare that is good within seconds: a loss of 1.88 on a CPU.
 
-    llm-jax train shakespeare_fast data.uri=tinyshakespeare.txt
+llm-jax train shakespeare_fast data.uri=tinyshakespeare.txt
 """
 
 from llm_jax.data.config import DataConfig
@@ -34,13 +34,8 @@ config = RunConfig(
         batch_size=12,
     ),
     optimizer=OptimizerConfig(
-        name="muon",
-        learning_rate=1e-2,
-        schedule="linear",
-        warmup_steps=5,
-        final_fraction=0.0,
-        weight_decay=0.0,
+        learning_rate=6e-3, schedule="linear", warmup_steps=20, final_fraction=0.0, b2=0.99, weight_decay=0.0
     ),
-    steps=250,
+    steps=350,
     prompts=("\n",),
 )

@@ -10,14 +10,14 @@ from llm_jax.model.attention import Context
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.init import normal
 from llm_jax.model.mixer import Mixer
-from llm_jax.ops.gradient import linear
+from llm_jax.ops.gradient import linear, settle
 from llm_jax.ops.linear_attention import short_convolution
 
 State = Float[Array, "B _ D"]  # what the last W - 1 tokens gave to the convolution
 
 
 class ShortConvolution(Mixer):
-    """`(c * convolution(b * v)) W_out`, where b, c and v are linear in x, over `attention.convolution` tokens.
+    """`(after * convolution(before * value)) W_out` over `attention.convolution` tokens; all three are linear in x.
 
     Each channel has a kernel of its own. It costs less than attention, and a small model knows from its first steps
     which token came before:
@@ -32,12 +32,14 @@ class ShortConvolution(Mixer):
         c = self.config
         D, W = c.d_model, c.attention.convolution
         where: dict[str, Any] = {"segments": context.mask.segments, "lengths": context.lengths}
-        w_in = self.param("w_in", normal(c, "hidden", D), (D, 3, D)).astype(x.dtype)
-        w_out = self.param("w_out", normal(c, "residual", D), (D, D)).astype(x.dtype)
+        before, after, value = (settle(self._linear(name, "hidden", x)) for name in ("before", "after", "value"))
         kernel = self.param("w_convolution", nn.initializers.normal(W**-0.5), (W, D)).astype(x.dtype)
-        before, after, values = jnp.moveaxis(linear("BLD,DTI->BLTI", x, w_in), 2, 0)
-        mixed, recent = short_convolution(before * values, kernel, state, **where)
-        return linear("BLI,ID->BLD", after * mixed, w_out), None if state is None else recent
+        mixed, recent = short_convolution(before * value, kernel, state, **where)
+        return self._linear("out", "residual", settle(after * mixed)), None if state is None else recent
+
+    def _linear(self, name: str, role: str, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        D = self.config.d_model
+        return linear("BLD,DI->BLI", x, self.param(f"w_{name}", normal(self.config, role, D), (D, D)).astype(x.dtype))
 
     @classmethod
     def init_state(cls, config: ModelConfig, rows: int, size: int) -> State:
