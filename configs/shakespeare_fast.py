@@ -36,6 +36,6 @@ config = RunConfig(
     optimizer=OptimizerConfig(
         learning_rate=6e-3, schedule="linear", warmup_steps=20, final_fraction=0.0, b2=0.99, weight_decay=0.0
     ),
-    steps=350,
+    steps=390,
     prompts=("\n",),
 )

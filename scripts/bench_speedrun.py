@@ -103,7 +103,7 @@ def ours(clock: Clock, text: Path, seed: int, folder: Path) -> dict[str, float]:
     seconds = clock.read()
 
     def nll(batch: Any) -> float:
-        return scoring.score(state.params, batch).nll.sum()
+        return float(scoring.score(state.params, batch).nll.sum())
 
     scored = dataclasses.replace(config.data, batch_size=SCORED_ROWS)
     scoring = Program.on_one_device(dataclasses.replace(config, data=scored))
@@ -113,6 +113,7 @@ def ours(clock: Clock, text: Path, seed: int, folder: Path) -> dict[str, float]:
 
 def twin(clock: Clock, text: Path, seed: int, folder: Path) -> dict[str, float]:
     """Train nanoGPT's recipe until it reaches the goal, or to its end; return what `ours` returns."""
+    import numpy as np
     import torch
 
     with clock.paused():
@@ -125,7 +126,8 @@ def twin(clock: Clock, text: Path, seed: int, folder: Path) -> dict[str, float]:
     config, store = prepared("shakespeare_char", text, seed, folder)
     with clock.paused():
         params = jax.device_get(Program.on_one_device(config).init().params)
-        rates = jax.vmap(make_schedule(config.optimizer, config.steps))(jax.numpy.arange(config.steps)).tolist()
+        schedule = make_schedule(config.optimizer, config.steps)
+        rates = np.asarray(jax.vmap(schedule)(np.arange(config.steps))).tolist()
     step, began = TorchStep(config, params, rates), clock.read()
 
     @torch.no_grad()
@@ -175,7 +177,9 @@ def main() -> None:
         parser.add_argument("--run", nargs=3)
         parser.add_argument("--text", type=Path)
         given = parser.parse_args()
-        return run(*given.run, given.text)
+        name, seed, began = given.run
+        run(name, seed, began, given.text)
+        return
 
     from bench import Bench, row, show
 
