@@ -1,6 +1,9 @@
 """A character-level model of Shakespeare that is good within seconds: a loss of 1.88 on a CPU.
 
 llm-jax train shakespeare_fast data.uri=tinyshakespeare.txt
+
+Gave 1.864 and 1.869 nats a character on nanoGPT's validation split in two runs of 390 steps; five seeds of 350 steps
+gave 1.856 to 1.884 (`scripts/bench_speedrun.py`, two cores that had other work too, Python 3.11, JAX 0.10.2).
 """
 
 from llm_jax.data.config import DataConfig

@@ -116,6 +116,9 @@ def twin(clock: Clock, text: Path, seed: int, folder: Path) -> dict[str, float]:
     import numpy as np
     import torch
 
+    from llm_jax import runtime
+
+    runtime.reuse_freed_memory()  # our allocator setting, as in bench_train.py
     with clock.paused():
         import jax
 
