@@ -1,6 +1,7 @@
 """The mixer that comes with the library keeps to what is asked of a user's own."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from llm_jax.data.loader import Batch
 from llm_jax.model.config import AttentionConfig, ModelConfig
 from llm_jax.model.mixer import check_decoding, check_mixer
 from llm_jax.runs.start import load_recipe
+from llm_jax.train.config import RunConfig
 from llm_jax.train.program import Program
 
 PATH = "llm_jax.model.convolution:ShortConvolution"
@@ -25,6 +27,7 @@ def test_a_convolution_reads_only_its_own_document_before_and_decodes_alike(widt
     check_decoding(config, PATH)
 
 
+@pytest.mark.slow  # it compiles for several seconds
 def test_the_fast_shakespeare_recipe_lowers_its_loss_within_three_steps():
     config = load_recipe("shakespeare_fast")
     model = dataclasses.replace(config.model, d_model=32, max_seq_len=16)
@@ -39,6 +42,6 @@ def test_the_fast_shakespeare_recipe_lowers_its_loss_within_three_steps():
     assert jax.tree.reduce(lambda n, x: n + x.size, load_recipe_shapes(config), 0) <= 804_096  # nanoGPT's for a CPU
 
 
-def load_recipe_shapes(config):
+def load_recipe_shapes(config: RunConfig) -> Any:
     """Return the shapes of all parameters of a config."""
     return Program.on_one_device(config).abstract_state.params
