@@ -41,7 +41,7 @@ ROWS: dict[str, Row] = {
     "1b": ("v5e:4x4", "llama_1b", ["data.batch_size=64"], (0.829, 2.683, 3.462, 6.35, None, 1399)),
 }
 
-# Every pair of model and batch a chip, of either and a topology, and of any and a kind of mesh, is in one row or more.
+# Of model, batch a chip, topology and kind of mesh, each pair of values is in one row or more.
 CHIPS = {"v5e:4x4": 16, "v6e:2x4": 8, "v5p:2x2x1": 4}
 TENSOR = {"v5e:4x4": (4, 4), "v6e:2x4": (2, 4), "v5p:2x2x1": (2, 2)}  # fsdp, tensor
 MODELS = {
@@ -62,7 +62,7 @@ TWELVE = [
     ("1b", "v5e:4x4", 8, False, UNKNOWN),
     ("3b", "v6e:2x4", 1, False, (4.821, 3.155, 7.961, 19.567, 4.478, 278)),
     ("3b", "v5p:2x2x1", 2, True, (9.639, 5.808, 15.418, 12.796, 12.724, 589)),
-    ("3b", "v5e:4x4", 4, False, UNKNOWN),
+    ("3b", "v5e:4x4", 4, False, (2.412, 7.410, 9.759, 19.111, 0.999, 3120)),
     ("3b", "v6e:2x4", 8, True, (4.821, 13.171, 17.850, 97.303, 96.397, 1918)),
     ("7b", "v5p:2x2x1", 1, False, UNKNOWN),
     ("7b", "v5e:4x4", 2, True, UNKNOWN),
