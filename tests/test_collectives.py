@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from llm_jax.ops.collectives import (
     all_gather,
@@ -19,7 +20,8 @@ from llm_jax.ops.collectives import (
     reduce_scatter_tokens,
     shard_map_by_letters,
 )
-from llm_jax.sharding import MeshConfig, make_mesh
+from llm_jax.plan import hlo
+from llm_jax.sharding import PARAMETER_AXES, TOKENS, MeshConfig, make_mesh, spec
 
 EVERY = MeshConfig(data=1, fsdp=2, context=2, tensor=2)
 
@@ -102,3 +104,19 @@ def test_the_gradient_of_a_sum_over_devices_sends_nothing():
         gradient = compiled(x, weights)
     np.testing.assert_array_equal(gradient, np.broadcast_to(weights, x.shape))
     assert "replica_groups={{0,1}}" not in str(compiled.as_text())
+
+
+def test_a_gather_over_one_axis_sends_nothing_along_another_that_splits_too():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
+    split = NamedSharding(mesh, spec("VD", PARAMETER_AXES))
+    table = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=split)
+
+    def product(table: jax.Array) -> jax.Array:
+        gathered = shard_map_by_letters(lambda table: all_gather(table, "VD"), "*VD V_", table, over=TOKENS)
+        return jnp.square(gathered).sum()
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(product), out_shardings=split).lower(table).compile().as_text()
+    sent = hlo.totals(hlo.collectives(hlo.parse(text or ""), mesh.shape))
+    assert {axes for _, axes in sent} == {"fsdp"}
+    assert sent["all-gather", "fsdp"] == (1, 4 * 64 * 32 / 4)

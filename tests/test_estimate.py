@@ -9,8 +9,9 @@ from tiny_run import tiny
 from llm_jax.config import replace
 from llm_jax.plan import hlo
 from llm_jax.plan.estimate import flops_a_token, gradient_bytes, numbers_here, rate_along
-from llm_jax.plan.plan import bytes_here, traffic_of
+from llm_jax.plan.plan import bytes_here
 from llm_jax.plan.topology import parse_topology
+from llm_jax.plan.traffic import traffic_of
 from llm_jax.sharding import MeshConfig
 from llm_jax.train.config import RunConfig
 from llm_jax.train.program import Program

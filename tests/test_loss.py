@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxprs import equations
 
 from llm_jax.data import loader
-from llm_jax.ops.loss import IGNORE, chunked_cross_entropy, cross_entropy
+from llm_jax.ops.loss import IGNORE, chunked_cross_entropy, cross_entropy, unembed
 from llm_jax.sharding import MeshConfig, batch_sharding, make_mesh
 
 B, L, D, V = 2, 6, 3, 7
@@ -125,8 +125,31 @@ def test_many_chunks_give_the_bfloat16_head_as_good_a_gradient_as_one():
     assert error[2] < 1.5 * error[rows]
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_few_tokens_give_the_table_its_gradient_in_one_product(softcap: float | None):
+    hidden, table = jax.random.normal(HIDDEN_KEY, (2, 3, 64)), jax.random.normal(TABLE_KEY, (V, 64))
+    targets, weights = TARGETS[:, :3], WEIGHTS[:, :3]
+
+    def gradient(chunk: int | None, dtype: str) -> Any:
+        def loss(hidden: jax.Array, table: jax.Array) -> jax.Array:
+            if chunk is not None:
+                return (weights * chunked_cross_entropy(hidden, table, targets, chunk, softcap, z_loss=1e-2)[0]).sum()
+            return (weights * cross_entropy(unembed(hidden, table, softcap), targets, z_loss=1e-2)[0]).sum()
+
+        return jax.value_and_grad(loss, argnums=(0, 1))(hidden.astype(dtype), table.astype(dtype))
+
+    made: list[Any] = [array.aval for _, e in equations(lambda: gradient(1, "bfloat16")) for array in e.outvars]
+    assert not any((x.shape, x.dtype) == (table.shape, "float32") for x in made)
+    (exact, exacts), (found, founds) = gradient(None, "float32"), gradient(1, "bfloat16")
+    np.testing.assert_allclose(found, exact, rtol=2e-3)
+    for mine, theirs in zip(founds, exacts, strict=True):
+        assert jnp.abs(mine.astype(jnp.float32) - theirs).max() < 0.02 * jnp.abs(theirs).max()
+
+
+@pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("mesh", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, tensor=2)], ids=str)
-def test_sharded_rows_width_and_tokens_give_the_loss_of_one_device(mesh: MeshConfig):
+def test_sharded_rows_width_and_tokens_give_the_loss_of_one_device(mesh: MeshConfig, few: bool, monkeypatch):
+    monkeypatch.setattr("llm_jax.ops.loss.few_tokens", lambda *_: few)
     keys = jax.random.split(jax.random.key(1), 3)
     hidden, table = jax.random.normal(keys[0], (8, 4, 6)), jax.random.normal(keys[1], (10, 6))
     targets = jax.random.randint(keys[2], (8, 4), IGNORE, 10)

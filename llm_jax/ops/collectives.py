@@ -78,13 +78,19 @@ _psum.defvjp(lambda x, axis: (_psum(x, axis), None), lambda axis, _, g: (g * man
 def all_gather(x: Array, letters: str) -> Array:
     """Gather a parameter of which each device inside `shard_map_by_letters` holds a shard.
 
-    Its gradient is reduce-scattered: each device gets its shard of the sum.
+    Over axes that are auto here, such as `tensor`, it stays split: each device gathers its own shard. The compiler
+    would make it whole over these axes first. Its gradient is reduce-scattered: each device gets its shard of the sum.
     """
-    for index, letter in enumerate(letters):
-        axis = PARAMETER_AXES.get(letter)
-        if axis in manual_axes():
-            x = jax.lax.all_gather(constrain(x, letters), axis, axis=index, tiled=True)
-    return constrain(x, letters)
+    manual = manual_axes()
+
+    def own(x: Array) -> Array:
+        for index, letter in enumerate(letters):
+            axis = PARAMETER_AXES.get(letter)
+            if axis in manual:
+                x = jax.lax.all_gather(x, axis, axis=index, tiled=True)
+        return x
+
+    return constrain(shard_map_by_letters(own, f"*{letters} *{letters}", x), letters)
 
 
 def all_gather_tokens(x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:

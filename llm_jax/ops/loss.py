@@ -1,6 +1,8 @@
 """Cross-entropy over next tokens: plain, and chunked so that the logits of a batch never exist at once."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,23 +97,27 @@ def chunked_cross_entropy(
 
     The backward pass recomputes the logits of each chunk. Each device loops over the chunks of its own tokens: the
     table is gathered once before the loop and its gradient reduced once after it, where the compiler would do both with
-    every chunk. Raise `ValueError` unless `chunk` divides L.
+    every chunk. Over chunks that gradient adds up in float32, or it would lose digits with every chunk; where a device
+    has few tokens, the gradients of its logits take less memory than such a sum, and `_stored_logits` makes it in one
+    product. Raise `ValueError` unless `chunk` divides L.
     """
     L = hidden.shape[1]
     if L % chunk:
         raise ValueError(f"loss.chunk={chunk} does not divide the row length L={L}; use a divisor of {L}")
+    number, score = L // chunk, functools.partial(cross_entropy, **terms)
 
     def chunk_by_chunk(hidden: Array, table: Array, targets: Array) -> tuple[Array, Array]:
-        # The table's gradient is a sum over chunks: in float32, or it would lose digits with every chunk.
-        wide = all_gather(table, "VD").astype(jnp.float32)
+        whole = all_gather(table, "VD")
+        if few_tokens(targets.size, whole):
+            return _stored_logits(hidden, whole, targets, number, softcap, score)
+        wide = whole.astype(jnp.float32)
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def one(_: None, inputs: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
             x, y = inputs
-            logits = constrain(unembed(x, wide.astype(table.dtype), softcap), "BLV")
-            return None, cross_entropy(logits, y, **terms)
+            return None, score(constrain(unembed(x, wide.astype(table.dtype), softcap), "BLV"), y)
 
-        _, losses = jax.lax.scan(one, None, (in_chunks(hidden, L // chunk), in_chunks(targets, L // chunk)))
+        _, losses = jax.lax.scan(one, None, (in_chunks(hidden, number), in_chunks(targets, number)))
         return jax.tree.map(whole_rows, losses)
 
     # Backward, the table's gradient is reduce-scattered before that of `hidden` is used: whole it is as large as many
@@ -119,3 +125,54 @@ def chunked_cross_entropy(
     hidden, table = jax.lax.optimization_barrier((hidden, table))
     loss, nll = shard_map_by_letters(chunk_by_chunk, "BLD *VD BL BL", hidden, table, targets, over=TOKENS)
     return gradient_after(loss), nll
+
+
+def few_tokens(tokens: int, table: Float[Array, "V D"]) -> bool:
+    """Return whether the gradients of all logits, and the table's, take less memory than the table's in float32."""
+    size, D = table.dtype.itemsize, table.shape[1]
+    return (tokens + D) * size < 4 * D
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _stored_logits(
+    hidden: Float[Array, "B L D"],
+    table: Float[Array, "V D"],
+    targets: Int[Array, "B L"],
+    number: int,
+    softcap: float | None,
+    score: Callable[[Array, Array], tuple[Array, Array]],
+) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
+    """Return `score` of the logits, of one of `number` chunks at a time; `D` is whole on this device.
+
+    The backward pass keeps the gradients of all logits, in the dtype of the table.
+    """
+
+    def one(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        x, y = inputs
+        return score(constrain(unembed(x, table, softcap), "BLV"), y)
+
+    return jax.tree.map(whole_rows, jax.lax.map(one, (in_chunks(hidden, number), in_chunks(targets, number))))
+
+
+def _stored_logits_backward(
+    number: int, softcap: float | None, score: Any, saved: tuple[Array, Array, Array], g: tuple[Array, Array]
+) -> tuple[Array, Array, None]:
+    hidden, table, targets = saved
+
+    def one(inputs: tuple[Array, Array, tuple[Array, Array]]) -> tuple[Array, Array]:
+        x, y, g = inputs
+        logits = constrain(unembed(x, table), "BLV")
+        (dlogits,) = jax.vjp(lambda logits: score(soft_cap(logits, softcap), y), logits)[1](g)
+        dlogits = constrain(dlogits.astype(table.dtype), "BLV")
+        return jnp.einsum("BLV,VD->BLD", dlogits, table), dlogits
+
+    xs = in_chunks(hidden, number)
+    dx, dlogits = jax.lax.map(one, (xs, in_chunks(targets, number), jax.tree.map(lambda g: in_chunks(g, number), g)))
+    dx = jnp.moveaxis(dx, 0, 2).reshape(hidden.shape)
+    return dx, jnp.einsum("NBLV,NBLD->VD", dlogits, xs), None
+
+
+_stored_logits.defvjp(
+    lambda hidden, table, targets, *how: (_stored_logits(hidden, table, targets, *how), (hidden, table, targets)),
+    _stored_logits_backward,
+)

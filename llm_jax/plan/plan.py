@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,9 @@ from llm_jax import tree as trees
 from llm_jax.files import parse_json, write_whole
 from llm_jax.plan import hlo, liveness
 from llm_jax.plan.describe import bare_table, metric, shares, title
-from llm_jax.plan.estimate import flops_a_token, gradient_bytes, numbers_here, rate_along
+from llm_jax.plan.estimate import flops_a_token, gradient_bytes, numbers_here
 from llm_jax.plan.topology import H100, Topology
+from llm_jax.plan.traffic import Traffic, traffic_of
 from llm_jax.runtime import cache_folder
 from llm_jax.train.config import RunConfig
 from llm_jax.train.offload import HOST
@@ -60,18 +60,6 @@ class Figures:
     peak: int
     finished: bool
     text: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Traffic:
-    """What a device sends per step by one kind of collective along some mesh axes; `overlapped`: while it computes."""
-
-    kind: str
-    axes: str
-    count: int
-    bytes: float
-    overlapped: float
-    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +111,14 @@ class Plan:
         return self.traffic is not None and self.needed <= self.limit
 
     @property
+    def waited(self) -> float | None:
+        """The seconds of a step in which a device sends and computes nothing, at the published rate of its links.
+
+        The least there is: a collective can also take longer than what is computed beside it. None if it can't run.
+        """
+        return None if self.traffic is None else sum(one.waited for one in self.traffic)
+
+    @property
     def step_seconds(self) -> float | None:
         """The least that a step takes: the longest of `seconds`, if all else overlaps with it. None if it can't run."""
         return None if self.traffic is None else max(self.seconds.values())
@@ -148,6 +144,7 @@ class Plan:
         more = {
             "fits": self.fits,
             "step_seconds": self.step_seconds,
+            "waited_seconds": self.waited,
             "tokens_per_day": self.tokens_per_day,
             "cost_per_billion_tokens": self.cost,
         }
@@ -212,10 +209,14 @@ def too_large(message: str) -> int:
 
 def _compiled(lowered: jax.stages.Lowered, arguments: int) -> Figures:
     try:
-        compiled = lowered.compile()
+        return figures_of(lowered.compile())
     except jax.errors.JaxRuntimeError as error:
         needed = too_large(str(error))
         return Figures(arguments, needed - arguments, needed, needed, finished=False, text="")
+
+
+def figures_of(compiled: jax.stages.Compiled) -> Figures:
+    """Return what the compiler says about any compiled program. Raise `ValueError` if JAX can't read its text."""
     memory = compiled.memory_analysis()
     assert memory is not None
     given, new = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -293,17 +294,6 @@ def plan(config: RunConfig, topology: Topology, price: float | None = None, fold
     )
 
 
-def traffic_of(sent: Sequence[hlo.Collective], mesh: Mapping[str, int], topology: Topology) -> list[Traffic]:
-    """Return what a step sends, by kind and axes, the most first; without collectives whose count is unknown."""
-    found = []
-    for (kind, axes), (count, amount) in hlo.totals(sent).items():
-        hidden = [one for one in sent if one.overlapped]
-        _, overlapped = hlo.totals(hidden).get((kind, axes), (0, 0.0))
-        seconds = amount / rate_along(axes.split("+") if axes else list(mesh), mesh, topology)
-        found.append(Traffic(kind, axes, count, amount, overlapped, seconds))
-    return sorted((one for one in found if one.count), key=lambda one: -one.bytes)
-
-
 def memory_bytes(config: RunConfig, program: Program) -> float:
     """Return the least bytes to and from memory: for weights and optimizer, without activations.
 
@@ -354,11 +344,11 @@ def _page(p: Plan) -> Group:
 def _communication(p: Plan) -> list[Any]:
     if p.traffic is None:
         return [title("Communication: the compiler gave up before it knew")]
-    table = bare_table("", "", "right", "right", "right", "right")
-    table.add_row("collective", "axes", "times", "sent", "overlapped", "at best", style="dim")
+    table = bare_table("", "", "right", "right", "right", "right", "right")
+    table.add_row("collective", "axes", "times", "sent", "overlapped", "at best", "waited", style="dim")
     for one in p.traffic:
-        share = f"{one.overlapped / one.bytes:.0%}"
-        table.add_row(one.kind, one.axes or "?", f"{one.count:,}", metric(one.bytes, "B"), share, _seconds(one.seconds))
+        share, times = f"{one.overlapped / one.bytes:.0%}", (_seconds(one.seconds), _seconds(one.waited))
+        table.add_row(one.kind, one.axes or "?", f"{one.count:,}", metric(one.bytes, "B"), share, *times)
     pages = [title(f"Communication: {metric(sum(one.bytes for one in p.traffic), 'B')} sent a step"), table]
     if p.more:
         pages.append(Text(f"{p.more} more in loops whose length is known only at run time", "dim"))
@@ -371,6 +361,10 @@ def _time(p: Plan) -> list[Any]:
         remarks = ["the longest"] * (seconds == p.step_seconds)
         remarks += [f"{p.bubble:.1%} of it bubble"] * (name == "compute" and p.bubble > 0)
         table.add_row(name, _seconds(seconds), ", ".join(remarks))
+    if p.traffic and p.waited:
+        sent, alone = sum(one.bytes for one in p.traffic), sum(one.bytes - one.overlapped for one in p.traffic)
+        beside = f"nothing is computed beside {metric(alone, 'B')} of {metric(sent, 'B')} sent"
+        table.add_row("  waited for", _seconds(p.waited), beside)
     if p.cycle_seconds is not None:
         table.add_row("cycles", _seconds(p.cycle_seconds), f"{p.cycles / 1e6:,.0f} million by the compiler, no kernels")
     work = bare_table("", "right")
