@@ -3,8 +3,8 @@
 llm-jax train shakespeare_fast data.uri=tinyshakespeare.txt
 
 Gave 1.864 and 1.869 nats a character on nanoGPT's validation split in two runs of 390 steps; five seeds of 350 steps
-gave 1.856 to 1.884 (`scripts/bench_speedrun.py`, two cores that had other work too, Python 3.11, JAX 0.10.2). The recipe
-was chosen by this same split, so these are no fresh test of it.
+gave 1.856 to 1.884 (`scripts/bench_speedrun.py`, two cores that had other work too, Python 3.11, JAX 0.10.2). The
+recipe was chosen by this same split, so these are no fresh test of it.
 """
 
 from llm_jax.data.config import DataConfig

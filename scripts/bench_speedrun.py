@@ -4,7 +4,7 @@
 
 The clock starts with the process of a side, and runs while it imports, reads the raw text, tokenizes, compiles and
 trains; programs are compiled anew. Both sides have nanoGPT's split, the first 90 % of the characters, and are scored on
-all of the rest, in rows of 64. Scoring is outside the clock for both, and so are the C++ of ops/native.cc, which is
+all of the rest, in rows of 64. Scoring is outside the clock for both, and so are the C++ of ops/native, which is
 compiled once a machine, and what the twin needs of JAX: its import, and the weights that it starts from.
 
 - llm_jax trains `configs/shakespeare_fast.py` to its last step, and is scored there.

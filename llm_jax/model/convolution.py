@@ -10,7 +10,7 @@ from llm_jax.model.attention import Context
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.init import normal
 from llm_jax.model.mixer import Mixer
-from llm_jax.ops.gradient import linear, settle
+from llm_jax.ops.gradient import linears, settle
 from llm_jax.ops.linear_attention import short_convolution
 
 State = Float[Array, "B _ D"]  # what the last W - 1 tokens gave to the convolution
@@ -32,14 +32,17 @@ class ShortConvolution(Mixer):
         c = self.config
         D, W = c.d_model, c.attention.convolution
         where: dict[str, Any] = {"segments": context.mask.segments, "lengths": context.lengths}
-        before, after, value = (settle(self._linear(name, "hidden", x)) for name in ("before", "after", "value"))
+        before, after, value = map(settle, self._linears(["before", "after", "value"], "hidden", x))
         kernel = self.param("w_convolution", nn.initializers.normal(W**-0.5), (W, D)).astype(x.dtype)
         mixed, recent = short_convolution(before * value, kernel, state, **where)
-        return self._linear("out", "residual", settle(after * mixed)), None if state is None else recent
+        [out] = self._linears(["out"], "residual", settle(after * mixed))
+        return out, None if state is None else recent
 
-    def _linear(self, name: str, role: str, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    def _linears(self, names: list[str], role: str, x: Float[Array, "B L D"]) -> list[Float[Array, "B L D"]]:
         D = self.config.d_model
-        return linear("BLD,DI->BLI", x, self.param(f"w_{name}", normal(self.config, role, D), (D, D)).astype(x.dtype))
+        init = normal(self.config, role, D)
+        weights = [self.param(f"w_{name}", init, (D, D)).astype(x.dtype) for name in names]
+        return linears(["BLD,DI->BLI"] * len(names), x, weights, [None] * len(names))
 
     @classmethod
     def init_state(cls, config: ModelConfig, rows: int, size: int) -> State:
