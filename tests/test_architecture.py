@@ -166,7 +166,8 @@ for words, status in {WITHOUT_JAX!r}.items():
 from llm_jax.plan.describe import describe
 from llm_jax.recipes import recipes
 from llm_jax.runs.start import load_recipe
-assert all(sum(describe(load_recipe(name)).parameters.values()) for name in recipes())
+traced = {{"shakespeare_fast"}}  # a mixer is a class, whose parameters only JAX knows
+assert all(sum(describe(load_recipe(name)).parameters.values()) for name in recipes() if name not in traced)
 assert 'jax' not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True)

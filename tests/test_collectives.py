@@ -106,7 +106,7 @@ def test_the_gradient_of_a_sum_over_devices_sends_nothing():
     assert "replica_groups={{0,1}}" not in str(compiled.as_text())
 
 
-def test_a_gather_over_one_axis_sends_nothing_along_another_that_splits_too():
+def test_a_gather_over_one_axis_sends_nothing_along_another():
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
     split = NamedSharding(mesh, spec("VD", PARAMETER_AXES))
     table = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=split)

@@ -18,7 +18,7 @@ PATH = "llm_jax.model.convolution:ShortConvolution"
 
 
 @pytest.mark.parametrize("width", [1, 4])
-def test_a_convolution_reads_only_its_own_document_before_and_decodes_alike(width: int):
+def test_a_convolution_stays_in_its_document_and_decodes_alike(width: int):
     attention = AttentionConfig(convolution=width)
     config = ModelConfig(
         vocab_size=8, d_model=8, n_layers=2, n_heads=1, max_seq_len=16, layers=(PATH, "global"), attention=attention
