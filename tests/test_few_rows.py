@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiler import built
 
 from llm_jax.ops import native
 from llm_jax.ops.few_rows import few_rows, linear_of_few, suits
@@ -36,7 +37,7 @@ def test_a_product_of_few_rows_is_the_matrix_product(how: str, rows: int):
     np.testing.assert_allclose(y, np.asarray(x, np.float64) @ whole, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(native.not_built() is not None, reason=f"native code: {native.not_built()}")
+@built
 @pytest.mark.parametrize("shape", [(1, 48, 6), (8, 33, 130), (3, 17, 1100)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_native_products_of_few_rows_and_their_gradients_equal_float64(dtype: str, shape: tuple[int, int, int]):
@@ -54,7 +55,7 @@ def test_native_products_of_few_rows_and_their_gradients_equal_float64(dtype: st
         np.testing.assert_allclose(np.asarray(mine, np.float64), theirs, rtol=0, atol=2 * most * np.abs(theirs).max())
 
 
-@pytest.mark.skipif(native.not_built() is not None, reason=f"native code: {native.not_built()}")
+@built
 def test_native_code_multiplies_few_rows_where_it_is_there_and_only_those(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("llm_jax.runtime.NATIVE", True)
     x, w = matrices(8)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
+from compiler import built
 
 from llm_jax import runtime
 from llm_jax.data.config import DataConfig
@@ -21,15 +23,10 @@ from llm_jax.ops.norm import layer_norm, rms_norm
 from llm_jax.train.config import RunConfig
 from llm_jax.train.program import Program
 
-built = pytest.mark.skipif(native.not_built() is not None, reason=f"native code: {native.not_built()}")
 CONFIG = RunConfig(
     model=ModelConfig(vocab_size=40, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=48),
     data=DataConfig(seq_len=48, batch_size=4),
 )
-
-
-def numbers(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def wide(x: jax.Array) -> np.ndarray:
@@ -41,7 +38,7 @@ def wide(x: jax.Array) -> np.ndarray:
 @pytest.mark.parametrize("transposed", [False, True], ids=["as it is", "transposed"])
 def test_products_and_their_gradients_equal_float64(shape: tuple[int, int, int], transposed: bool):
     M, N, K = shape
-    x, w, g = numbers(M, K), numbers(*((N, K) if transposed else (K, N)), seed=1), numbers(M, N, seed=2)
+    x, w, g = normal(M, K), normal(*((N, K) if transposed else (K, N)), seed=1), normal(M, N, seed=2)
     out, back = jax.vjp(functools.partial(native.matmul, transposed=transposed), x, w)
     exact, weight, gradient = (np.asarray(a, np.float64) for a in (x, w, g))
     matrix, of_w = (weight.T, gradient.T @ exact) if transposed else (weight, exact.T @ gradient)
@@ -52,8 +49,8 @@ def test_products_and_their_gradients_equal_float64(shape: tuple[int, int, int],
 @built
 @pytest.mark.parametrize("biased", [True, False], ids=["biased", "without a bias"])
 def test_products_of_one_input_add_up_its_gradient(biased: bool):
-    x, weights, gs = numbers(37, 20), [numbers(20, 70), numbers(20, 33)], [numbers(37, 70), numbers(37, 33)]
-    biases = [numbers(70, seed=3), numbers(33, seed=4)] if biased else [None, None]
+    x, weights, gs = normal(37, 20), [normal(20, 70), normal(20, 33)], [normal(37, 70), normal(37, 33)]
+    biases = [normal(70, seed=3), normal(33, seed=4)] if biased else [None, None]
     outs, back = jax.vjp(lambda x, *rest: native.matmuls(x, *rest), x, weights, biases)
     dx, dws, dbs = back(gs)
     exact = sum(wide(g) @ wide(w).T for g, w in zip(gs, weights, strict=True))
@@ -78,7 +75,7 @@ TARGETS = jnp.arange(40).at[:3].set(jnp.array([-1, -100, 32])) % 34 - 1  # some 
 @pytest.mark.parametrize("name", PLAIN)
 def test_native_operations_and_their_gradients_equal_the_plain_ones(name: str, monkeypatch: pytest.MonkeyPatch):
     operation, shapes = PLAIN[name]
-    given = [3 * numbers(*shape, seed=i) for i, shape in enumerate(shapes)]
+    given = [3 * normal(*shape, seed=i) for i, shape in enumerate(shapes)]
 
     def found() -> tuple[int, list[jax.Array]]:
         out, back = jax.vjp(operation, *given)
@@ -96,14 +93,14 @@ def test_native_operations_and_their_gradients_equal_the_plain_ones(name: str, m
 
 @built
 def test_bits_do_not_depend_on_who_else_computes():
-    x, w = numbers(300, 200), numbers(200, 300, seed=1)
+    x, w = normal(300, 200), normal(200, 300, seed=1)
     together = jax.jit(lambda x, w: [native.matmul(x, w) for _ in range(8)])(x, w)
     assert all((a == together[0]).all() for a in together)
 
 
 @built
 def test_a_score_that_is_not_a_number_is_not_hidden():
-    q, k, v = numbers(1, 20, 1, 1, 8), numbers(1, 20, 1, 8).at[0, 5].set(jnp.nan), numbers(1, 20, 1, 8)
+    q, k, v = normal(1, 20, 1, 1, 8), normal(1, 20, 1, 8).at[0, 5].set(jnp.nan), normal(1, 20, 1, 8)
     out = native.native(q, k, v, Mask(), Scores())
     assert jnp.isfinite(out[0, :5]).all()
     assert jnp.isnan(out[0, 5:]).all()
@@ -114,10 +111,10 @@ def test_a_score_that_is_not_a_number_is_not_hidden():
 def test_rows_of_several_blocks_are_attended_to_as_a_whole(mask: Mask):
     L = 530  # blocks of 96 queries and 256 keys
     q, k, v, g = (
-        numbers(1, L, 1, 2, 8),
-        numbers(1, L, 1, 8, seed=1),
-        numbers(1, L, 1, 8, seed=2),
-        numbers(1, L, 1, 2, 8),
+        normal(1, L, 1, 2, 8),
+        normal(1, L, 1, 8, seed=1),
+        normal(1, L, 1, 8, seed=2),
+        normal(1, L, 1, 2, 8),
     )
     mask = dataclasses.replace(mask, segments=jnp.arange(L)[None] // 400)
 
@@ -143,7 +140,7 @@ def test_rows_of_several_blocks_are_attended_to_as_a_whole(mask: Mask):
 )
 def test_native_attention_declines_what_it_cannot_do(mask: Mask, scores: Scores, why: str):
     with pytest.raises(Declined, match=why):
-        native.native(numbers(1, 16, 1, 1, 8), numbers(1, 16, 1, 8), numbers(1, 16, 1, 8), mask, scores)
+        native.native(normal(1, 16, 1, 1, 8), normal(1, 16, 1, 8), normal(1, 16, 1, 8), mask, scores)
 
 
 @built
@@ -179,7 +176,7 @@ def test_the_environment_switches_native_code_off(monkeypatch: pytest.MonkeyPatc
     assert candidates(64) == ["native", "reference"]
     monkeypatch.setattr(runtime, "NATIVE", False)
     assert candidates(64) == ["reference"]
-    assert not native.covers(numbers(64, 8), numbers(8, 8))
+    assert not native.covers(normal(64, 8), normal(8, 8))
     assert not native.used()
 
 
@@ -187,7 +184,7 @@ def test_without_a_compiler_attention_says_what_to_install(monkeypatch: pytest.M
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
     monkeypatch.setattr(build, "not_built", functools.cache(native.not_built.__wrapped__))
     with pytest.raises(Declined, match="no C\\+\\+ compiler; install g\\+\\+"):
-        attention(*(numbers(1, 4, 1, 1, 4), numbers(1, 4, 1, 4), numbers(1, 4, 1, 4)), Mask(), implementation="native")
+        attention(*(normal(1, 4, 1, 1, 4), normal(1, 4, 1, 4), normal(1, 4, 1, 4)), Mask(), implementation="native")
 
 
 def test_a_compiler_that_fails_is_a_reason_to_decline(monkeypatch: pytest.MonkeyPatch):

@@ -4,25 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
+from compiler import built
 
 from llm_jax import runtime
-from llm_jax.ops import native
 from llm_jax.train.config import OptimizerConfig
 from llm_jax.train.optimizer import make_optimizer
 from llm_jax.train.update import Slope, make_update, native_adamw
-
-built = pytest.mark.skipif(native.not_built() is not None, reason=f"native code: {native.not_built()}")
-
-
-def numbers(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 @built
 @pytest.mark.parametrize("clip", [None, 0.5], ids=["not clipped", "clipped"])
 def test_native_adamw_takes_the_steps_of_optax(clip: float | None, monkeypatch: pytest.MonkeyPatch):
     config = OptimizerConfig(clip=clip, weight_decay=0.3, b2=0.9)
-    params = {"layers": {"attention": {"w_q": numbers(3, 40, 70), "b_q": numbers(3, 70, seed=1)}}}
+    params = {"layers": {"attention": {"w_q": normal(3, 40, 70), "b_q": normal(3, 70, seed=1)}}}
     rule = make_optimizer(config)
     update = jax.jit(native_adamw(config, make_update(rule)))
 
@@ -51,7 +46,7 @@ def test_native_adamw_changes_nothing_if_a_number_is_not_finite(
 ):
     monkeypatch.setattr(runtime, "NATIVE", True)
     config = OptimizerConfig()
-    params = {"layers": {"attention": {"w_q": numbers(2, 40, 20, seed=0)}}}
+    params = {"layers": {"attention": {"w_q": normal(2, 40, 20)}}}
     state = make_optimizer(config).init(params)
     gradients = jax.tree.map(lambda x: x.at[0, 0, 0].set(slope), params)
     update = native_adamw(config, make_update(make_optimizer(config)))

@@ -39,7 +39,8 @@ class FeedForward(nn.Module):
         for name in names:
             w = self.param(f"w_{name}", normal(self.config, role, x.shape[-1]), (x.shape[-1], width))
             b = self.param(f"b_{name}", nn.initializers.zeros, (width,)) if self.config.bias == "all" else None
-            weights.append(w.astype(x.dtype)), biases.append(b if b is None else b.astype(x.dtype))
+            weights.append(w.astype(x.dtype))
+            biases.append(None if b is None else b.astype(x.dtype))
         return linears(["BLF,FD->BLD" if role == "residual" else "BLD,DF->BLF"] * len(names), x, weights, biases)
 
 

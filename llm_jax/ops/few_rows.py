@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from llm_jax import runtime
 from llm_jax.ops import native
 from llm_jax.ops.attention import platform
 from llm_jax.ops.int8 import Quantized
@@ -29,14 +28,9 @@ def suits(rows: int, w: Float[Array, "*IO"] | Quantized) -> bool:
     """
     if platform() != "cpu" or not jax.sharding.get_abstract_mesh().empty:
         return False
-    if by_native():
+    if native.runs():
         return rows <= FEW
     return rows <= FEW if isinstance(w, Quantized) or w.dtype != jnp.float32 else rows == 1
-
-
-def by_native() -> bool:
-    """Return whether native code computes these products; LLM_JAX_NATIVE=0 in the environment leaves them to XLA."""
-    return runtime.NATIVE and native.refusal() is None
 
 
 def linear_of_few(x: Float[Array, "B L *I"], w: Float[Array, "*IO"] | Quantized) -> Float[Array, "B L *O"]:
@@ -50,7 +44,7 @@ def few_rows(x: Float[Array, "M I"], w: Float[Array, "I O"] | Quantized) -> Floa
     """Return `x @ w` in float32: by native code or by tiles if that `suits`, else by XLA's own product."""
     values = w.values if isinstance(w, Quantized) else w
     fast = suits(len(x), w)
-    if fast and by_native() and values.dtype in WEIGHTS:
+    if fast and native.runs() and values.dtype in WEIGHTS:
         y = native.multiply_few(x.astype(jnp.float32), values)
     elif fast and len(values) % tile(values) == 0:
         y = _by_tiles(x.astype(jnp.float32), values)

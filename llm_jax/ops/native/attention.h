@@ -77,7 +77,8 @@ struct Attention {
         if (begun && kept != 1.0f)
           for (Int h = 0; h < H; h++) own.out[r * H + h] *= kept;
       }
-      multiply(rows, H, n, {own.scores, KEYS, 1}, key(v, b, s, head / G), own.out, H, begun ? Matrix{own.out, H, 1} : NOTHING);
+      const Matrix pattern = {own.scores, KEYS, 1}, before = begun ? Matrix{own.out, H, 1} : NOTHING;
+      multiply(rows, H, n, pattern, key(v, b, s, head / G), own.out, H, before);
       begun = true;
     });
     for (Int r = 0; r < rows; r++) {

@@ -20,11 +20,10 @@ from jaxtyping import Array
 from llm_jax import runtime
 from llm_jax.ops.attention import platform
 
-FOLDER = Path(__file__).parent
+SOURCE = Path(__file__).with_name("native.cc")  # which includes the headers
 FAST = "-O3 -march=native -ffp-contract=fast -fno-math-errno -fopenmp-simd -fno-semantic-interposition"
 FLAGS = (*FAST.split(), "-std=c++17", "-shared", "-fPIC", "-w")
-FEW = 16  # rows
-TARGETS = re.findall(r"DEFINE_HANDLER_SYMBOL\((\w+)", (FOLDER / "native.cc").read_text())
+FEW = 16  # rows: with fewer, memory is the limit, and there is nothing that threads could share
 
 
 @functools.cache
@@ -40,7 +39,7 @@ def not_built() -> str | None:
     except (OSError, subprocess.CalledProcessError) as error:
         said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
         return f"{found[0]} could not build it: {(said.strip().splitlines() or ['no reason given'])[0]}"
-    for name in TARGETS:
+    for name in re.findall(r"DEFINE_HANDLER_SYMBOL\((\w+)", SOURCE.read_text()):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return None
 
@@ -48,24 +47,21 @@ def not_built() -> str | None:
 def compile_library(compiler: str) -> Path:
     """Return the compiled library, from the cache if source, compiler, processor and jaxlib are those of before."""
     about = subprocess.run([compiler, "-march=native", "-Q", "--help=target"], capture_output=True, text=True).stdout
-    sources = [path.read_text() for path in sorted([*FOLDER.glob("*.h"), *FOLDER.glob("*.cc")])]
+    sources = [SOURCE.read_text(), *(path.read_text() for path in sorted(SOURCE.parent.glob("*.h")))]
     named = "\n".join([*sources, compiler, about, JAXLIB, *FLAGS])
     made = runtime.cache_folder() / "native" / f"{hashlib.sha256(named.encode()).hexdigest()[:16]}.so"
     if not made.exists():
         made.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=made.parent) as folder:  # two processes may build at once
             out = Path(folder, made.name)
-            command = [compiler, *FLAGS, "-I", jax.ffi.include_dir(), str(FOLDER / "native.cc"), "-o", str(out)]
+            command = [compiler, *FLAGS, "-I", jax.ffi.include_dir(), str(SOURCE), "-o", str(out)]
             subprocess.run(command, check=True, capture_output=True, text=True)
             out.replace(made)
     return made
 
 
 def covers(x: Array, *others: Array) -> bool:
-    """Return whether native code computes with `x`: where it `runs`, for more rows than a few.
-
-    With few rows, as a decoder has, memory is the limit, and there is nothing that threads could share.
-    """
+    """Return whether native code computes with `x`: where it `runs`, for more rows than a decoder has."""
     return x.size >= FEW * x.shape[-1] and runs(x, *others)
 
 

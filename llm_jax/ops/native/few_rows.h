@@ -1,7 +1,7 @@
 // Products of a few rows with a large matrix, at the speed of memory.
 //
-// Threads take strips of output channels. A strip reads GROUP rows of the matrix side by side and adds them to sums that
-// stay in the first cache, while the next GROUP rows are fetched from memory. Weights are widened to float32 in
+// Threads take strips of output channels. A strip reads GROUP rows of the matrix side by side and adds them to sums
+// that stay in the first cache, while the next GROUP rows are fetched from memory. Weights are widened to float32 in
 // registers. A sum is never split between threads: the bits do not depend on how many there are.
 
 #pragma once
@@ -19,13 +19,16 @@
 #define LOAD(w) _mm_loadl_epi64((const __m128i*)(w))
 #define LOAD_HALVES(w) _mm_loadu_si128((const __m128i*)(w))
 #endif
-constexpr int GROUP = 8;     // rows of the matrix that are read side by side
+
+constexpr int GROUP = 8;    // rows of the matrix that are read side by side
 constexpr Int STRIP = 512;   // output channels that a thread takes at a time, at most
 constexpr Int LEAST = 64;    // and at least
 
 // Read LANES weights as float32. The bits of a bfloat16 are the upper half of a float32.
 inline Vector widen(const float* w) { return *(const Unaligned*)w; }
-inline Vector widen(const std::uint16_t* w) { return (Vector)((Integers)INTRINSIC(cvtepu16_epi32)(LOAD_HALVES(w)) << 16); }
+inline Vector widen(const std::uint16_t* w) {
+  return (Vector)((Integers)INTRINSIC(cvtepu16_epi32)(LOAD_HALVES(w)) << 16);
+}
 inline Vector widen(const std::int8_t* w) { return (Vector)INTRINSIC(cvtepi32_ps)(INTRINSIC(cvtepi8_epi32)(LOAD(w))); }
 inline float one(const float* w) { return *w; }
 inline float one(const std::uint16_t* w) {
@@ -85,5 +88,5 @@ void multiply_few(ffi::ThreadPool& pool, const FewRows<T>& product) {
   const Int even = product.O / pool.num_threads() / LANES * LANES;
   const Int wide = std::clamp(even, LEAST, STRIP);
   parallel(pool, (product.O + wide - 1) / wide,
-        [&](Int n) { product.strip(n * wide, std::min(product.O, (n + 1) * wide)); });
+           [&](Int n) { product.strip(n * wide, std::min(product.O, (n + 1) * wide)); });
 }

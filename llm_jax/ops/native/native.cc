@@ -8,11 +8,10 @@
 #include "softmax.h"
 
 using Pool = ffi::ThreadPool;
+using Tasks = std::vector<std::function<void()>>;
 using Integers32 = ffi::Buffer<ffi::S32>;
 using Segments = Integers32;  // [B, L], or empty
-constexpr Int GRAIN = 1 << 14;           // numbers that a thread takes at a time, where each is computed by itself
-
-using Tasks = std::vector<std::function<void()>>;
+constexpr Int GRAIN = 1 << 14;  // numbers that a thread takes at a time, where each is computed by itself
 
 void run(Pool& pool, const Tasks& tasks) {
   parallel(pool, tasks.size(), [&](Int n) { tasks[n](); });
@@ -56,8 +55,9 @@ ffi::Error LinearBackward(Pool pool, Buffer x, ffi::RemainingArgs given, Result 
       multiply_by_pieces(tasks, N, K, {{M, of_g.transposed(), of_x}}, dw.typed_data(), NOTHING, threads);
     else
       multiply_by_pieces(tasks, K, N, {{M, of_x.transposed(), of_g}}, dw.typed_data(), NOTHING, threads);
-    if (db.element_count())
-      for (Int j = 0; j < N; j += 64) tasks.push_back([=] { sum_columns(of_g.from(0, j), M, std::min<Int>(64, N - j), db.typed_data() + j); });
+    float* sums = db.typed_data();
+    for (Int j = 0; j < static_cast<Int>(db.element_count()); j += STRIPE)
+      tasks.push_back([=] { sum_columns(of_g.from(0, j), M, std::min(STRIPE, N - j), sums + j); });
   }
   multiply_by_pieces(tasks, M, K, summed, dx->typed_data(), NOTHING, threads);
   run(pool, tasks);
@@ -75,7 +75,9 @@ ffi::Error Few(Pool pool, Buffer x, ffi::AnyBuffer w, Result y) {
     case ffi::BF16:
       multiply_few(pool, FewRows<std::uint16_t>{M, I, O, left, (const std::uint16_t*)w.untyped_data(), out});
       break;
-    case ffi::S8: multiply_few(pool, FewRows<std::int8_t>{M, I, O, left, (const std::int8_t*)w.untyped_data(), out}); break;
+    case ffi::S8:
+      multiply_few(pool, FewRows<std::int8_t>{M, I, O, left, (const std::int8_t*)w.untyped_data(), out});
+      break;
     default: return ffi::Error::InvalidArgument("weights are float32, bfloat16 or int8");
   }
   return ffi::Error::Success();
@@ -127,7 +129,7 @@ ffi::Error NormForward(Pool pool, Buffer x, Buffer scale, Buffer bias, Result y,
 ffi::Error NormBackward(Pool pool, Buffer x, Buffer scale, Buffer mean, Buffer inverse, Buffer g, Result dx,
                         Result of_scale, Result of_bias, float eps, bool center) {
   const Norm norm = norm_of(x, scale, center, eps);
-  std::vector<float> sums(norm.blocks() * 2 * norm.D);  // of each block, so that the order in which they are added is one
+  std::vector<float> sums(norm.blocks() * 2 * norm.D);  // of each block: whoever computes it, they are added in order
   parallel(pool, norm.blocks(), [&](Int n) {
     const Int i = n * norm.BLOCK * norm.D;
     float* own = sums.data() + n * 2 * norm.D;

@@ -80,18 +80,15 @@ void block(Int depth, Matrix left, const float* right, Matrix more, float* out, 
   }
 }
 
-// The length of pieces of at most `most`, and about as long as each other, that n is split into.
-Int even(Int n, Int most) {
-  const Int pieces = (n + most - 1) / most;
-  return (n + pieces * COLS - 1) / (pieces * COLS) * COLS;
-}
+// The length, a multiple of `unit`, of each of the `pieces` that n is split into.
+inline Int even(Int n, Int pieces, Int unit) { return (n + pieces * unit - 1) / (pieces * unit) * unit; }
 
 constexpr Matrix NOTHING = {nullptr, 0, 0};
 
 // out[M N] = a[M K] b[K N] + more[M N], which may be `out` itself, or NOTHING.
 void multiply(Int M, Int N, Int K, Matrix a, Matrix b, float* out, Int stride, Matrix more = NOTHING) {
   Packed& own = *packed;
-  const Int deep = even(K, DEPTH), broad = even(N, WIDE);
+  const Int deep = even(K, (K + DEPTH - 1) / DEPTH, COLS), broad = even(N, (N + WIDE - 1) / WIDE, COLS);
   for (Int n = 0; n < N; n += broad)
     for (Int k = 0; k < K; k += deep) {
       const Int wide = std::min(broad, N - n), depth = std::min(deep, K - k);
@@ -104,7 +101,8 @@ void multiply(Int M, Int N, Int K, Matrix a, Matrix b, float* out, Int stride, M
           for (Int i = 0; i < tall; i += ROWS) {
             const Int rows = std::min<Int>(ROWS, tall - i), cols = std::min<Int>(COLS, wide - j);
             const Matrix left = i < whole ? a.from(m + i, k) : Matrix{own.left + (i - whole) * depth, 1, ROWS};
-            const auto with = rows > 2 * ROWS / 3 ? block<ROWS> : rows > ROWS / 3 ? block<2 * ROWS / 3> : block<ROWS / 3>;
+            const auto few = rows > ROWS / 3 ? block<2 * ROWS / 3> : block<ROWS / 3>;
+            const auto with = rows > 2 * ROWS / 3 ? block<ROWS> : few;
             const Matrix begun = k ? Matrix{out, stride, 1} : more;
             with(depth, left, own.right + j * depth, begun.from(m + i, n + j), out + (m + i) * stride + n + j, stride,
                  rows, cols);
@@ -126,7 +124,7 @@ void multiply_by_pieces(Tasks& tasks, Int M, Int N, const std::vector<Factors>& 
   Int down = 1, across = 1;
   while (down * across < threads && M * N * all[0].K / (down * across) > 1 << 16)
     (M / down > N / across ? down : across) *= 2;
-  const Int tall = (M + down * ROWS - 1) / (down * ROWS) * ROWS, wide = (N + across * COLS - 1) / (across * COLS) * COLS;
+  const Int tall = even(M, down, ROWS), wide = even(N, across, COLS);
   for (Int m = 0; m < M; m += tall)
     for (Int n = 0; n < N; n += wide)
       tasks.push_back([=] {
@@ -139,9 +137,11 @@ void multiply_by_pieces(Tasks& tasks, Int M, Int N, const std::vector<Factors>& 
       });
 }
 
-// Write the sums of the columns of x[M N], for N <= 64.
+constexpr Int STRIPE = 64;  // columns that are summed at a time
+
+// Write the sums of the columns of x[M N], for N up to STRIPE.
 inline void sum_columns(Matrix x, Int M, Int N, float* out) {
-  float sum[64] = {};
+  float sum[STRIPE] = {};
   for (Int i = 0; i < M; i++)
 #pragma omp simd
     for (Int j = 0; j < N; j++) sum[j] += x.at[i * x.down + j];
