@@ -71,7 +71,8 @@ class Ours:
         self.text(least=3)
         self.prefills = self.batch == 1 and weights == "float32"
         if self.prefills:
-            self.first(), self.pass_over()
+            self.first()
+            self.pass_over()
 
     def request(self, batch: int, length: int, new: int) -> Any:
         rows = list(prompts(batch, length))
